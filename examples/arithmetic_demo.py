@@ -1,0 +1,207 @@
+"""The main job end to end, on a CPU: fine-tune, sample, judge, align, and compare on held-out problems.
+
+A tiny PaLM learns worked arithmetic from an author who forgets three borrows of four. It then samples two answers to each of
+many new problems; a checker says which is right; DPO learns from the pairs. Everything runs through the command line's own
+entry point, from the configurations in ``configs/``; each step prints the command it stands for.
+
+Two rows stand beside DPO: as many further steps on the same demonstrations, and, fair and unflattering, as many steps of plain
+fine-tuning on the right answers of the same pairs. Settings were chosen on the validation problems; the table is of the test
+problems, which nothing else has seen.
+
+    python examples/arithmetic_demo.py                  # three seeds, side by side on the cores that there are
+    python examples/arithmetic_demo.py --seeds 0        # one
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = {
+    "sft": "SFT on the sloppy demonstrations",
+    "further": "  + as many further steps on them",
+    "winners": "  + as many steps of SFT on the right answers alone",
+    "dpo": "  + DPO",
+}
+SFT, DPO, FURTHER = (f"configs/{name}.yaml" for name in ("sft/arithmetic", "dpo/arithmetic", "sft/arithmetic_further"))
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Send what the process prints to a file, native code's words included."""
+    sys.stdout.flush()
+    kept = [os.dup(1), os.dup(2)]
+    with path.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+            os.close(kept[0]), os.close(kept[1])
+
+
+class Seed:
+    """One seed's run, in a folder of its own; a step whose result is there is not done again."""
+
+    def __init__(self, seed: int, folder: Path, extra: dict[str, list[str]]) -> None:
+        """Choose the folder.
+
+        Args:
+            seed: of weights, rows and samples.
+            folder: of the demo.
+            extra: further arguments by kind of step (`fit_sft`, `fit_dpo`, `predict`, `test`), for a short run.
+        """
+        self.seed, self.folder, self.extra = seed, folder / f"seed_{seed}", extra
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = self.folder / "log.txt"
+
+    def command(self, step: str, *arguments: str, kind: str = "") -> Any:
+        """Run a command of `lightning-align` in this process, if it has not been run."""
+        from lightning_align.cli import run
+
+        done = self.folder / f"{step}.json"
+        if done.exists():
+            return json.loads(done.read_text())
+        words = [*arguments, *self.extra.get(kind, [])]
+        print(f"[seed {self.seed}] {step:<16} lightning-align {shlex.join(words[:3])} ...", flush=True)
+        start = time.perf_counter()
+        with self.log.open("a") as file:
+            file.write(f"\n$ lightning-align {shlex.join(words)}\n")
+        with output_to(self.log):
+            cli = run(words)
+        seconds = time.perf_counter() - start
+        result = {} if cli is None else {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+        result["seconds"] = seconds
+        shown = "".join(f", {name} {result[name]:.3f}" for name in ("val/solved", "test/solved") if name in result)
+        print(f"[seed {self.seed}] {step:<16} done in {seconds:.0f} s{shown}", flush=True)
+        temporary = done.with_suffix(".tmp")
+        temporary.write_text(json.dumps(result))
+        os.replace(temporary, done)
+        return result
+
+    def fit(self, step: str, *arguments: str, kind: str) -> Path:
+        """Train a step and return its checkpoint; one that was stopped goes on where it was."""
+        last = self.folder / step / "run" / "checkpoints" / "last.ckpt"
+        resume = ["--ckpt_path", str(last)] if last.exists() else []
+        logger = "--trainer.logger.init_args."
+        self.command(
+            f"fit_{step}",
+            *("fit", *arguments, "--seed_everything", str(self.seed), "--trainer.enable_progress_bar", "false"),
+            *(f"{logger}save_dir={self.folder}", f"{logger}name={step}", f"{logger}version=run", *resume),
+            kind=kind,
+        )
+        return last
+
+    def run(self) -> None:
+        """All the steps."""
+        train = "--data.init_args.train"
+        rows = (f"{train}.init_args.seed", str(self.seed))
+        sft = self.fit("sft", "--config", SFT, *rows, kind="fit_sft")
+        samples, preferences, winners = (str(self.folder / f"{n}.jsonl") for n in ("samples", "preferences", "winners"))
+        quiet = ("--trainer.logger", "false", "--trainer.enable_progress_bar", "false")
+        self.command(
+            "sample",
+            *("predict", "--config", SFT, "--ckpt_path", str(sft), "--output", samples, *quiet),
+            *("--data.init_args.predict.init_args.seed", str(1000 + self.seed)),
+            *("--trainer.default_root_dir", str(self.folder / "sample")),
+            kind="predict",
+        )
+        task = ("--task", "Arithmetic")
+        self.command("judge", "judge", *task, *("--samples", samples, "--preferences", preferences, "--winners", winners))
+        begin = ("--model.init_args.init_from", str(sft))
+        policies = {
+            "sft": sft,
+            "further": self.fit("further", "--config", SFT, "--config", FURTHER, *begin, *rows, kind="fit_dpo"),
+            "winners": self.fit("winners", "--config", SFT, "--config", FURTHER, *begin, train, winners, kind="fit_dpo"),
+            "dpo": self.fit("dpo", "--config", DPO, *begin, train, preferences, kind="fit_dpo"),
+        }
+        for name, checkpoint in policies.items():
+            config = DPO if name == "dpo" else SFT
+            root = ("--trainer.default_root_dir", str(self.folder / "test" / name))
+            self.command(
+                f"test_{name}",
+                *("test", "--config", config, "--config", "configs/sft/arithmetic_test.yaml", "--ckpt_path", str(checkpoint)),
+                *(*quiet, *root),
+                kind="test",
+            )
+
+
+def arguments() -> argparse.Namespace:
+    """What the user asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything is written")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--short", action="store_true", help="a few steps of everything: shows that it runs, learns nothing")
+    return parser.parse_args()
+
+
+def short() -> dict[str, list[str]]:
+    """Arguments that make every step tiny."""
+    steps = ["--trainer.max_steps", "8", "--trainer.val_check_interval", "8", "--trainer.log_every_n_steps", "4"]
+    total = ["--model.init_args.lr_scheduler.init_args.total_steps", "8"]
+    warmup = ["--model.init_args.lr_scheduler.init_args.warmup_steps", "2"]
+    return {"fit_sft": steps + total + warmup, "fit_dpo": steps + total + warmup, "predict": []}
+
+
+def main() -> None:
+    """Run the seeds side by side, then print the table."""
+    options = arguments()
+    os.chdir(ROOT)
+    if options.worker is not None:
+        Seed(options.worker, options.folder, short() if options.short else {}).run()
+        return
+    start = time.perf_counter()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(len(options.seeds), cores)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // workers))}
+    waiting, running = list(options.seeds), {}
+    print(f"{len(options.seeds)} seeds, {workers} at a time; everything is in {options.folder}/, each seed's log in its folder")
+    while waiting or running:
+        while waiting and len(running) < workers:
+            seed = waiting.pop(0)
+            command = [sys.executable, __file__, "--worker", str(seed), "--folder", str(options.folder)]
+            running[seed] = subprocess.Popen(command + ["--short"] * options.short, env=environment)
+        time.sleep(0.2)
+        for seed, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[seed]
+            if process.returncode:
+                for other in running.values():
+                    other.terminate()
+                sys.exit(f"seed {seed} stopped with status {process.returncode}: see {options.folder}/seed_{seed}/log.txt")
+    table(options.seeds, options.folder)
+    print(f"\n{time.perf_counter() - start:.0f} s in all. Curves, samples and histograms:")
+    print(f"  .venv/bin/tensorboard --logdir {options.folder}    then open http://localhost:6006")
+
+
+def table(seeds: list[int], folder: Path) -> None:
+    """Print what was learned."""
+    solved = {
+        row: [json.loads((folder / f"seed_{s}" / f"test_{row}.json").read_text())["test/solved"] for s in seeds] for row in ROWS
+    }
+    means = {row: statistics.mean(values) for row, values in solved.items()}
+    print(f"\nHeld-out problems solved (%), {'mean of ' if len(seeds) > 1 else ''}seeds {seeds}")
+    for row, title in ROWS.items():
+        each = "  ".join(f"{100 * value:5.1f}" for value in solved[row])
+        print(f"  {title:<54}{100 * means[row]:5.1f}   [{each} ]")
+    print(f"DPO is {100 * (means['dpo'] - means['sft']):+.1f} points from SFT, ", end="")
+    print(f"{100 * (means['dpo'] - means['further']):+.1f} from as many further steps of it.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on where it was")

@@ -1,0 +1,94 @@
+"""Components that align and augment language models with PyTorch Lightning.
+
+The public names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_align.callbacks import SampleLogger, SolveRate
+    from lightning_align.data.rows import RowTask
+    from lightning_align.data.tasks.arithmetic import Arithmetic
+    from lightning_align.dpo.datamodule import DPODataModule
+    from lightning_align.dpo.module import DPOModule
+    from lightning_align.generation.sampler import GenerationConfig, generate
+    from lightning_align.logprobs import response_logprobs
+    from lightning_align.models.lora import (
+        LoRAConfig,
+        add_lora,
+        lora_disabled,
+        merge_lora,
+        remove_lora,
+        unmerge_lora,
+        use_lora,
+        using_lora,
+    )
+    from lightning_align.models.palm import PaLM
+    from lightning_align.models.palm_import import load_palm_rlhf
+    from lightning_align.schedules import WarmupDecay
+    from lightning_align.sft.datamodule import SFTDataModule
+    from lightning_align.sft.module import SFTModule
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Arithmetic": "data.tasks.arithmetic",
+    "DPODataModule": "dpo.datamodule",
+    "DPOModule": "dpo.module",
+    "GenerationConfig": "generation.sampler",
+    "LoRAConfig": "models.lora",
+    "PaLM": "models.palm",
+    "RowTask": "data.rows",
+    "SFTDataModule": "sft.datamodule",
+    "SFTModule": "sft.module",
+    "SampleLogger": "callbacks",
+    "SolveRate": "callbacks",
+    "WarmupDecay": "schedules",
+    "add_lora": "models.lora",
+    "generate": "generation.sampler",
+    "load_palm_rlhf": "models.palm_import",
+    "lora_disabled": "models.lora",
+    "merge_lora": "models.lora",
+    "remove_lora": "models.lora",
+    "response_logprobs": "logprobs",
+    "unmerge_lora": "models.lora",
+    "use_lora": "models.lora",
+    "using_lora": "models.lora",
+}
+
+__all__ = [
+    "Arithmetic",
+    "DPODataModule",
+    "DPOModule",
+    "GenerationConfig",
+    "LoRAConfig",
+    "PaLM",
+    "RowTask",
+    "SFTDataModule",
+    "SFTModule",
+    "SampleLogger",
+    "SolveRate",
+    "WarmupDecay",
+    "__version__",
+    "add_lora",
+    "generate",
+    "load_palm_rlhf",
+    "lora_disabled",
+    "merge_lora",
+    "remove_lora",
+    "response_logprobs",
+    "unmerge_lora",
+    "use_lora",
+    "using_lora",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

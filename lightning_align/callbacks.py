@@ -1,0 +1,192 @@
+"""Callbacks that decode: samples to look at, problems to solve, predictions to keep. None of them changes what is learned."""
+
+import json
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torchmetrics.aggregation import MeanMetric
+
+from lightning_align.data.rows import Grader, RowTask
+from lightning_align.distributed import publish, world
+from lightning_align.generation.sampler import Generation, GenerationConfig, generate
+
+
+def _decode_shared(
+    trainer: L.Trainer, module: Any, prompts: list[list[int]], config: GenerationConfig
+) -> list[tuple[int, Generation]]:
+    """This rank's share of the prompts, continued: (index of the prompt, response).
+
+    Every rank makes the same number of calls on as many prompts, repeating its last one if it has fewer, since under a sharded
+    strategy each forward pass is a collective.
+    """
+    rank, ranks = world()
+    mine = list(range(rank, len(prompts), ranks))
+    padded = mine + [mine[-1] if mine else 0] * (-(-len(prompts) // ranks) - len(mine))
+    eos_id = trainer.datamodule.tokenizer.eos_id  # type: ignore[attr-defined]  # set by the Trainer when there is one
+    with trainer.precision_plugin.forward_context():
+        results = generate(module.policy, [prompts[i] for i in padded], config, eos_id=eos_id)
+    return [(index, responses[0]) for index, responses in zip(mine, results, strict=False)]
+
+
+def _require_data(trainer: L.Trainer, what: str, attribute: str) -> Any:
+    data = getattr(trainer, "datamodule", None)
+    if data is None or getattr(data, attribute, None) is None:
+        raise ValueError(
+            f"{what} needs a data module with `{attribute}`; {type(data).__name__ if data else 'a bare loader'} has none: "
+            "use one of lightning_align's data modules, or leave the callback out"
+        )
+    return data
+
+
+class SampleLogger(Callback):
+    """Shows what the policy writes: prompt, chosen response and generated response, as text in TensorBoard and on file.
+
+    With another logger than TensorBoard, or none, the samples stand in ``samples.jsonl`` in the run's folder alone.
+    """
+
+    def __init__(self, *, num_samples: int = 4, max_new_tokens: int = 128, temperature: float = 0.0) -> None:
+        """Sample at the end of each validation.
+
+        Args:
+            num_samples: prompts, the first of the validation rows.
+            max_new_tokens: longest response.
+            temperature: 0 takes the likeliest token.
+        """
+        self.num_samples = num_samples
+        self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sample and write."""
+        if trainer.sanity_checking:
+            return
+        data = _require_data(trainer, "SampleLogger", "validation_prompts")
+        triples = data.validation_prompts(self.num_samples)
+        if not triples:
+            return
+        # All ranks decode all of them: they are few, and nothing need be gathered.
+        with trainer.precision_plugin.forward_context():
+            module: Any = pl_module
+            results = generate(module.policy, [t[0] for t in triples], self.config, eos_id=data.tokenizer.eos_id)
+        samples = [
+            {"prompt": prompt, "chosen": chosen, "generated": data.tokenizer.decode(responses[0].tokens)}
+            for (_, prompt, chosen), responses in zip(triples, results, strict=True)
+        ]
+        self._write(trainer, samples)
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, samples: list[dict[str, str]]) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for number, sample in enumerate(samples):
+                    text = "\n\n".join(f"**{name}**\n\n    " + text.replace("\n", "\n    ") for name, text in sample.items())
+                    logger.experiment.add_text(f"val/samples/{number}", text, trainer.global_step)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": trainer.global_step, **sample}, ensure_ascii=False) + "\n")
+
+
+class SolveRate(Callback):
+    """Lets the policy solve problems of a task that can grade answers, and logs ``val/solved``, the share that it solves."""
+
+    def __init__(self, problems: RowTask, *, num_problems: int = 500, max_new_tokens: int = 64, batch_size: int = 250) -> None:
+        """Solve at the end of each validation or test, greedily.
+
+        Args:
+            problems: a task with `grade`; held out, so of another split than the rows that train.
+            num_problems: how many of them, the first.
+            max_new_tokens: longest response; one that is cut by it is not solved.
+            batch_size: problems decoded together.
+
+        Raises:
+            ValueError: if the task cannot grade.
+        """
+        if not isinstance(problems, Grader):
+            raise ValueError(
+                f"SolveRate: problems is a {type(problems).__name__}, which has no `grade`: give a task that grades"
+            )
+        self.grader = problems
+        self.prompts = [str(row["prompt"]) for row in islice(problems.rows(), num_problems)]
+        self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Solve, grade and log."""
+        if not trainer.sanity_checking:
+            pl_module.log("val/solved", self._solve(trainer, pl_module), prog_bar=True)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Solve, grade and log."""
+        pl_module.log("test/solved", self._solve(trainer, pl_module))
+
+    def _solve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> torch.Tensor:
+        tokenizer = _require_data(trainer, "SolveRate", "tokenizer").tokenizer
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        prompts = [[*start, *encoding.ids] for encoding in tokenizer.encode_batch(self.prompts)]
+        metric = MeanMetric().to(pl_module.device)
+        for index, response in _decode_shared(trainer, pl_module, prompts, self.config):
+            answer = tokenizer.decode(response.tokens)
+            metric.update(float(response.finished and self.grader.grade(self.prompts[index], answer)))
+        # compute() gathers the sums and counts of all ranks.
+        return metric.compute()
+
+
+def _write(text: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what `predict_step` returns as JSONL, a line a row, in the order of the rows."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Write when the prediction is done.
+
+        Args:
+            path: the file; written whole or not at all.
+        """
+        super().__init__(write_interval="batch")
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find out now, not after the prediction, whether the file can be written."""
+        if stage == "predict" and trainer.is_global_zero:
+            publish(self.path, _write(""))
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Keep a batch's rows."""
+        self.rows.extend(prediction)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gather the ranks' rows and write the file."""
+        rows = self.rows
+        if world()[1] > 1:
+            gathered: list[list[dict[str, Any]]] = [[] for _ in range(world()[1])]
+            torch.distributed.all_gather_object(gathered, rows)
+            # Ranks may share a row where rows do not divide evenly; it stands in the file once.
+            rows = list({row["row"]: row for part in gathered for row in part}.values())
+        rows = sorted(rows, key=lambda row: row["row"])
+        self.rows = []
+        if trainer.is_global_zero:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            publish(self.path, _write(lines))
+            print(f"{len(rows)} predictions in {self.path}")

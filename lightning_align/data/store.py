@@ -1,0 +1,243 @@
+"""Tokenised rows on disk: written once, found again by the hash of everything they depend on, memory-mapped.
+
+A store is an Arrow file with the ledger of its rows beside it. The ledger is written last, so a store that has one is
+whole.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from lightning_align.data.encode import EncodedRow, Truncation, encode_blocks, encode_rows
+from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of
+from lightning_align.data.ledger import BadRow, Ledger
+from lightning_align.data.rows import Row, RowTask, read_rows, source_fingerprint
+from lightning_align.data.tokenizer import Tokenizer
+from lightning_align.distributed import publish
+
+_FORMAT = 1
+"""Raise it when the same settings come to mean other ids or another layout."""
+_ROWS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All settings that the ids of a source depend on, besides the tokenizer; see `encode_rows`."""
+
+    kind: str
+    """What the rows are for, a word of the file's name."""
+    accepted: tuple[Form, ...]
+    max_length: int
+    truncation: Truncation
+    mask_turns: MaskTurns
+    on_bad_row: BadRow
+    prompts_only: bool = False
+
+
+class StoredTokens(NamedTuple):
+    """One row of tokens, as arrays."""
+
+    tokens: np.ndarray[Any, np.dtype[np.int32]]
+    targets: np.ndarray[Any, np.dtype[np.bool_]]
+    num_bytes: int
+
+
+class StoredRow(NamedTuple):
+    """See `EncodedRow`."""
+
+    row: int
+    num_prompt: int
+    sides: list[StoredTokens]
+
+
+class TokenStore(Dataset[StoredRow]):
+    """Rows of a file that `build_store` wrote, by their index.
+
+    It holds a path only. Each process maps the file when it first reads from it, so that sending the dataset to a
+    worker costs the same for any number of rows.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._table: pa.Table | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_table": None}
+
+    @property
+    def table(self) -> pa.Table:
+        """The memory-mapped file."""
+        if self._table is None:
+            with pa.memory_map(self.path) as source:
+                self._table = pa.ipc.open_file(source).read_all()
+        return self._table
+
+    @property
+    def num_sides(self) -> int:
+        """2 for pairs, else 1."""
+        return sum(name.startswith("tokens_") for name in self.table.column_names)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, index: int) -> StoredRow:
+        table = self.table
+        sides = [
+            StoredTokens(
+                table[f"tokens_{side}"][index].values.to_numpy(),
+                table[f"targets_{side}"][index].values.to_numpy(zero_copy_only=False),
+                table[f"num_bytes_{side}"][index].as_py(),
+            )
+            for side in range(self.num_sides)
+        ]
+        return StoredRow(table["row"][index].as_py(), table["num_prompt"][index].as_py(), sides)
+
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(rows,) tokens of each row; of a pair, those of both sides together."""
+        counts = [pc.list_value_length(self.table[f"tokens_{side}"]).to_numpy() for side in range(self.num_sides)]
+        return np.asarray(np.sum(counts, axis=0), dtype=np.int64)
+
+
+def store_path(source: str | RowTask, *, split: str, recipe: Recipe, tokenizer: Tokenizer, cache_dir: str) -> Path:
+    """Where the tokenised rows of a source belong: the name has the hash of all that they depend on.
+
+    Raises:
+        ValueError: If the source cannot be read.
+    """
+    content = {
+        "format": _FORMAT,
+        "source": source_fingerprint(source, split=split),
+        "tokenizer": tokenizer.fingerprint,
+        "recipe": asdict(recipe),
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Path(cache_dir) / f"{recipe.kind}-{digest[:16]}.arrow"
+
+
+def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:
+    """The store at a path with its ledger, or None where there is none, or a damaged one (of which it warns)."""
+    manifest = path.with_suffix(".json")
+    if not path.exists() or not manifest.exists():
+        return None
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        ledger = Ledger.from_dict(content["ledger"])
+        store = TokenStore(str(path))
+        if path.stat().st_size != content["num_bytes"] or len(store) != content["num_stored"]:
+            raise ValueError("its size is not the one it was written with")
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        warnings.warn(f"{path} is damaged and will be written again ({error})", stacklevel=2)
+        return None
+    return store, ledger
+
+
+def build_store(
+    path: Path, *, source: str | RowTask, split: str, recipe: Recipe, tokenizer: Tokenizer
+) -> tuple[TokenStore, Ledger]:
+    """Tokenises a source into a store, unless the store is there already.
+
+    Args:
+        path: Where, as `store_path` says.
+        source: Where the rows come from.
+        split: The split of a hub dataset whose name gives none.
+        recipe: How to encode them.
+        tokenizer: What encodes them.
+
+    Raises:
+        ValueError: If the source or a row is bad, no row is left, or the store cannot be written.
+    """
+    found = open_store(path)
+    if found is not None:
+        return found
+    name = source if isinstance(source, str) else type(source).__name__
+    ledger = Ledger(name, on_bad_row=recipe.on_bad_row)
+    rows = tqdm(read_rows(source, split=split), desc=f"tokenising {name}", unit=" rows", leave=False, disable=None)
+    encoded = _encode(rows, recipe=recipe, tokenizer=tokenizer, ledger=ledger)
+    num_stored = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal num_stored
+        num_stored = _write(temporary, encoded)
+        # Before the file appears under its name: of a source without a usable row there is no store.
+        ledger.close()
+
+    publish(path, write)
+    content = {"ledger": ledger.to_dict(), "num_stored": num_stored, "num_bytes": path.stat().st_size}
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+
+    def write_manifest(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    publish(path.with_suffix(".json"), write_manifest)
+    return TokenStore(str(path)), ledger
+
+
+def _encode(rows: Iterable[Row], *, recipe: Recipe, tokenizer: Tokenizer, ledger: Ledger) -> Iterator[EncodedRow]:
+    rows = iter(rows)
+    if "text" in recipe.accepted:
+        # Plain text is packed and other rows are not, so one source holds one of the two: the first row that has a form
+        # tells.
+        first: list[Row] = []
+        form = None
+        for row in islice(rows, _ROWS_PER_BATCH):
+            first.append(row)
+            try:
+                form = form_of(row.fields, accepted=recipe.accepted)
+                break
+            except BadRowError:
+                continue
+        rows = chain(first, rows)
+        if form == "text":
+            return encode_blocks(rows, tokenizer=tokenizer, ledger=ledger, max_length=recipe.max_length)
+    return encode_rows(
+        rows,
+        tokenizer=tokenizer,
+        ledger=ledger,
+        accepted=[form for form in recipe.accepted if form != "text"],
+        max_length=recipe.max_length,
+        truncation=recipe.truncation,
+        mask_turns=recipe.mask_turns,
+        prompts_only=recipe.prompts_only,
+    )
+
+
+def _write(path: Path, rows: Iterator[EncodedRow]) -> int:
+    """Writes rows to an Arrow file and returns how many there were."""
+    first = next(rows, None)
+    num_sides = 1 if first is None else len(first.sides)
+    schema = _schema(num_sides)
+    rows = rows if first is None else chain([first], rows)
+    num_rows = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        while batch := list(islice(rows, _ROWS_PER_BATCH)):
+            num_rows += len(batch)
+            columns: dict[str, list[Any]] = {
+                "row": [row.row for row in batch],
+                "num_prompt": [row.num_prompt for row in batch],
+            }
+            for side in range(num_sides):
+                columns[f"tokens_{side}"] = [row.sides[side].tokens for row in batch]
+                columns[f"targets_{side}"] = [row.sides[side].targets for row in batch]
+                columns[f"num_bytes_{side}"] = [row.sides[side].num_bytes for row in batch]
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+    return num_rows
+
+
+def _schema(num_sides: int) -> pa.Schema:
+    fields = [("row", pa.int64()), ("num_prompt", pa.int32())]
+    for side in range(num_sides):
+        fields.append((f"tokens_{side}", pa.list_(pa.int32())))
+        fields.append((f"targets_{side}", pa.list_(pa.bool_())))
+        fields.append((f"num_bytes_{side}", pa.int64()))
+    return pa.schema(fields)

@@ -1,0 +1,216 @@
+"""Direct preference optimisation: Rafailov et al. 2023, arXiv 2305.18290."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torchmetrics.aggregation import CatMetric
+
+from lightning_align.generation.sampler import GenerationConfig
+from lightning_align.logprobs import response_logprobs
+from lightning_align.metrics import PairMeans
+from lightning_align.models.checkpoint import Backbone, weights_hash
+from lightning_align.models.lora import LoRAConfig
+from lightning_align.models.parallelize import shard
+from lightning_align.module import AlignModule
+from lightning_align.pairwise import LOSSES, LossName, Ratios, check_loss, log_ratios, pair_metrics
+from lightning_align.reference import AdaptersOff, Reference, frozen_copy
+from lightning_align.types import LogProbs, PreferenceBatch, PromptBatch, TokenBatch
+
+METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+class DPOModule(AlignModule):
+    """Aligns a language model with preferences, against the model that it began as."""
+
+    default_lr = 5e-6
+
+    def __init__(
+        self,
+        backbone: Backbone | None = None,
+        *,
+        init_from: str | None = None,
+        loss: LossName = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        sft_weight: float = 0.0,
+        lora: LoRAConfig | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        generation: GenerationConfig | None = None,
+    ) -> None:
+        """Describe the run; policy and reference are built in ``configure_model``.
+
+        Args:
+            backbone: the language model: a module or a factory in code, `class_path` and `init_args` in YAML. May be
+                left out with `init_from`, whose checkpoint says what it is of.
+            init_from: checkpoint of the fine-tuned model, which policy and reference begin as.
+            loss: `sigmoid` (DPO), `sigmoid_norm` (length-normalised), `hinge` (SLiC), `ipo`, or `robust`.
+            beta: strength of the pull towards the reference; about 0.1 on sums, 2 to 10 for `sigmoid_norm`.
+            label_smoothing: assumed share of flipped labels, for `sigmoid`, `sigmoid_norm` and `robust`.
+            sft_weight: weight of an added -log p(chosen) / |chosen|.
+            lora: train only adapters; the reference is then the policy with its adapters off, and costs no memory.
+            optimizer: factory over parameters; by default AdamW at 5e-6.
+            lr_scheduler: factory over the optimizer; stepped every optimizer step.
+            generation: how `predict` and the sample logger decode.
+
+        Raises:
+            ValueError: if the loss cannot use these numbers.
+        """
+        super().__init__(
+            backbone,
+            init_from=init_from,
+            lora=lora,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            generation=generation,
+        )
+        check_loss(loss, beta=beta, label_smoothing=label_smoothing)
+        if sft_weight < 0:
+            raise ValueError(f"sft_weight is {sft_weight}; it must be 0 or above")
+        self.loss, self.beta, self.label_smoothing, self.sft_weight = loss, beta, label_smoothing, sft_weight
+        self._reference: tuple[Reference, str | None] | None = None
+        self.val_means, self.test_means = PairMeans(METRICS), PairMeans(METRICS)
+        self.val_margins = CatMetric()
+
+    @property
+    def reference(self) -> Reference:
+        """What the policy is compared with; there once ``configure_model`` has run."""
+        assert self._reference is not None, "configure_model has not run"
+        return self._reference[0]
+
+    def configure_reference(self, policy: nn.Module) -> None:
+        """Adapters off where only adapters train, else a frozen copy of the policy as it begins."""
+        if self.lora is not None:
+            self._reference = AdaptersOff(), None
+            return
+        reference = frozen_copy(policy)
+        self._reference = reference, weights_hash(reference.model)
+        if self._sharded:
+            # A root of its own, else every rank would hold all of it.
+            shard(reference.model.to(self.device), self._data_mesh)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep which reference it was, not the reference."""
+        super().on_save_checkpoint(checkpoint)
+        assert self._reference is not None
+        checkpoint["reference_sha256"] = self._reference[1]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another reference than the checkpoint was trained against.
+
+        Raises:
+            ValueError: if the weights that the reference was made from have changed.
+        """
+        super().on_load_checkpoint(checkpoint)
+        then, now = checkpoint.get("reference_sha256"), None if self._reference is None else self._reference[1]
+        if self._trainer is not None and then != now:
+            raise ValueError(
+                f"this checkpoint was trained against a reference with weights {str(then)[:12]}, and the one made from "
+                f"{self.init_from or 'the backbone'} has {str(now)[:12]}: give the `init_from` (or the module) that it "
+                f"began with"
+            )
+
+    def score(self, batch: PreferenceBatch) -> tuple[LogProbs, Ratios]:
+        """Log-probs under the policy, chosen rows first (2B,), and log-ratios to the reference (B,); one forward pass each."""
+        both = concatenate(batch)
+        policy = response_logprobs(self.policy, both)
+        return policy, log_ratios(policy, self.reference.logprobs(self.policy, both))
+
+    def pair_losses(self, policy: LogProbs, ratios: Ratios) -> Tensor:
+        """The loss of each pair, (B,), with the added SFT term; normalised a pair, so that it does not depend on its batch."""
+        losses = LOSSES[self.loss](ratios, beta=self.beta, label_smoothing=self.label_smoothing)
+        if self.sft_weight:
+            pairs = losses.shape[0]
+            losses = losses - self.sft_weight * policy.means[:pairs]
+        return losses
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Sum of the pairs' losses, to be divided by the pairs of the optimizer batch."""
+        policy, ratios = self.score(batch)
+        losses = self.pair_losses(policy, ratios)
+        for side in (batch["chosen"], batch["rejected"]):
+            self.count_tokens(side)
+        values = {"loss": losses.detach(), **pair_metrics(policy, ratios, beta=self.beta)}
+        means = torch.stack(list(values.values())).mean(dim=1).unbind()
+        self.log_training(dict(zip(values, means, strict=True)), progress_bar="loss", batch_size=len(losses))
+        return self.weighted(losses.sum(), len(losses))
+
+    def _evaluate(self, means: PairMeans, batch: PreferenceBatch) -> Tensor:
+        policy, ratios = self.score(batch)
+        values = {"loss": self.pair_losses(policy, ratios), **pair_metrics(policy, ratios, beta=self.beta)}
+        means.update(values)
+        return values["rewards/margins"]
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Add a batch to ``val/loss``, ``val/rewards/...`` and ``val/logps/...``."""
+        self.val_margins.update(self._evaluate(self.val_means, batch))
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """The same under ``test/``."""
+        self._evaluate(self.test_means, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all pairs, and the margins as a histogram."""
+        self._log_means("val", self.val_means)
+        margins = self.val_margins.compute()
+        self.val_margins.reset()
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero and len(margins):
+                logger.experiment.add_histogram("val/rewards/margins_histogram", margins, self.global_step)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over all pairs."""
+        self._log_means("test", self.test_means)
+
+    def _log_means(self, stage: str, means: PairMeans) -> None:
+        values = means.compute()
+        means.reset()
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rewards/accuracies"))
+
+    def predict_step(self, batch: PromptBatch | PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Continue prompts, or score pairs.
+
+        Returns:
+            For prompts as `AlignModule.predict_step`; for pairs ``row``, the policy's log-probs and lengths of both responses,
+            their rewards and the margin.
+        """
+        if "prompts" in batch:
+            return super().predict_step(batch, batch_idx)
+        policy, ratios = self.score(batch)
+        values = pair_metrics(policy, ratios, beta=self.beta)
+        rows = batch["chosen"].get("rows", torch.arange(len(ratios.chosen)))
+        names = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins")
+        columns = {name.replace("/", "_"): values[name].tolist() for name in names}
+        columns["tokens_chosen"], columns["tokens_rejected"] = (
+            ratios.chosen_lengths.tolist(),
+            ratios.rejected_lengths.tolist(),
+        )
+        return [
+            {"row": int(row), **dict(zip(columns, numbers, strict=True))}
+            for row, *numbers in zip(rows, *columns.values(), strict=True)
+        ]
+
+
+def concatenate(batch: PreferenceBatch) -> TokenBatch:
+    """Chosen rows, then rejected rows, padded on the right to one width: (2B, N)."""
+    chosen, rejected = batch["chosen"], batch["rejected"]
+    width = max(chosen["tokens"].shape[1], rejected["tokens"].shape[1])
+
+    def join(name: str) -> Tensor:
+        sides = cast(tuple[dict[str, Tensor], ...], (chosen, rejected))
+        return torch.cat([F.pad(side[name], (0, width - side[name].shape[1])) for side in sides])
+
+    return {"tokens": join("tokens"), "mask": join("mask"), "targets": join("targets")}

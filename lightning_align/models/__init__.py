@@ -1,0 +1,1 @@
+"""Backbones and what is done to them: PaLM, LoRA, sharding."""

@@ -1,0 +1,152 @@
+"""Weights of a policy out of a checkpoint: its architecture, its adapters, and a check that they fit."""
+
+import hashlib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lightning_align.models.lora import LoRAConfig, add_lora, merge_lora, remove_lora
+
+PREFIX = "policy."
+"""Where the modules of this package keep the policy in their state."""
+
+Backbone = Callable[[], nn.Module]
+"""How a backbone is given: a factory, which is what a YAML file's class_path and init_args become."""
+
+
+def backbone_spec(model: nn.Module) -> dict[str, Any] | None:
+    """``{class_path, init_args}`` that builds the model again, for models that keep their ``init_args``; else None."""
+    init_args = getattr(model, "init_args", None)
+    if not isinstance(init_args, dict):
+        return None
+    return {"class_path": f"{type(model).__module__}.{type(model).__qualname__}", "init_args": init_args}
+
+
+def build_backbone(backbone: nn.Module | Backbone | dict[str, Any]) -> nn.Module:
+    """Build a backbone from whatever describes it.
+
+    Args:
+        backbone: a module (returned as it is), a factory, or ``{class_path, init_args}`` as a checkpoint keeps it.
+
+    Raises:
+        ValueError: if it does not lead to an ``nn.Module``.
+    """
+    if isinstance(backbone, nn.Module):
+        return backbone
+    if isinstance(backbone, dict):
+        path, _, name = str(backbone.get("class_path", "")).rpartition(".")
+        # A bare name is one of the package's own, as in YAML.
+        try:
+            found = getattr(import_module(path or "lightning_align"), name, None)
+        except ImportError:
+            found = None
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            raise ValueError(f"backbone: class_path {backbone.get('class_path')!r} is no nn.Module")
+        return found(**backbone.get("init_args", {}))
+    model = backbone()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"backbone: the factory returned a {type(model).__name__}; it must return an nn.Module")
+    return model
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint, or a safetensors file as one, without unpickling anything but tensors and primitives.
+
+    Raises:
+        ValueError: if there is no such file or it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        hint = f"; that folder has {', '.join(near)}" if near else ""
+        raise ValueError(f"checkpoint {path}: there is no such file (looked from {Path.cwd()}){hint}")
+    try:
+        if path.suffix == ".safetensors":
+            return {"state_dict": load_file(path)}
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch and safetensors raise a dozen kinds here
+        raise ValueError(f"checkpoint {path}: cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"checkpoint {path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
+
+
+def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any] | None = None) -> nn.Module:
+    """Build a policy and give it the weights of a checkpoint.
+
+    Args:
+        path: written by a module of this package (``.ckpt``), or a bare state dict (``.ckpt``, ``.pt``,
+            ``.safetensors``). One that holds only LoRA adapters leads on to the checkpoint they were trained on, into
+            which they are merged.
+        backbone: what to build; by default what the checkpoint says.
+
+    Raises:
+        ValueError: if the file cannot be read, does not say what to build, or is of another model.
+    """
+    checkpoint = read_checkpoint(path)
+    hparams: dict[str, Any] = checkpoint.get("hyper_parameters", {})
+    state = policy_state(checkpoint["state_dict"])
+    if hparams.get("lora"):
+        base = hparams.get("init_from")
+        if base is None:
+            raise ValueError(f"checkpoint {path}: holds adapters only and does not say on which checkpoint they were trained")
+        model = load_policy(base, backbone)
+        config = LoRAConfig(**dict(hparams["lora"]))
+        frozen = model.state_dict()
+        add_lora(model, config)
+        load_weights(model, {**frozen, **state}, path)
+        merge_lora(model, config.scope)
+        remove_lora(model, config.scope)
+        return model
+    backbone = backbone if backbone is not None else hparams.get("backbone")
+    if backbone is None:
+        raise ValueError(f"checkpoint {path}: does not say which backbone it is of; give `backbone`")
+    model = build_backbone(backbone)
+    load_weights(model, state, path)
+    return model
+
+
+def policy_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The policy's part of a state dict; all of it if it has no such part."""
+    part = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+    return part or state
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load all weights, or say how the checkpoint differs.
+
+    Raises:
+        ValueError: naming weights that are missing, left over or of another shape.
+    """
+    own = model.state_dict()
+    shapes = [
+        f"{name} is {tuple(state[name].shape)} in the file and {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    missing, extra = [n for n in own if n not in state], [n for n in state if n not in own]
+    problems = shapes[:3]
+    if missing:
+        problems.append(f"{len(missing)} weights are not in the file, such as {missing[0]}")
+    if extra:
+        problems.append(f"{len(extra)} weights of the file are not in the model, such as {extra[0]}")
+    if problems:
+        raise ValueError(
+            f"checkpoint {path}: is of another model than {type(model).__name__}: {'; '.join(problems)}. Leave `backbone` out "
+            "to build the one that the checkpoint describes, or give the one that it was made with"
+        )
+    model.load_state_dict(state)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of all weights, names and dtypes."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""What a language model is here: anything that maps token ids to logits, and what it may offer besides.
+
+A plain module ``model(tokens_BN) -> logits_BNV`` works everywhere (an output object with ``.logits`` too). What a model
+offers
+more is found by capability, never by type:
+
+- ``hidden(tokens, mask=, positions=, cache=) -> (B, N, D)`` and ``head`` (weight, bias): log-probs in chunks;
+- ``packed_hidden(tokens, mask) -> (T, D)``: no work at pads;
+- ``make_cache(batch, length)``: decoding in constant time a token;
+- ``blocks``: a list of layers to tap.
+"""
+
+from typing import Any, NamedTuple, TypeGuard, cast
+
+from torch import Tensor, nn
+
+
+class Head(NamedTuple):
+    """The output layer: ``linear(hidden, weight, bias)`` are the logits."""
+
+    weight: Tensor
+    """(V, D)."""
+    bias: Tensor | None
+    """(V,) or None."""
+
+
+class HiddenModel(nn.Module):
+    """The capability of giving hidden states and a head (a shape for the type checker; nothing inherits from it)."""
+
+    head: Head
+
+    def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """See `PaLM.hidden`."""
+        raise AssertionError("only a shape for the type checker")
+
+    def packed_hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """See `PaLM.packed_hidden`."""
+        raise AssertionError("only a shape for the type checker")
+
+    def make_cache(self, batch: int, length: int) -> Any:
+        """See `PaLM.make_cache`."""
+        raise AssertionError("only a shape for the type checker")
+
+
+def has_hidden(model: nn.Module) -> TypeGuard[HiddenModel]:
+    """Whether the model gives hidden states and the head that turns them into logits."""
+    return callable(getattr(model, "hidden", None)) and isinstance(getattr(model, "head", None), tuple)
+
+
+def has_cache(model: nn.Module) -> TypeGuard[HiddenModel]:
+    """Whether the model can decode with a key-value cache."""
+    return has_hidden(model) and callable(getattr(model, "make_cache", None))
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits of any language model.
+
+    Args:
+        model: maps tokens to logits, or to an object that has them as ``logits``.
+        tokens: (B, N) int64, padded on the right if at all.
+
+    Returns:
+        (B, N, V).
+
+    Raises:
+        ValueError: if what the model returned has another shape.
+    """
+    out = model(tokens)
+    logits = cast(Tensor, out if isinstance(out, Tensor) else getattr(out, "logits", None))
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(out).__name__
+        raise ValueError(
+            f"the backbone {type(model).__name__} returned {got} for tokens {tuple(tokens.shape)}; a language model "
+            f"returns "
+            "logits (batch, positions, vocabulary), or an object with such `logits`"
+        )
+    return logits
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """V if the model says it (as ``num_tokens``, ``vocab_size`` or through its head), else None."""
+    for name in ("num_tokens", "vocab_size"):
+        if isinstance(size := getattr(model, name, None), int):
+            return size
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(size, int):
+        return size
+    return model.head.weight.shape[0] if has_hidden(model) else None

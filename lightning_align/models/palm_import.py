@@ -1,0 +1,105 @@
+"""Reading checkpoints of PaLM-rlhf-pytorch."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_align.models.lora import LoRAConfig, add_lora
+from lightning_align.models.palm import PaLM, PaLMBlock
+
+
+def load_palm_rlhf(path: str | Path, *, heads: int, gain: str = "offset", **overrides: Any) -> PaLM:
+    """Build a `PaLM` from a checkpoint of PaLM-rlhf-pytorch; its logits are the same.
+
+    All other sizes follow from the weights. Fine-tuning scopes come along as LoRA scopes of the same
+    names, inactive until `use_lora`.
+
+    Args:
+        path: file written by ``torch.save(palm.state_dict(), path)``.
+        heads: number of query heads.
+        gain: `offset` if layer norms are stored as gain - 1 (version 0.8.0), `plain` if as the gain itself (older
+            versions).
+        overrides: further arguments of `PaLM`, such as `causal` or `xpos_scale_base`.
+
+    Returns:
+        The model, on CPU, in evaluation mode.
+
+    Raises:
+        ValueError: if the file is not such a checkpoint, or `heads` or `gain` do not fit it.
+    """
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    if "token_emb.weight" not in state or "layers.0.fn.fused_attn_ff_proj.weight" not in state:
+        raise ValueError(
+            f"{path}: not a checkpoint of PaLM-rlhf-pytorch: there is no layers.0.fn.fused_attn_ff_proj.weight among "
+            f"its "
+            f"{len(state)} entries"
+        )
+    if gain not in ("offset", "plain"):
+        raise ValueError(f"gain is {gain!r}; it must be 'offset' (version 0.8.0) or 'plain' (older versions)")
+    inner = state["layers.0.fn.attn_out.weight"].shape[1]
+    # The fused projection makes queries, one key, one value and both halves of the feed-forward layer.
+    fused, feed = state["layers.0.fn.fused_attn_ff_proj.weight"].shape[0], state["layers.0.fn.ff_out.2.weight"].shape[1]
+    right = inner * 2 // (fused - inner - 2 * feed)
+    if heads != right:
+        raise ValueError(f"{path}: heads is {heads}, but by the shapes of its weights it has {right}")
+    num_tokens, dim = state["token_emb.weight"].shape
+    qk_rmsnorm = "layers.0.fn.q_scale" in state
+    model = PaLM(
+        **{
+            "num_tokens": num_tokens,
+            "dim": dim,
+            "depth": len({name.split(".")[1] for name in state if name.startswith("layers.")}),
+            "heads": heads,
+            "dim_head": inner // heads,
+            "ff_mult": state["layers.0.fn.ff_out.2.weight"].shape[1] // dim,
+            "variant": "palm_rlhf",
+            "qk_rmsnorm": qk_rmsnorm,
+            # That package never hands its qk_scale to the attention, which scales by dim_head ** -0.5 all the same.
+            "qk_scale": (inner // heads) ** -0.5 if qk_rmsnorm else 8.0,
+            "tie_embeddings": True,
+            **overrides,
+        }
+    )
+    offset = 1.0 if gain == "offset" else 0.0
+    converted = {"token_emb.weight": state["token_emb.weight"], "norm.weight": state["norm.gamma"] + offset}
+    names = {
+        "fused_attn_ff_proj.weight": "in_proj.weight",
+        "attn_out.weight": "attn_out.weight",
+        "ff_out.2.weight": "ff_out.weight",
+        "q_scale": "q_gain",
+        "k_scale": "k_gain",
+    }
+    for layer in range(len(model.blocks)):
+        converted[f"blocks.{layer}.norm.weight"] = state[f"layers.{layer}.fn.norm.gamma"] + offset
+        for theirs, ours in names.items():
+            if f"layers.{layer}.fn.{theirs}" in state:
+                converted[f"blocks.{layer}.{ours}"] = state[f"layers.{layer}.fn.{theirs}"]
+    model.load_state_dict(converted)
+    for scope in sorted({name.split(".")[1] for name in state if name.startswith("finetune_modules.")}):
+        _add_scope(model, scope, state)
+    return model.eval()
+
+
+def _add_scope(model: PaLM, scope: str, state: dict[str, Tensor]) -> None:
+    """Their low-rank q, k and v terms, side by side, are one term of three times the rank on our fused projection."""
+    rank = state[f"finetune_modules.{scope}.0.0.A"].shape[1]
+    add_lora(model, LoRAConfig(scope=scope, rank=3 * rank, alpha=3 * rank, targets=["in_proj"]), active=False)
+    add_lora(model, LoRAConfig(scope=scope, rank=rank, alpha=rank, targets=["attn_out"]), active=False)
+    adapters = {}
+    for layer, block in enumerate(model.blocks):
+        part = f"finetune_modules.{scope}.{layer}"
+        assert isinstance(block, PaLMBlock)
+        splits = block.splits
+        up = torch.zeros(3 * rank, sum(splits))
+        start = 0
+        for index, width in enumerate(splits[:3]):
+            up[index * rank : (index + 1) * rank, start : start + width] = state[f"{part}.{index}.B"]
+            start += width
+        adapters[f"blocks.{layer}.in_proj.lora.{scope}.A"] = torch.cat([state[f"{part}.{i}.A"] for i in range(3)], dim=1)
+        adapters[f"blocks.{layer}.in_proj.lora.{scope}.B"] = up
+        adapters[f"blocks.{layer}.attn_out.lora.{scope}.A"] = state[f"{part}.3.A"]
+        adapters[f"blocks.{layer}.attn_out.lora.{scope}.B"] = state[f"{part}.3.B"]
+    unexpected = model.load_state_dict(adapters, strict=False).unexpected_keys
+    assert not unexpected, unexpected

@@ -1,0 +1,268 @@
+"""What every module of the suite shares: how its policy is built and saved, how its loss is weighted, what it logs."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.models.checkpoint import (
+    PREFIX,
+    Backbone,
+    backbone_spec,
+    build_backbone,
+    load_policy,
+)
+from lightning_align.models.language_model import logits_of
+from lightning_align.models.lora import LoRAConfig, add_lora, train_only
+from lightning_align.models.parallelize import shard
+from lightning_align.types import TokenBatch
+
+
+class AlignModule(L.LightningModule):
+    """A LightningModule around one policy.
+
+    The policy is built in ``configure_model``, where Lightning wants it for sharded strategies, as ``self.policy``.
+
+    A training step returns a **sum** over what it is a mean of (tokens, pairs) and declares how many there were,
+    through `weighted`; the gradients are divided once, before the optimizer step, by the number in the whole optimizer
+    batch. So one optimizer batch gives one gradient, however it is cut into micro-batches and spread over ranks.
+    """
+
+    default_lr = 1e-4
+
+    def __init__(
+        self,
+        backbone: Backbone | None = None,
+        *,
+        init_from: str | None = None,
+        lora: LoRAConfig | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        generation: GenerationConfig | None = None,
+    ) -> None:
+        """See the subclasses for the arguments."""
+        super().__init__()
+        if backbone is None and init_from is None:
+            raise ValueError(f"{type(self).__name__}: give `backbone` (what to build), `init_from` (a checkpoint), or both")
+        if lora is not None and init_from is None and not isinstance(backbone, nn.Module):
+            raise ValueError(
+                f"{type(self).__name__}: `lora` trains adapters on a frozen base, which the checkpoint does not hold: give the "
+                "base as `init_from`, or a module with its weights as `backbone`"
+            )
+        if isinstance(lora, Mapping):
+            lora = LoRAConfig(**lora)
+        if isinstance(generation, Mapping):
+            generation = GenerationConfig(**generation)
+        # On the command line Lightning hands over the parsed configuration, which is primitives only. In code the arguments are
+        # objects; what a checkpoint can hold of them, and rebuild them from, is their own arguments.
+        given = _given_hyperparameters.get() is not None
+        self.save_hyperparameters(ignore=() if given else ("backbone", "lora", "optimizer", "lr_scheduler", "generation"))
+        if not given:
+            described = backbone_spec(backbone) if isinstance(backbone, nn.Module) else backbone
+            self.hparams["backbone"] = described if isinstance(described, dict) else None
+            self.hparams["lora"] = None if lora is None else dataclasses.asdict(lora)
+            self.hparams["generation"] = None if generation is None else dataclasses.asdict(generation)
+        # In a tuple: a module as attribute would be registered, a second time beside the policy.
+        self._backbone = (backbone,)
+        self.init_from, self.lora, self.generation = init_from, lora, generation or GenerationConfig()
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self.policy: nn.Module = cast(nn.Module, None)
+        self._weight: Tensor | float = 0.0
+        self._tokens = self._cells = torch.zeros((), dtype=torch.long)
+        self._clock, self._timed_step = math.nan, 0
+
+    # -- the policy
+
+    def configure_model(self) -> None:
+        """Build the policy, once."""
+        if self.policy is not None:
+            return
+        policy = self._build_policy()
+        if self.lora is not None:
+            add_lora(policy, self.lora)
+            train_only(policy, self.lora.scope)
+        self.configure_reference(policy)
+        if self._sharded:
+            shard(policy, self._data_mesh)
+        self.policy = policy
+
+    def configure_reference(self, policy: nn.Module) -> None:
+        """Make what the policy is compared with, before it is sharded and before a checkpoint is restored into it."""
+
+    def _build_policy(self) -> nn.Module:
+        (backbone,) = self._backbone
+        if self.init_from is None:
+            assert backbone is not None
+            return build_backbone(backbone)
+        return load_policy(self.init_from, backbone)
+
+    @property
+    def _sharded(self) -> bool:
+        return self._trainer is not None and isinstance(self._trainer.strategy, ModelParallelStrategy)
+
+    @property
+    def _data_mesh(self) -> Any:
+        assert self.device_mesh is not None
+        return self.device_mesh["data_parallel"]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the policy, (B, N) -> (B, N, V)."""
+        return logits_of(self.policy, tokens)
+
+    # -- one gradient for one optimizer batch
+
+    def weighted(self, loss_sum: Tensor, weight: Tensor | int) -> Tensor:
+        """Return a summed loss from a training step, and say over how many it is a sum.
+
+        Args:
+            loss_sum: scalar, the sum over the micro-batch of what the loss is a mean of.
+            weight: how many there were; their total over the optimizer batch is what the gradient is divided by.
+        """
+        self._weight = self._weight + weight
+        return loss_sum
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn the gradient of the sum into that of the mean; before clipping, after unscaling."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        total = torch.as_tensor(self._weight, dtype=torch.float32, device=self.device)
+        self._weight = 0.0
+        world = self.trainer.world_size
+        if world > 1:
+            total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        # Lightning has divided by the accumulation, DDP and FSDP2 by the number of ranks.
+        factor = self.trainer.accumulate_grad_batches * world / total.clamp(min=1)
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+        if self._logs_this_step:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
+
+    @property
+    def _logs_this_step(self) -> bool:
+        return (self.trainer.global_step + 1) % self._log_every == 0
+
+    @property
+    def _log_every(self) -> int:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the Trainer's logger connector
+        return every
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over what trains, norms' gains and biases without weight decay, and the schedule a step at a time."""
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim >= 2]}]
+        if vectors := [p for p in parameters if p.ndim < 2]:
+            groups.append({"params": vectors, "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, lr=self.default_lr) if self._optimizer is None else self._optimizer(groups)
+        if self._lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}
+        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
+
+    # -- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the checkpoint whole without the file it began from, and hold no frozen base."""
+        if checkpoint.get("hyper_parameters", {}).get("backbone", self) is None:
+            checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
+        if self.lora is not None:
+            for name in self._frozen_names():
+                checkpoint["state_dict"].pop(name, None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Complete a checkpoint of adapters with the base that stands here, so that loading stays strict."""
+        if self.lora is not None:
+            own = self.state_dict()
+            for name in self._frozen_names():
+                checkpoint["state_dict"].setdefault(name, own[name])
+
+    def _frozen_names(self) -> list[str]:
+        return [PREFIX + name for name, parameter in self.policy.named_parameters() if not parameter.requires_grad]
+
+    # -- what every method logs
+
+    def log_training(self, values: dict[str, Tensor], *, progress_bar: str, batch_size: int) -> None:
+        """Log a training step's values as ``train/name``.
+
+        Args:
+            values: scalars by name.
+            progress_bar: name of the one that is shown there.
+            batch_size: rows of the micro-batch.
+        """
+        for name, value in values.items():
+            self.log(f"train/{name}", value, prog_bar=name == progress_bar, batch_size=batch_size)
+
+    def count_tokens(self, batch: TokenBatch) -> None:
+        """Count a batch for the throughput and the padding share."""
+        self._tokens = self._tokens + batch["mask"].sum()
+        self._cells = self._cells + batch["mask"].numel()
+
+    def on_train_start(self) -> None:
+        """Register the run in TensorBoard's HPARAMS tab under its validation loss."""
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(cast(dict[str, Any], self.hparams_initial), {"val/loss": math.nan})
+        self._clock = math.nan
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log tokens a second (real ones, over all ranks) and the share of padding since the last time."""
+        step = self.trainer.global_step
+        if step == self._timed_step or step % self._log_every:
+            return
+        self._timed_step = step
+        now = time.perf_counter()
+        if not math.isnan(self._clock):
+            rate = self._tokens * self.trainer.world_size / (now - self._clock)
+            padding = 1 - self._tokens / self._cells
+            self.log_dict({"train/tokens_per_second": rate.float(), "train/padding_share": padding.float()})
+        self._tokens = self._cells = torch.zeros((), dtype=torch.long, device=self.device)
+        self._clock = now
+
+    # -- prediction
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Continue prompts.
+
+        Args:
+            batch: a `PromptBatch`, prompts of any lengths.
+            batch_idx: makes the random numbers of each batch its own.
+
+        Returns:
+            For each prompt ``row``, ``prompt`` and ``responses`` (as text where the data module has a tokenizer, else as ids)
+            and ``finished``.
+        """
+        tokenizer = self._tokenizer
+        generator = torch.Generator(self.device).manual_seed(hash((self.generation.seed, self.global_rank, batch_idx)))
+        eos_id = None if tokenizer is None else tokenizer.eos_id
+        results = generate(self.policy, batch["prompts"], self.generation, eos_id=eos_id, generator=generator)
+
+        def spell(ids: list[int]) -> str | list[int]:
+            return ids if tokenizer is None else tokenizer.decode(ids)
+
+        return [
+            {
+                "row": int(row),
+                "prompt": spell(prompt),
+                "responses": [spell(r.tokens) for r in responses],
+                "finished": [r.finished for r in responses],
+            }
+            for row, prompt, responses in zip(batch["rows"], batch["prompts"], results, strict=True)
+        ]
+
+    @property
+    def _tokenizer(self) -> Any:
+        data = getattr(self.trainer, "datamodule", None)
+        return getattr(data, "tokenizer", None)

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: the stage that every method starts from."""

@@ -1,0 +1,58 @@
+"""Batches that travel between the rooms, and the shape legend that every file uses.
+
+Legend: ``B`` rows of a batch, ``N`` positions of a row, ``V`` vocabulary, ``D`` model width, ``H`` heads, ``K`` head
+    width,
+``T`` selected (response) positions of a whole batch, ``S`` columns of a key-value cache.
+"""
+
+from typing import NamedTuple, NotRequired, TypedDict
+
+from torch import Tensor
+
+
+class TokenBatch(TypedDict):
+    """Token rows, padded on the right.
+
+    Right padding is part of the contract: under causal attention no real position can then see a pad, so models that
+    take tokens only need no mask.
+    """
+
+    tokens: Tensor
+    """(B, N) int64 token ids."""
+    mask: Tensor
+    """(B, N) bool, true at real tokens."""
+    targets: Tensor
+    """(B, N) bool, true at the tokens that are predicted and trained: the response and its end-of-sequence token."""
+    num_bytes: NotRequired[Tensor]
+    """(B,) int64, UTF-8 bytes of the text that the targets spell; what bits per byte divide by."""
+    rows: NotRequired[Tensor]
+    """(B,) int64, index of each row in its source, so that a result can be traced back to its line."""
+
+
+class PreferenceBatch(TypedDict):
+    """Pairs: row ``b`` of ``chosen`` is preferred over row ``b`` of ``rejected``."""
+
+    chosen: TokenBatch
+    rejected: TokenBatch
+
+
+class PromptBatch(TypedDict):
+    """Prompts to continue, of any lengths, unpadded."""
+
+    prompts: list[list[int]]
+    rows: Tensor
+    """(B,) int64, index of each prompt in its source."""
+
+
+class LogProbs(NamedTuple):
+    """Log-probabilities of the responses of a batch, in float32."""
+
+    sums: Tensor
+    """(B,) sum over the target tokens of each row, in nats."""
+    counts: Tensor
+    """(B,) int64 number of target tokens of each row."""
+
+    @property
+    def means(self) -> Tensor:
+        """(B,) mean per target token; 0 where a row has no target."""
+        return self.sums / self.counts.clamp(min=1)

@@ -1,0 +1,129 @@
+import json
+import pickle
+
+import pytest
+
+from lightning_align.data.tokenizer import (
+    ByteTokenizer,
+    FileTokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    train_tokenizer,
+)
+from tests.data.helpers import small_bpe, write_jsonl
+
+TEXTS = ["", "plain text 123", "  spaces \n\n lines", "über naïve 東京 🙂 e\u0301", "\x00\t\u2028"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    small_bpe(folder)
+    return folder
+
+
+def test_bytes_by_hand():
+    (encoding,) = ByteTokenizer().encode_batch(["aé"])
+    assert encoding.ids == [100, 198, 172]
+    assert encoding.offsets == [(0, 1), (1, 2), (1, 2)]
+    assert ByteTokenizer().decode([1, 100, 2]) == "a"
+    assert ByteTokenizer().decode([1, 100, 2], skip_special=False) == "<bos>a<eos>"
+    with pytest.raises(ValueError, match="knows 0 to 258"):
+        ByteTokenizer().decode([259])
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe.json"])
+def test_lossless_with_offsets_in_order(folder, name):
+    tokenizer = load_tokenizer(name if name == "bytes" else str(folder / name))
+    for text, encoding in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+        assert tokenizer.decode(encoding.ids) == text
+        assert len(encoding.offsets) == len(encoding.ids)
+        assert all(start < end for start, end in encoding.offsets)
+        assert encoding.offsets == sorted(encoding.offsets)
+        assert max(encoding.ids, default=0) < tokenizer.vocab_size
+
+
+def test_digits_are_single_and_special_text_is_recognised(folder):
+    tokenizer = load_tokenizer(str(folder / "bpe.json"))
+    (encoding,) = tokenizer.encode_batch(["<bos>123<eos>"])
+    assert [tokenizer.decode([i]) for i in encoding.ids[1:-1]] == ["1", "2", "3"]
+    assert (encoding.ids[0], encoding.ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+
+
+def test_fingerprints_follow_the_content(folder, tmp_path):
+    one = load_tokenizer(str(folder / "bpe.json"))
+    copy = tmp_path / "copy.json"
+    copy.write_text((folder / "bpe.json").read_text())
+    assert load_tokenizer(str(copy)).fingerprint == one.fingerprint
+    assert FileTokenizer(str(copy), bos="").fingerprint != one.fingerprint
+    assert small_bpe(tmp_path, vocab_size=300).fingerprint != one.fingerprint
+    assert pickle.loads(pickle.dumps(one)).encode_batch(["a dog"]) == one.encode_batch(["a dog"])
+
+
+def _renamed(folder, tmp_path, **names):
+    text = (folder / "bpe.json").read_text()
+    for old, new in names.items():
+        text = text.replace(f'"<{old}>"', json.dumps(new))
+    path = tmp_path / "renamed.json"
+    path.write_text(text)
+    return str(path)
+
+
+def test_special_tokens_of_unusual_names(folder, tmp_path):
+    path = _renamed(folder, tmp_path, eos="<|done|>", pad="<|fill|>")
+    with pytest.raises(ValueError, match=r"no end-of-sequence token.*eos="):
+        load_tokenizer(path)
+    tokenizer = load_tokenizer(f"{path}?eos=<|done|>")
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (2, 2)
+    with pytest.raises(ValueError, match=r"eos is '<nope>'"):
+        load_tokenizer(f"{path}?eos=<nope>")
+    with pytest.raises(ValueError, match="gives unk"):
+        load_tokenizer(f"{path}?unk=x")
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_tokenizer(str(tmp_path / "none.json"))
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a file of the tokenizers library"):
+        load_tokenizer(str(tmp_path / "bad.json"))
+
+
+def test_a_model_must_know_every_id():
+    check_vocabulary(ByteTokenizer(), num_tokens=259)
+    with pytest.raises(ValueError, match="knows 258 tokens, the tokenizer has 259"):
+        check_vocabulary(ByteTokenizer(), num_tokens=258)
+
+
+def test_training_reads_every_text_field(tmp_path):
+    rows = [
+        {"prompt": "aaaa", "chosen": [{"role": "assistant", "content": "bbbb"}], "rejected": "cccc"},
+        {"messages": [{"role": "user", "content": "dddd"}], "response": "eeee", "text": "ffff", "other": "zzzz"},
+    ] * 3
+    output = tmp_path / "deep" / "tok.json"
+    train_tokenizer([write_jsonl(tmp_path / "rows.jsonl", rows)], output=str(output), vocab_size=300)
+    tokenizer = load_tokenizer(str(output))
+    lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch([c * 4 for c in "abcdefz"])]
+    assert lengths == [1, 1, 1, 1, 1, 1, 4]
+    assert [file.name for file in output.parent.iterdir()] == ["tok.json"]
+
+
+def test_training_refuses_bad_input(tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"other": "x"}])
+    with pytest.raises(ValueError, match="no text field"):
+        train_tokenizer([rows], output=str(tmp_path / "tok.json"))
+    with pytest.raises(ValueError, match="vocab_size is 258"):
+        train_tokenizer([rows], output=str(tmp_path / "tok.json"), vocab_size=258)
+    with pytest.raises(ValueError, match=r"ends in \.json"):
+        train_tokenizer([rows], output=str(tmp_path / "tok"))
+    assert not (tmp_path / "tok.json").exists()
+
+
+def test_plain_template():
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    segments = ByteTokenizer().render(messages, add_generation_prompt=True)
+    assert "".join(segment.text for segment in segments) == "<|user|>\nhi\n<|assistant|>\nyo<|assistant|>\n"
+    assert [(segment.text, segment.eos) for segment in segments if segment.trained] == [("yo", True)]
+    with pytest.raises(ValueError, match="message 2"):
+        ByteTokenizer().render([messages[0], {"role": "user"}], add_generation_prompt=False)

@@ -1,0 +1,165 @@
+"""Policies out of files: what is read back is what was written, and what does not fit is named."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_align.models.checkpoint import (
+    backbone_spec,
+    build_backbone,
+    load_policy,
+    policy_state,
+    read_checkpoint,
+    weights_hash,
+)
+from lightning_align.models.lora import LoRAConfig, add_lora, lora_layers, lora_parameters
+from lightning_align.models.palm import PaLM
+from tests.toys import VOCABULARY, gap, tiny_palm
+
+
+def tokens_of() -> Tensor:
+    return torch.randint(VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(4))
+
+
+def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"policy.{name}": value for name, value in state.items()}
+
+
+def save(model: nn.Module, path: Path, **hparams: Any) -> Path:
+    torch.save({"state_dict": prefixed(model.state_dict()), "hyper_parameters": hparams}, path)
+    return path
+
+
+@pytest.mark.parametrize("given", ["nothing", "module", "factory", "spec"])
+def test_a_checkpoint_of_a_module_is_read_back(given: str, tmp_path: Path) -> None:
+    model = tiny_palm(qk_rmsnorm=True)
+    path = save(model, tmp_path / "a.ckpt", backbone=backbone_spec(model))
+    other = {
+        "nothing": None,
+        "module": tiny_palm(qk_rmsnorm=True, seed=7),
+        "factory": functools.partial(tiny_palm, qk_rmsnorm=True, seed=7),
+        "spec": backbone_spec(model),
+    }
+    loaded = load_policy(path, other[given])
+    torch.testing.assert_close(loaded(tokens_of()), model(tokens_of()), rtol=0, atol=0)
+    assert weights_hash(loaded) == weights_hash(model)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.ckpt", "a.safetensors"])
+def test_a_bare_state_dict_is_read_back(name: str, tmp_path: Path) -> None:
+    model = tiny_palm()
+    save_file(model.state_dict(), tmp_path / name) if name.endswith("tensors") else torch.save(
+        model.state_dict(), tmp_path / name
+    )
+    loaded = load_policy(tmp_path / name, lambda: tiny_palm(seed=7))
+    torch.testing.assert_close(loaded(tokens_of()), model(tokens_of()), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="does not say which backbone"):
+        load_policy(tmp_path / name)
+
+
+def test_only_the_policy_is_taken() -> None:
+    one, two = torch.ones(1), torch.zeros(1)
+    assert policy_state({"policy.weight": one, "metric.sum": two}) == {"weight": one}
+    assert policy_state({"weight": one}) == {"weight": one}
+
+
+def test_the_hash_sees_every_change() -> None:
+    model = tiny_palm()
+    first = weights_hash(model)
+    assert weights_hash(tiny_palm()) == first
+    with torch.no_grad():
+        model.norm.weight[3] += 1e-6
+    assert weights_hash(model) != first
+    assert weights_hash(tiny_palm().bfloat16()) != first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"dim": 8}, r"token_emb.weight is \(23, 16\) in the file and \(23, 8\) in the model"),
+        ({"depth": 3}, "4 weights are not in the file, such as blocks.2.norm.weight"),
+        ({"depth": 1}, "4 weights of the file are not in the model, such as blocks.1.norm.weight"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_named(overrides: dict[str, int], message: str, tmp_path: Path) -> None:
+    path = save(tiny_palm(), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=f"a.ckpt: is of another model than PaLM: .*{message}"):
+        load_policy(path, tiny_palm(**overrides))
+
+
+def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path) -> None:
+    save(tiny_palm(), tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"best\.ckpt: there is no such file .*last\.ckpt"):
+        load_policy(tmp_path / "best.ckpt")
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.ckpt").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.ckpt: cannot be read"):
+        read_checkpoint(tmp_path / "text.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match="holds a list, not a checkpoint"):
+        read_checkpoint(tmp_path / "list.ckpt")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path(tmp_path / "ran").touch, ())
+
+    torch.save({"state_dict": {}, "x": Bomb()}, tmp_path / "bomb.ckpt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_checkpoint(tmp_path / "bomb.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_adapters_lead_on_to_their_base(tmp_path: Path) -> None:
+    base = tiny_palm()
+    base_path = save(base, tmp_path / "base.ckpt", backbone=backbone_spec(base))
+    config: dict[str, Any] = {"rank": 2, "targets": ["in_proj"], "scope": "task"}
+    add_lora(base, LoRAConfig(**config))
+    with torch.no_grad():
+        for parameter in lora_parameters(base, "task"):
+            parameter.normal_()
+    adapters = {f"policy.{n}": v for n, v in base.state_dict().items() if ".lora." in n}
+    hparams = {"lora": config, "init_from": str(base_path)}
+    torch.save({"state_dict": adapters, "hyper_parameters": hparams}, tmp_path / "lora.ckpt")
+    loaded = load_policy(tmp_path / "lora.ckpt")
+    assert gap(loaded(tokens_of()), tiny_palm()(tokens_of())) > 0.01
+    torch.testing.assert_close(loaded(tokens_of()), base(tokens_of()), rtol=0, atol=1e-4)
+    assert lora_layers(loaded) == []
+
+    adapters.popitem()
+    torch.save({"state_dict": adapters, "hyper_parameters": hparams}, tmp_path / "half.ckpt")
+    with pytest.raises(ValueError, match=r"half.ckpt: .*1 weights are not in the file, such as blocks\.1\.in_proj\.lora"):
+        load_policy(tmp_path / "half.ckpt")
+    torch.save({"state_dict": adapters, "hyper_parameters": {"lora": config}}, tmp_path / "lost.ckpt")
+    with pytest.raises(ValueError, match="does not say on which checkpoint they were trained"):
+        load_policy(tmp_path / "lost.ckpt")
+
+
+def test_a_spec_builds_the_model_again() -> None:
+    model = tiny_palm(variant="paper")
+    spec = backbone_spec(model)
+    assert spec is not None and spec["class_path"] == "lightning_align.models.palm.PaLM"
+    again = build_backbone(spec)
+    assert isinstance(again, PaLM) and again.init_args == model.init_args
+    assert isinstance(build_backbone({**spec, "class_path": "PaLM"}), PaLM)
+    assert build_backbone(model) is model
+    assert backbone_spec(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("path", ["os.path.join", "no.such.Thing", "PaLMs", "torch.optim.Adam", "lightning_align.generate"])
+def test_what_builds_no_module_is_named(path: str) -> None:
+    with pytest.raises(ValueError, match=f"class_path '{path}' is no nn.Module"):
+        build_backbone({"class_path": path})
+
+
+def test_a_factory_of_something_else_is_named() -> None:
+    with pytest.raises(ValueError, match="the factory returned a dict"):
+        build_backbone(dict)  # type: ignore[arg-type]

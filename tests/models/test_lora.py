@@ -1,0 +1,213 @@
+"""LoRA scopes against the dense formula, and what they must leave alone."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_align.models.lora import (
+    LoRAConfig,
+    LoRALinear,
+    add_lora,
+    lora_disabled,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    train_only,
+    unmerge_lora,
+    use_lora,
+    using_lora,
+)
+from tests.toys import VOCABULARY, gap, state_of, tiny_palm
+
+EXACT = {"rtol": 0.0, "atol": 0.0}
+
+
+def tokens_of() -> Tensor:
+    return torch.randint(VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(4))
+
+
+def fill(model: nn.Module, scope: str) -> None:
+    with torch.no_grad():
+        for parameter in lora_parameters(model, scope):
+            parameter.normal_(std=0.3)
+
+
+def layer_with(config: LoRAConfig, *, inputs: int = 6, outputs: int = 5, bias: bool = True) -> LoRALinear:
+    model = nn.Sequential(nn.Linear(inputs, outputs, bias=bias))
+    add_lora(model, config)
+    layer = model[0]
+    assert isinstance(layer, LoRALinear)
+    return layer
+
+
+def test_it_starts_as_the_plain_model() -> None:
+    model, tokens = tiny_palm(), tokens_of()
+    before, keys = model(tokens), state_of(model)
+    names = add_lora(model, LoRAConfig(rank=3))
+    assert sorted(names) == sorted(f"blocks.{i}.{n}" for i in range(2) for n in ("in_proj", "attn_out", "ff_out"))
+    torch.testing.assert_close(model(tokens), before, **EXACT)
+    # ... while A is not zero, or nothing would ever train.
+    assert all(float(layer.lora["default"].A.detach().std()) > 0 for _, layer in lora_layers(model))
+    # The base keeps its names, so a checkpoint of the plain model still loads.
+    assert set(keys) == {name for name in model.state_dict() if ".lora." not in name}
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 12 / 4), (True, 12 / math.sqrt(4))])
+def test_it_is_the_dense_formula(rslora: bool, scale: float) -> None:
+    layer = layer_with(LoRAConfig(rank=4, alpha=12, rslora=rslora)).double()
+    A, B = lora_parameters(layer, "default")
+    with torch.no_grad():
+        B.normal_()
+    x = torch.randn(3, 2, 6, dtype=torch.float64)
+    expected = x @ (layer.weight.T + scale * (A @ B)) + layer.bias
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+def test_a_begins_kaiming_uniform() -> None:
+    A, B = lora_parameters(layer_with(LoRAConfig(rank=32), inputs=400, outputs=3), "default")
+    assert float(A.detach().std()) == pytest.approx((3 * 400) ** -0.5, rel=0.02)
+    assert float(A.detach().abs().max()) <= 400**-0.5
+    assert not B.any()
+
+
+def test_the_product_of_its_factors_is_never_formed() -> None:
+    """Counted in operations: the layer costs 2 T in out, its adapter 2 T r (in + out); A @ B would add 2 in r out."""
+    layer, rows = layer_with(LoRAConfig(rank=2), inputs=50, outputs=40, bias=False), 3
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        layer(torch.randn(rows, 50))
+    assert counter.get_total_flops() == 2 * rows * 50 * 40 + 2 * rows * 2 * (50 + 40)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    layer, x = layer_with(LoRAConfig(rank=4, dropout=0.5)), torch.randn(4, 6)
+    fill(layer, "default")
+    assert gap(layer(x), layer(x)) > 0
+    layer.eval()
+    torch.testing.assert_close(layer(x), layer(x), **EXACT)
+
+
+def test_an_adapter_added_to_a_model_in_evaluation_mode_is_in_it() -> None:
+    model = tiny_palm().eval()
+    add_lora(model, LoRAConfig(dropout=0.5))
+    assert not any(module.training for module in model.modules())
+
+
+def test_switching_off_and_nesting() -> None:
+    model, tokens = tiny_palm(), tokens_of()
+    plain = model(tokens)
+    for scope in ("a", "b"):
+        add_lora(model, LoRAConfig(rank=2, scope=scope), active=scope == "a")
+        fill(model, scope)
+    with_a = model(tokens)
+    assert gap(with_a, plain) > 0.01
+    with using_lora(model, "b"):
+        with_b = model(tokens)
+        with lora_disabled(model):
+            torch.testing.assert_close(model(tokens), plain, **EXACT)
+            with using_lora(model, "a", "b"):
+                both = model(tokens)
+        torch.testing.assert_close(model(tokens), with_b, **EXACT)
+    torch.testing.assert_close(model(tokens), with_a, **EXACT)
+    assert min(gap(with_a, with_b), gap(both, with_a), gap(both, with_b)) > 0.01
+    with pytest.raises(RuntimeError, match="inside"), lora_disabled(model):
+        raise RuntimeError("inside")
+    torch.testing.assert_close(model(tokens), with_a, **EXACT)
+    use_lora(model)
+    torch.testing.assert_close(model(tokens), plain, **EXACT)
+
+
+def test_merging_and_taking_out() -> None:
+    model, tokens = tiny_palm(), tokens_of()
+    plain, weights = model(tokens), state_of(model)
+    add_lora(model, LoRAConfig(rank=2))
+    fill(model, "default")
+    adapted = model(tokens)
+    merge_lora(model, "default")
+    torch.testing.assert_close(model(tokens), adapted, rtol=0, atol=2e-6 * float(adapted.detach().abs().max()))
+    assert gap(model.state_dict()["blocks.0.in_proj.weight"], weights["blocks.0.in_proj.weight"]) > 0.01
+    unmerge_lora(model, "default")
+    torch.testing.assert_close(model(tokens), adapted, rtol=0, atol=2e-6 * float(adapted.detach().abs().max()))
+    for name, value in weights.items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6)
+    remove_lora(model, "default")
+    torch.testing.assert_close(model(tokens), plain, rtol=0, atol=1e-5)
+    assert model.state_dict().keys() == weights.keys()
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def test_removing_a_merged_scope_leaves_it_in_the_weights() -> None:
+    model, tokens = tiny_palm(), tokens_of()
+    add_lora(model, LoRAConfig(rank=2))
+    fill(model, "default")
+    merge_lora(model, "default")
+    merged = model(tokens)
+    remove_lora(model, "default")
+    torch.testing.assert_close(model(tokens), merged, **EXACT)
+    add_lora(model, LoRAConfig(rank=2))  # the name is free again
+    torch.testing.assert_close(model(tokens), merged, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [(["in_proj"], 2), (["*_out"], 4), (["blocks.1.*"], 3), (["blocks.0.ff_out", "attn_out"], 3), (["*"], 6)],
+)
+def test_patterns_match_the_last_part_or_the_whole(targets: list[str], count: int) -> None:
+    model = tiny_palm()
+    assert len(add_lora(model, LoRAConfig(targets=targets))) == count
+    assert len(lora_layers(model)) == count
+
+
+def test_only_a_scope_trains() -> None:
+    model = tiny_palm()
+    for scope in ("a", "b"):
+        add_lora(model, LoRAConfig(rank=2, scope=scope))
+    train_only(model, "b")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 12 and all(".lora.b." in name for name in trained)
+    model(tokens_of()).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == trained
+
+
+def test_errors() -> None:
+    model = tiny_palm()
+    with pytest.raises(ValueError, match=r"\['wq'\] match none of the linear layers \['attn_out', 'ff_out', 'in_proj'\]"):
+        add_lora(model, LoRAConfig(targets=["wq"]))
+    with pytest.raises(ValueError, match="no scope 'x'; it has none"):
+        use_lora(model, "x")
+    add_lora(model, LoRAConfig())
+    with pytest.raises(ValueError, match="has a scope 'default' already"):
+        add_lora(model, LoRAConfig())
+    with pytest.raises(ValueError, match=r"no scope 'x'; it has \['default'\]"):
+        merge_lora(model, "x")
+    with pytest.raises(ValueError, match="is not merged"):
+        unmerge_lora(model, "default")
+    merge_lora(model, "default")
+    with pytest.raises(ValueError, match="is merged already"):
+        merge_lora(model, "default")
+    with pytest.raises(ValueError, match="cannot be switched off"), lora_disabled(model):
+        pass
+
+    class Odd(nn.Linear):
+        pass
+
+    with pytest.raises(ValueError, match="is a Odd, a subclass of Linear"):
+        add_lora(nn.Sequential(Odd(2, 2)), LoRAConfig())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "rank is 0; it must be at least 1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"scope": "a.b"}, "scope is 'a.b'"),
+        ({"scope": ""}, "scope is ''"),
+    ],
+)
+def test_impossible_values_are_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRAConfig(**values)

@@ -1,0 +1,99 @@
+"""Checkpoints of PaLM-rlhf-pytorch 0.8.0 give the same logits here; and its defects, which a reimplementation need not share."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from palm_rlhf_pytorch import PaLM as Theirs
+from torch import Tensor
+
+from lightning_align.models.lora import use_lora
+from lightning_align.models.palm_import import load_palm_rlhf
+
+SIZES: dict[str, Any] = {"num_tokens": 23, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "ff_mult": 2, "lora_r": 3}
+
+
+def theirs(**overrides: Any) -> Theirs:
+    """Their model with every weight, gains and adapters included, away from its initial value."""
+    model = Theirs(**SIZES, **overrides).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def save(model: Theirs, folder: Path) -> Path:
+    torch.save(model.state_dict(), folder / "palm.pt")
+    return folder / "palm.pt"
+
+
+def tokens_of() -> Tensor:
+    return torch.randint(23, (3, 12))
+
+
+@pytest.mark.parametrize("qk_rmsnorm", [False, True])
+@pytest.mark.parametrize("overrides", [{}, {"causal": False}, {"rotary_xpos_scale_base": 64}], ids=["", "encoder", "xpos"])
+def test_the_logits_are_theirs(overrides: dict[str, Any], qk_rmsnorm: bool, tmp_path: Path) -> None:
+    model, tokens = theirs(qk_rmsnorm=qk_rmsnorm, **overrides), tokens_of()
+    ours_name = {"causal": "causal", "rotary_xpos_scale_base": "xpos_scale_base"}
+    loaded = load_palm_rlhf(save(model, tmp_path), heads=2, **{ours_name[name]: v for name, v in overrides.items()})
+    expected = model(tokens)
+    assert float(expected.detach().std()) > 0.3
+    torch.testing.assert_close(loaded(tokens), expected, rtol=0, atol=1e-5)
+    # Not so with the other convention of gains, in which theirs would be off by one.
+    shifted = load_palm_rlhf(save(model, tmp_path), heads=2, gain="plain")
+    assert float((shifted(tokens) - expected).detach().abs().max()) > 0.1
+
+
+def test_older_checkpoints_store_the_gain_itself(tmp_path: Path) -> None:
+    model, tokens = theirs(), tokens_of()
+    state = {name: value + 1 if name.endswith("gamma") else value for name, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "old.pt")
+    loaded = load_palm_rlhf(tmp_path / "old.pt", heads=2, gain="plain")
+    torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=1e-5)
+
+
+def test_finetune_scopes_become_lora_scopes(tmp_path: Path) -> None:
+    model, tokens = theirs(finetune_scopes=("actor", "reward")), tokens_of()
+    loaded = load_palm_rlhf(save(model, tmp_path), heads=2)
+    torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=1e-5)
+    for scope in ("actor", "reward"):
+        use_lora(loaded, scope)
+        expected = model(tokens, finetune_scope=scope)
+        assert float((expected - model(tokens)).detach().abs().max()) > 0.1
+        torch.testing.assert_close(loaded(tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_a_foreign_file_is_named(tmp_path: Path) -> None:
+    torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: not a checkpoint of PaLM-rlhf-pytorch"):
+        load_palm_rlhf(tmp_path / "other.pt", heads=2)
+
+
+def test_wrong_heads_and_gains_are_named(tmp_path: Path) -> None:
+    path = save(theirs(), tmp_path)
+    for heads in (1, 3, 4):
+        with pytest.raises(ValueError, match=f"heads is {heads}, but by the shapes of its weights it has 2"):
+            load_palm_rlhf(path, heads=heads)
+    with pytest.raises(ValueError, match="gain is 'minus'"):
+        load_palm_rlhf(path, heads=2, gain="minus")
+
+
+def test_their_caches_do_not_survive_inference_mode() -> None:
+    """They register rotations in ``forward``; those of an inference-mode pass cannot take part in training."""
+    model = theirs()
+    with torch.inference_mode():
+        model(tokens_of())
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        model(tokens_of()).sum().backward()
+
+
+def test_their_residual_overwrites_what_a_hook_kept() -> None:
+    model = theirs()
+    kept: list[Tensor] = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, __, out: kept.append(out))
+    with torch.no_grad():
+        model(tokens_of())
+    assert kept[0] is kept[1]
