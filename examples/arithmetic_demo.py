@@ -159,6 +159,7 @@ def main() -> None:
     options = arguments()
     os.chdir(ROOT)
     if options.worker is not None:
+        sys.argv = sys.argv[:1]  # the commands take their own arguments
         Seed(options.worker, options.folder, short() if options.short else {}).run()
         return
     start = time.perf_counter()

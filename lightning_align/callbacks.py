@@ -1,16 +1,15 @@
 """Callbacks that decode: samples to look at, problems to solve, predictions to keep. None of them changes what is learned."""
 
 import json
-from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.aggregation import MeanMetric
 
 from lightning_align.data.rows import Grader, RowTask
@@ -138,14 +137,7 @@ class SolveRate(Callback):
         return metric.compute()
 
 
-def _write(text: str) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    return write
-
-
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(Callback):
     """Writes what `predict_step` returns as JSONL, a line a row, in the order of the rows."""
 
     def __init__(self, path: str | Path) -> None:
@@ -154,39 +146,39 @@ class PredictionWriter(BasePredictionWriter):
         Args:
             path: the file; written whole or not at all.
         """
-        super().__init__(write_interval="batch")
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out now, not after the prediction, whether the file can be written."""
         if stage == "predict" and trainer.is_global_zero:
-            publish(self.path, _write(""))
+            publish(self.path.with_name(f".{self.path.name}.probe"), lambda path: path.touch())
+            self.path.with_name(f".{self.path.name}.probe").unlink()
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
+        outputs: Any,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep a batch's rows."""
-        self.rows.extend(prediction)
+        self.rows.extend(outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gather the ranks' rows and write the file."""
-        rows = self.rows
+        rows, self.rows = self.rows, []
         if world()[1] > 1:
             gathered: list[list[dict[str, Any]]] = [[] for _ in range(world()[1])]
             torch.distributed.all_gather_object(gathered, rows)
-            # Ranks may share a row where rows do not divide evenly; it stands in the file once.
-            rows = list({row["row"]: row for part in gathered for row in part}.values())
-        rows = sorted(rows, key=lambda row: row["row"])
-        self.rows = []
+            rows = [row for part in gathered for row in part]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda row: int(row["row"])))
+
+        def write(path: Path) -> None:
+            path.write_text(lines, encoding="utf-8")
+
         if trainer.is_global_zero:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            publish(self.path, _write(lines))
-            print(f"{len(rows)} predictions in {self.path}")
+            publish(self.path, write)
+            rank_zero_info(f"{len(rows)} predictions in {self.path}")

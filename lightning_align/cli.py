@@ -4,9 +4,12 @@ Everything is a ``LightningCLI``: a configuration is a constructor's arguments, 
 and class names need no module path.
 """
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +61,34 @@ class AlignCLI(LightningCLI):
         self.trainer.callbacks.insert(0, PredictionWriter(config["output"]))  # type: ignore[attr-defined]
 
 
+def _quieten() -> None:
+    """Keep off the screen what a user can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning)  # lightning 2.6
+    # A checkpoint remembers its folder; one that is validated or continued elsewhere is no mistake.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from", category=UserWarning)
+    advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if not advertisements.filters:
+        advertisements.addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+def _refuse_empty_files(arguments: Sequence[str]) -> None:
+    """The parser reads an empty file in the place of a source as "null", and would go on as if none had been given."""
+    words = [part for argument in arguments for part in argument.split("=", 1)]
+    for flag, value in pairwise(words):
+        if flag.startswith("--data.") and Path(value).is_file() and not Path(value).stat().st_size:
+            raise ValueError(f"{flag} is {value}, which is an empty file: give one with rows")
+
+
 def main() -> None:
     """The console script."""
-    run(sys.argv[1:])
+    run()
 
 
-def run(args: Sequence[str]) -> AlignCLI | None:
-    """Run the command line on given arguments.
+def run(args: Sequence[str] | None = None) -> AlignCLI | None:
+    """Run the command line.
 
     Args:
-        args: such as ``["fit", "--config", "configs/sft/arithmetic.yaml"]``.
+        args: such as ``["fit", "--config", "configs/sft/arithmetic.yaml"]``; by default the process's own.
 
     Returns:
         What ran, with its ``trainer``, ``model`` and ``datamodule``; None for a command that has no Trainer.
@@ -75,10 +96,12 @@ def run(args: Sequence[str]) -> AlignCLI | None:
     Raises:
         SystemExit: with status 1 and a message if what the user gave cannot be used, 2 if it cannot be parsed.
     """
-    arguments = list(args)
+    arguments = sys.argv[1:] if args is None else list(args)
+    _quieten()
     for name in lightning_align.__all__:
         getattr(lightning_align, name)  # a class can be named without its path once it is imported
     try:
+        _refuse_empty_files(arguments)
         if arguments and arguments[0] in COMMANDS:
             auto_cli(
                 COMMANDS[arguments[0]],
@@ -107,7 +130,7 @@ def run(args: Sequence[str]) -> AlignCLI | None:
                 "Also: `lightning-align tokenizer --help`, `lightning-align judge --help`.",
                 "default_env": False,
             },
-            args=arguments,
+            args=None if args is None else arguments,
         )
     except ValueError as error:
         # What a user can mend is a ValueError that says how; forty frames of a trainer above it help nobody.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_align.data.batching import (
@@ -126,6 +126,7 @@ class AlignDataModule(L.LightningDataModule):
         """What became of the rows of each source that was set up."""
         self._stores: dict[Stage, TokenStore] = {}
         self._tokenizer: Tokenizer | None = None
+        self._limit_val_batches: int | float | None = None
 
     # -- the tokenised rows
 
@@ -153,11 +154,19 @@ class AlignDataModule(L.LightningDataModule):
             self._stores[name], self.ledgers[name] = opened
             rank_zero_info(f"{name} rows from {self.ledgers[name].table()}")
         trainer = self.trainer
+        if stage == "fit" and trainer is not None and "validation" not in self.sources:
+            # A fit without validation rows does not validate. Neither no loader nor an empty one says so without a warning.
+            self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         if trainer is not None and new and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper
             # Asked for on every rank: the ranks agree on the folder by a broadcast.
             folder = Path(trainer.log_dir or trainer.default_root_dir)
             if trainer.is_global_zero:
                 write_ledgers(folder / "ledger.json", {str(name): ledger for name, ledger in self.ledgers.items()})
+
+    def teardown(self, stage: str) -> None:
+        """Leaves the trainer as it was."""
+        if self.trainer is not None and self._limit_val_batches is not None:
+            self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
     def _open(self, stage: Stage) -> tuple[TokenStore, Ledger] | None:
         source = self.sources.get(stage)
@@ -194,13 +203,8 @@ class AlignDataModule(L.LightningDataModule):
         sampler = self._sampler(store, self.batch_size, shuffle=True)
         return self._loader(store, sampler, self._collate(store), resumable=True)
 
-    def val_dataloader(self) -> DataLoader[list[StoredRow]] | CombinedLoader:
-        """Batches of every row once; a fit without validation rows gets no loader, and does not validate."""
-        if "validation" not in self.sources and self.trainer is not None and self.trainer.state.fn == "fit":
-            # An empty list would be taken for a loader of length 0, of which the trainer warns.
-            nothing = CombinedLoader([], "sequential")
-            nothing.flattened = []
-            return nothing
+    def val_dataloader(self) -> DataLoader[list[StoredRow]]:
+        """Batches of every row once."""
         return self._eval_loader("validation")
 
     def test_dataloader(self) -> DataLoader[list[StoredRow]]:
@@ -259,7 +263,10 @@ class AlignDataModule(L.LightningDataModule):
 
     def _store(self, stage: Stage) -> TokenStore:
         if stage not in self.sources:
-            raise ValueError(f"there is no source of {stage} rows: give {type(self).__name__}({stage}=...)")
+            raise ValueError(
+                f"there is no source of {stage} rows: give {type(self).__name__}({stage}=...), a file that is not empty or a "
+                "task"
+            )
         if stage not in self._stores:
             raise ValueError("the rows are not open yet: call prepare_data() and setup() first, as the trainer does")
         self._check_vocabulary()

@@ -1,20 +1,29 @@
 """Metrics from exact sums and counts: the same number for any batch size, accumulation and number of ranks."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
-class TokenNLL(Metric):
+class _ExactMetric(Metric):
+    """Keeps its float64 states where the module around it is converted, as `precision: bf16-true` does."""
+
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        return super()._apply(lambda state: state.to(fn(state).device), exclude_state)
+
+
+class TokenNLL(_ExactMetric):
     """Negative log-likelihood a token, and what follows from it.
 
     From sums of log-probs, so a logit gap of any size stays finite: taking the logarithm of a softmax gives infinity at
     a gap of 110.
     """
 
-    full_state_update = False
     nll: Tensor
     tokens: Tensor
     bytes_nll: Tensor
@@ -53,10 +62,9 @@ class TokenNLL(Metric):
         return {name: value.float() for name, value in values.items()}
 
 
-class PairMeans(Metric):
+class PairMeans(_ExactMetric):
     """Means over pairs of any number of named values."""
 
-    full_state_update = False
     sums: Tensor
     count: Tensor
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import lightning as L
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.tensorboard.summary import hparams
 
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.checkpoint import (
@@ -153,7 +154,7 @@ class AlignModule(L.LightningModule):
 
     @property
     def _logs_this_step(self) -> bool:
-        return (self.trainer.global_step + 1) % self._log_every == 0
+        return self._log_every > 0 and (self.trainer.global_step + 1) % self._log_every == 0
 
     @property
     def _log_every(self) -> int:
@@ -178,13 +179,14 @@ class AlignModule(L.LightningModule):
         """Make the checkpoint whole without the file it began from, and hold no frozen base."""
         if checkpoint.get("hyper_parameters", {}).get("backbone", self) is None:
             checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
-        if self.lora is not None:
+        # A sharded strategy restores the weights itself, all of them, before `on_load_checkpoint` could complete them.
+        if self.lora is not None and not self._sharded:
             for name in self._frozen_names():
                 checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint of adapters with the base that stands here, so that loading stays strict."""
-        if self.lora is not None:
+        if self.lora is not None and not self._sharded:
             own = self.state_dict()
             for name in self._frozen_names():
                 checkpoint["state_dict"].setdefault(name, own[name])
@@ -211,16 +213,19 @@ class AlignModule(L.LightningModule):
         self._cells = self._cells + batch["mask"].numel()
 
     def on_train_start(self) -> None:
-        """Register the run in TensorBoard's HPARAMS tab under its validation loss."""
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(cast(dict[str, Any], self.hparams_initial), {"val/loss": math.nan})
+        """Register the run in TensorBoard's HPARAMS tab, under its validation loss."""
         self._clock = math.nan
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
+                # Lightning's own log_hyperparams(..., metrics) would draw their initial values as points of their curves.
+                flat = {name: value for name, value in _flatten(dict(self.hparams_initial)) if value is not None}
+                for summary in hparams(flat, {"val/loss": 0.0}):  # type: ignore[no-untyped-call]
+                    logger.experiment._get_file_writer().add_summary(summary)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log tokens a second (real ones, over all ranks) and the share of padding since the last time."""
         step = self.trainer.global_step
-        if step == self._timed_step or step % self._log_every:
+        if step == self._timed_step or not self._log_every or step % self._log_every:
             return
         self._timed_step = step
         now = time.perf_counter()
@@ -266,3 +271,12 @@ class AlignModule(L.LightningModule):
     def _tokenizer(self) -> Any:
         data = getattr(self.trainer, "datamodule", None)
         return getattr(data, "tokenizer", None)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested hyperparameters as ``a/b`` with values that TensorBoard can show."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

@@ -123,10 +123,12 @@ def test_overfit_batches_repeats_whole_batches(tmp_path):
 def test_without_validation_rows(tmp_path):
     module = Recorder()
     data = _sft(tmp_path, validation=None, num_workers=1)
-    _trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
+    trainer = _trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, datamodule=data)
     assert len(module.seen) == 13
+    assert trainer.limit_val_batches == 1.0
     with pytest.raises(ValueError, match="no source of validation rows"):
-        _trainer(tmp_path).validate(module, datamodule=data)
+        trainer.validate(module, datamodule=data)
 
 
 def test_predict_gives_prompts_in_order_or_pairs(tmp_path):

@@ -68,8 +68,14 @@ def test_a_thousand_random_inputs(loss: LossName) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "smoothing", "expected"),
-    [("sigmoid", 0.0, math.log(2)), ("sigmoid", 0.3, math.log(2)), ("sigmoid_norm", 0.0, math.log(2))]
-    + [("hinge", 0.0, 1.0), ("ipo", 0.0, 25.0), ("robust", 0.2, math.log(2))],
+    [
+        ("sigmoid", 0.0, math.log(2)),
+        ("sigmoid", 0.3, math.log(2)),
+        ("sigmoid_norm", 0.0, math.log(2)),
+        ("hinge", 0.0, 1.0),
+        ("ipo", 0.0, 25.0),
+        ("robust", 0.2, math.log(2)),
+    ],
 )
 def test_at_the_reference(loss: LossName, smoothing: float, expected: float) -> None:
     """Policy and reference equal: every ratio is 0."""

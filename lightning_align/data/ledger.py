@@ -76,8 +76,7 @@ class Ledger:
         if self.on_bad_row == "fail" and reason not in LIMITS:
             raise ValueError(
                 f"{origin} {problem}. Correct the row, or set on_bad_row to 'warn' or 'skip' to drop and count such "
-                f"rows"
-                f" ({reason})"
+                f"rows ({reason})"
             )
         self.counts[f"dropped/{reason}"] += 1
         examples = self.examples.setdefault(reason, [])

@@ -319,14 +319,14 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise ValueError(f"message {number} is {str(message)[:60]!r}, expected an object with role and content")
 
 
-def train_tokenizer(rows: list[str], *, output: str, vocab_size: int = 8192, min_frequency: int = 2) -> None:
+def train_tokenizer(rows: str | list[str], *, output: str, vocab_size: int = 8192, min_frequency: int = 2) -> None:
     """Trains a byte-level BPE tokenizer on the text of rows and writes it as a ``tokenizer.json``.
 
     It is lossless, has the special tokens ``<pad>``, ``<bos>`` and ``<eos>``, and splits numbers into digits, so that they
     are read and written one digit at a time.
 
     Args:
-        rows: Files to learn from; every text field of their rows counts.
+        rows: File to learn from, or a list of them; every text field of their rows counts.
         output: The file to write, such as tokenizer.json.
         vocab_size: Number of tokens, at least 259: the bytes and the special tokens.
         min_frequency: How often a pair of tokens must occur to become one.
@@ -334,6 +334,7 @@ def train_tokenizer(rows: list[str], *, output: str, vocab_size: int = 8192, min
     Raises:
         ValueError: If a file cannot be read, has no text, or a number is out of range.
     """
+    rows = [rows] if isinstance(rows, str) else rows
     if not output.endswith(".json"):
         raise ValueError(f"output is {output!r}, expected a name that ends in .json")
     if vocab_size < 259:

@@ -86,8 +86,18 @@ class DPOModule(AlignModule):
 
     @property
     def reference(self) -> Reference:
-        """What the policy is compared with; there once ``configure_model`` has run."""
-        assert self._reference is not None, "configure_model has not run"
+        """What the policy is compared with; there once ``configure_model`` has run.
+
+        Raises:
+            ValueError: if the module came from a checkpoint that was trained against another one than can be made here.
+        """
+        if self._reference is None:
+            assert self.policy is not None, "configure_model has not run"
+            raise ValueError(
+                "the reference of this checkpoint is not here: its weights are no longer those of "
+                f"{self.init_from or 'the backbone'}. Give load_from_checkpoint the `init_from` (or the module as `backbone`) "
+                "that the run began with; prediction from prompts needs none"
+            )
         return self._reference[0]
 
     def configure_reference(self, policy: nn.Module) -> None:
@@ -97,6 +107,9 @@ class DPOModule(AlignModule):
             return
         reference = frozen_copy(policy)
         self._reference = reference, weights_hash(reference.model)
+        if self._trainer is not None:
+            # As Lightning converts the policy, which registered modules alone get.
+            reference.model = self._trainer.precision_plugin.convert_module(reference.model)
         if self._sharded:
             # A root of its own, else every rank would hold all of it.
             shard(reference.model.to(self.device), self._data_mesh)
@@ -104,8 +117,7 @@ class DPOModule(AlignModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which reference it was, not the reference."""
         super().on_save_checkpoint(checkpoint)
-        assert self._reference is not None
-        checkpoint["reference_sha256"] = self._reference[1]
+        checkpoint["reference_sha256"] = None if self._reference is None else self._reference[1]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with another reference than the checkpoint was trained against.
@@ -115,12 +127,15 @@ class DPOModule(AlignModule):
         """
         super().on_load_checkpoint(checkpoint)
         then, now = checkpoint.get("reference_sha256"), None if self._reference is None else self._reference[1]
-        if self._trainer is not None and then != now:
-            raise ValueError(
-                f"this checkpoint was trained against a reference with weights {str(then)[:12]}, and the one made from "
-                f"{self.init_from or 'the backbone'} has {str(now)[:12]}: give the `init_from` (or the module) that it "
-                f"began with"
-            )
+        if then == now:
+            return
+        if self._trainer is None:
+            self._reference = None  # the policy alone is what load_from_checkpoint may be after
+            return
+        raise ValueError(
+            f"this checkpoint was trained against a reference with weights {str(then)[:12]}, and the one made from "
+            f"{self.init_from or 'the backbone'} has {str(now)[:12]}: give the `init_from` (or the module) that it began with"
+        )
 
     def score(self, batch: PreferenceBatch) -> tuple[LogProbs, Ratios]:
         """Log-probs under the policy, chosen rows first (2B,), and log-ratios to the reference (B,); one forward pass each."""
@@ -164,7 +179,8 @@ class DPOModule(AlignModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over all pairs, and the margins as a histogram."""
         self._log_means("val", self.val_means)
-        margins = self.val_margins.compute()
+        # A single margin comes back without a dimension.
+        margins = self.val_margins.compute().reshape(-1)
         self.val_margins.reset()
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero and len(margins):
@@ -178,7 +194,8 @@ class DPOModule(AlignModule):
         values = means.compute()
         means.reset()
         for name, value in values.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rewards/accuracies"))
+            # The metric is the same on every rank already; sync_dist only tells Lightning so.
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rewards/accuracies"), sync_dist=True)
 
     def predict_step(self, batch: PromptBatch | PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Continue prompts, or score pairs.

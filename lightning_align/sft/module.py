@@ -82,4 +82,5 @@ class SFTModule(AlignModule):
         values: dict[str, Any] = metric.compute()
         metric.reset()
         for name, value in values.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "loss")
+            # The metric is the same on every rank already; sync_dist only tells Lightning so.
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of PaLM-rlhf-pytorch 0.8.0 give the same logits here; and its defects, which a reimplementation need not share."""
+"""Checkpoints of PaLM-rlhf-pytorch 0.8.0 give the same logits here; and its defects, which are not ours."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,130 @@
+"""What one rank of a distributed test does: train a method under a strategy, and write what came of it."""
+
+import functools
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from lightning_align.dpo.module import DPOModule
+from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.models.lora import LoRAConfig
+from lightning_align.sft.module import SFTModule
+from tests.toys import preference_batch, split, tiny_palm, token_batch
+
+SFT_BATCH = token_batch([2, 1, 3, 2, 1, 2, 3, 1], [9, 8, 1, 7, 1, 1, 2, 1])
+DPO_BATCH = preference_batch(8)
+# With momentum: Lightning cannot restore an optimizer without state under FSDP2.
+SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+def build(case: str, folder: Path) -> Any:
+    """The module of a case, and its eight rows."""
+    if case == "sft":
+        return SFTModule(tiny_palm(), optimizer=SGD), SFT_BATCH
+    if case == "dpo":
+        return DPOModule(tiny_palm(tie_embeddings=False), sft_weight=0.3, optimizer=SGD), DPO_BATCH
+    assert case == "lora"
+    base = folder / "base.pt"
+    return DPOModule(tiny_palm, init_from=str(base), lora=LoRAConfig(rank=2), optimizer=SGD), DPO_BATCH
+
+
+def full(model: nn.Module) -> dict[str, Tensor]:
+    """All weights on one rank; a collective where they are sharded."""
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in model.state_dict().items()
+    }
+
+
+def run(case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool = False) -> dict[str, Any]:
+    """Train two epochs of one optimizer step each; the rows of a rank are its part of the eight.
+
+    Args:
+        case: `sft`, `dpo` or `lora`.
+        strategy: from the case; a fresh one for each Trainer.
+        devices: number of ranks.
+        folder: for checkpoints.
+        resumed: stop after the first epoch, and go on from the checkpoint with a new module.
+    """
+
+    def trainer(epochs: int) -> L.Trainer:
+        return L.Trainer(
+            accelerator="cpu",
+            devices=devices,
+            strategy=strategy(case),
+            max_epochs=epochs,
+            num_sanity_val_steps=1 if epochs == 2 else 0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+            use_distributed_sampler=False,
+            gradient_clip_val=1.0,
+            accumulate_grad_batches=2,
+            default_root_dir=folder,
+        )
+
+    L.seed_everything(0, verbose=False)
+    module, batch = build(case, folder)
+    whole_run = trainer(1 if resumed else 2)
+    # Two micro-batches an optimizer step, whose tokens differ between ranks and between micro-batches.
+    parts = split(batch, 4 // devices)[whole_run.global_rank :: devices]
+    loader: DataLoader[Any] = DataLoader(parts, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+    whole_run.fit(module, loader, loader)
+    if resumed:
+        path = folder / f"{case}.ckpt"
+        whole_run.save_checkpoint(path)
+        module, _ = build(case, folder)
+        whole_run = trainer(2)
+        whole_run.fit(module, loader, loader, ckpt_path=path)
+    metrics = {n: float(v) for n, v in whole_run.callback_metrics.items() if n.startswith(("val/", "train/grad"))}
+    state = full(module.policy)  # this leaves the weights sharded, as the first generation of a run finds them
+    config = GenerationConfig(max_new_tokens=12, temperature=0)
+    # Rank 1 ends its rows at another step than rank 0, and both must go on until all have ended.
+    prompts = [[1, 2, 3], [4]][: 1 + whole_run.global_rank]
+    texts = [r[0].tokens for r in generate(module.policy, prompts, config, eos_id=5)]
+    result = {"state": state, "metrics": metrics, "texts": texts}
+    if case == "dpo":
+        reference = module.reference.model
+        result["reference"] = full(reference)
+        result["sharded"] = all(isinstance(p, DTensor) for p in reference.parameters())
+    return result
+
+
+CASES = ("sft", "dpo", "lora")
+RESUMED = ("dpo", "lora")
+LIMIT = timedelta(seconds=40)
+STRATEGIES: dict[str, Any] = {
+    "ddp": lambda case: DDPStrategy(process_group_backend="gloo", timeout=LIMIT),
+    "fsdp2": lambda case: ModelParallelStrategy(
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=case != "lora",  # both kinds of checkpoint
+        process_group_backend="gloo",
+        timeout=LIMIT,
+    ),
+}
+
+
+def main(name: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=".*sync_dist")
+    strategy = STRATEGIES[name]
+    results = {(case, False): run(case, strategy, 2, folder) for case in CASES}
+    results |= {(case, True): run(case, strategy, 2, folder, resumed=True) for case in RESUMED}
+    torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
