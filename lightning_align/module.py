@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -25,6 +26,7 @@ from lightning_align.models.checkpoint import (
     backbone_spec,
     build_backbone,
     load_policy,
+    read_checkpoint,
 )
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig, add_lora, train_only
@@ -81,6 +83,7 @@ class AlignModule(L.LightningModule):
         self.init_from, self.lora, self.generation = init_from, lora, generation or GenerationConfig()
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.policy: nn.Module = cast(nn.Module, None)
+        self._awaits_weights = False
         self._weight: Tensor | float = 0.0
         self._tokens = self._cells = torch.zeros((), dtype=torch.long)
         self._clock, self._timed_step = math.nan, 0
@@ -108,7 +111,30 @@ class AlignModule(L.LightningModule):
         if self.init_from is None:
             assert backbone is not None
             return build_backbone(backbone)
+        if backbone is not None and self.lora is None and not Path(self.init_from).is_file():
+            # A checkpoint of this run has all weights, and outlives the file that the run began from. Whether one is about to
+            # be loaded is not known yet: see `_check_weights`.
+            self._awaits_weights = True
+            return build_backbone(backbone)
         return load_policy(self.init_from, backbone)
+
+    def _check_weights(self) -> None:
+        """Refuse to go on with the weights of no file at all."""
+        if self._awaits_weights:
+            assert self.init_from is not None
+            read_checkpoint(self.init_from)
+
+    def on_validation_start(self) -> None:
+        """See `_check_weights`."""
+        self._check_weights()
+
+    def on_test_start(self) -> None:
+        """See `_check_weights`."""
+        self._check_weights()
+
+    def on_predict_start(self) -> None:
+        """See `_check_weights`."""
+        self._check_weights()
 
     @property
     def _sharded(self) -> bool:
@@ -186,6 +212,7 @@ class AlignModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint of adapters with the base that stands here, so that loading stays strict."""
+        self._awaits_weights = False
         if self.lora is not None and not self._sharded:
             own = self.state_dict()
             for name in self._frozen_names():
@@ -214,6 +241,7 @@ class AlignModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Register the run in TensorBoard's HPARAMS tab, under its validation loss."""
+        self._check_weights()
         self._clock = math.nan
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:

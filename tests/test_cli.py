@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_align import DPOModule
 from lightning_align.cli import AlignCLI, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +111,24 @@ def test_from_rows_to_an_aligned_checkpoint(folder: Path, sft_rows: str, pair_ro
     texts = [json.loads(line) for line in (folder / "texts.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in texts] == ["1+1=", "22+1="]
     assert all(len(row["responses"]) == 1 for row in texts)
+
+
+def test_a_checkpoint_outlives_the_file_that_it_began_from(folder: Path, sft_rows: str, pair_rows: str) -> None:
+    started = checkpoint(fit("sft", folder, sft_rows))
+    begin = ["--config", config("dpo", folder), "--model.init_from", started]
+    dpo = run(["fit", *begin, "--data.train", pair_rows])
+    assert dpo is not None
+    aligned = checkpoint(dpo)
+    Path(started).unlink()
+
+    module = DPOModule.load_from_checkpoint(aligned, weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(module.policy.parameters(), dpo.model.policy.parameters(), strict=True))
+    run(["predict", *begin, "--data.predict", sft_rows, "--ckpt_path", aligned, "--output", "texts.jsonl"])
+    assert len((folder / "texts.jsonl").read_text().splitlines()) == 12
+    with pytest.raises(SystemExit, match="init_from"):
+        run(["validate", *begin, "--data.validation", pair_rows, "--ckpt_path", aligned])
+    with pytest.raises(SystemExit, match="there is no such file"):
+        run(["fit", *begin, "--data.train", pair_rows])
 
 
 def test_tensorboard_shows_the_documented_names(folder: Path, pair_rows: str) -> None:

@@ -94,7 +94,7 @@ class DPOModule(AlignModule):
         if self._reference is None:
             assert self.policy is not None, "configure_model has not run"
             raise ValueError(
-                "the reference of this checkpoint is not here: its weights are no longer those of "
+                "the reference of this checkpoint is not here: its weights are not, or no longer, those of "
                 f"{self.init_from or 'the backbone'}. Give load_from_checkpoint the `init_from` (or the module as `backbone`) "
                 "that the run began with; prediction from prompts needs none"
             )
@@ -105,6 +105,8 @@ class DPOModule(AlignModule):
         if self.lora is not None:
             self._reference = AdaptersOff(), None
             return
+        if self._awaits_weights:
+            return  # `reference` says so to whoever asks for it
         reference = frozen_copy(policy)
         self._reference = reference, weights_hash(reference.model)
         if self._trainer is not None:
@@ -129,8 +131,8 @@ class DPOModule(AlignModule):
         then, now = checkpoint.get("reference_sha256"), None if self._reference is None else self._reference[1]
         if then == now:
             return
-        if self._trainer is None:
-            self._reference = None  # the policy alone is what load_from_checkpoint may be after
+        if self._trainer is None or not self._trainer.training:
+            self._reference = None  # the policy alone may be all that is wanted; scoring without a reference raises
             return
         raise ValueError(
             f"this checkpoint was trained against a reference with weights {str(then)[:12]}, and the one made from "
