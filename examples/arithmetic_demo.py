@@ -53,26 +53,24 @@ def output_to(path: Path) -> Iterator[None]:
 class Seed:
     """One seed's run, in a folder of its own; a step whose result is there is not done again."""
 
-    def __init__(self, seed: int, folder: Path, extra: dict[str, list[str]]) -> None:
+    def __init__(self, seed: int, folder: Path) -> None:
         """Choose the folder.
 
         Args:
             seed: of weights, rows and samples.
             folder: of the demo.
-            extra: further arguments by kind of step (`fit_sft`, `fit_dpo`, `predict`, `test`), for a short run.
         """
-        self.seed, self.folder, self.extra = seed, folder / f"seed_{seed}", extra
+        self.seed, self.folder = seed, folder / f"seed_{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "log.txt"
 
-    def command(self, step: str, *arguments: str, kind: str = "") -> Any:
+    def command(self, step: str, *words: str) -> Any:
         """Run a command of `lightning-align` in this process, if it has not been run."""
         from lightning_align.cli import run
 
         done = self.folder / f"{step}.json"
         if done.exists():
             return json.loads(done.read_text())
-        words = [*arguments, *self.extra.get(kind, [])]
         print(f"[seed {self.seed}] {step:<16} lightning-align {shlex.join(words[:3])} ...", flush=True)
         start = time.perf_counter()
         with self.log.open("a") as file:
@@ -89,7 +87,7 @@ class Seed:
         os.replace(temporary, done)
         return result
 
-    def fit(self, step: str, *arguments: str, kind: str) -> Path:
+    def fit(self, step: str, *arguments: str) -> Path:
         """Train a step and return its checkpoint; one that was stopped goes on where it was."""
         last = self.folder / step / "run" / "checkpoints" / "last.ckpt"
         resume = ["--ckpt_path", str(last)] if last.exists() else []
@@ -98,7 +96,6 @@ class Seed:
             f"fit_{step}",
             *("fit", *arguments, "--seed_everything", str(self.seed), "--trainer.enable_progress_bar", "false"),
             *(f"{logger}save_dir={self.folder}", f"{logger}name={step}", f"{logger}version=run", *resume),
-            kind=kind,
         )
         return last
 
@@ -106,7 +103,7 @@ class Seed:
         """All the steps."""
         train = "--data.init_args.train"
         rows = (f"{train}.init_args.seed", str(self.seed))
-        sft = self.fit("sft", "--config", SFT, *rows, kind="fit_sft")
+        sft = self.fit("sft", "--config", SFT, *rows)
         samples, preferences, winners = (str(self.folder / f"{n}.jsonl") for n in ("samples", "preferences", "winners"))
         quiet = ("--trainer.logger", "false", "--trainer.enable_progress_bar", "false")
         self.command(
@@ -114,16 +111,15 @@ class Seed:
             *("predict", "--config", SFT, "--ckpt_path", str(sft), "--output", samples, *quiet),
             *("--data.init_args.predict.init_args.seed", str(1000 + self.seed)),
             *("--trainer.default_root_dir", str(self.folder / "sample")),
-            kind="predict",
         )
         task = ("--task", "Arithmetic")
         self.command("judge", "judge", *task, *("--samples", samples, "--preferences", preferences, "--winners", winners))
         begin = ("--model.init_args.init_from", str(sft))
         policies = {
             "sft": sft,
-            "further": self.fit("further", "--config", SFT, "--config", FURTHER, *begin, *rows, kind="fit_dpo"),
-            "winners": self.fit("winners", "--config", SFT, "--config", FURTHER, *begin, train, winners, kind="fit_dpo"),
-            "dpo": self.fit("dpo", "--config", DPO, *begin, train, preferences, kind="fit_dpo"),
+            "further": self.fit("further", "--config", SFT, "--config", FURTHER, *begin, *rows),
+            "winners": self.fit("winners", "--config", SFT, "--config", FURTHER, *begin, train, winners),
+            "dpo": self.fit("dpo", "--config", DPO, *begin, train, preferences),
         }
         for name, checkpoint in policies.items():
             config = DPO if name == "dpo" else SFT
@@ -132,7 +128,6 @@ class Seed:
                 f"test_{name}",
                 *("test", "--config", config, "--config", "configs/sft/arithmetic_test.yaml", "--ckpt_path", str(checkpoint)),
                 *(*quiet, *root),
-                kind="test",
             )
 
 
@@ -142,16 +137,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything is written")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--short", action="store_true", help="a few steps of everything: shows that it runs, learns nothing")
     return parser.parse_args()
-
-
-def short() -> dict[str, list[str]]:
-    """Arguments that make every step tiny."""
-    steps = ["--trainer.max_steps", "8", "--trainer.val_check_interval", "8", "--trainer.log_every_n_steps", "4"]
-    total = ["--model.init_args.lr_scheduler.init_args.total_steps", "8"]
-    warmup = ["--model.init_args.lr_scheduler.init_args.warmup_steps", "2"]
-    return {"fit_sft": steps + total + warmup, "fit_dpo": steps + total + warmup, "predict": []}
 
 
 def main() -> None:
@@ -160,7 +146,7 @@ def main() -> None:
     os.chdir(ROOT)
     if options.worker is not None:
         sys.argv = sys.argv[:1]  # the commands take their own arguments
-        Seed(options.worker, options.folder, short() if options.short else {}).run()
+        Seed(options.worker, options.folder).run()
         return
     start = time.perf_counter()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -172,7 +158,7 @@ def main() -> None:
         while waiting and len(running) < workers:
             seed = waiting.pop(0)
             command = [sys.executable, __file__, "--worker", str(seed), "--folder", str(options.folder)]
-            running[seed] = subprocess.Popen(command + ["--short"] * options.short, env=environment)
+            running[seed] = subprocess.Popen(command, env=environment)
         time.sleep(0.2)
         for seed, process in list(running.items()):
             if process.poll() is None:

@@ -3,6 +3,7 @@
 import json
 from itertools import islice
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import lightning as L
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.aggregation import MeanMetric
 
 from lightning_align.data.rows import Grader, RowTask
-from lightning_align.distributed import publish, world
+from lightning_align.distributed import check_writable, publish, world
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 
 
@@ -32,6 +33,14 @@ def _decode_shared(
     with trainer.precision_plugin.forward_context():
         results = generate(module.policy, [prompts[i] for i in padded], config, eos_id=eos_id)
     return [(index, responses[0]) for index, responses in zip(mine, results, strict=False)]
+
+
+def _block(text: str) -> str:
+    """Text as a block of code in Markdown, in lines that fit the page; such a block does not wrap by itself."""
+    lines = [part for line in text.splitlines() for part in wrap(line, width=110, drop_whitespace=False) or [""]]
+    if not text.strip():
+        lines = [repr(text) if text else "(nothing)"]  # white space would look like nothing
+    return "\n".join("    " + line for line in lines)
 
 
 def _require_data(trainer: L.Trainer, what: str, attribute: str) -> Any:
@@ -77,16 +86,16 @@ class SampleLogger(Callback):
             {"prompt": prompt, "chosen": chosen, "generated": data.tokenizer.decode(responses[0].tokens)}
             for (_, prompt, chosen), responses in zip(triples, results, strict=True)
         ]
-        self._write(trainer, samples)
+        # Asked for on every rank: the ranks agree on the folder by a broadcast.
+        self._write(trainer, Path(trainer.log_dir or trainer.default_root_dir), samples)
 
     @rank_zero_only
-    def _write(self, trainer: L.Trainer, samples: list[dict[str, str]]) -> None:
+    def _write(self, trainer: L.Trainer, folder: Path, samples: list[dict[str, str]]) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, sample in enumerate(samples):
-                    text = "\n\n".join(f"**{name}**\n\n    " + text.replace("\n", "\n    ") for name, text in sample.items())
+                    text = "\n\n".join(f"**{name}**\n\n{_block(text)}" for name, text in sample.items())
                     logger.experiment.add_text(f"val/samples/{number}", text, trainer.global_step)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             for sample in samples:
@@ -152,8 +161,9 @@ class PredictionWriter(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out now, not after the prediction, whether the file can be written."""
         if stage == "predict" and trainer.is_global_zero:
-            publish(self.path.with_name(f".{self.path.name}.probe"), lambda path: path.touch())
-            self.path.with_name(f".{self.path.name}.probe").unlink()
+            if self.path.is_dir():
+                raise ValueError(f"{self.path} is a folder: give the name of a file to write")
+            check_writable(self.path)
 
     def on_predict_batch_end(
         self,

@@ -8,24 +8,83 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
-from jsonargparse import Namespace, auto_cli
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from jsonargparse import DefaultHelpFormatter, Namespace, auto_cli
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 import lightning_align
 from lightning_align.callbacks import PredictionWriter
 from lightning_align.data.tasks.arithmetic import judge_file
 from lightning_align.data.tokenizer import train_tokenizer
+from lightning_align.models.checkpoint import read_checkpoint
+from lightning_align.module import AlignModule
 
 COMMANDS: dict[str, Callable[..., Any]] = {"tokenizer": train_tokenizer, "judge": judge_file}
 """Commands that work on files and need no Trainer."""
 
 TRACEBACK = "LIGHTNING_ALIGN_TRACEBACK"
+
+DESCRIPTIONS = {
+    "fit": "Train, and validate now and then.",
+    "validate": "Validate once.",
+    "test": "Test once.",
+    "predict": "Continue prompts or score pairs, and write the results to a JSONL file.",
+}
+
+FILE_COMMANDS = """Also:
+  tokenizer: train a tokenizer on your rows (`lightning-align tokenizer --help`)
+  judge:     make preferences out of samples of a task (`lightning-align judge --help`)
+The arguments of a class: `lightning-align fit --model.help DPOModule`, `--data.help DPODataModule`.
+"""
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """The usual help, without the lists of every module and optimizer that torch has."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(super(HelpFormatter, self)._fill_text(line, width, indent) for line in text.splitlines())
+
+    def _get_help_string(self, action: Any) -> str:
+        text = super()._get_help_string(action)
+        head, found, classes = text.partition(", known subclasses: ")
+        names = classes.rstrip(")").split(", ")
+        if not found or len(names) <= 12:
+            return text
+        own = [name for name in names if name.startswith("lightning_align.") and name.count(".") == 1]
+        own = [name for name in own if not name.endswith("Module")]
+        return f"{head}, a class by its path{', such as ' if own else ''}{', '.join(own)})"
+
+
+class AlignParser(LightningArgumentParser):
+    """Lightning's parser with a shorter help, which the parsers that it makes for classes inherit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
+
+
+class ResumeHint(Callback):
+    """Says how to go on after a run that was stopped or failed."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Name the last checkpoint that is whole; one that the disk had no room for is not."""
+        for name in ("last_model_path", "best_model_path"):
+            path = getattr(trainer.checkpoint_callback, name, "")
+            if path and (zipfile.is_zipfile(path) or Path(path).is_dir()):
+                rank_zero_info(f"stopped at step {trainer.global_step}; to go on: the same command with --ckpt_path {path}")
+                return
+
+
+KEYWORDS = ("last", "best", "hpc", "registry")
+"""What `--ckpt_path` may be besides a path."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -45,6 +104,11 @@ class SaveConfig(SaveConfigCallback):
 class AlignCLI(LightningCLI):
     """The four Trainer commands, with any LightningModule and any LightningDataModule."""
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for action in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
+            action.help = DESCRIPTIONS[action.dest]  # Lightning takes the first lines of docstrings, which break off
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         # A checkpoint is data: it may hold tensors and primitives, and nothing that runs when it is read.
@@ -55,17 +119,77 @@ class AlignCLI(LightningCLI):
             parser.set_defaults({"return_predictions": False})
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and keep what to parse again when a checkpoint is given."""
+        self._args = cast("Sequence[str] | None", args)
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take from the checkpoint what the command does not say; Lightning's own lets the checkpoint win over the command."""
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        if not path or path in KEYWORDS or "://" in path:
+            return
+        if Path(path).is_dir():
+            self._check_sharded(path, self.config[command].trainer)
+            return
+        saved: dict[str, Any] = dict(read_checkpoint(path).get("hyper_parameters") or {})
+        given = self.parser.parse_args(self._args, defaults=False)[command].get("model")
+        model = self.config[command].model
+        made_by = saved.get("_class_path") or model.class_path
+        if made_by.rpartition(".")[2] != model.class_path.rpartition(".")[2]:
+            raise ValueError(
+                f"--ckpt_path {path} is a run of {made_by}, and the model is {model.class_path}: to begin a new run with its "
+                "weights give it as --model.init_from, to go on with that run give its own configuration"
+            )
+        module, _, name = model.class_path.rpartition(".")
+        if not issubclass(getattr(import_module(module), name), AlignModule):
+            super()._parse_ckpt_path()
+            return
+        own = {name: value for name, value in saved.items() if not name.startswith("_")}
+        arguments = _overlay(own, given.init_args.as_dict() if "init_args" in (given or ()) else {})
+        merged = {"class_path": model.class_path, "init_args": arguments}
+        self.config = self.parser.parse_object({command: {"model": merged}}, self.config)
+
+    @staticmethod
+    def _check_sharded(path: str, trainer: Namespace) -> None:
+        if not (Path(path) / "meta.pt").is_file():
+            read_checkpoint(path)  # says that it is no file
+        strategy = trainer.strategy
+        if isinstance(strategy, str) and "fsdp" not in strategy:
+            raise ValueError(
+                f"--ckpt_path {path} is a sharded checkpoint, a folder: run with the strategy that wrote it (such as --config "
+                "configs/trainer/fsdp2.yaml), or make one file of its weights, which `init_from` takes: "
+                f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} model.pt"
+            )
+
+    def before_fit(self) -> None:
+        """Say how to go on if the run is stopped."""
+        self.trainer.callbacks.append(ResumeHint())  # type: ignore[attr-defined]
+
     def before_predict(self) -> None:
         """Write predictions to the file that ``--output`` names."""
         config: Namespace = self.config["predict"]
         self.trainer.callbacks.insert(0, PredictionWriter(config["output"]))  # type: ignore[attr-defined]
 
 
-def _quieten() -> None:
+def _overlay(saved: Any, given: Any) -> Any:
+    """What was given, completed with what was saved; of a class only where it is the same one."""
+    if not (isinstance(saved, Mapping) and isinstance(given, Mapping)):
+        return given
+    if "class_path" in given and str(given["class_path"]).rpartition(".")[2] != str(saved.get("class_path")).rpartition(".")[2]:
+        return given
+    return {**saved, **{name: _overlay(saved.get(name), value) for name, value in given.items()}}
+
+
+def _quieten(command: str) -> None:
     """Keep off the screen what a user can do nothing about."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning)  # lightning 2.6
     # A checkpoint remembers its folder; one that is validated or continued elsewhere is no mistake.
     warnings.filterwarnings("ignore", message="The dirpath has changed from", category=UserWarning)
+    if command != "fit":
+        # What the callbacks of the training kept is of use to a training alone.
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`", category=UserWarning)
     advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not advertisements.filters:
         advertisements.addFilter(lambda record: "Tip:" not in record.getMessage())
@@ -77,6 +201,14 @@ def _refuse_empty_files(arguments: Sequence[str]) -> None:
     for flag, value in pairwise(words):
         if flag.startswith("--data.") and Path(value).is_file() and not Path(value).stat().st_size:
             raise ValueError(f"{flag} is {value}, which is an empty file: give one with rows")
+
+
+def _root(error: ValueError) -> BaseException:
+    """What a constructor said; the parser wraps it in what it tried besides and in the whole configuration."""
+    found: BaseException = error
+    while str(found).startswith("Does not validate against any of the Union subtypes") and found.__cause__ is not None:
+        found = found.__cause__
+    return found
 
 
 def main() -> None:
@@ -97,7 +229,7 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
         SystemExit: with status 1 and a message if what the user gave cannot be used, 2 if it cannot be parsed.
     """
     arguments = sys.argv[1:] if args is None else list(args)
-    _quieten()
+    _quieten(arguments[0] if arguments else "")
     for name in lightning_align.__all__:
         getattr(lightning_align, name)  # a class can be named without its path once it is imported
     try:
@@ -126,14 +258,29 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
             },
             parser_kwargs={
                 "prog": "lightning-align",
-                "description": "Align and augment language models. "
-                "Also: `lightning-align tokenizer --help`, `lightning-align judge --help`.",
+                "usage": "lightning-align {fit,validate,test,predict,tokenizer,judge} ...",
+                "description": "Align and augment language models.",
+                "epilog": FILE_COMMANDS,
                 "default_env": False,
+                **{name: {"description": text} for name, text in DESCRIPTIONS.items()},
             },
+            parser_class=AlignParser,
             args=None if args is None else arguments,
         )
     except ValueError as error:
         # What a user can mend is a ValueError that says how; forty frames of a trainer above it help nobody.
         if os.environ.get(TRACEBACK):
             raise
-        sys.exit(f"lightning-align: error: {error}\n(the traceback is printed with {TRACEBACK}=1)")
+        sys.exit(f"lightning-align: error: {_root(error)}\n(the traceback is printed with {TRACEBACK}=1)")
+    except OSError as error:
+        # Full disks, folders that nobody may write to: what Lightning, loggers and libraries leave to the system to say.
+        if os.environ.get(TRACEBACK):
+            raise
+        place = error.filename2 or error.filename
+        sys.exit(
+            f"lightning-align: error: {place or 'the disk'}: {error.strerror or error}: choose another path, or free this one\n"
+            f"(the traceback is printed with {TRACEBACK}=1)"
+        )
+    except KeyboardInterrupt:
+        print("lightning-align: stopped", file=sys.stderr)
+        sys.exit(130)  # as shells count an interrupt

@@ -142,6 +142,8 @@ class AlignDataModule(L.LightningDataModule):
         trainer = self.trainer
         function = None if trainer is None else trainer.state.fn
         stages = tuple(self.sources) if function is None else _STAGES_OF[function.value]
+        if function is not None:
+            self._require(stages[0])  # before the others are tokenised and the model is built
         for stage in stages:
             self._open(stage)
 
@@ -262,15 +264,18 @@ class AlignDataModule(L.LightningDataModule):
         return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set by a helper
 
     def _store(self, stage: Stage) -> TokenStore:
-        if stage not in self.sources:
-            raise ValueError(
-                f"there is no source of {stage} rows: give {type(self).__name__}({stage}=...), a file that is not empty or a "
-                "task"
-            )
+        self._require(stage)
         if stage not in self._stores:
             raise ValueError("the rows are not open yet: call prepare_data() and setup() first, as the trainer does")
         self._check_vocabulary()
         return self._stores[stage]
+
+    def _require(self, stage: Stage) -> None:
+        if stage not in self.sources:
+            raise ValueError(
+                f"there is no source of {stage} rows: give {type(self).__name__}({stage}=...), on the command line "
+                f"--data.{stage}: a file that is not empty or a task"
+            )
 
     def _check_vocabulary(self) -> None:
         # Here and not in setup, where the module has not built its policy yet.

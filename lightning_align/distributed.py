@@ -61,3 +61,19 @@ def publish(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out whether `publish` will find a place for a file, without touching one that is there.
+
+    Raises:
+        ValueError: if the folder cannot be written to.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}): choose another path or free it") from error

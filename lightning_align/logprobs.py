@@ -1,24 +1,31 @@
 """Log-probabilities of responses: the shift, the mask and the softmax, in one place for every method.
 
 The logit at position t scores the token at t + 1. A target is a token to be predicted, so the hidden state that
-predicts target t stands at t - 1. Only those hidden states meet the output layer, a chunk at a time, in float32; the
-logits of prompts and pads never exist, nor does the whole (T, V) matrix when it is large.
+predicts target t stands at t - 1. Only those hidden states meet the output layer, a tile of rows and vocabulary at a
+time, in float32; the logits of prompts and pads never exist, nor does the whole (T, V) matrix when it is large.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_align.distributed import world
 from lightning_align.models.language_model import has_hidden, logits_of, vocabulary_size
 from lightning_align.types import LogProbs, TokenBatch
 
-# Bytes of one float32 chunk of logits: large enough for a matrix product to run at full speed, small enough to be
-# forgotten.
-CHUNK_BYTES = 32 * 2**20
+# A tile of float32 logits: large enough for a matrix product to run at full speed, small enough to stay in the
+# last-level cache from one pass over it to the next. About square, since a thin one would stream the weight, and its
+# gradient, from memory for every few rows.
+CHUNK_BYTES = 16 * 2**20
+TILE_ROWS = 2048
 # Up to this many bytes the probabilities are kept for the backward pass; above, they are computed again there.
 KEEP_BYTES = 256 * 2**20
+# Groups of rows of about one length that a model without hidden states is run on, one after the other.
+LENGTH_GROUPS = 4
 
 
 def select_targets(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,32 +49,43 @@ def select_targets(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _HeadLogProbs(torch.autograd.Function):
-    """log softmax(hidden W' + b) at the targets, with neither logits nor probabilities kept beyond `KEEP_BYTES`."""
+    """log softmax(hidden W' + b) at the targets, with neither logits nor probabilities kept beyond `KEEP_BYTES`.
+
+    Only thin things are scaled row by row: with P the probabilities, d logp / d logits = onehot - P, so gradients are
+    -g (P - onehot) W and (P - onehot)' (-g hidden), and no pass over a tile multiplies it with g.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, chunk: int, keep: bool
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        tile: tuple[int, int],
+        keep: bool,
     ) -> Tensor:
         total, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
-        logps_T = hidden_TD.new_empty(total, dtype=_accumulator(hidden_TD.dtype))
-        lses_T = torch.empty_like(logps_T)
+        target_logits_T = hidden_TD.new_zeros(total, dtype=_accumulator(hidden_TD.dtype))
+        # The log-sum-exp of every row over each block of the vocabulary.
+        parts = target_logits_T.new_empty(-(-vocabulary // tile[1]), total)
         kept = []
-        buffer = None if keep else _buffer(hidden_TD, min(chunk, total), vocabulary)
-        for start in range(0, total, chunk):
-            stop = min(start + chunk, total)
-            rows = stop - start
-            logits = _logits(hidden_TD[start:stop], weight_VD, bias_V, None if buffer is None else buffer[:rows])
-            target_logits = logits.gather(1, targets_T[start:stop, None]).squeeze(1)
-            maxima = logits.amax(dim=1)
-            # In place: from here on the chunk holds exp(logit - max), which is what the backward pass needs.
+        buffer = None if keep else _buffer(hidden_TD, tile)
+        for rows, columns in _tiles(total, vocabulary, tile):
+            logits = _logits(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer)
+            index, inside = _inside(targets_T[rows], columns)
+            target_logits_T[rows] += logits.gather(1, index).squeeze(1).where(inside, 0)
+            # Where all of a block is forbidden (-inf), so is its maximum, and -inf - -inf would be NaN.
+            maxima = logits.amax(dim=1).clamp_(min=torch.finfo(logits.dtype).min)
+            # In place: from here on the tile holds exp(logit - max), of which a scaling makes probabilities.
             sums = logits.sub_(maxima[:, None]).exp_().sum(dim=1)
-            lses_T[start:stop] = maxima + sums.log()
-            logps_T[start:stop] = target_logits - lses_T[start:stop]
+            parts[columns.start // tile[1], rows] = maxima + sums.log()
             if keep:
-                kept.append(logits.mul_(sums.reciprocal()[:, None]))
+                kept.append((logits, maxima))
+        lses_T = parts.logsumexp(dim=0)
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, lses_T)
-        ctx.kept, ctx.chunk = kept, chunk
-        return logps_T
+        ctx.kept, ctx.tile = kept, tile
+        return target_logits_T - lses_T
 
     @staticmethod
     @once_differentiable
@@ -75,33 +93,32 @@ class _HeadLogProbs(torch.autograd.Function):
         hidden_TD, weight_VD, bias_V, targets_T, lses_T = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         total, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
-        # Uninitialised would do for the hidden states, whose every row is written, but not for a batch without targets.
-        grad_hidden = torch.zeros_like(hidden_TD) if needs_hidden else None
+        grad_hidden = torch.zeros_like(hidden_TD, dtype=lses_T.dtype) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=lses_T.dtype) if needs_weight else None
         grad_bias = lses_T.new_zeros(vocabulary) if needs_bias else None
+        scale_T = -grad_T
+        scaled_TD = (hidden_TD * scale_T[:, None]).to(hidden_TD.dtype)
         # A second backward pass (retain_graph) finds nothing kept, since it is overwritten below, and computes again.
-        kept, ctx.kept = ctx.kept, []
-        buffer = None if kept else _buffer(hidden_TD, min(ctx.chunk, total), vocabulary)
-        for index, start in enumerate(range(0, total, ctx.chunk)):
-            stop = min(start + ctx.chunk, total)
+        kept, ctx.kept = ctx.kept[::-1], []
+        buffer = None if kept else _buffer(hidden_TD, ctx.tile)
+        for rows, columns in _tiles(total, vocabulary, ctx.tile):
             if kept:
-                grad_logits, kept[index] = kept[index], None
+                grad, maxima = kept.pop()
+                grad.mul_((maxima - lses_T[rows]).exp_()[:, None])
             else:
-                out = None if buffer is None else buffer[: stop - start]
-                grad_logits = _logits(hidden_TD[start:stop], weight_VD, bias_V, out)
-                grad_logits.sub_(lses_T[start:stop, None]).exp_()
-            # d logp / d logits = onehot - p
-            scale = grad_T[start:stop, None]
-            grad_logits.mul_(-scale).scatter_add_(1, targets_T[start:stop, None], scale)
+                grad = _logits(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer)
+                grad.sub_(lses_T[rows, None]).exp_()
+            index, inside = _inside(targets_T[rows], columns)
+            grad.scatter_add_(1, index, -inside[:, None].to(grad.dtype))
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(dim=0)
-            grad_logits = grad_logits.to(hidden_TD.dtype)
+                grad_bias[columns].addmv_(grad.t(), scale_T[rows])
+            grad = grad.to(hidden_TD.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight_VD, out=grad_hidden[start:stop])
+                _add_product(grad_hidden[rows], grad, weight_VD[columns])
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.t(), hidden_TD[start:stop])
+                _add_product(grad_weight[columns], grad.t(), scaled_TD[rows])
         return (
-            grad_hidden,
+            None if grad_hidden is None else grad_hidden.mul_(scale_T[:, None]).to(hidden_TD.dtype),
             None if grad_weight is None else grad_weight.to(weight_VD.dtype),
             None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
             None,
@@ -110,18 +127,33 @@ class _HeadLogProbs(torch.autograd.Function):
         )
 
 
-def _buffer(like: Tensor, rows: int, columns: int) -> Tensor | None:
-    """Room for one chunk of float32 logits, used over and over: a fresh one each time costs a page fault for every page."""
-    return like.new_empty(rows, columns) if like.dtype is _accumulator(like.dtype) else None
+def _tiles(total: int, vocabulary: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """Tiles of a (total, vocabulary) matrix; a block of the vocabulary stays in the cache while the rows pass."""
+    for column in range(0, vocabulary, tile[1]):
+        for row in range(0, total, tile[0]):
+            yield slice(row, min(row + tile[0], total)), slice(column, min(column + tile[1], vocabulary))
+
+
+def _inside(targets_T: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Column of each target within a tile (T, 1), any if it has none there, and whether it has (T,); without a sync."""
+    inside = (targets_T >= columns.start) & (targets_T < columns.stop)
+    return (targets_T - columns.start).where(inside, 0)[:, None], inside
+
+
+def _buffer(like: Tensor, tile: tuple[int, int]) -> Tensor | None:
+    """Room for one tile of float32 logits, used over and over: a fresh one would cost a page fault for every page."""
+    return like.new_empty(tile[0] * tile[1]) if like.dtype is _accumulator(like.dtype) else None
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """Logits of a chunk in at least float32, in memory that the caller may overwrite."""
-    logits = torch.mm(hidden, weight.t(), out=out) if out is not None else torch.mm(hidden, weight.t())
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
+    """Logits of a tile in at least float32, in memory that the caller may overwrite."""
+    shape = hidden.shape[0], weight.shape[0]
+    out = None if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
+    logits = torch.mm(hidden, weight.t(), out=out)
     logits = logits.to(_accumulator(logits.dtype))
     return logits if bias is None else logits.add_(bias)
 
@@ -146,21 +178,24 @@ def head_logprobs(
         weight: (V, D) of the output layer.
         bias: (V,) or None.
         targets: (T,) int64 token ids.
-        chunk_bytes: bytes of float32 logits to hold at a time.
+        chunk_bytes: bytes of float32 logits to hold at a time, where they are not kept for the backward pass.
 
     Returns:
         (T,) float32, in nats.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    row_bytes = 4 * weight.shape[0]
-    chunk = max(1, chunk_bytes // row_bytes)
+    total, vocabulary = targets.shape[0], weight.shape[0]
+    rows = max(1, min(total, TILE_ROWS, chunk_bytes // 4))
+    columns = max(1, chunk_bytes // (4 * rows))
+    # Rows of a tile that begin off a cache line cost the matrix product an eighth.
+    tile = rows, min(vocabulary, columns - columns % 64 if columns > 64 else columns)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = wanted and targets.shape[0] * row_bytes <= KEEP_BYTES
+    keep = wanted and 4 * total * vocabulary <= KEEP_BYTES
     with torch.autocast(device, enabled=False):
         # The casts stand outside of the function, so that autograd returns gradients in the dtype of the parameters.
         logps: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
-            hidden.to(dtype), weight.to(dtype), bias, targets, chunk, keep
+            hidden.to(dtype), weight.to(dtype), bias, targets, tile, keep
         )
     return logps
 
@@ -186,7 +221,7 @@ class _LogitsLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
         logits_MV, where_T, targets_T, lses_T = ctx.saved_tensors
-        grad_MV = torch.zeros_like(logits_MV)
+        grad_MV = _zeros_like(logits_MV)
         for start in range(0, where_T.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             grad_logits = logits_MV.index_select(0, where_T[rows]).to(lses_T.dtype).sub_(lses_T[rows, None]).exp_()
@@ -194,6 +229,17 @@ class _LogitsLogProbs(torch.autograd.Function):
             grad_logits.mul_(-scale).scatter_add_(1, targets_T[rows, None], scale)
             grad_MV[where_T[rows]] = grad_logits.to(grad_MV.dtype)
         return grad_MV, None, None, None
+
+
+def _zeros_like(x: Tensor) -> Tensor:
+    """Zeros to be written in part.
+
+    On a CPU they come from numpy, which leaves a page to the system until it is written and asks for huge pages:
+    `torch.zeros_like` would touch them all, at the price of a page fault each.
+    """
+    if x.device.type != "cpu":
+        return torch.zeros_like(x)
+    return torch.from_numpy(np.zeros(x.numel() * x.element_size(), np.uint8)).view(x.dtype).view(x.shape)
 
 
 def logits_logprobs(logits: Tensor, rows: Tensor, before: Tensor, targets: Tensor) -> Tensor:
@@ -231,15 +277,48 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
     tokens, mask = batch["tokens"], batch["mask"]
     _check_ids(tokens, vocabulary_size(model))
     if not has_hidden(model):
-        logits = logits_of(model, tokens)
-        _check_ids(tokens, logits.shape[-1])
-        return logits_logprobs(logits, rows, before, targets), rows
+        return _plain_logprobs(model, batch, rows, before, targets), rows
     if hasattr(model, "packed_hidden") and not tokens.is_cuda and not bool(mask.all()):
         place = mask.flatten().cumsum(0).view_as(mask) - 1
         hidden = model.packed_hidden(tokens, mask).index_select(0, place[rows, before])
     else:
         hidden = model.hidden(tokens)[rows, before]
     return head_logprobs(hidden, *model.head, targets), rows
+
+
+def _plain_logprobs(model: nn.Module, batch: TokenBatch, rows: Tensor, before: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs (T,) by a model that gives logits and nothing else, at every position that it is shown."""
+    tokens = batch["tokens"]
+    parts, places = [], []
+    for group, width in _length_groups(batch):
+        place = rows.new_full((tokens.shape[0],), -1)
+        place[group] = torch.arange(len(group))
+        within = place[rows]
+        chosen = (within >= 0).nonzero().squeeze(1)
+        logits = logits_of(model, tokens[group, :width])
+        _check_ids(tokens, logits.shape[-1])
+        parts.append(logits_logprobs(logits, within[chosen], before[chosen], targets[chosen]))
+        places.append(chosen)
+        del logits  # without gradients they are free now, and not only when the next are there
+    if not parts:
+        logits = logits_of(model, tokens)
+        _check_ids(tokens, logits.shape[-1])
+        return logits_logprobs(logits, rows, before, targets)
+    return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def _length_groups(batch: TokenBatch) -> list[tuple[Tensor, int]]:
+    """Rows of about one length, and the positions that score their targets: causality makes the others superfluous.
+
+    On a CPU a pad costs what a token costs. On a GPU looking at lengths would stall the queue, and of a sharded model
+    every rank must run the same number of forward passes: there, and where it would save less than a tenth, no groups.
+    """
+    tokens, targets = batch["tokens"], batch["targets"]
+    if tokens.is_cuda or not tokens.numel() or world()[1] > 1:
+        return []
+    widths = (targets * torch.arange(tokens.shape[1])).amax(dim=1).clamp(min=1)
+    groups = [(group, int(widths[group[-1]])) for group in widths.argsort(stable=True).chunk(LENGTH_GROUPS)]
+    return groups if sum(len(group) * width for group, width in groups) <= 0.9 * tokens.numel() else []
 
 
 def response_logprobs(model: nn.Module, batch: TokenBatch) -> LogProbs:

@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,7 +27,9 @@ from lightning_align.models.checkpoint import (
     Backbone,
     backbone_spec,
     build_backbone,
+    check_weights,
     load_policy,
+    policy_state,
     read_checkpoint,
 )
 from lightning_align.models.language_model import logits_of
@@ -187,6 +191,29 @@ class AlignModule(L.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the Trainer's logger connector
         return every
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip; also for a fused optimizer in bfloat16, where Lightning refuses though nothing is left to unscale.
+
+        Raises:
+            ValueError: if a fused optimizer is to unscale float16 gradients after the clipping.
+        """
+        precision = self.trainer.precision_plugin
+        if not isinstance(precision, MixedPrecision) or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif precision.scaler is not None and gradient_clip_val:
+            raise ValueError(
+                "gradient_clip_val with precision 16-mixed needs an optimizer that is not fused: set `fused: false` in its "
+                "init_args, or precision bf16-mixed"
+            )
+        else:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(precision, optimizer, gradient_clip_val or 0.0, algorithm)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over what trains, norms' gains and biases without weight decay, and the schedule a step at a time."""
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
@@ -211,12 +238,20 @@ class AlignModule(L.LightningModule):
                 checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Complete a checkpoint of adapters with the base that stands here, so that loading stays strict."""
+        """Complete a checkpoint of adapters with the base that stands here, so that loading stays strict.
+
+        Raises:
+            ValueError: if the checkpoint is of another model.
+        """
         self._awaits_weights = False
-        if self.lora is not None and not self._sharded:
+        if self._sharded:
+            return
+        if self.lora is not None:
             own = self.state_dict()
             for name in self._frozen_names():
                 checkpoint["state_dict"].setdefault(name, own[name])
+        path = None if self._trainer is None else self._trainer.ckpt_path
+        check_weights(self.policy, policy_state(checkpoint["state_dict"]), path or "that was given")
 
     def _frozen_names(self) -> list[str]:
         return [PREFIX + name for name, parameter in self.policy.named_parameters() if not parameter.requires_grad]
@@ -246,7 +281,11 @@ class AlignModule(L.LightningModule):
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
                 # Lightning's own log_hyperparams(..., metrics) would draw their initial values as points of their curves.
-                flat = {name: value for name, value in _flatten(dict(self.hparams_initial)) if value is not None}
+                # What decodes has no part in the loss, and hides what has.
+                shown = {
+                    name: value for name, value in self.hparams_initial.items() if name not in ("_instantiator", "generation")
+                }
+                flat = {name: value for name, value in _flatten(shown) if value is not None}
                 for summary in hparams(flat, {"val/loss": 0.0}):  # type: ignore[no-untyped-call]
                     logger.experiment._get_file_writer().add_summary(summary)
 

@@ -1,9 +1,12 @@
 """The command line as its users meet it: real configurations, real files, and everything they get wrong."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_align import DPOModule
-from lightning_align.cli import AlignCLI, run
+from lightning_align.cli import AlignCLI, ResumeHint, run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -302,6 +305,116 @@ def test_the_console_script_helps(command: list[str]) -> None:
     assert result.returncode == 0, result.stderr
     assert "usage: lightning-align" in result.stdout
     assert result.stderr == ""
+
+
+def test_what_a_command_says_wins_over_the_checkpoint_and_the_checkpoint_over_defaults(
+    folder: Path, sft_rows: str, pair_rows: str
+) -> None:
+    started = checkpoint(fit("sft", folder, sft_rows))
+    aligned = checkpoint(fit("dpo", folder, pair_rows, "--model.init_from", started, "--model.beta", "0.2"))
+    (folder / "bare.yaml").write_text("model: {class_path: DPOModule}\ndata: {class_path: DPODataModule}\n")
+    bare = ["--config", "bare.yaml", "--ckpt_path", aligned, "--trainer.accelerator", "cpu"]
+    metrics = []
+    for beta in ([], ["--model.beta", "0.4"]):
+        cli = run(["validate", *bare, "--data.validation", pair_rows, *beta])
+        assert cli is not None
+        metrics.append(float(cli.trainer.callback_metrics["val/rewards/margins"]))
+    assert metrics[1] == pytest.approx(2 * metrics[0])
+
+    said = ["--model.generation.num_samples", "2", "--model.generation.temperature", "0.5"]
+    cli = run(["predict", *bare, "--data.predict", sft_rows, "--output", "texts.jsonl", *said])
+    assert cli is not None
+    assert (cli.model.generation.max_new_tokens, cli.model.generation.temperature) == (4, 0.5)
+    assert all(len(json.loads(line)["responses"]) == 2 for line in (folder / "texts.jsonl").read_text().splitlines())
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_named(folder: Path, sft_rows: str, pair_rows: str) -> None:
+    started = checkpoint(fit("sft", folder, sft_rows))
+    (folder / "cut.ckpt").write_bytes(Path(started).read_bytes()[:-500])
+    (folder / "sharded.ckpt").mkdir()
+    (folder / "sharded.ckpt" / "meta.pt").touch()
+    cases = [
+        ("sft", ["none.ckpt"], ["none.ckpt", "no such file"]),
+        ("sft", [sft_rows], ["sft.jsonl", "cannot be read"]),
+        ("sft", ["cut.ckpt"], ["cut.ckpt", "cannot be read"]),
+        ("sft", ["runs"], ["runs", "is a folder", "version_0"]),
+        ("sft", ["sharded.ckpt"], ["sharded.ckpt", "fsdp2.yaml", "dcp_to_torch"]),
+        ("dpo", [started], ["SFTModule", "DPOModule", "--model.init_from"]),
+        ("sft", [started, "--model.backbone.init_args.dim", "32"], ["another model", "(259, 16)", "(259, 32)"]),
+    ]
+    for name, given, named in cases:
+        with pytest.raises(SystemExit) as stopped:
+            fit(name, folder, sft_rows if name == "sft" else pair_rows, "--ckpt_path", *given)
+        message = str(stopped.value.code)
+        assert all(word in message for word in named), (given, message)
+        assert "weights_only" not in message
+
+
+def test_what_a_constructor_refuses_is_said_without_the_whole_configuration(folder: Path, sft_rows: str) -> None:
+    model = {"class_path": "SFTModule"}
+    with pytest.raises(SystemExit) as stopped:
+        run(["fit", "--config", config("sft", folder, model=model), "--data.train", sft_rows])
+    assert "`init_from` (a checkpoint), or both" in str(stopped.value.code)
+    assert "Namespace" not in str(stopped.value.code)
+    with pytest.raises(SystemExit, match=r"--data\.train"):
+        run(["fit", "--config", config("sft", folder), "--data.validation", sft_rows])
+
+
+def test_places_that_cannot_be_written_are_named(folder: Path, sft_rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for logger in ("TensorBoardLogger", "CSVLogger"):
+        with pytest.raises(SystemExit, match=r"sft\.jsonl/logs: Not a directory"):
+            fit("sft", folder, sft_rows, "--trainer.logger", logger, "--trainer.logger.save_dir", f"{sft_rows}/logs")
+    with pytest.raises(SystemExit, match=r"^[^\n]*is a folder"):
+        run(["predict", "--config", config("sft", folder), "--data.predict", sft_rows, "--output", "runs"])
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "here.ckpt")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", full)
+        with pytest.raises(SystemExit, match=r"here\.ckpt: No space left on device"):
+            fit("sft", folder, sft_rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(SystemExit, match=r"tokenizer\.json: cannot be written \(No space left on device\)"):
+            run(["tokenizer", sft_rows, "--output", "tokenizer.json", "--vocab_size", "300"])
+
+
+def test_who_stops_a_run_is_told_how_to_go_on(
+    folder: Path, sft_rows: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli = fit("sft", folder, sft_rows)
+    assert any(isinstance(callback, ResumeHint) for callback in cli.trainer.callbacks)
+    path = Path(checkpoint(cli))
+    for hints in (1, 0):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            ResumeHint().on_exception(cli.trainer, cli.model, KeyboardInterrupt())
+        assert caplog.text.count(f"--ckpt_path {path}") == hints
+        path.write_bytes(path.read_bytes()[:-500])  # as a full disk leaves it
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_align.data.tokenizer._texts_of_files", stop)
+    with pytest.raises(SystemExit, match="130"):
+        run(["tokenizer", sft_rows, "--output", "tokenizer.json"])
+
+
+def test_a_fused_optimizer_is_clipped_in_bfloat16(folder: Path, sft_rows: str) -> None:
+    optimizer = ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.fused", "true"]
+    cli = fit("sft", folder, sft_rows, *optimizer, "--trainer.gradient_clip_val", "1.0", "--trainer.precision", "bf16-mixed")
+    assert cli.trainer.global_step == 3
+
+
+def test_help_is_of_a_readable_length(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in ((["--help"], "judge"), (["fit", "--model.help", "DPOModule"], "lightning_align.PaLM")):
+        with pytest.raises(SystemExit, match="0"):
+            run(arguments)
+        text = capsys.readouterr().out
+        assert expected in text
+        assert "torch.nn.Conv1d" not in text
+        assert len(text.splitlines()) < 120
 
 
 def test_help_documents_every_argument(capsys: pytest.CaptureFixture[str]) -> None:

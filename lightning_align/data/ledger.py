@@ -90,7 +90,9 @@ class Ledger:
             ValueError: If no row is left.
         """
         if self.num_kept == 0:
-            raise ValueError(f"no row of {self.source} is left:\n{self.table()}{self._example_lines(self.examples)}")
+            over = any(f"dropped/{reason}" in self.counts for reason in LIMITS)
+            remedy = " Raise max_length, or choose another truncation." if over else ""
+            raise ValueError(f"no row of {self.source} is left.{remedy}\n{self.table()}{self._example_lines(self.examples)}")
         broken = {reason: lines for reason, lines in self.examples.items() if reason not in LIMITS}
         if broken and self.on_bad_row == "warn":
             num_broken = sum(self.counts[f"dropped/{reason}"] for reason in broken)

@@ -360,7 +360,13 @@ def train_tokenizer(rows: str | list[str], *, output: str, vocab_size: int = 819
         raise ValueError(
             f"rows {', '.join(rows)} have no text field: expected prompt, response, chosen, rejected, messages or text"
         )
-    publish(output, lambda path: model.save(str(path)))
+    content = model.to_str(pretty=True)
+
+    def write(path: Path) -> None:
+        path.write_text(content, encoding="utf-8")  # its own `save` raises a bare Exception where the disk is full
+
+    publish(output, write)
+    print(f"{model.get_vocab_size()} tokens in {output}")
 
 
 def _texts_of_files(paths: Iterable[str]) -> Iterator[str]:

@@ -184,6 +184,8 @@ class DPOModule(AlignModule):
         # A single margin comes back without a dimension.
         margins = self.val_margins.compute().reshape(-1)
         self.val_margins.reset()
+        if self.trainer.sanity_checking:
+            return  # a few rows, which would stand beside the histograms of all of them
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero and len(margins):
                 logger.experiment.add_histogram("val/rewards/margins_histogram", margins, self.global_step)

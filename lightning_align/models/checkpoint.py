@@ -1,6 +1,7 @@
 """Weights of a policy out of a checkpoint: its architecture, its adapters, and a check that they fit."""
 
 import hashlib
+import zipfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -61,6 +62,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: if there is no such file or it cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = sorted(str(p) for p in path.rglob("*.ckpt"))[:5]
+        hint = f", such as {', '.join(inside)}" if inside else ""
+        raise ValueError(f"checkpoint {path}: is a folder; give a file{hint}")
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         hint = f"; that folder has {', '.join(near)}" if near else ""
@@ -68,9 +73,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return {"state_dict": load_file(path)}
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # The format before torch 1.6 cannot be mapped.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch and safetensors raise a dozen kinds here
-        raise ValueError(f"checkpoint {path}: cannot be read ({type(error).__name__}: {error})") from error
+        # What they say is long, and of how to switch their checks off.
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0].partition('. ')[0] if str(error) else 'empty'}"
+        raise ValueError(
+            f"checkpoint {path}: cannot be read ({reason}); give a .ckpt that a run wrote to its end, or a state dict "
+            "(.pt, .safetensors)"
+        ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"checkpoint {path}: holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
@@ -123,6 +134,16 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -
     Raises:
         ValueError: naming weights that are missing, left over or of another shape.
     """
+    check_weights(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Say how a state dict differs from what a model has.
+
+    Raises:
+        ValueError: naming weights that are missing, left over or of another shape.
+    """
     own = model.state_dict()
     shapes = [
         f"{name} is {tuple(state[name].shape)} in the file and {tuple(own[name].shape)} in the model"
@@ -140,7 +161,6 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -
             f"checkpoint {path}: is of another model than {type(model).__name__}: {'; '.join(problems)}. Leave `backbone` out "
             "to build the one that the checkpoint describes, or give the one that it was made with"
         )
-    model.load_state_dict(state)
 
 
 def weights_hash(model: nn.Module) -> str:

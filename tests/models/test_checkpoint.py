@@ -107,6 +107,12 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "list.ckpt")
 
 
+def test_a_file_of_the_old_format_is_read(tmp_path: Path) -> None:
+    model = tiny_palm()
+    torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert weights_hash(load_policy(tmp_path / "old.pt", tiny_palm(seed=1))) == weights_hash(model)
+
+
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:

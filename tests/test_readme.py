@@ -1,0 +1,128 @@
+"""The README's commands and examples, run in order in one folder, as a reader would.
+
+In ``bash`` blocks, ``lightning-align`` commands run for real, with a configuration appended that makes them small; those that
+need several devices or a launcher are parsed. ``python`` blocks are executed, one after the other in one namespace. ``make``
+targets and paths have to exist. ``sh`` blocks are for readers only.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_align.cli import run
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LAUNCHERS = ("torchrun", "srun")
+BACKBONE = {"num_tokens": 300, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
+
+
+def commands(block: str) -> list[list[str]]:
+    lines = block.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def small(words: list[str]) -> dict[str, object]:
+    """What makes a command small without changing what it does."""
+    schedule = {"lr_scheduler": {"init_args": {"total_steps": 4, "warmup_steps": 1}}, "generation": {"max_new_tokens": 4}}
+    trainer: dict[str, object] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    if words[0] == "fit":
+        keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+        samples = {"class_path": "SampleLogger", "init_args": {"max_new_tokens": 4}}
+        trainer |= {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "callbacks": [samples, keep]}
+    content: dict[str, object] = {"trainer": trainer, "model": {"init_args": dict(schedule)}}
+    if any("palm_small" in word for word in words):
+        content["model"] = {"init_args": {**schedule, "backbone": {"init_args": BACKBONE}}}
+    return content
+
+
+def launch(words: list[str]) -> None:
+    """Run a command of the README, or parse it where it needs more devices than a test has."""
+    elsewhere = words[0] in LAUNCHERS or any("configs/trainer/" in word for word in words)
+    words = words[words.index("lightning_align" if words[0] == "torchrun" else "lightning-align") + 1 :]
+    if elsewhere:
+        with pytest.raises(SystemExit, match="0"):
+            run([*words, "--print_config"])
+    elif words[0] == "tokenizer":
+        run([*words, "--vocab_size", "300"])
+    else:
+        Path("small.yaml").write_text(yaml.safe_dump(small(words)))
+        run([*words, "--config", "small.yaml"])
+
+
+def write_rows(path: str, rows: list[dict[str, str]]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the README's reader has it: the configurations, and rows of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-align"])
+    shutil.copytree(ROOT / "configs", "configs")
+    sums = [{"prompt": f"{i} + 2 =", "response": f" {i + 2}"} for i in range(40)]
+    pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": " 0"} for row in sums]
+    for name, rows in {"train": sums, "valid": sums[:8], "pairs": pairs, "pairs_valid": pairs[:8]}.items():
+        write_rows(f"{name}.jsonl", rows)
+    write_rows("prompts.jsonl", [{"prompt": "1 + 2 ="}, {"prompt": "2 + 2 ="}])
+    return tmp_path
+
+
+def test_a_reader_can_follow_it_from_top_to_bottom(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = 0
+    names: dict[str, object] = {}
+    for language, block in BLOCKS:
+        if language == "bash":
+            for words in commands(block):
+                if words[0] == "lightning-align" or words[0] in LAUNCHERS:
+                    launch(words)
+                    ran += 1
+        elif language == "python":
+            exec(compile(block, "README.md", "exec"), names)
+            ran += 1
+    assert ran >= 12, "the blocks are not where this test looks for them"
+    assert len((reader / "answers.jsonl").read_text().splitlines()) == 2
+
+    logged: set[str] = set()
+    for folder in {path.parent for path in reader.glob("runs/*/*/events.*")}:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        tags = events.Tags()
+        logged |= {*tags["scalars"], *tags["histograms"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
+    promised = set(re.findall(r"`((?:train|val)/[\w/]+)`", README))
+    assert len(promised) > 10
+    assert promised <= logged
+
+
+def test_other_commands_name_what_there_is() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z]+)", "\n".join(re.findall(r"`[^`\n]+`|^make .*$", README, re.MULTILINE))):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+    project = (ROOT / "pyproject.toml").read_text()
+    installs = re.findall(r"^pip install .*$", README, re.MULTILINE)
+    assert installs
+    assert all("-c constraints.txt" in line for line in installs)
+    for extras in re.findall(r"\.\[([a-z,]+)\]", README):
+        assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras.split(",")), extras
+
+
+def test_paths_that_are_named_exist() -> None:
+    for path in set(re.findall(r"\b(?:configs|examples|lightning_align|tests)/[\w./]+|\b[A-Z]+\.md\b", README)):
+        assert (ROOT / path).exists(), path
+    (tree,) = (block for language, block in BLOCKS if block.startswith("lightning_align/\n"))
+    folders: list[str] = []
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth:] = [name]
+        assert (ROOT / "".join(folders)).exists(), line
+    listed = {line.split()[0].rpartition("/")[2] for line in tree.splitlines()}
+    modules = {path.name for path in (ROOT / "lightning_align").glob("*.py")} - {"__main__.py"}
+    assert modules <= listed
