@@ -49,7 +49,7 @@ notebooks: $(VENV)/.installed ## Execute every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -o timeout=1200 notebooks
 
 bench: $(VENV)/.installed-bench ## Run every benchmark beside its peer
-	set -e; for script in benchmarks/[!_]*.py; do $(BIN)/python "$$script"; done
+	$(BIN)/python benchmarks/run.py
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache

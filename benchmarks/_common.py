@@ -9,8 +9,9 @@ import random
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -119,7 +120,7 @@ class Timing(NamedTuple):
     others: float
 
 
-def alternate(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Timing]]:
+def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Timing]]:
     """Run the sides in turns, so that whatever else the machine does meets all of them.
 
     Args:
@@ -152,6 +153,16 @@ def load(timings: Sequence[Timing]) -> str:
     return f"{median(t.others for t in timings):.2f} (max {max(t.others for t in timings):.2f})"
 
 
+def heading(title: str, text: str) -> None:
+    """Print a section's title and what stands below it.
+
+    Args:
+        title: of the section.
+        text: a paragraph, wrapped here.
+    """
+    print(f"## {title}\n\n{textwrap.fill(text, 120)}\n")
+
+
 def table(rows: Sequence[dict[str, str]]) -> str:
     """A markdown table.
 
@@ -181,8 +192,8 @@ EOS = 1
 def synthetic_pairs(count: int, vocabulary: int, seed: int = 0) -> list[Pair]:
     """Random pairs with the lengths of short worked answers.
 
-    Prompts have 20 to 120 tokens, responses 30 to 200, both log-normal between. Of a padded batch of 8 pairs, about 39 % of the
-    positions are padding and 39 % are response.
+    Prompts have 20 to 120 tokens, responses 30 to 200, both log-normal between. Of a padded batch of 8 pairs, about 39 %
+    of the positions are padding and 39 % are response.
 
     Args:
         count: number of pairs.

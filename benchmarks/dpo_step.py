@@ -149,16 +149,14 @@ def measure(rounds: int, path: str | None, thp: bool) -> dict[str, tuple[list[co
 def report(rounds: int, path: str | None, thp: bool) -> None:
     """Print the section."""
     padding, responses = common.shares(load_batches(path))
-    print(f"## A DPO step against {PEER}{', huge pages from malloc on both sides' if thp else ''}\n")
-    print(
-        f"Vocabulary {VOCABULARY:,}, width {WIDTH}, depth {DEPTH}, {HEADS} heads, {PAIRS} pairs a step, "
-        f"AdamW {LEARNING_RATE:g},"
+    data = "synthetic pairs" if path is None else "pairs of a file"
+    common.heading(
+        f"A DPO step against {PEER}{', huge pages from malloc on both sides' if thp else ''}",
+        f"Vocabulary {VOCABULARY:,}, width {WIDTH}, depth {DEPTH}, {HEADS} heads, {PAIRS} pairs a step, AdamW "
+        f"{LEARNING_RATE:g}, clip {CLIP}, float32, two threads; {data}: {padding:.0%} of the positions are padding, "
+        f"{responses:.0%} response. {rounds} rounds, alternating, after two warm-up steps a side. Memory: each side in a "
+        f"process of its own, resident above the interpreter with its imports, over {NUMBER_OF_BATCHES} steps.",
     )
-    print(
-        f"clip {CLIP}, float32, two threads; {'synthetic pairs' if path is None else 'pairs of a file'}: {padding:.0%} of the"
-    )
-    print(f"positions are padding, {responses:.0%} response. {rounds} rounds, alternating, after two warm-up steps a side.")
-    print("Memory: each side in a process of its own, resident above the interpreter with its imports, over 8 steps.\n")
     results = measure(rounds, path, thp)
     peer_timings, peer_bytes, _ = results["peer"]
     rows, speeds = [], {}
@@ -179,9 +177,10 @@ def report(rounds: int, path: str | None, thp: bool) -> None:
         )
     print(common.table(rows))
     palm_memory = results["PaLM"][1] / peer_bytes
+    logits, palm = speeds["logits"], speeds["PaLM"]
     claims = [
-        common.claim("speed of our loss on the same model", "≥ 1.2x", f"{speeds['logits']:.2f}x", speeds["logits"] >= 1.2),
-        common.claim("speed with our PaLM", "≥ 2.5x", f"{speeds['PaLM']:.2f}x", speeds["PaLM"] >= 2.5),
+        common.claim("speed of our loss on the same model", "≥ 1.2x", f"{logits:.2f}x", logits >= 1.2),
+        common.claim("speed with our PaLM", "≥ 2.5x", f"{palm:.2f}x", palm >= 2.5),
         common.claim("memory with our PaLM", "≤ 0.45", f"{palm_memory:.2f}", palm_memory <= 0.45),
     ]
     print(common.table(claims))

@@ -90,12 +90,12 @@ def errors(vocabulary: int, positions: int) -> list[dict[str, str]]:
 def report(rounds: int, thp: bool) -> None:
     """Print the section."""
     torch.set_num_threads(2)
-    print("## Log-probs: `head_logprobs` against linear, log_softmax, gather\n")
-    print(
-        f"Vocabulary {VOCABULARY:,}, {POSITIONS:,} positions, width {WIDTH}, float32, forward and backward pass, two threads."
+    common.heading(
+        "Log-probs: `head_logprobs` against linear, log_softmax, gather",
+        f"Vocabulary {VOCABULARY:,}, {POSITIONS:,} positions, width {WIDTH}, float32, forward and backward pass, two "
+        f"threads{', malloc with huge pages' if thp else ''}. Time: {rounds} rounds, alternating. Memory: each side in a "
+        "process of its own, resident above model and inputs.",
     )
-    print(f"Time: {rounds} rounds, alternating{', malloc with huge pages' if thp else ''}. Memory: each side in a process of")
-    print("its own, resident above model and inputs.\n")
     used = {side: common.in_subprocess(__file__, "--memory", side, thp=thp) for side in SIDES}
     script = ["--time", "--rounds", str(rounds)]
     timed = common.in_subprocess(__file__, *script, thp=thp)["timings"]

@@ -1,6 +1,6 @@
 """A training step in float32 against bfloat16 autocast (`precision: bf16-mixed`), on this machine's CPU.
 
-Which is faster depends on the CPU: bfloat16 wins where there are instructions for it (AMX, AVX512-BF16) and loses elsewhere.
+Which is faster depends on the CPU: bfloat16 wins where there are instructions for it (AMX, AVX512-BF16).
 """
 
 import argparse
@@ -61,12 +61,13 @@ def measure(rounds: int) -> None:
 def report(rounds: int) -> None:
     """Print the section."""
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
-    print("## Precision on this CPU\n")
-    print(
-        f"An SFT step of PaLM, depth {DEPTH}, vocabulary {VOCABULARY:,}, {ROWS} rows, two threads; {rounds} rounds, alternating."
+    lacking = [flag for flag in FLAGS if flag not in flags]
+    common.heading(
+        "Precision on this CPU",
+        f"An SFT step of PaLM, depth {DEPTH}, vocabulary {VOCABULARY:,}, {ROWS} rows, two threads; {rounds} rounds, "
+        f"alternating. The CPU has {', '.join(flag for flag in FLAGS if flag in flags) or 'none of the instructions'} and "
+        f"lacks {', '.join(lacking) or 'nothing'}.",
     )
-    print(f"The CPU has {', '.join(flag for flag in FLAGS if flag in flags)} and lacks", end=" ")
-    print(f"{', '.join(flag for flag in FLAGS if flag not in flags) or 'nothing of what matters here'}.\n")
     results = common.in_subprocess(__file__, "--measure", "--rounds", str(rounds))
     rows = []
     for dim, timed in results.items():

@@ -25,7 +25,8 @@ SECTIONS = (
 def machine() -> str:
     """What the numbers were measured on."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in info if line.startswith("model name")), platform.processor())
+    names = (line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    model = next(names, platform.processor())
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
@@ -37,17 +38,15 @@ def head(command: str) -> str:
 Written by `{command}`, {datetime.date.today().isoformat()}: {machine()}; Python {platform.python_version()},
 torch {torch.__version__}.
 
-Sides alternate within a process; ratios are medians of the ratios of neighbours. "Load of others" is the number of cores
-that anything but the benchmark kept busy meanwhile: where it is not near 0, repeat the run before believing the row.
+Sides alternate within a process; ratios are medians of the ratios of neighbours. "Load of others" is the number of
+cores that anything but the benchmark kept busy meanwhile: where it is not near 0, repeat before believing the row.
 """
 
 
 def main() -> None:
     """Parse the command line, run, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--pairs", metavar="FILE", help="JSONL with prompt, chosen and rejected for the DPO step; else synthetic"
-    )
+    parser.add_argument("--pairs", metavar="FILE", help="for the DPO step: JSONL with prompt, chosen and rejected")
     parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md")
     arguments = parser.parse_args()
     pairs = [] if arguments.pairs is None else ["--pairs", arguments.pairs]

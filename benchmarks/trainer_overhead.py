@@ -1,7 +1,8 @@
 """What the Trainer and this library's hooks cost a step: `SFTModule` in a `Trainer` against a hand-written loop.
 
-The loop has the same model, loss, optimizer, clipping and batches. It takes one step inside of every fetch of the Trainer's
-next batch, so that both sides meet the same machine, step by step; the time between two fetches is the Trainer's.
+The loop has the same model, loss, optimizer, clipping and batches. It takes one step inside of every fetch of the
+Trainer's next batch, so that both sides meet the same machine, step by step; the time between two fetches is the
+Trainer's.
 """
 
 import argparse
@@ -172,12 +173,12 @@ def measure() -> None:
 
 def report() -> None:
     """Print the section."""
-    print("## What a Trainer step costs above a hand-written loop\n")
-    print(
-        f"PaLM, vocabulary {VOCABULARY:,}, {ROWS} rows a step, AdamW, clip {CLIP}, float32, two threads. TensorBoard logger, no"
+    common.heading(
+        "What a Trainer step costs above a hand-written loop",
+        f"PaLM, vocabulary {VOCABULARY:,}, {ROWS} rows a step, AdamW, clip {CLIP}, float32, two threads. TensorBoard logger, "
+        f"no progress bar, default callbacks. Means over blocks of {BLOCK} steps, each with one that writes the log; the "
+        "loop's steps lie between the Trainer's. Medians over the blocks.",
     )
-    print(f"progress bar, default callbacks. Means over blocks of {BLOCK} steps, each with one that writes the log; the loop's")
-    print("steps lie between the Trainer's. Medians over the blocks.\n")
     results = common.in_subprocess(__file__, "--measure")
     rows, shares = [], {}
     for label, modules in results.items():
