@@ -122,11 +122,11 @@ class Seed:
             "dpo": self.fit("dpo", "--config", DPO, *begin, train, preferences),
         }
         for name, checkpoint in policies.items():
-            config = DPO if name == "dpo" else SFT
             root = ("--trainer.default_root_dir", str(self.folder / "test" / name))
             self.command(
                 f"test_{name}",
-                *("test", "--config", config, "--config", "configs/sft/arithmetic_test.yaml", "--ckpt_path", str(checkpoint)),
+                *("test", "--config", SFT, "--config", "configs/sft/arithmetic_test.yaml"),
+                *("--model.init_args.init_from", str(checkpoint), "--model.init_args.backbone", "null"),
                 *(*quiet, *root),
             )
 
