@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from lightning_align.models.palm import PaLM
     from lightning_align.models.palm_import import load_palm_rlhf
+    from lightning_align.reference import ReferenceUpdate
     from lightning_align.schedules import WarmupDecay
     from lightning_align.sft.datamodule import SFTDataModule
     from lightning_align.sft.module import SFTModule
@@ -39,6 +40,7 @@ _HOME = {
     "GenerationConfig": "generation.sampler",
     "LoRAConfig": "models.lora",
     "PaLM": "models.palm",
+    "ReferenceUpdate": "reference",
     "RowTask": "data.rows",
     "SFTDataModule": "sft.datamodule",
     "SFTModule": "sft.module",
@@ -64,6 +66,7 @@ __all__ = [
     "GenerationConfig",
     "LoRAConfig",
     "PaLM",
+    "ReferenceUpdate",
     "RowTask",
     "SFTDataModule",
     "SFTModule",

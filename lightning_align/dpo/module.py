@@ -1,6 +1,6 @@
 """Direct preference optimisation: Rafailov et al. 2023, arXiv 2305.18290."""
 
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,17 @@ from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.parallelize import shard
 from lightning_align.module import AlignModule
 from lightning_align.pairwise import LOSSES, LossName, Ratios, check_loss, log_ratios, pair_metrics
-from lightning_align.reference import AdaptersOff, Reference, frozen_copy
+from lightning_align.reference import (
+    AdaptersOff,
+    MovingReference,
+    Reference,
+    ReferenceUpdate,
+    frozen_copy,
+    moving_reference,
+)
 from lightning_align.types import LogProbs, PreferenceBatch, PromptBatch, TokenBatch
 
+ReferenceKind = Literal["frozen", "moving"]
 METRICS = (
     "loss",
     "rewards/chosen",
@@ -45,6 +53,7 @@ class DPOModule(AlignModule):
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         sft_weight: float = 0.0,
+        reference: ReferenceKind = "frozen",
         lora: LoRAConfig | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -60,7 +69,9 @@ class DPOModule(AlignModule):
             beta: strength of the pull towards the reference; about 0.1 on sums, 2 to 10 for `sigmoid_norm`.
             label_smoothing: assumed share of flipped labels, for `sigmoid`, `sigmoid_norm` and `robust`.
             sft_weight: weight of an added -log p(chosen) / |chosen|.
-            lora: train only adapters; the reference is then the policy with its adapters off, and costs no memory.
+            reference: `frozen`, or `moving` by the rule of the callback `ReferenceUpdate`.
+            lora: train only adapters. A frozen reference is then the policy with its adapters off, and costs no memory; a
+                moving one costs a second set of adapters.
             optimizer: factory over parameters; by default AdamW at 5e-6.
             lr_scheduler: factory over the optimizer; stepped every optimizer step.
             generation: how `predict` and the sample logger decode.
@@ -80,6 +91,9 @@ class DPOModule(AlignModule):
         if sft_weight < 0:
             raise ValueError(f"sft_weight is {sft_weight}; it must be 0 or above")
         self.loss, self.beta, self.label_smoothing, self.sft_weight = loss, beta, label_smoothing, sft_weight
+        if reference not in get_args(ReferenceKind):
+            raise ValueError(f"reference is {reference!r}; it must be one of {', '.join(get_args(ReferenceKind))}")
+        self.reference_kind = reference
         self._reference: tuple[Reference, str | None] | None = None
         self.val_means, self.test_means = PairMeans(METRICS), PairMeans(METRICS)
         self.val_margins = CatMetric()
@@ -101,7 +115,13 @@ class DPOModule(AlignModule):
         return self._reference[0]
 
     def configure_reference(self, policy: nn.Module) -> None:
-        """Adapters off where only adapters train, else a frozen copy of the policy as it begins."""
+        """Adapters off where only adapters train, else a frozen copy of the policy as it begins; or one of those that move."""
+        if self.reference_kind == "moving":
+            moving = moving_reference(policy, lora=self.lora, convert=self._convert, shard=self._shard)
+            self._reference = moving, None
+            # Registered, so that it is saved, sharded or whole, and restored.
+            self.reference_average = moving.average
+            return
         if self.lora is not None:
             self._reference = AdaptersOff(), None
             return
@@ -109,12 +129,33 @@ class DPOModule(AlignModule):
             return  # `reference` says so to whoever asks for it
         reference = frozen_copy(policy)
         self._reference = reference, weights_hash(reference.model)
-        if self._trainer is not None:
-            # As Lightning converts the policy, which registered modules alone get.
-            reference.model = self._trainer.precision_plugin.convert_module(reference.model)
-        if self._sharded:
-            # A root of its own, else every rank would hold all of it.
-            shard(reference.model.to(self.device), self._data_mesh)
+        reference.model = self._shard(self._convert(reference.model))
+
+    def _convert(self, model: nn.Module) -> nn.Module:
+        """As Lightning converts the policy, which registered modules alone get."""
+        return model if self._trainer is None else self._trainer.precision_plugin.convert_module(model)
+
+    def _shard(self, model: nn.Module) -> nn.Module:
+        """A root of its own where the policy is sharded, else every rank would hold all of it."""
+        return shard(model.to(self.device), self._data_mesh) if self._sharded else model
+
+    def _check_weights(self) -> None:
+        super()._check_weights()
+        if self._reference is not None and isinstance(self.reference, MovingReference):
+            self.reference.restore(self.policy)
+
+    def on_fit_start(self) -> None:
+        """Refuse a moving reference that nothing moves.
+
+        Raises:
+            ValueError: if there is no callback for it.
+        """
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's callback connector
+        if self.reference_kind == "moving" and not any(isinstance(callback, ReferenceUpdate) for callback in callbacks):
+            raise ValueError(
+                "reference is 'moving', but nothing moves it: add the callback ReferenceUpdate to the trainer, or leave "
+                "`reference` at 'frozen'"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which reference it was, not the reference."""
@@ -128,6 +169,12 @@ class DPOModule(AlignModule):
             ValueError: if the weights that the reference was made from have changed.
         """
         super().on_load_checkpoint(checkpoint)
+        kind = checkpoint.get("hyper_parameters", {}).get("reference", "frozen")
+        if kind != self.reference_kind:
+            raise ValueError(
+                f"this checkpoint is of a run with reference: {kind}, and the module has reference: {self.reference_kind}: go "
+                "on with the same, or begin a new run with its weights as `init_from`"
+            )
         then, now = checkpoint.get("reference_sha256"), None if self._reference is None else self._reference[1]
         if then == now:
             return

@@ -110,7 +110,9 @@ def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any
         config = LoRAConfig(**dict(hparams["lora"]))
         frozen = model.state_dict()
         add_lora(model, config)
-        load_weights(model, {**frozen, **state}, path)
+        # A moving reference is a scope beside the one that trained.
+        own = {n: v for n, v in state.items() if ".lora." not in n or f".lora.{config.scope}." in n}
+        load_weights(model, {**frozen, **own}, path)
         merge_lora(model, config.scope)
         remove_lora(model, config.scope)
         return model

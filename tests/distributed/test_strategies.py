@@ -32,6 +32,9 @@ def test_two_processes_are_one(strategy: str, tmp_path: Path) -> None:
             assert result["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6), case
             assert {"val/loss", "train/grad_norm"} <= result["metrics"].keys()
             assert result["texts"][:1] == alone["texts"], case
+            if case.startswith("moving"):
+                assert largest_difference(result["average"], alone["average"]) < 1e-6, case
+                assert result["sharded"] == (strategy == "fsdp2")
             if case == "dpo":
                 assert largest_difference(result["reference"], start) == 0
                 assert result["sharded"] == (strategy == "fsdp2")

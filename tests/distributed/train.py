@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_align.dpo.module import DPOModule
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.lora import LoRAConfig
+from lightning_align.reference import ReferenceUpdate
 from lightning_align.sft.module import SFTModule
 from tests.toys import preference_batch, split, tiny_palm, token_batch
 
@@ -32,8 +33,13 @@ def build(case: str, folder: Path) -> Any:
         return SFTModule(tiny_palm(), optimizer=SGD), SFT_BATCH
     if case == "dpo":
         return DPOModule(tiny_palm(tie_embeddings=False), sft_weight=0.3, optimizer=SGD), DPO_BATCH
-    assert case == "lora"
+    if case == "moving":
+        return DPOModule(tiny_palm(), reference="moving", optimizer=SGD), DPO_BATCH
     base = folder / "base.pt"
+    if case == "moving_lora":
+        lora = LoRAConfig(rank=2)
+        return DPOModule(tiny_palm, init_from=str(base), reference="moving", lora=lora, optimizer=SGD), DPO_BATCH
+    assert case == "lora"
     return DPOModule(tiny_palm, init_from=str(base), lora=LoRAConfig(rank=2), optimizer=SGD), DPO_BATCH
 
 
@@ -72,6 +78,7 @@ def run(case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool =
             gradient_clip_val=1.0,
             accumulate_grad_batches=2,
             default_root_dir=folder,
+            callbacks=[ReferenceUpdate(alpha=0.3, every=1)] if case.startswith("moving") else [],
         )
 
     L.seed_everything(0, verbose=False)
@@ -94,6 +101,9 @@ def run(case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool =
     prompts = [[1, 2, 3], [4]][: 1 + whole_run.global_rank]
     texts = [r[0].tokens for r in generate(module.policy, prompts, config, eos_id=5)]
     result = {"state": state, "metrics": metrics, "texts": texts}
+    if case.startswith("moving"):
+        result["average"] = full(module.reference_average)
+        result["sharded"] = all(isinstance(p, DTensor) for p in module.reference_average.parameters())
     if case == "dpo":
         reference = module.reference.model
         result["reference"] = full(reference)
@@ -101,15 +111,15 @@ def run(case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool =
     return result
 
 
-CASES = ("sft", "dpo", "lora")
-RESUMED = ("dpo", "lora")
+CASES = ("sft", "dpo", "lora", "moving", "moving_lora")
+RESUMED = ("dpo", "lora", "moving", "moving_lora")
 LIMIT = timedelta(seconds=40)
 STRATEGIES: dict[str, Any] = {
     "ddp": lambda case: DDPStrategy(process_group_backend="gloo", timeout=LIMIT),
     "fsdp2": lambda case: ModelParallelStrategy(
         data_parallel_size=2,
         tensor_parallel_size=1,
-        save_distributed_checkpoint=case != "lora",  # both kinds of checkpoint
+        save_distributed_checkpoint=case not in ("lora", "moving_lora"),  # both kinds of checkpoint
         process_group_backend="gloo",
         timeout=LIMIT,
     ),
