@@ -323,6 +323,7 @@ class ReferenceUpdate(Callback):
         self.steps = 0
         """Steps that the optimizer took so far."""
         self._handle: RemovableHandle | None = None
+        self._stepping = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Follow the optimizer.
@@ -339,12 +340,19 @@ class ReferenceUpdate(Callback):
             )
 
         def step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if not self._stepping:
+                return
+            self._stepping = False
             self.steps += 1
             if self.steps % self.every == 0:
                 module.reference.update(module.policy, alpha=self.alpha)
 
         # A hook of the optimizer: Lightning has none after its step, and counts a step that the gradient scaler skipped.
         self._handle = trainer.optimizers[0].register_step_post_hook(step)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Expect a step: torch takes some of its own, with gradients of 0, to save or load the state of a sharded optimizer."""
+        self._stepping = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Let go of the optimizer."""
