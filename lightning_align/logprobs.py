@@ -5,11 +5,13 @@ predicts target t stands at t - 1. Only those hidden states meet the output laye
 time, in float32; the logits of prompts and pads never exist, nor does the whole (T, V) matrix when it is large.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -329,11 +331,53 @@ def response_logprobs(model: nn.Module, batch: TokenBatch) -> LogProbs:
         batch: (B, N), padded on the right.
 
     Returns:
-        (B,) sums in nats and (B,) counts.
+        (B,) sums in nats, weighted where the batch has ``target_weights``, and (B,) counts.
     """
-    logps, rows = token_logprobs(model, batch)
-    sums = logps.new_zeros(batch["tokens"].shape[0]).index_add(0, rows, logps)
-    return LogProbs(sums, batch["targets"].sum(dim=1))
+    return sum_logprobs(*token_logprobs(model, batch), batch["targets"], batch.get("target_weights"))
+
+
+def sum_logprobs(logps: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> LogProbs:
+    """Sums and counts of responses.
+
+    Args:
+        logps: (T,) log-prob of each target, as `token_logprobs` gives them.
+        rows: (T,) its row.
+        targets: (B, N) bool.
+        weights: (B, N) what each counts.
+    """
+    if weights is not None:
+        logps = logps * weights[:, 1:][targets[:, 1:]]
+    return LogProbs(logps.new_zeros(targets.shape[0]).index_add(0, rows, logps), targets.sum(dim=1))
+
+
+@torch.no_grad()
+def response_collisions(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Log-probability that two tokens drawn at a position are the same, log sum_v p_v^2, summed over the targets.
+
+    Args:
+        model: any language model; it runs once more, in the mode that it is in.
+        batch: (B, N), padded on the right.
+
+    Returns:
+        (B,) in nats.
+    """
+    rows, before, _ = select_targets(batch)
+    outputs: Callable[[Tensor], Tensor]
+    if has_hidden(model):
+        states, (weight, bias) = model.hidden(batch["tokens"])[rows, before], model.head
+        states, weight = (x.to(_accumulator(states.dtype)) for x in (states, weight))
+        outputs = partial(F.linear, weight=weight, bias=bias)
+    else:
+        states = logits_of(model, batch["tokens"])[rows, before]
+        states = states.to(_accumulator(states.dtype))
+        outputs = torch.clone
+        weight = states.t()
+    total = states.new_zeros(batch["tokens"].shape[0])
+    chunk = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    for start in range(0, len(rows), chunk):
+        logits = outputs(states[start : start + chunk])
+        total.index_add_(0, rows[start : start + chunk], (2 * logits).logsumexp(dim=1) - 2 * logits.logsumexp(dim=1))
+    return total
 
 
 def _check_ids(tokens: Tensor, vocabulary: int | None) -> None:

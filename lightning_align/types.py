@@ -27,6 +27,8 @@ class TokenBatch(TypedDict):
     """(B,) int64, UTF-8 bytes of the text that the targets spell; what bits per byte divide by."""
     rows: NotRequired[Tensor]
     """(B,) int64, index of each row in its source, so that a result can be traced back to its line."""
+    target_weights: NotRequired[Tensor]
+    """(B, N) float32, what the log-prob of each target counts in the sum of its row; 1 where there are none."""
 
 
 class PreferenceBatch(TypedDict):
@@ -34,6 +36,12 @@ class PreferenceBatch(TypedDict):
 
     chosen: TokenBatch
     rejected: TokenBatch
+    weights: NotRequired[Tensor]
+    """(B,) float32, what the loss of each pair is multiplied with."""
+    margins: NotRequired[Tensor]
+    """(B,) float32, by how much the reward of chosen should exceed that of rejected."""
+    reference: NotRequired["LogProbs"]
+    """(2B,) log-probs under the reference, chosen rows first, where they are known beforehand."""
 
 
 class PromptBatch(TypedDict):

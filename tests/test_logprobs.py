@@ -1,5 +1,7 @@
 """Log-probs of responses: which tokens they are of, their value, their gradient, and that no path differs from another."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from lightning_align import logprobs
 from lightning_align.logprobs import (
     head_logprobs,
     logits_logprobs,
+    response_collisions,
     response_logprobs,
     select_targets,
     token_logprobs,
@@ -203,3 +206,26 @@ def test_a_first_token_cannot_be_a_target() -> None:
 def test_a_module_that_gives_no_logits_is_named() -> None:
     with pytest.raises(ValueError, match="logits"):
         token_logprobs(nn.Flatten(), token_batch([2], [3]))
+
+
+@pytest.mark.parametrize("build", [tiny_palm, lambda: Plain(tiny_palm())], ids=["hidden", "plain"])
+def test_collisions_are_those_of_the_whole_softmax(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build(), token_batch([2, 1, 3], [4, 1, 7])
+    logps = model(batch["tokens"]).detach().double().log_softmax(-1)
+    expected = [
+        sum(float((2 * logps[row, place - 1]).exp().sum().log()) for place in batch["targets"][row].nonzero().flatten())
+        for row in range(3)
+    ]
+    for size in (2**20, 4 * 23 * 2):
+        monkeypatch.setattr("lightning_align.logprobs.CHUNK_BYTES", size)
+        torch.testing.assert_close(response_collisions(model, batch), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_targets_may_be_weighted() -> None:
+    model, batch = tiny_palm(), token_batch([2, 1, 3], [4, 1, 7])
+    logps, rows = (x.detach() for x in token_logprobs(model, batch))
+    weights = torch.rand(batch["tokens"].shape)
+    result = response_logprobs(model, {**batch, "target_weights": weights})  # type: ignore[typeddict-item]
+    expected = [float((logps * weights[batch["targets"]])[rows == row].sum()) for row in range(3)]
+    assert result.sums.detach().tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(result.counts, batch["targets"].sum(1))

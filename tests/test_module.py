@@ -188,6 +188,7 @@ class EveryHook(Callback):
         pl_module.train()
 
 
+@pytest.mark.filterwarnings("ignore:the first batch.*dropout")
 def test_the_reference_stays_as_it_was(tmp_path: Path) -> None:
     module = DPOModule(tiny_palm(ff_dropout=0.5, attn_dropout=0.5), optimizer=SGD)
     batches = split(DPO_BATCH, 2)

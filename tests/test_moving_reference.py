@@ -250,6 +250,7 @@ def test_in_any_precision(lora: bool, precision: Any, seed: int, tmp_path: Path)
     assert 0 < largest_difference(average(model), average(start)) < 0.01
 
 
+@pytest.mark.filterwarnings("ignore:the first batch.*dropout")
 def test_dropout_does_not_reach_it(tmp_path: Path) -> None:
     model = module(backbone=tiny_palm(ff_dropout=0.5, attn_dropout=0.5))
     trainer(tmp_path, ReferenceUpdate(), Policies(False)).fit(model, loader())

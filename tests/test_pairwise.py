@@ -7,18 +7,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_align.pairwise import LOSSES, LossName, Ratios, check_loss, log_ratios, pair_metrics, split_pairs
+from lightning_align.pairwise import (
+    IN_DELTA,
+    LOSSES,
+    REFERENCE_FREE,
+    SMOOTHED,
+    LossName,
+    Objective,
+    Ratios,
+    check_loss,
+    confidence_weights,
+    discopop_loss,
+    diverge,
+    dpop_loss,
+    log_ratios,
+    orpo_loss,
+    pair_metrics,
+    split_pairs,
+    tail_weights,
+)
 from lightning_align.types import LogProbs
 
 
-def ratios(chosen: float = 3.0, rejected: float = -1.0, lengths: tuple[int, int] = (2, 4)) -> Ratios:
-    return Ratios(
-        *(torch.tensor([v], dtype=torch.float64) for v in (chosen, rejected)), *map(torch.tensor, ([n] for n in lengths))
-    )
+def ratios(chosen: float = 3.0, rejected: float = -1.0, lengths: tuple[int, int] = (2, 4), policy_delta: float = 5.0) -> Ratios:
+    def one(value: float) -> Tensor:
+        return torch.tensor([value], dtype=torch.float64)
+
+    return Ratios(one(chosen), one(rejected), *map(torch.tensor, ([n] for n in lengths)), one(policy_delta))
 
 
 # r_w = 3 over 2 tokens, r_l = -1 over 4: delta 4, mean delta 1.5 + 0.25 = 1.75.
 # -log s(2) = log(1 + e^-2) = 0.126928; -log s(-2) = 2.126928; at b = 2, b * 1.75 = 3.5: log(1 + e^-3.5) = 0.029750.
+# s(2) = 0.880797, s(-2) = 0.119203; b = 0.5: b r_w = 1.5, b r_l = -0.5; -log s(1.5) = 0.201413, -log s(-1.5) = 1.701413,
+# -log s(0.5) = 0.474077, s(-1.5) = 0.182426, s(-0.5) = 0.377541, s(1.5) = 0.817574.
 BY_HAND: list[tuple[LossName, float, float, float]] = [
     ("sigmoid", 0.5, 0.0, 0.126928),
     ("sigmoid", 0.5, 0.1, 0.9 * 0.126928 + 0.1 * 2.126928),
@@ -30,6 +51,23 @@ BY_HAND: list[tuple[LossName, float, float, float]] = [
     ("ipo", 0.1, 0.0, 3.25**2),
     ("robust", 0.5, 0.0, 0.126928),
     ("robust", 0.5, 0.1, (0.9 * 0.126928 - 0.1 * 2.126928) / 0.8),
+    # log 0.9 = -0.105361, log 0.1 = -2.302585.
+    ("exo_pair", 0.5, 0.1, 0.880797 * (-0.126928 + 0.105361) + 0.119203 * (-2.126928 + 2.302585)),
+    ("nca_pair", 0.5, 0.0, 0.201413 + (1.701413 + 0.474077) / 2),
+    ("bco_pair", 0.5, 0.0, 0.201413 + 0.474077),
+    ("sppo_hard", 0.5, 0.0, 2.0**2 + 0.0**2),
+    ("sppo_hard", 0.25, 0.0, 1.0**2 + 1.0**2),
+    # One pair sorts to itself: 5 under the policy, 5 - 4 under the reference.
+    ("aot", 0.5, 0.0, 0.126928),
+    ("aot_unpaired", 0.5, 0.1, 0.9 * 0.126928 + 0.1 * 2.126928),
+    ("apo_zero", 0.5, 0.0, 0.182426 + 0.377541),
+    ("apo_down", 0.5, 0.0, 0.817574 + 0.119203),
+    # m = s(2 / 0.05) = 1, so exp(-2).
+    ("discopop", 0.5, 0.0, 0.135335),
+    ("dpop", 0.5, 0.0, 0.126928),
+    # 2 * 1.75 - 1 = 2.5: log(1 + e^-2.5).
+    ("simpo", 2.0, 0.0, 0.078889),
+    ("cpo", 0.5, 0.0, 0.126928),
 ]
 
 
@@ -39,12 +77,28 @@ def test_by_hand(loss: LossName, beta: float, smoothing: float, expected: float)
     assert float(value) == pytest.approx(expected, abs=2e-6)
 
 
-def slow(loss: str, w: float, l: float, nw: int, nl: int, b: float, e: float) -> float:  # noqa: E741  # as in the papers
-    def nls(x: float) -> float:
-        """-log sigmoid(x), where exp cannot overflow."""
-        return math.log1p(math.exp(-x)) if x > 0 else -x + math.log1p(math.exp(x))
+def test_more_by_hand() -> None:
+    # A chosen response that became less likely by 2: b (d - c 2) = 0.5 (1 - 5 * 2) = -4.5: log(1 + e^4.5).
+    assert float(dpop_loss(ratios(-2.0, -3.0), beta=0.5, penalty=5.0)) == pytest.approx(4.511048, abs=2e-6)
+    # Probabilities a token of 1/2 and 1/5: odds 1 and 1/4, so 0.1 log(1 + 1/4).
+    value = orpo_loss(ratios(2 * math.log(0.5), 4 * math.log(0.2)), beta=0.1)
+    assert float(value) == pytest.approx(0.1 * math.log(1.25), abs=1e-9)
+    # b d = -0.05, t = 0.05: m = s(-1) = 0.268941; 0.731059 * log(1 + e^0.05) + 0.268941 * e^0.05.
+    value = discopop_loss(ratios(0.0, 0.5), beta=0.1)
+    assert float(value) == pytest.approx(0.731059 * 0.718460 + 0.268941 * 1.051271, abs=2e-6)
 
-    d = w / nw - l / nl if loss in ("sigmoid_norm", "ipo") else w - l
+
+def nls(x: float) -> float:
+    """-log sigmoid(x), where exp cannot overflow."""
+    return math.log1p(math.exp(-x)) if x > 0 else -x + math.log1p(math.exp(x))
+
+
+def sig(x: float) -> float:
+    return math.exp(-nls(x))
+
+
+def slow(loss: str, w: float, l: float, nw: int, nl: int, b: float, e: float) -> float:  # noqa: E741  # as in the papers
+    d = w / nw - l / nl if loss in ("sigmoid_norm", "ipo", "simpo") else w - l
     match loss:
         case "hinge":
             return max(0.0, 1 - b * d)
@@ -52,18 +106,57 @@ def slow(loss: str, w: float, l: float, nw: int, nl: int, b: float, e: float) ->
             return (d - 0.5 / b) ** 2
         case "robust":
             return ((1 - e) * nls(b * d) - e * nls(-b * d)) / (1 - 2 * e)
-        case _:
-            return (1 - e) * nls(b * d) + e * nls(-b * d)
+        case "exo_pair":
+            p, q = sig(b * d), sig(-b * d)
+            return p * (-nls(b * d) - math.log(1 - e)) + q * (-nls(-b * d) - math.log(e))
+        case "nca_pair":
+            return nls(b * w) + 0.5 * nls(-b * w) + 0.5 * nls(-b * l)
+        case "bco_pair":
+            return nls(b * w) + nls(-b * l)
+        case "sppo_hard":
+            return (w - 0.5 / b) ** 2 + (l + 0.5 / b) ** 2
+        case "apo_zero":
+            return sig(-b * w) + sig(b * l)
+        case "apo_down":
+            return sig(b * w) + sig(-b * d)
+        case "discopop":
+            m = sig(b * d / 0.05)
+            return (1 - m) * nls(b * d) + (m * math.exp(-b * d) if m > 1e-300 else 0.0)
+        case "dpop":
+            d -= 50 * max(0.0, -w)
+        case "simpo":
+            d -= 1 / b
+        case "orpo":
+            odds = [x / n - math.log(-math.expm1(x / n)) for x, n in ((w, nw), (l, nl))]
+            return b * nls(odds[0] - odds[1])
+    return (1 - e) * nls(b * d) + e * nls(-b * d)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def smoothing_of(loss: str, share: float) -> float:
+    return share if loss in SMOOTHED else 0.0
+
+
+@pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"aot", "aot_unpaired"}))
 def test_a_thousand_random_inputs(loss: LossName) -> None:
     w, l = (torch.randn(1000, dtype=torch.float64) * 100 for _ in range(2))  # noqa: E741
+    if loss in REFERENCE_FREE:
+        w, l = -w.abs(), -l.abs()  # noqa: E741  # log-probs
     nw, nl = (torch.randint(1, 50, (1000,)) for _ in range(2))
-    b, e = 0.3, 0.0 if loss in ("hinge", "ipo") else 0.15
+    b, e = 0.3, smoothing_of(loss, 0.15)
     values = LOSSES[loss](Ratios(w, l, nw, nl), beta=b, label_smoothing=e)
     expected = [slow(loss, *row, b, e) for row in zip(w.tolist(), l.tolist(), nw.tolist(), nl.tolist(), strict=True)]
-    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_aot_compares_quantiles() -> None:
+    """Numbers of Ratios(policy delta): 3, 1, 2 against a reference of 0, 5, 1; sorted 1, 2, 3 against 0, 1, 5."""
+    policy, reference = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.0, 5.0, 1.0])
+    one, zero = torch.ones(3, dtype=torch.long), torch.zeros(3)
+    losses = LOSSES["aot"](Ratios(policy - reference, zero, one, one, policy), beta=2.0, label_smoothing=0.0)
+    assert losses.tolist() == pytest.approx([nls(2.0), nls(2.0), nls(-4.0)], rel=1e-5)
+    # Quantiles of r_w: 1, 2, 3; of r_l: 0, 1, 5.
+    losses = LOSSES["aot_unpaired"](Ratios(policy, reference, one, one), beta=2.0, label_smoothing=0.0)
+    assert losses.tolist() == pytest.approx([nls(2.0), nls(2.0), nls(-4.0)], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +168,31 @@ def test_a_thousand_random_inputs(loss: LossName) -> None:
         ("hinge", 0.0, 1.0),
         ("ipo", 0.0, 25.0),
         ("robust", 0.2, math.log(2)),
+        ("exo_pair", 0.2, math.log(0.5) - math.log(0.8 * 0.2) / 2),
+        ("nca_pair", 0.0, 2 * math.log(2)),
+        ("bco_pair", 0.0, 2 * math.log(2)),
+        ("sppo_hard", 0.0, 50.0),
+        ("aot", 0.0, math.log(2)),
+        ("aot_unpaired", 0.0, math.log(2)),
+        ("apo_zero", 0.0, 1.0),
+        ("apo_down", 0.0, 1.0),
+        ("discopop", 0.0, 0.5 * math.log(2) + 0.5),
+        ("dpop", 0.0, math.log(2)),
     ],
 )
 def test_at_the_reference(loss: LossName, smoothing: float, expected: float) -> None:
     """Policy and reference equal: every ratio is 0."""
-    value = LOSSES[loss](ratios(0, 0), beta=0.1, label_smoothing=smoothing)
+    value = LOSSES[loss](ratios(0, 0, policy_delta=0), beta=0.1, label_smoothing=smoothing)
     assert float(value) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"sppo_hard", "ipo", "apo_down"}))
+def test_a_pair_that_is_wrong_is_pushed_apart(loss: LossName) -> None:
+    """Downhill, chosen goes up and rejected down."""
+    w, l = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (-3.0, -2.0))  # noqa: E741
+    one = torch.ones(1, dtype=torch.long)
+    LOSSES[loss](Ratios(w, l, one, one, w - l), beta=0.5, label_smoothing=smoothing_of(loss, 0.1)).sum().backward()
+    assert w.grad is not None and l.grad is not None and float(w.grad) < 0 < float(l.grad)
 
 
 def test_ipo_is_least_at_its_target() -> None:
@@ -113,7 +225,22 @@ def test_sums_and_means_agree_where_lengths_are_equal() -> None:
 def test_extreme_ratios_stay_finite() -> None:
     for loss in LOSSES:
         for sign in (1, -1):
-            assert bool(LOSSES[loss](ratios(1e4 * sign, -1e4 * sign), beta=10.0, label_smoothing=0.0).isfinite())
+            chosen, rejected = (-1.0, -1e4) if loss in REFERENCE_FREE else (1e4, -1e4)
+            extreme = ratios(*((chosen, rejected) if sign > 0 else (rejected, chosen)), policy_delta=sign * 1e4)
+            if loss == "discopop" and sign < 0:
+                continue  # exponential in earnest between the two ends, of which the next test sees the other
+            assert bool(LOSSES[loss](extreme, beta=10.0, label_smoothing=smoothing_of(loss, 0.1)).isfinite())
+
+
+def test_discopop_has_both_ends() -> None:
+    """Where b d is very negative m is 0, and only -log s(b d) = -b d is left."""
+    for dtype in (torch.float32, torch.float64):
+        r = Ratios(torch.tensor([-1e3], dtype=dtype), torch.zeros(1, dtype=dtype), *torch.ones(2, 1, dtype=torch.long))
+        assert float(discopop_loss(r, beta=1.0)) == pytest.approx(1e3)
+
+
+def test_a_certain_response_has_finite_odds() -> None:
+    assert bool(orpo_loss(Ratios(*torch.zeros(2, 1), *torch.ones(2, 1, dtype=torch.long)), beta=0.1).isfinite())
 
 
 def test_an_empty_response_divides_by_nothing() -> None:
@@ -123,13 +250,14 @@ def test_an_empty_response_divides_by_nothing() -> None:
 @pytest.mark.parametrize(
     ("loss", "values", "message"),
     [
-        ("dpo", {}, "loss is 'dpo'; it must be one of sigmoid, sigmoid_norm, hinge, ipo, robust"),
+        ("dpo", {}, "loss is 'dpo'; it must be one of sigmoid, sigmoid_norm, hinge, ipo, robust, exo"),
         ("sigmoid", {"beta": 0.0}, "beta is 0.0; it must be above 0"),
         ("sigmoid", {"beta": math.nan}, "beta is nan"),
         ("sigmoid", {"label_smoothing": 0.5}, "label_smoothing is 0.5"),
         ("robust", {"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ("ipo", {"label_smoothing": 0.1}, "the ipo loss has none"),
         ("hinge", {"label_smoothing": 0.1}, "the hinge loss has none"),
+        ("exo_pair", {}, "at which the exo_pair loss is infinite"),
     ],
 )
 def test_what_a_loss_cannot_use_is_refused(loss: str, values: dict[str, Any], message: str) -> None:
@@ -139,7 +267,7 @@ def test_what_a_loss_cannot_use_is_refused(loss: str, values: dict[str, Any], me
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_it_can_use_is_not(loss: str) -> None:
-    check_loss(loss, beta=0.1, label_smoothing=0.0)
+    check_loss(loss, beta=0.1, label_smoothing=0.1 if loss == "exo_pair" else 0.0)
 
 
 def logprobs(*sums: float) -> LogProbs:
@@ -181,3 +309,117 @@ def test_metrics_carry_no_gradient() -> None:
     policy = LogProbs(sums, torch.ones(2, dtype=torch.long))
     metrics = pair_metrics(policy, log_ratios(policy, policy), beta=1.0)
     assert not any(value.requires_grad for value in metrics.values())
+
+
+# -- divergences
+
+
+def test_divergences_are_one_family() -> None:
+    r = torch.linspace(-3, 3, 25, dtype=torch.float64)
+    one = torch.ones(25, dtype=torch.long)
+
+    def scores(name: Any, alpha: float = 0.5) -> Tensor:
+        return diverge(Ratios(r, -r, one, one), name, alpha=alpha).chosen
+
+    assert torch.equal(scores("reverse_kl"), r)
+    torch.testing.assert_close(scores("forward_kl"), 1 - torch.exp(-r))
+    torch.testing.assert_close(scores("js"), torch.log(2 / (1 + torch.exp(-r))))
+    torch.testing.assert_close(scores("alpha"), 2 - 2 * torch.exp(-r / 2))
+    torch.testing.assert_close(scores("alpha", 0.0), scores("forward_kl"))
+    torch.testing.assert_close(scores("alpha", 1 + 1e-7), r, rtol=1e-5, atol=1e-5)
+    for name in ("reverse_kl", "forward_kl", "js", "alpha"):
+        assert bool((scores(name).diff() > 0).all()) and float(scores(name)[12]) == pytest.approx(0, abs=1e-12)
+    far = Ratios(torch.tensor([-1e4]), torch.tensor([1e4]), *torch.ones(2, 1, dtype=torch.long))
+    assert all(bool(part.isfinite()) for name in ("forward_kl", "js", "alpha") for part in diverge(far, name)[:2])
+
+
+# -- objectives
+
+
+def pairs(count: int = 6) -> Ratios:
+    w, l = torch.randn(2, count, dtype=torch.float64)  # noqa: E741
+    return Ratios(w, l, *torch.randint(1, 9, (2, count)), w - l)
+
+
+def test_several_losses_are_summed_with_their_weights() -> None:
+    r = pairs()
+    several = Objective({"sigmoid": 0.8, "bco_pair": 0.2, "hinge": 2.0}, beta=0.3, label_smoothing=0.1)
+    expected = (
+        0.8 * LOSSES["sigmoid"](r, beta=0.3, label_smoothing=0.1)
+        + 0.2 * LOSSES["bco_pair"](r, beta=0.3, label_smoothing=0.0)
+        + 2.0 * LOSSES["hinge"](r, beta=0.3, label_smoothing=0.0)
+    )
+    torch.testing.assert_close(several(r), expected)
+    assert several.needs_reference and not Objective({"simpo": 1.0, "orpo": 1.0}, beta=2.0).needs_reference
+
+
+def test_further_arguments_reach_the_loss_that_has_them() -> None:
+    r = pairs()
+    value = Objective({"dpop": 1.0, "discopop": 1.0}, beta=0.3, loss_args={"penalty": 7.0, "temperature": 0.5})(r)
+    torch.testing.assert_close(value, dpop_loss(r, beta=0.3, penalty=7.0) + discopop_loss(r, beta=0.3, temperature=0.5))
+
+
+def test_weights_and_margins() -> None:
+    r, weights, margins = pairs(), torch.rand(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    logits = 0.3 * r.delta - margins
+    sigmoid = Objective("sigmoid", beta=0.3)
+    torch.testing.assert_close(sigmoid(r, weights=weights, margins=margins), -weights * torch.nn.functional.logsigmoid(logits))
+    torch.testing.assert_close(Objective("hinge", beta=0.3)(r, margins=margins), (1 - logits).relu())
+    normalised = Objective("sigmoid_norm", beta=3.0)(r, margins=margins)
+    torch.testing.assert_close(normalised, -torch.nn.functional.logsigmoid(3 * r.mean_delta - margins))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss": {}}, "give a name, or names with weights above 0"),
+        ({"loss": {"sigmoid": 0.0}}, "weights above 0"),
+        ({"loss": {"sigmoid": 1.0, "simpo": 1.0}}, "loss has simpo, without a reference, and sigmoid, with one"),
+        ({"loss": {"hinge": 1.0, "ipo": 1.0}, "label_smoothing": 0.1}, "the hinge loss has none"),
+        ({"loss": "simpo", "loss_args": {"gama": 1.0}}, "loss_args has gama, but simpo takes gamma"),
+        ({"loss": "sigmoid", "loss_args": {"gamma": 1.0}}, "sigmoid takes none"),
+        ({"loss": "sigmoid", "divergence": "kl"}, "divergence is 'kl'"),
+        ({"loss": "bco_pair", "divergence": "js"}, "not for bco_pair"),
+        ({"loss": "sigmoid", "divergence": "alpha", "divergence_alpha": 1.0}, "is the reverse KL"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(**{"beta": 0.1, **arguments})
+
+
+def test_columns_that_a_loss_has_no_place_for_are_refused() -> None:
+    column = torch.ones(6)
+    with pytest.raises(ValueError, match="margins, which the loss bco_pair has no place for"):
+        Objective("bco_pair", beta=0.1)(pairs(), margins=column)
+    with pytest.raises(ValueError, match="on another scale"):
+        Objective({"sigmoid": 1.0, "ipo": 1.0}, beta=0.1)(pairs(), margins=column)
+    with pytest.raises(ValueError, match="the loss aot tells no pairs apart"):
+        Objective("aot", beta=0.1)(pairs(), weights=column)
+
+
+@pytest.mark.parametrize("loss", IN_DELTA)
+def test_what_depends_on_a_difference_alone_does_not_see_a_common_shift(loss: LossName) -> None:
+    r, smoothing = pairs(), smoothing_of(loss, 0.1)
+    r = r._replace(rejected_lengths=r.chosen_lengths)
+    shifted = r._replace(chosen=r.chosen + 2, rejected=r.rejected + 2)
+    torch.testing.assert_close(*(LOSSES[loss](x, beta=0.3, label_smoothing=smoothing) for x in (r, shifted)))
+
+
+# -- lengths and confidence
+
+
+def test_tails_count_a_share() -> None:
+    """Chosen of 3 targets behind 1 token of prompt, rejected of 1 behind 2: 1 counts, the other 2 count a quarter."""
+    targets = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    weights = tail_weights(targets, 0.25)
+    assert weights[targets].tolist() == [1.0, 0.25, 0.25, 1.0]
+    assert tail_weights(targets, 1.0)[targets].tolist() == [1.0] * 4
+
+
+def test_confidence_by_hand() -> None:
+    """Two tokens at 1/2 of a fair coin each: p / sum p^2 = 1. One token at 0.8 against 0.2: 0.8 / 0.68."""
+    sums = torch.tensor([2 * math.log(0.5), math.log(0.8)])
+    collisions = torch.tensor([2 * math.log(0.5), math.log(0.68)])
+    weights = confidence_weights(LogProbs(sums, torch.tensor([2, 1])), collisions)
+    assert weights.tolist() == pytest.approx([0.8 / 0.68])

@@ -40,10 +40,10 @@ def preference_batch(pairs: int, *, seed: int = 0) -> PreferenceBatch:
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(2, 5, (pairs,), generator=generator).tolist()
     chosen, rejected = torch.randint(1, 6, (2, pairs), generator=generator).tolist()
-    return {
-        "chosen": token_batch(prompts, chosen, seed=seed + 1),
-        "rejected": token_batch(prompts, rejected, seed=seed + 2),
-    }
+    sides = [token_batch(prompts, lengths, seed=seed + 1 + side) for side, lengths in enumerate((chosen, rejected))]
+    for row, prompt in enumerate(prompts):
+        sides[1]["tokens"][row, :prompt] = sides[0]["tokens"][row, :prompt]
+    return {"chosen": sides[0], "rejected": sides[1]}
 
 
 def rows_of(batch: TokenBatch, start: int, stop: int) -> TokenBatch:

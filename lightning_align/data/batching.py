@@ -24,11 +24,16 @@ def collate_tokens(rows: Sequence[StoredRow], *, pad_id: int) -> TokenBatch:
 
 
 def collate_pairs(rows: Sequence[StoredRow], *, pad_id: int) -> PreferenceBatch:
-    """Pads pairs on the right, each side to its own longest row."""
-    return {
+    """Pads pairs on the right, each side to its own longest row. Weights and margins are there if any is not the usual one."""
+    batch: PreferenceBatch = {
         "chosen": _pad([row.sides[0] for row in rows], rows, pad_id=pad_id),
         "rejected": _pad([row.sides[1] for row in rows], rows, pad_id=pad_id),
     }
+    if any(row.weight != 1 for row in rows):
+        batch["weights"] = torch.tensor([row.weight for row in rows])
+    if any(row.margin != 0 for row in rows):
+        batch["margins"] = torch.tensor([row.margin for row in rows])
+    return batch
 
 
 def collate_prompts(rows: Sequence[StoredRow]) -> PromptBatch:

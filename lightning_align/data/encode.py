@@ -13,6 +13,7 @@ only
    where the ledger says so.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Literal, NamedTuple, TypeVar
@@ -56,6 +57,10 @@ class EncodedRow(NamedTuple):
     """Tokens of the prompt, with which each side begins."""
     sides: list[EncodedTokens]
     """One, or the chosen and the rejected. A prompt without an answer is a side without targets."""
+    weight: float = 1.0
+    """Of a pair: what its loss is multiplied with."""
+    margin: float = 0.0
+    """Of a pair: by how much the reward of chosen should exceed that of rejected."""
 
 
 class _Span(NamedTuple):
@@ -102,18 +107,19 @@ def encode_rows(
     """
     seen: set[int] = set()
     for chunk in _chunks(enumerate(rows)):
-        conversations: list[tuple[int, str, Conversation]] = []
+        conversations: list[tuple[int, str, Conversation, tuple[float, float]]] = []
         for index, row in chunk:
             try:
                 conversation = _read(
                     row, accepted=accepted, tokenizer=tokenizer, mask_turns=mask_turns, prompts_only=prompts_only
                 )
+                numbers = _pair_numbers(row) if len(conversation.sides) == 2 else (1.0, 0.0)
             except BadRowError as error:
                 ledger.drop(error.reason, origin=row.origin, problem=error.problem)
                 continue
-            conversations.append((index, row.origin, conversation))
-        encoder = _Encoder(tokenizer, [conversation for _, _, conversation in conversations])
-        for index, origin, conversation in conversations:
+            conversations.append((index, row.origin, conversation, numbers))
+        encoder = _Encoder(tokenizer, [conversation for _, _, conversation, _ in conversations])
+        for index, origin, conversation, (weight, margin) in conversations:
             try:
                 answer = encoder.encode(conversation)
                 result, outcome = _fit(answer, max_length=max_length, truncation=truncation, eos_id=tokenizer.eos_id)
@@ -126,7 +132,7 @@ def encode_rows(
             for note in sorted(notes):
                 ledger.note(note)
             ledger.keep(outcome)
-            yield result._replace(row=index)
+            yield result._replace(row=index, weight=weight, margin=margin)
 
 
 def encode_blocks(rows: Iterable[Row], *, tokenizer: Tokenizer, ledger: Ledger, max_length: int) -> Iterator[EncodedRow]:
@@ -210,6 +216,20 @@ def _read(
     if len(conversation.sides) == 2 and side_text(conversation.sides[0]) == side_text(conversation.sides[1]):
         raise BadRowError("identical_pair", "has a chosen and a rejected that are the same, expected two that differ")
     return conversation
+
+
+def _pair_numbers(row: Row) -> tuple[float, float]:
+    """The fields ``weight`` and ``margin`` of a row, 1 and 0 where it has none."""
+
+    def read(name: str, default: float, least: float, expected: str) -> float:
+        value = row.fields.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= least):
+            raise BadRowError("wrong_type", f"has {value!r} in field {name!r}, expected {expected}")
+        return float(value)
+
+    return read("weight", 1.0, 0.0, "a number, 0 or above"), read("margin", 0.0, -math.inf, "a number")
 
 
 class _Answer(NamedTuple):

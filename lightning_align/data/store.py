@@ -26,7 +26,7 @@ from lightning_align.data.rows import Row, RowTask, read_rows, source_fingerprin
 from lightning_align.data.tokenizer import Tokenizer
 from lightning_align.distributed import publish
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when the same settings come to mean other ids or another layout."""
 _ROWS_PER_BATCH = 1024
 
@@ -59,6 +59,8 @@ class StoredRow(NamedTuple):
     row: int
     num_prompt: int
     sides: list[StoredTokens]
+    weight: float = 1.0
+    margin: float = 0.0
 
 
 class TokenStore(Dataset[StoredRow]):
@@ -101,7 +103,8 @@ class TokenStore(Dataset[StoredRow]):
             )
             for side in range(self.num_sides)
         ]
-        return StoredRow(table["row"][index].as_py(), table["num_prompt"][index].as_py(), sides)
+        numbers = [table[name][index].as_py() for name in ("weight", "margin")] if len(sides) == 2 else ()
+        return StoredRow(table["row"][index].as_py(), table["num_prompt"][index].as_py(), sides, *numbers)
 
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """(rows,) tokens of each row; of a pair, those of both sides together."""
@@ -226,6 +229,9 @@ def _write(path: Path, rows: Iterator[EncodedRow]) -> int:
                 "row": [row.row for row in batch],
                 "num_prompt": [row.num_prompt for row in batch],
             }
+            if num_sides == 2:
+                columns["weight"] = [row.weight for row in batch]
+                columns["margin"] = [row.margin for row in batch]
             for side in range(num_sides):
                 columns[f"tokens_{side}"] = [row.sides[side].tokens for row in batch]
                 columns[f"targets_{side}"] = [row.sides[side].targets for row in batch]
@@ -236,6 +242,8 @@ def _write(path: Path, rows: Iterator[EncodedRow]) -> int:
 
 def _schema(num_sides: int) -> pa.Schema:
     fields = [("row", pa.int64()), ("num_prompt", pa.int32())]
+    if num_sides == 2:
+        fields += [("weight", pa.float64()), ("margin", pa.float64())]
     for side in range(num_sides):
         fields.append((f"tokens_{side}", pa.list_(pa.int32())))
         fields.append((f"targets_{side}", pa.list_(pa.bool_())))

@@ -6,17 +6,31 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.aggregation import CatMetric
 
+from lightning_align.distributed import everyone
+from lightning_align.dpo.identity import batch_faults, differs, identity_fault
 from lightning_align.generation.sampler import GenerationConfig
-from lightning_align.logprobs import response_logprobs
+from lightning_align.logprobs import response_collisions, sum_logprobs, token_logprobs
 from lightning_align.metrics import PairMeans
 from lightning_align.models.checkpoint import Backbone, weights_hash
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.parallelize import shard
 from lightning_align.module import AlignModule
-from lightning_align.pairwise import LOSSES, LossName, Ratios, check_loss, log_ratios, pair_metrics
+from lightning_align.pairwise import (
+    SORTED,
+    Divergence,
+    LossName,
+    Objective,
+    Ratios,
+    confidence_weights,
+    log_ratios,
+    pair_metrics,
+    tail_weights,
+)
 from lightning_align.reference import (
     AdaptersOff,
     MovingReference,
@@ -25,9 +39,10 @@ from lightning_align.reference import (
     frozen_copy,
     moving_reference,
 )
+from lightning_align.stored import StoredLogProbs
 from lightning_align.types import LogProbs, PreferenceBatch, PromptBatch, TokenBatch
 
-ReferenceKind = Literal["frozen", "moving"]
+ReferenceKind = Literal["frozen", "stored", "moving"]
 METRICS = (
     "loss",
     "rewards/chosen",
@@ -49,11 +64,17 @@ class DPOModule(AlignModule):
         backbone: Backbone | None = None,
         *,
         init_from: str | None = None,
-        loss: LossName = "sigmoid",
+        loss: LossName | dict[LossName, float] = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
-        sft_weight: float = 0.0,
+        loss_args: dict[str, float] | None = None,
+        sft_weight: float | None = None,
+        divergence: Divergence = "reverse_kl",
+        divergence_alpha: float = 0.5,
+        confidence_weighting: bool = False,
+        ld_alpha: float = 1.0,
         reference: ReferenceKind = "frozen",
+        reference_cache: str = ".cache/lightning_align",
         lora: LoRAConfig | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -65,11 +86,21 @@ class DPOModule(AlignModule):
             backbone: the language model: a module or a factory in code, `class_path` and `init_args` in YAML. May be
                 left out with `init_from`, whose checkpoint says what it is of.
             init_from: checkpoint of the fine-tuned model, which policy and reference begin as.
-            loss: `sigmoid` (DPO), `sigmoid_norm` (length-normalised), `hinge` (SLiC), `ipo`, or `robust`.
-            beta: strength of the pull towards the reference; about 0.1 on sums, 2 to 10 for `sigmoid_norm`.
-            label_smoothing: assumed share of flipped labels, for `sigmoid`, `sigmoid_norm` and `robust`.
-            sft_weight: weight of an added -log p(chosen) / |chosen|.
-            reference: `frozen`, or `moving` by the rule of the callback `ReferenceUpdate`.
+            loss: one of those in `lightning_align.pairwise`, or several with their weights. `simpo`, `cpo` and `orpo` need no
+                reference, and none is made.
+            beta: strength of the pull towards the reference; about 0.1 on sums, 2 to 10 for `sigmoid_norm` and `simpo`.
+            label_smoothing: assumed share of flipped labels, for the losses that have it.
+            loss_args: further arguments of the losses: `gamma` of `simpo`, `penalty` of `dpop`, `temperature` of `discopop`.
+            sft_weight: weight of an added -log p(chosen) / |chosen|; by default 1 with `cpo` and `orpo`, as in their papers,
+                else 0. With `sigmoid` it makes iterative RPO (Pang et al. 2024, arXiv 2404.19733).
+            divergence: what holds the policy to the reference: `reverse_kl` (DPO), `forward_kl`, `js` or `alpha`.
+            divergence_alpha: of the `alpha` divergence.
+            confidence_weighting: weigh each pair by how likely the policy finds its responses (WPO); one more forward pass.
+            ld_alpha: share that tokens beyond the length of the shorter response count (LD-DPO); 1 counts all alike.
+            reference: `frozen`; `stored`, which is frozen, scores every row once before the training and then takes neither
+                memory nor time; or `moving` by the rule of the callback `ReferenceUpdate`.
+            reference_cache: folder of the stored log-probs, on a disk that all nodes see. Found again by the hashes of the
+                rows and of the reference's weights, they may be deleted at any time.
             lora: train only adapters. A frozen reference is then the policy with its adapters off, and costs no memory; a
                 moving one costs a second set of adapters.
             optimizer: factory over parameters; by default AdamW at 5e-6.
@@ -87,13 +118,31 @@ class DPOModule(AlignModule):
             lr_scheduler=lr_scheduler,
             generation=generation,
         )
-        check_loss(loss, beta=beta, label_smoothing=label_smoothing)
+        self.objective = Objective(
+            loss,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            loss_args=loss_args,
+            divergence=divergence,
+            divergence_alpha=divergence_alpha,
+        )
+        if sft_weight is None:
+            sft_weight = 1.0 if self.objective.weights.keys() & {"cpo", "orpo"} else 0.0
         if sft_weight < 0:
             raise ValueError(f"sft_weight is {sft_weight}; it must be 0 or above")
-        self.loss, self.beta, self.label_smoothing, self.sft_weight = loss, beta, label_smoothing, sft_weight
+        if not 0 <= ld_alpha <= 1:
+            raise ValueError(
+                f"ld_alpha is {ld_alpha}; it is the share that tokens beyond the shorter response count, from 0 to 1"
+            )
+        if confidence_weighting and self.objective.weights.keys() & set(SORTED):
+            raise ValueError(f"confidence_weighting weighs pairs, and {loss} tells no pairs apart: use one without the other")
+        if reference == "moving" and not self.objective.needs_reference:
+            raise ValueError(f"reference is 'moving', but {loss} has no reference: leave `reference` out")
+        self.beta, self.sft_weight = beta, sft_weight
+        self.confidence_weighting, self.ld_alpha = confidence_weighting, ld_alpha
         if reference not in get_args(ReferenceKind):
             raise ValueError(f"reference is {reference!r}; it must be one of {', '.join(get_args(ReferenceKind))}")
-        self.reference_kind = reference
+        self.reference_kind, self.reference_cache = reference, reference_cache
         self._reference: tuple[Reference, str | None] | None = None
         self.val_means, self.test_means = PairMeans(METRICS), PairMeans(METRICS)
         self.val_margins = CatMetric()
@@ -105,6 +154,8 @@ class DPOModule(AlignModule):
         Raises:
             ValueError: if the module came from a checkpoint that was trained against another one than can be made here.
         """
+        if not self.objective.needs_reference:
+            raise ValueError(f"the loss {', '.join(self.objective.weights)} has no reference")
         if self._reference is None:
             assert self.policy is not None, "configure_model has not run"
             raise ValueError(
@@ -116,6 +167,8 @@ class DPOModule(AlignModule):
 
     def configure_reference(self, policy: nn.Module) -> None:
         """Adapters off where only adapters train, else a frozen copy of the policy as it begins; or one of those that move."""
+        if not self.objective.needs_reference:
+            return
         if self.reference_kind == "moving":
             moving = moving_reference(policy, lora=self.lora, convert=self._convert, shard=self._shard)
             self._reference = moving, None
@@ -124,12 +177,21 @@ class DPOModule(AlignModule):
             return
         if self.lora is not None:
             self._reference = AdaptersOff(), None
-            return
-        if self._awaits_weights:
+        elif self._awaits_weights:
             return  # `reference` says so to whoever asks for it
-        reference = frozen_copy(policy)
-        self._reference = reference, weights_hash(reference.model)
-        reference.model = self._shard(self._convert(reference.model))
+        else:
+            frozen = frozen_copy(policy)
+            self._reference = frozen, weights_hash(frozen.model)
+            frozen.model = self._shard(self._convert(frozen.model))
+        if self.reference_kind == "stored":
+            source, weights = self._reference
+            stored = StoredLogProbs(
+                source.logprobs,
+                weights=weights or weights_hash(policy),
+                precision=str(self._trainer.precision if self._trainer is not None else next(policy.parameters()).dtype),
+                cache_dir=self.reference_cache,
+            )
+            self._reference = stored, weights
 
     def _convert(self, model: nn.Module) -> nn.Module:
         """As Lightning converts the policy, which registered modules alone get."""
@@ -145,17 +207,33 @@ class DPOModule(AlignModule):
             self.reference.restore(self.policy)
 
     def on_fit_start(self) -> None:
-        """Refuse a moving reference that nothing moves.
+        """Score all rows under a stored reference; refuse a moving one that nothing moves.
 
         Raises:
             ValueError: if there is no callback for it.
         """
+        if self.reference_kind == "stored" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper
+            self._fill_stored()
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's callback connector
         if self.reference_kind == "moving" and not any(isinstance(callback, ReferenceUpdate) for callback in callbacks):
             raise ValueError(
                 "reference is 'moving', but nothing moves it: add the callback ReferenceUpdate to the trainer, or leave "
                 "`reference` at 'frozen'"
             )
+
+    def _fill_stored(self) -> None:
+        stored = self.reference
+        assert isinstance(stored, StoredLogProbs)
+        loops = self.trainer.fit_loop
+        sources = [loops._data_source]
+        if self.trainer.enable_validation:
+            sources.append(loops.epoch_loop.val_loop._data_source)
+        with isolate_rng(), self.trainer.precision_plugin.forward_context():
+            # Loaders of their own: a data module's is cut in shares of the ranks, and each row comes in one of them.
+            loaders = CombinedLoader([source.dataloader() for source in sources], "sequential")
+            batches = (self._join(batch) for batch, _, _ in iter(loaders))
+            stored.fill(batches, self.policy, self.device, in_step=self._sharded)
+        stored.finish()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep which reference it was, not the reference."""
@@ -170,7 +248,7 @@ class DPOModule(AlignModule):
         """
         super().on_load_checkpoint(checkpoint)
         kind = checkpoint.get("hyper_parameters", {}).get("reference", "frozen")
-        if kind != self.reference_kind:
+        if (kind == "moving") != (self.reference_kind == "moving"):
             raise ValueError(
                 f"this checkpoint is of a run with reference: {kind}, and the module has reference: {self.reference_kind}: go "
                 "on with the same, or begin a new run with its weights as `init_from`"
@@ -188,22 +266,57 @@ class DPOModule(AlignModule):
 
     def score(self, batch: PreferenceBatch) -> tuple[LogProbs, Ratios]:
         """Log-probs under the policy, chosen rows first (2B,), and log-ratios to the reference (B,); one forward pass each."""
-        both = concatenate(batch)
-        policy = response_logprobs(self.policy, both)
-        return policy, log_ratios(policy, self.reference.logprobs(self.policy, both))
+        both = self._join(batch)
+        logps, rows = token_logprobs(self.policy, both)
+        policy = counted = sum_logprobs(logps, rows, both["targets"])
+        if "target_weights" in both:
+            counted = sum_logprobs(logps, rows, both["targets"], both["target_weights"])
+        if not self.objective.needs_reference:
+            return policy, log_ratios(counted, None)
+        reference = batch["reference"] if "reference" in batch else self.reference.logprobs(self.policy, both)
+        return policy, log_ratios(counted, reference)
 
-    def pair_losses(self, policy: LogProbs, ratios: Ratios) -> Tensor:
+    def _join(self, batch: PreferenceBatch) -> TokenBatch:
+        """Both sides, (2B, N), with what each target counts."""
+        both = concatenate(batch)
+        if self.ld_alpha != 1:
+            both["target_weights"] = tail_weights(both["targets"], self.ld_alpha)
+        return both
+
+    def _check_start(self, batch: PreferenceBatch, ratios: Ratios) -> None:
+        """Warn of what is wrong with the first batch; see `lightning_align.dpo.identity`."""
+        bos_id = None if self._tokenizer is None else self._tokenizer.bos_id
+        faults = batch_faults(batch, bos_id=bos_id)
+        dtype, precision = next(self.policy.parameters()).dtype, str(self.trainer.precision)
+        coarse = dtype.itemsize < 4 or "16" in precision
+        chosen = differs(ratios.chosen, ratios.chosen_lengths, coarse=coarse, dtype=dtype)
+        rejected = differs(ratios.rejected, ratios.rejected_lengths, coarse=coarse, dtype=dtype)
+        if self.objective.needs_reference and not everyone(not bool(chosen | rejected), self.device):
+            both = self._join(batch)
+            expected = batch["reference"] if "reference" in batch else self.reference.logprobs(self.policy, both)
+            model = getattr(self.reference, "model", None)
+            faults.append(identity_fault(self.policy, model, both, expected, coarse=coarse))
+        for fault in faults:
+            rank_zero_warn(f"the first batch, where the policy should still be its reference: {fault}")
+
+    def pair_losses(self, batch: PreferenceBatch, policy: LogProbs, ratios: Ratios) -> Tensor:
         """The loss of each pair, (B,), with the added SFT term; normalised a pair, so that it does not depend on its batch."""
-        losses = LOSSES[self.loss](ratios, beta=self.beta, label_smoothing=self.label_smoothing)
+        weights = batch.get("weights")
+        if self.confidence_weighting:
+            confidence = confidence_weights(policy, response_collisions(self.policy, concatenate(batch)))
+            weights = confidence if weights is None else weights * confidence
+        losses = self.objective(ratios, weights=weights, margins=batch.get("margins"))
         if self.sft_weight:
-            pairs = losses.shape[0]
-            losses = losses - self.sft_weight * policy.means[:pairs]
+            likelihoods = policy.means[: len(losses)]
+            losses = losses - self.sft_weight * (likelihoods * batch["weights"] if "weights" in batch else likelihoods)
         return losses
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Sum of the pairs' losses, to be divided by the pairs of the optimizer batch."""
         policy, ratios = self.score(batch)
-        losses = self.pair_losses(policy, ratios)
+        if batch_idx == 0 and self.trainer.global_step == 0:
+            self._check_start(batch, ratios)
+        losses = self.pair_losses(batch, policy, ratios)
         for side in (batch["chosen"], batch["rejected"]):
             self.count_tokens(side)
         values = {"loss": losses.detach(), **pair_metrics(policy, ratios, beta=self.beta)}
@@ -213,7 +326,7 @@ class DPOModule(AlignModule):
 
     def _evaluate(self, means: PairMeans, batch: PreferenceBatch) -> Tensor:
         policy, ratios = self.score(batch)
-        values = {"loss": self.pair_losses(policy, ratios), **pair_metrics(policy, ratios, beta=self.beta)}
+        values = {"loss": self.pair_losses(batch, policy, ratios), **pair_metrics(policy, ratios, beta=self.beta)}
         means.update(values)
         return values["rewards/margins"]
 

@@ -166,9 +166,11 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of all weights, names and dtypes."""
+    """SHA-256 of all weights, names and dtypes, but for LoRA adapters: two models of one base have one hash."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
+        if ".lora." in name:
+            continue
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
