@@ -1,4 +1,4 @@
-"""Run every benchmark and write RESULTS.md beside this file."""
+"""Run every benchmark, or those that are named, and write RESULTS.md beside this file; the others' sections stay."""
 
 import argparse
 import datetime
@@ -31,34 +31,53 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 
-def head(command: str) -> str:
+def head() -> str:
     """The page's beginning."""
     return f"""# Benchmarks
 
-Written by `{command}`, {datetime.date.today().isoformat()}: {machine()}; Python {platform.python_version()},
-torch {torch.__version__}.
+{machine()}; Python {platform.python_version()}, torch {torch.__version__}.
 
 Sides alternate within a process; ratios are medians of the ratios of neighbours. "Load of others" is the number of
 cores that anything but the benchmark kept busy meanwhile: where it is not near 0, repeat before believing the row.
 """
 
 
+def marker(script: str, options: tuple[str, ...]) -> str:
+    """What begins a section's last line; its date follows."""
+    return f"`python benchmarks/{shlex.join([script, *options])}"
+
+
 def main() -> None:
     """Parse the command line, run, write."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scripts", nargs="*", help="what to measure again, as dpo_step.py; all where nothing is named")
     parser.add_argument("--pairs", metavar="FILE", help="for the DPO step: JSONL with prompt, chosen and rejected")
     parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md")
     arguments = parser.parse_args()
-    pairs = [] if arguments.pairs is None else ["--pairs", arguments.pairs]
-    # A path says nothing to a reader elsewhere.
-    page = [head("python benchmarks/run.py" + (" --pairs FILE" if pairs else ""))]
+    names = {script for script, *_ in SECTIONS}
+    if unknown := set(arguments.scripts) - names:
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
+    old = arguments.output.read_text(encoding="utf-8") if arguments.output.exists() else ""
+    sections = ["## " + section.rstrip() + "\n" for section in old.split("\n## ")[1:]]
+    kept = {line: section for section in sections for line in [section.rstrip().rsplit("\n", 1)[-1]]}
+    done: dict[tuple[str, ...], str] = {}
     for script, *options in SECTIONS:
-        extra = pairs if script == "dpo_step.py" else []
+        for line, section in kept.items():
+            if line.startswith(marker(script, tuple(options)) + "`"):
+                done[script, *options] = section
+    for script, *options in SECTIONS:
+        if arguments.scripts and script not in arguments.scripts:
+            continue
+        extra = ["--pairs", arguments.pairs] if script == "dpo_step.py" and arguments.pairs else []
         print(shlex.join([script, *options, *extra]), file=sys.stderr, flush=True)
         command = [sys.executable, str(HERE / script), *options, *extra]
-        page.append(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        # A path says nothing to a reader elsewhere.
+        shown = f"{marker(script, tuple(options))}`" + (" with `--pairs FILE`" if extra else "")
+        done[script, *options] = f"{text.rstrip()}\n\n{shown}, {datetime.date.today().isoformat()}\n"
         # After every section, so that an interrupted run leaves what it has.
-        arguments.output.write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
+        page = [head(), *(done[script, *options] for script, *options in SECTIONS if (script, *options) in done)]
+        arguments.output.write_text("\n".join(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from lightning_align.models.palm import PaLM
 from lightning_align.sft.module import SFTModule
 from lightning_align.types import TokenBatch
 
-VOCABULARY, ROWS, CLIP = 4_096, 8, 1.0
+VOCABULARY, ROWS, CLIP = 4_096, 4, 1.0
 # Steps of a block, over which one logging step is spread (Lightning logs every 50th by default).
 BLOCK = 50
 SKIPPED = 10
@@ -42,7 +42,7 @@ class Size(NamedTuple):
     runs: int
 
 
-SIZES = {"about 200 ms a step": Size(256, 4, 4, blocks=3, runs=2), "tiny": Size(16, 1, 1, blocks=10, runs=3)}
+SIZES = {"about 200 ms a step": Size(256, 4, 4, blocks=2, runs=2), "tiny": Size(16, 1, 1, blocks=10, runs=3)}
 
 
 class Bare(L.LightningModule):

@@ -8,8 +8,8 @@ Two rows stand beside DPO: as many further steps on the same demonstrations, and
 fine-tuning on the right answers of the same pairs. Settings were chosen on the validation problems; the table is of the test
 problems, which nothing else has seen.
 
-    python examples/arithmetic_demo.py                  # three seeds, side by side on the cores that there are
-    python examples/arithmetic_demo.py --seeds 0        # one
+    python examples/arithmetic_demo.py                  # one seed, with what each command prints
+    python examples/arithmetic_demo.py --seeds 0 1 2    # side by side on the cores that there are; prints go to log files
 """
 
 import argparse
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ ROWS = {
     "winners": "  + as many steps of SFT on the right answers alone",
     "dpo": "  + DPO",
 }
-SFT, DPO, FURTHER = (f"configs/{name}.yaml" for name in ("sft/arithmetic", "dpo/arithmetic", "sft/arithmetic_further"))
+NUM_HELD_OUT = 200
 
 
 @contextlib.contextmanager
@@ -50,19 +51,38 @@ def output_to(path: Path) -> Iterator[None]:
             os.close(kept[0]), os.close(kept[1])
 
 
+def hold_out(pairs: Path, number: int) -> tuple[str, ...]:
+    """Part a file of pairs in two beside it, for training and for validation; return the arguments that name them."""
+    from lightning_align.distributed import publish
+
+    rows = pairs.read_text(encoding="utf-8").splitlines(keepends=True)
+    words: list[str] = []
+    for name, part in (("train", rows[number:]), ("validation", rows[:number])):
+        path = pairs.with_name(f"preferences_{name}.jsonl")
+        publish(path, partial(Path.write_text, data="".join(part), encoding="utf-8"))
+        words += [f"--data.init_args.{name}", str(path)]
+    return tuple(words)
+
+
 class Seed:
     """One seed's run, in a folder of its own; a step whose result is there is not done again."""
 
-    def __init__(self, seed: int, folder: Path) -> None:
+    def __init__(self, seed: int, folder: Path, *, configs: Path, alone: bool) -> None:
         """Choose the folder.
 
         Args:
             seed: of weights, rows and samples.
             folder: of the demo.
+            configs: folder of the configurations.
+            alone: whether the terminal is this seed's own; otherwise what the commands print goes to a file.
         """
-        self.seed, self.folder = seed, folder / f"seed_{seed}"
+        self.seed, self.folder, self.alone = seed, folder / f"seed_{seed}", alone
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "log.txt"
+        self.sft, self.dpo, self.further, self.test = (
+            ("--config", str(configs / f"{name}.yaml"))
+            for name in ("sft/arithmetic", "dpo/arithmetic", "sft/arithmetic_further", "sft/arithmetic_test")
+        )
 
     def command(self, step: str, *words: str) -> Any:
         """Run a command of `lightning-align` in this process, if it has not been run."""
@@ -71,11 +91,11 @@ class Seed:
         done = self.folder / f"{step}.json"
         if done.exists():
             return json.loads(done.read_text())
-        print(f"[seed {self.seed}] {step:<16} lightning-align {shlex.join(words[:3])} ...", flush=True)
+        if not self.alone:
+            print(f"[seed {self.seed}] {step:<16} lightning-align {shlex.join(words[:3])} ...", flush=True)
         start = time.perf_counter()
-        with self.log.open("a") as file:
-            file.write(f"\n$ lightning-align {shlex.join(words)}\n")
-        with output_to(self.log):
+        with contextlib.nullcontext() if self.alone else output_to(self.log):
+            print(f"\n$ lightning-align {shlex.join(words)}", flush=True)
             cli = run(words)
         seconds = time.perf_counter() - start
         result = {} if cli is None else {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
@@ -94,38 +114,43 @@ class Seed:
         logger = "--trainer.logger.init_args."
         self.command(
             f"fit_{step}",
-            *("fit", *arguments, "--seed_everything", str(self.seed), "--trainer.enable_progress_bar", "false"),
+            *("fit", *arguments, "--seed_everything", str(self.seed), *self._bar),
             *(f"{logger}save_dir={self.folder}", f"{logger}name={step}", f"{logger}version=run", *resume),
         )
         return last
+
+    @property
+    def _bar(self) -> tuple[str, str]:
+        return "--trainer.enable_progress_bar", str(self.alone).lower()
 
     def run(self) -> None:
         """All the steps."""
         train = "--data.init_args.train"
         rows = (f"{train}.init_args.seed", str(self.seed))
-        sft = self.fit("sft", "--config", SFT, *rows)
+        sft = self.fit("sft", *self.sft, *rows)
         samples, preferences, winners = (str(self.folder / f"{n}.jsonl") for n in ("samples", "preferences", "winners"))
-        quiet = ("--trainer.logger", "false", "--trainer.enable_progress_bar", "false")
+        quiet = ("--trainer.logger", "false", *self._bar)
         self.command(
             "sample",
-            *("predict", "--config", SFT, "--ckpt_path", str(sft), "--output", samples, *quiet),
+            *("predict", *self.sft, "--ckpt_path", str(sft), "--output", samples, *quiet),
             *("--data.init_args.predict.init_args.seed", str(1000 + self.seed)),
             *("--trainer.default_root_dir", str(self.folder / "sample")),
         )
         task = ("--task", "Arithmetic")
         self.command("judge", "judge", *task, *("--samples", samples, "--preferences", preferences, "--winners", winners))
+        held_out = hold_out(Path(preferences), NUM_HELD_OUT)
         begin = ("--model.init_args.init_from", str(sft))
         policies = {
             "sft": sft,
-            "further": self.fit("further", "--config", SFT, "--config", FURTHER, *begin, *rows),
-            "winners": self.fit("winners", "--config", SFT, "--config", FURTHER, *begin, train, winners),
-            "dpo": self.fit("dpo", "--config", DPO, *begin, train, preferences),
+            "further": self.fit("further", *self.sft, *self.further, *begin, *rows),
+            "winners": self.fit("winners", *self.sft, *self.further, *begin, train, winners),
+            "dpo": self.fit("dpo", *self.dpo, *begin, *held_out),
         }
         for name, checkpoint in policies.items():
             root = ("--trainer.default_root_dir", str(self.folder / "test" / name))
             self.command(
                 f"test_{name}",
-                *("test", "--config", SFT, "--config", "configs/sft/arithmetic_test.yaml"),
+                *("test", *self.sft, *self.test),
                 *("--model.init_args.init_from", str(checkpoint), "--model.init_args.backbone", "null"),
                 *(*quiet, *root),
             )
@@ -134,30 +159,33 @@ class Seed:
 def arguments() -> argparse.Namespace:
     """What the user asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything is written")
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs", help="folder of the configurations")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the seeds side by side, then print the table."""
     options = arguments()
-    os.chdir(ROOT)
     if options.worker is not None:
         sys.argv = sys.argv[:1]  # the commands take their own arguments
-        Seed(options.worker, options.folder).run()
+        Seed(options.worker, options.folder, configs=options.configs, alone=options.alone).run()
         return
     start = time.perf_counter()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(options.seeds), cores)
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // workers))}
     waiting, running = list(options.seeds), {}
-    print(f"{len(options.seeds)} seeds, {workers} at a time; everything is in {options.folder}/, each seed's log in its folder")
+    print(f"Seeds {options.seeds}, {workers} at a time; everything is written under {options.folder}/")
     while waiting or running:
         while waiting and len(running) < workers:
             seed = waiting.pop(0)
             command = [sys.executable, __file__, "--worker", str(seed), "--folder", str(options.folder)]
+            command += ["--configs", str(options.configs)]
+            command += ["--alone"] if len(options.seeds) == 1 else []
             running[seed] = subprocess.Popen(command, env=environment)
         time.sleep(0.2)
         for seed, process in list(running.items()):
@@ -167,7 +195,8 @@ def main() -> None:
             if process.returncode:
                 for other in running.values():
                     other.terminate()
-                sys.exit(f"seed {seed} stopped with status {process.returncode}: see {options.folder}/seed_{seed}/log.txt")
+                where = "what it says is above" if len(options.seeds) == 1 else f"see {options.folder}/seed_{seed}/log.txt"
+                sys.exit(f"seed {seed} stopped with status {process.returncode}: {where}")
     table(options.seeds, options.folder)
     print(f"\n{time.perf_counter() - start:.0f} s in all. Curves, samples and histograms:")
     print(f"  .venv/bin/tensorboard --logdir {options.folder}    then open http://localhost:6006")

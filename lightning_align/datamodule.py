@@ -55,6 +55,9 @@ class AlignDataModule(L.LightningDataModule):
             prompt, drop drops the row. Each is counted.
         mask_turns: Which turns of an answer are trained: the last_turn of the assistant, all of them (assistant_only),
             or all that follows the prompt, whoever says it.
+        group_by_length: Whether a training batch has rows of about one length, which saves padding. Where length and
+            content go together (sums of two digits, sums of three), groups make every batch one-sided and training
+            slower or unstable: switch it off there.
         on_bad_row: What a broken row does: fail stops and names it, warn drops it and says so, skip drops and counts
             it.
         num_workers: Processes that make batches ahead of time; 0 makes them in the training process.
@@ -84,6 +87,7 @@ class AlignDataModule(L.LightningDataModule):
         truncation: Truncation = "keep_start",
         mask_turns: MaskTurns = "last_turn",
         on_bad_row: BadRow = "fail",
+        group_by_length: bool = True,
         num_workers: int = 0,
         cache_dir: str = ".cache/lightning_align",
         seed: int = 0,
@@ -119,6 +123,7 @@ class AlignDataModule(L.LightningDataModule):
         self.truncation: Truncation = truncation
         self.mask_turns: MaskTurns = mask_turns
         self.on_bad_row: BadRow = on_bad_row
+        self.group_by_length = group_by_length
         self.num_workers = num_workers
         self.cache_dir = cache_dir
         self.seed = seed
@@ -159,7 +164,7 @@ class AlignDataModule(L.LightningDataModule):
         if stage == "fit" and trainer is not None and "validation" not in self.sources:
             # A fit without validation rows does not validate. Neither no loader nor an empty one says so without a warning.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
-        if trainer is not None and new and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a helper
+        if trainer is not None and new and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # the Trainer sets it in a function of another file
             # Asked for on every rank: the ranks agree on the folder by a broadcast.
             folder = Path(trainer.log_dir or trainer.default_root_dir)
             if trainer.is_global_zero:
@@ -200,9 +205,9 @@ class AlignDataModule(L.LightningDataModule):
     # -- batches
 
     def train_dataloader(self) -> DataLoader[list[StoredRow]]:
-        """Batches of rows of about one length, in an order of each epoch's own; resumes where a checkpoint was taken."""
+        """Batches in an order of each epoch's own; resumes where a checkpoint was taken."""
         store = self._store("train")
-        sampler = self._sampler(store, self.batch_size, shuffle=True)
+        sampler = self._sampler(store, self.batch_size, shuffle=True, grouped=self.group_by_length)
         return self._loader(store, sampler, self._collate(store), resumable=True)
 
     def val_dataloader(self) -> DataLoader[list[StoredRow]]:
@@ -261,7 +266,7 @@ class AlignDataModule(L.LightningDataModule):
 
     @property
     def _overfits(self) -> bool:
-        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set by a helper
+        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # the Trainer sets it in a function of another file
 
     def _store(self, stage: Stage) -> TokenStore:
         self._require(stage)

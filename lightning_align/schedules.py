@@ -39,8 +39,7 @@ class WarmupDecay(LRScheduler):
         if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
             raise ValueError(
                 f"WarmupDecay: total_steps is {total_steps} and warmup_steps {warmup_steps}; the total must be at "
-                f"least 1 and "
-                "the warm-up no longer than it"
+                "least 1 and the warm-up no longer than it"
             )
         if not 0 <= decay_from < 1 or not 0 <= final <= 1:
             raise ValueError(

@@ -192,10 +192,8 @@ def _load_hub(name: str, *, split: str) -> Any:
         # As above: network, hub and builder errors are of many classes and mean one thing to the user.
         raise ValueError(
             f"{name!r} is neither a file here (looked in {Path.cwd()}{_near(name)}) nor a dataset that could be loaded "
-            f"from the"
-            f" hub ({type(error).__name__}: {error}). Files end in {', '.join(SUFFIXES)}; hub datasets are written "
-            f"name,"
-            " name:split or name:config:split"
+            f"from the hub ({type(error).__name__}: {error}). Files end in {', '.join(SUFFIXES)}; hub datasets are written "
+            "name, name:split or name:config:split"
         ) from error
 
 

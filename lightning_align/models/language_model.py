@@ -71,8 +71,7 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(out).__name__
         raise ValueError(
             f"the backbone {type(model).__name__} returned {got} for tokens {tuple(tokens.shape)}; a language model "
-            f"returns "
-            "logits (batch, positions, vocabulary), or an object with such `logits`"
+            "returns logits (batch, positions, vocabulary), or an object with such `logits`"
         )
     return logits
 

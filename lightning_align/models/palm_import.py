@@ -33,8 +33,7 @@ def load_palm_rlhf(path: str | Path, *, heads: int, gain: str = "offset", **over
     if "token_emb.weight" not in state or "layers.0.fn.fused_attn_ff_proj.weight" not in state:
         raise ValueError(
             f"{path}: not a checkpoint of PaLM-rlhf-pytorch: there is no layers.0.fn.fused_attn_ff_proj.weight among "
-            f"its "
-            f"{len(state)} entries"
+            f"its {len(state)} entries"
         )
     if gain not in ("offset", "plain"):
         raise ValueError(f"gain is {gain!r}; it must be 'offset' (version 0.8.0) or 'plain' (older versions)")

@@ -179,18 +179,21 @@ SAMPLES: list[dict[str, Any]] = [
     {"row": 2, "prompt": "52-17-18=", "responses": ["45,37", "45,27"]},
     {"row": 3, "prompt": "10+10+10=", "responses": ["20,30", "20,30,40"]},
     {"row": 4, "prompt": "10+10+11=", "responses": [""]},
+    {"row": 5, "prompt": "10+10+12=", "responses": ["", "20,32"]},
+    {"row": 6, "prompt": "10+10+13=", "responses": ["", "20,33", "33"]},
 ]
 PAIRS = [
     {"prompt": "52-17-11=", "chosen": "35,24", "rejected": "45,34"},
     {"prompt": "10+10+10=", "chosen": "20,30", "rejected": "20,30,40"},
+    {"prompt": "10+10+13=", "chosen": "20,33", "rejected": "33"},
 ]
-WINNERS = [{"prompt": "52-17-11=", "response": "35,24"}, {"prompt": "10+10+10=", "response": "20,30"}]
+WINNERS = [{"prompt": pair["prompt"], "response": pair["chosen"]} for pair in PAIRS]
 
 
 def test_judge_by_hand() -> None:
     counts: Counter[str] = Counter()
     assert list(Arithmetic(1).judge(SAMPLES, counts=counts)) == PAIRS
-    assert counts == {"pairs": 2, "all right": 1, "all wrong": 2}
+    assert counts == {"pairs": 3, "all right": 1, "all wrong": 2, "all right or empty": 1}
     assert list(Arithmetic(1).judge(SAMPLES, form="winners")) == WINNERS
 
 
@@ -201,7 +204,10 @@ def test_judge_file_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert read_jsonl(preferences) == PAIRS
     assert read_jsonl(winners) == WINNERS
     printed = capsys.readouterr().out
-    assert "5 prompts: 2 pairs, 1 with every response right, 2 with every response wrong" in printed
+    assert (
+        "7 prompts: 3 pairs, 1 with every response right, 2 with every response wrong, 1 with every response right or"
+        in printed
+    )
     assert str(preferences) in printed and str(winners) in printed
     judge_file(Arithmetic(1), samples=samples, preferences=str(preferences))
     assert read_jsonl(preferences) == PAIRS

@@ -168,11 +168,12 @@ def judge(task: Grader, sample: Row, *, counts: Counter[str] | None = None) -> d
     Args:
         task: What can tell right from wrong.
         sample: A row ``{"prompt": str, "responses": [str, ...]}``.
-        counts: Is told what became of the row: ``"pairs"``, ``"all right"`` or ``"all wrong"``.
+        counts: Is told what became of the row: ``"pairs"``, ``"all right"``, ``"all wrong"``, or ``"all right or empty"``
+            where the only wrong responses have no text: there is nothing in them to learn from, or to keep away from.
 
     Returns:
         The first right response as ``"chosen"`` and the first wrong one as ``"rejected"``, with their ``"prompt"``;
-        None where the responses are all right or all wrong.
+        None where the responses are all right, all wrong or, those that are wrong, empty.
 
     Raises:
         ValueError: If the row has another form, or the task does not know its prompt.
@@ -181,11 +182,15 @@ def judge(task: Grader, sample: Row, *, counts: Counter[str] | None = None) -> d
     first: dict[bool, str] = {}
     for response in responses:
         try:
-            first.setdefault(task.grade(prompt, response), response)
+            right = task.grade(prompt, response)
         except ValueError as error:
             raise ValueError(f"{sample.origin}: {error}") from error
+        if right or response.strip():
+            first.setdefault(right, response)
     if counts is not None:
-        counts["pairs" if len(first) == 2 else "all right" if True in first else "all wrong"] += 1
+        any_empty = any(not response.strip() for response in responses)
+        alone = "all wrong" if True not in first else "all right or empty" if any_empty else "all right"
+        counts["pairs" if len(first) == 2 else alone] += 1
     return {"prompt": prompt, "chosen": first[True], "rejected": first[False]} if len(first) == 2 else None
 
 
@@ -215,7 +220,7 @@ def judge_file(task: RowTask, *, samples: str, preferences: str, winners: str | 
     pairs = [pair for row in read_rows(samples) if (pair := judge(task, row, counts=counts)) is not None]
     tally = (
         f"{counts.total()} prompts: {counts['pairs']} pairs, {counts['all right']} with every response right,"
-        f" {counts['all wrong']} with every response wrong"
+        f" {counts['all wrong']} with every response wrong, {counts['all right or empty']} with every response right or empty"
     )
     if not pairs:
         raise ValueError(

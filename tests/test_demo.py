@@ -1,0 +1,65 @@
+"""A short version of the demo: two numbers in place of three, a quarter of the steps, everything else the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SFT_STEPS, STEPS = 400, 80
+
+
+def shorter(node: Any, steps: int) -> Any:
+    """A configuration with smaller problems and fewer steps."""
+    if isinstance(node, list):
+        return [shorter(item, steps) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: shorter(value, steps) for key, value in node.items()}
+    if node.get("class_path") == "Arithmetic":
+        arguments = node["init_args"]
+        node["init_args"] = arguments | {"num_operands": 2, "num_rows": min(arguments["num_rows"], 3000)}
+    if node.get("class_path") == "WarmupDecay":
+        node["init_args"]["total_steps"] = steps
+    if "max_steps" in node:
+        node |= {"max_steps": steps, "val_check_interval": steps}
+    if "num_problems" in node:
+        node["num_problems"] = min(node["num_problems"], 500)
+    if "every_n_train_steps" in node:
+        node["every_n_train_steps"] = steps
+    return node
+
+
+@pytest.mark.timeout(600)
+def test_dpo_beats_its_start_and_as_many_further_steps(tmp_path: Path) -> None:
+    for name, steps in (
+        ("sft/arithmetic", SFT_STEPS),
+        ("sft/arithmetic_further", STEPS),
+        ("sft/arithmetic_test", STEPS),
+        ("dpo/arithmetic", STEPS),
+    ):
+        content = shorter(yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()), steps)
+        path = tmp_path / "configs" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(content))
+    command = [sys.executable, str(ROOT / "examples" / "arithmetic_demo.py"), "--configs", str(tmp_path / "configs")]
+    command += ["--folder", str(tmp_path / "demo")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+    solved = {
+        row: json.loads((tmp_path / f"demo/seed_0/test_{row}.json").read_text())["test/solved"]
+        for row in ("sft", "further", "winners", "dpo")
+    }
+    for title in ("SFT on the sloppy", "as many further steps", "right answers alone", "+ DPO", "tensorboard --logdir"):
+        assert title in result.stdout
+    assert f"{100 * solved['dpo']:5.1f}" in result.stdout
+    assert solved["sft"] > 0.5, solved
+    assert solved["dpo"] >= solved["sft"] + 0.1, solved
+    assert solved["dpo"] >= solved["further"] + 0.1, solved
