@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -152,6 +153,14 @@ class AlignModule(L.LightningModule):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the policy, (B, N) -> (B, N, V)."""
         return logits_of(self.policy, tokens)
+
+    # -- random numbers
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed what a batch draws (dropout) by its place in the run, so that a resumed run draws the same on every rank."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        place = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
+        torch.manual_seed(hash(place) % 2**63)
 
     # -- one gradient for one optimizer batch
 

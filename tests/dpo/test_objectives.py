@@ -22,7 +22,7 @@ from tests.toys import largest_difference, preference_batch, slow_logprobs, spli
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
-SGD = functools.partial(torch.optim.SGD, lr=0.05)
+SGD = functools.partial(torch.optim.SGD, lr=0.01)
 BATCH = preference_batch(8)
 
 
@@ -45,7 +45,7 @@ def smoothing(loss: str) -> dict[str, float]:
 def test_every_loss_is_the_same_however_the_batch_is_cut(loss: Any, tmp_path: Path) -> None:
     states = [state_of(fit(tmp_path, split(BATCH, size), loss=loss, **smoothing(loss)).policy) for size in (8, 1)]
     assert largest_difference(*states) < 1e-6
-    assert largest_difference(states[0], state_of(tiny_palm())) > 1e-5
+    assert largest_difference(states[0], state_of(tiny_palm())) > 1e-6
 
 
 @pytest.mark.parametrize("loss", [*SORTED, {"sigmoid": 0.8, "bco_pair": 0.2}, {"simpo": 1.0, "orpo": 0.5}])

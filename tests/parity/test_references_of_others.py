@@ -1,0 +1,89 @@
+"""What published implementations do, and ours does not: each error is pinned, so that its repair would be noticed."""
+
+from typing import Any
+
+import torch
+from ema_pytorch import EMA
+from torch import Tensor, nn
+from x_transformers.dpo import DPO
+
+from lightning_align.dpo.module import DPOModule
+from lightning_align.reference import Average
+from lightning_align.types import PreferenceBatch
+from tests.toys import largest_difference, state_of, tiny_palm
+
+
+def walk(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_ema_pytorch_copies_where_it_should_be_frozen() -> None:
+    """With a decay of 1 nothing should move; for its first 100 calls it copies. Frozen here means that nothing calls it."""
+    online = tiny_palm()
+    theirs = EMA(online, beta=1.0)
+    start = state_of(online)
+    for step in range(12):
+        walk(online, step)
+        theirs.update()
+    assert largest_difference(state_of(theirs.ema_model), start) > 0.1
+
+
+def test_ema_pytorch_copies_first_whatever_the_decay() -> None:
+    online = tiny_palm()
+    theirs = EMA(online, beta=0.9, update_after_step=0, update_every=1, include_online_model=False)
+    ours = Average(tiny_palm())
+    start = state_of(online)
+    walk(online, 0)
+    theirs.update()
+    ours.follow(online, alpha=0.1)
+    assert largest_difference(state_of(theirs.ema_model), state_of(online)) == 0
+    expected = {name: 0.9 * start[name] + 0.1 * value for name, value in state_of(online).items()}
+    assert largest_difference(state_of(ours.model), expected) < 1e-6
+
+
+def test_ema_pytorch_skips_what_was_renamed() -> None:
+    """No error, and no average either; `Average.follow` raises, as its own test shows."""
+    online, renamed = tiny_palm(), nn.Module()
+    theirs = EMA(online, beta=0.5, include_online_model=False)
+    renamed.inner = online
+    start = state_of(theirs.ema_model)
+    walk(online, 0)
+    theirs.update_moving_average(theirs.ema_model, renamed, 0.5)
+    assert largest_difference(state_of(theirs.ema_model), start) == 0
+
+
+def pair() -> tuple[PreferenceBatch, dict[str, Tensor]]:
+    """One pair: prompt at 0-2, responses at 3-5, pads at 6-7."""
+    places = torch.arange(8)[None]
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = (torch.randint(1, 23, (1, 8), generator=generator) for _ in range(2))
+    rejected[:, :3] = chosen[:, :3]
+    mask, targets = places < 6, (places >= 3) & (places < 6)
+    sides: list[Any] = [{"tokens": tokens * mask, "mask": mask, "targets": targets} for tokens in (chosen, rejected)]
+    inputs = {"prompt_mask": places < 3, "preferred_seq_mask": mask, "unpreferred_seq_mask": mask}
+    return {"chosen": sides[0], "rejected": sides[1]}, inputs
+
+
+def test_x_transformers_trains_the_pad_and_not_the_first_token() -> None:
+    """It is ours, averaged over tokens, with targets one too late: 4, 5, 6 instead of 3, 4, 5."""
+    batch, inputs = pair()
+    theirs = DPO(tiny_palm(), beta=2.0)  # type: ignore[arg-type]  # any module that gives logits
+    theirs.policy_model.load_state_dict(tiny_palm(seed=1).state_dict())
+    value = theirs(batch["chosen"]["tokens"], batch["rejected"]["tokens"], **inputs)
+
+    def ours(shift: int) -> Tensor:
+        module = DPOModule(tiny_palm(), loss="sigmoid_norm", beta=2.0)
+        module.configure_model()
+        module.policy.load_state_dict(tiny_palm(seed=1).state_dict())
+        # The model has to see the pad whose prediction is scored.
+        sides: Any = {
+            name: {**side, "targets": side["targets"].roll(shift, dims=1), "mask": torch.ones_like(side["mask"])}  # type: ignore[index,dict-item]
+            for name, side in batch.items()
+        }
+        return module.pair_losses(sides, *module.score(sides)).mean()
+
+    torch.testing.assert_close(value, ours(shift=1), rtol=1e-4, atol=1e-5)
+    assert float((value - ours(shift=0)).detach().abs()) > 1e-3
