@@ -35,6 +35,9 @@ def build(case: str, folder: Path) -> Any:
         return DPOModule(tiny_palm(tie_embeddings=False), sft_weight=0.3, optimizer=SGD), DPO_BATCH
     if case == "moving":
         return DPOModule(tiny_palm(), reference="moving", optimizer=SGD), DPO_BATCH
+    if case == "stored":
+        cache = str(folder / "cache")
+        return DPOModule(tiny_palm(), reference="stored", reference_cache=cache, ld_alpha=0.5, optimizer=SGD), DPO_BATCH
     base = folder / "base.pt"
     if case == "moving_lora":
         lora = LoRAConfig(rank=2)
@@ -111,7 +114,7 @@ def run(case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool =
     return result
 
 
-CASES = ("sft", "dpo", "lora", "moving", "moving_lora")
+CASES = ("sft", "dpo", "lora", "stored", "moving", "moving_lora")
 RESUMED = ("dpo", "lora", "moving", "moving_lora")
 LIMIT = timedelta(seconds=40)
 STRATEGIES: dict[str, Any] = {
