@@ -23,7 +23,7 @@ def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | No
         bias: (V,) or None.
     """
     usable = weight.device.type == "cpu" and weight.dtype is torch.float32 and type(weight) in (Tensor, nn.Parameter)
-    if not usable or weight.numel() < LEAST or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+    if not usable or weight.numel() < LEAST or not torch._C._has_mkldnn or torch.is_autocast_enabled("cpu"):
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
@@ -46,7 +46,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
             if type(module) is nn.Linear and "forward" not in vars(module):
                 linear = pack(module.weight, module.bias)
                 if linear is not None:
-                    module.forward = linear  # type: ignore[method-assign]
+                    module.forward = linear  # type: ignore[method-assign,assignment]
                     changed.append(module)
         yield
     finally:
