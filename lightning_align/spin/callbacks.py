@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -117,14 +118,16 @@ class SelfPlayGeneration(Callback):
         if most is None or most < 0 or most > self._starts[-1]:
             trainer.fit_loop.max_epochs = self._starts[-1]
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin an iteration, where one begins: its optimizer, its learning rate, its numbers and texts in the log."""
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin an iteration, where one begins: its optimizer, its learning rate, its numbers and texts in the log.
+
+        Not at the start of the epoch: Lightning leaves that hook out after resuming from an epoch's last batch.
+        """
         self.begin(trainer)
         if self._announced < self.iteration:
             self._announced = self.iteration
             self._prepare_optimizer(trainer)
             self._report(trainer, pl_module)
-        pl_module.log("spin/iteration", float(self.iteration))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the last epoch of an iteration, look whether it was of use.
@@ -176,6 +179,11 @@ class SelfPlayGeneration(Callback):
         if iteration <= self.iteration:
             return
         self.iteration, self._step = iteration, trainer.global_step
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and progress.is_last_batch:
+            # Resumed from the last batch of an epoch of another length: Lightning compares the count of that epoch's batches with
+            # the new length, and would leave out as many of the new ones.
+            progress.current.completed = sys.maxsize // 2
         module.begin_iteration(iteration)
         weights = whole_weights(module.policy)
         # What the opponent is made of besides: an average, a base.
@@ -283,11 +291,12 @@ class SelfPlayGeneration(Callback):
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         played = {stage: told for stage, (iteration, _, told) in self._cache.items() if iteration == self.iteration}
-        for stage, told in played.items():
-            for name, value in told.items():
-                module.log(f"spin/{stage}/{name}", value, sync_dist=True)
+        numbers = {f"{stage}/{name}": value for stage, told in played.items() for name, value in told.items()}
+        numbers["iteration"] = float(self.iteration)
         if self._speed is not None:
-            module.log("spin/generation_tokens_per_second", self._speed * trainer.world_size, sync_dist=True)
+            numbers["generation_tokens_per_second"] = self._speed * trainer.world_size
+        for name, value in numbers.items():
+            module.log(f"spin/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         if not trainer.is_global_zero or not played:
             return
         stage = "validation" if "validation" in played else "train"
