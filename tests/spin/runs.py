@@ -33,7 +33,8 @@ def start(folder: Path, *callbacks: Callback, loop: dict[str, Any] | None = None
     L.seed_everything(0, verbose=False)
     rows = write_rows(folder)
     arguments = {"optimizer": ADAM, "generation": GENERATION, **module}
-    play = SelfPlayGeneration(**{"iterations": 3, "epochs": [1, 2, 1], "replay": 1, "folder": str(folder / "sets"), **(loop or {})})
+    defaults = {"iterations": 3, "epochs": [1, 2, 1], "replay": 1, "folder": str(folder / "sets")}
+    play = SelfPlayGeneration(**{**defaults, **(loop or {})})
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
     trainer = L.Trainer(
         accelerator="cpu",

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -133,9 +134,8 @@ def test_every_opponent_resumes_bit_for_bit(case: dict[str, Any], tmp_path: Path
         finish(tmp_path, CutAfter(4), loop=loop, **case)
     _, module = finish(tmp_path, resume=True, loop=loop, **case)
     assert largest_difference(state_of(module.policy), state_of(uncut.policy)) == 0
-    assert largest_difference(state_of(module.policy), state_of(tiny_palm(num_tokens=259)) if "lora" not in case else {
-        name: torch.full_like(value, 9.0) for name, value in state_of(module.policy).items()
-    }) > 1e-3  # fmt: skip
+    if "lora" not in case:
+        assert largest_difference(state_of(module.policy), state_of(tiny_palm(num_tokens=259))) > 1e-3
 
 
 def test_betas_rates_and_optimizers_follow_the_iteration(tmp_path: Path) -> None:
@@ -197,9 +197,9 @@ def test_what_was_altered_is_named_before_any_step(tmp_path: Path) -> None:
 def test_a_folder_of_other_weights_or_settings_is_named(tmp_path: Path) -> None:
     with pytest.raises(Cut):
         finish(tmp_path, CutAfter(1))
-    with pytest.raises(ValueError, match="iteration_0: is of an iteration that began with other weights"):
+    with pytest.raises(ValueError, match=r"iteration_0: is of an iteration that began with other weights"):
         finish(tmp_path, backbone=tiny_palm(num_tokens=259, seed=1))
-    with pytest.raises(ValueError, match="train: was generated otherwise .*replay is 1 there and 0 here"):
+    with pytest.raises(ValueError, match=r"train: was generated otherwise .*replay is 1 there and 0 here"):
         finish(tmp_path, loop={"replay": 0})
 
 
@@ -221,12 +221,8 @@ def test_impossible_loops_are_named(arguments: dict[str, Any], message: str, tmp
 
 
 def test_the_callback_comes_with_the_module(tmp_path: Path) -> None:
-    import lightning as L
-
-    trainer, module, data = start(tmp_path, optimizer=ADAM)
-    bare = L.Trainer(
-        accelerator="cpu", logger=False, max_epochs=-1, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, default_root_dir=tmp_path / "bare", fast_dev_run=1,
-    )  # fmt: skip
+    _, module, data = start(tmp_path, optimizer=ADAM)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    bare = L.Trainer(accelerator="cpu", max_epochs=1, log_every_n_steps=1, default_root_dir=tmp_path / "bare", **quiet)
     bare.fit(module, data)
     assert (tmp_path / "bare" / "generations" / "iteration_0" / "train" / "manifest.json").is_file()
