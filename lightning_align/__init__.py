@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from lightning_align.schedules import WarmupDecay
     from lightning_align.sft.datamodule import SFTDataModule
     from lightning_align.sft.module import SFTModule
+    from lightning_align.spin.callbacks import SelfPlayGeneration
+    from lightning_align.spin.datamodule import SPINDataModule
+    from lightning_align.spin.module import SPINModule
 
 __version__ = "0.1.0"
 
@@ -44,7 +47,10 @@ _HOME = {
     "RowTask": "data.rows",
     "SFTDataModule": "sft.datamodule",
     "SFTModule": "sft.module",
+    "SPINDataModule": "spin.datamodule",
+    "SPINModule": "spin.module",
     "SampleLogger": "callbacks",
+    "SelfPlayGeneration": "spin.callbacks",
     "SolveRate": "callbacks",
     "WarmupDecay": "schedules",
     "add_lora": "models.lora",
@@ -70,7 +76,10 @@ __all__ = [
     "RowTask",
     "SFTDataModule",
     "SFTModule",
+    "SPINDataModule",
+    "SPINModule",
     "SampleLogger",
+    "SelfPlayGeneration",
     "SolveRate",
     "WarmupDecay",
     "__version__",

@@ -35,6 +35,15 @@ def everyone(flag: bool, device: torch.device) -> bool:
     return bool(value)
 
 
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers; a collective."""
+    if world()[1] == 1:
+        return number
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model's parameters are spread over ranks, so that every forward pass is a collective."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

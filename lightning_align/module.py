@@ -319,16 +319,21 @@ class AlignModule(L.LightningModule):
 
         Args:
             batch: a `PromptBatch`, prompts of any lengths.
-            batch_idx: makes the random numbers of each batch its own.
+            batch_idx: not used: a response depends on the number of its row, whatever batch it is in.
 
         Returns:
             For each prompt ``row``, ``prompt`` and ``responses`` (as text where the data module has a tokenizer, else as ids)
             and ``finished``.
         """
         tokenizer = self._tokenizer
-        generator = torch.Generator(self.device).manual_seed(hash((self.generation.seed, self.global_rank, batch_idx)))
-        eos_id = None if tokenizer is None else tokenizer.eos_id
-        results = generate(self.policy, batch["prompts"], self.generation, eos_id=eos_id, generator=generator)
+        results = generate(
+            self.policy,
+            batch["prompts"],
+            self.generation,
+            eos_id=None if tokenizer is None else tokenizer.eos_id,
+            ids=batch["rows"].tolist(),
+            decode=None if tokenizer is None else tokenizer.decode,
+        )
 
         def spell(ids: list[int]) -> str | list[int]:
             return ids if tokenizer is None else tokenizer.decode(ids)

@@ -44,6 +44,15 @@ class PreferenceBatch(TypedDict):
     """(2B,) log-probs under the reference, chosen rows first, where they are known beforehand."""
 
 
+class SelfPlayBatch(TypedDict):
+    """Real and generated responses to the same prompts, and what the opponent thinks of them."""
+
+    pairs: TokenBatch
+    """(2B, N): B real rows, then B generated rows in the same order."""
+    opponent: Tensor
+    """(2B,) float32, log-probs of these responses under the opponent, sums in nats."""
+
+
 class PromptBatch(TypedDict):
     """Prompts to continue, of any lengths, unpadded."""
 

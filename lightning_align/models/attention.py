@@ -115,6 +115,16 @@ class KVCache:
         """Columns that there are."""
         return self.keys[0].shape[1]
 
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows (B',) int64, in this order; a row that is named twice is copied. Moves the filled columns alone."""
+
+        def chosen(old: Tensor) -> Tensor:
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, : self.length] = old[:, : self.length].index_select(0, rows)
+            return new
+
+        self.keys, self.values = [chosen(keys) for keys in self.keys], [chosen(values) for values in self.values]
+
 
 @dataclass
 class CachedAttention:

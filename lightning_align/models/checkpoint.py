@@ -167,10 +167,13 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 of all weights, names and dtypes, but for LoRA adapters: two models of one base have one hash."""
+    return state_hash({name: value for name, value in model.state_dict().items() if ".lora." not in name})
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """SHA-256 of a state dict: weights, names and dtypes."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if ".lora." in name:
-            continue
+    for name, value in state.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -52,6 +52,15 @@ def has_cache(model: nn.Module) -> TypeGuard[HiddenModel]:
     return has_hidden(model) and callable(getattr(model, "make_cache", None))
 
 
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens that the model can read, where it says so (as ``max_seq_len`` or in a transformers config)."""
+    config = getattr(model, "config", None)
+    for size in (getattr(model, "max_seq_len", None), getattr(config, "max_position_embeddings", None)):
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
+
+
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """Logits of any language model.
 

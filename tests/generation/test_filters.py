@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from lightning_align.generation.filters import draw, filter_logits
+from lightning_align.generation.filters import choose, draw, filter_logits, num_draws
+from lightning_align.generation.noise import uniforms
+from lightning_align.generation.sampler import GenerationConfig
 
 # Probabilities of five tokens, in no order; as logits, with a constant added, which must not matter.
 P = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]])
@@ -69,22 +71,65 @@ def test_what_is_kept_keeps_its_logit() -> None:
     torch.testing.assert_close(out[out.isfinite()], LOGITS.bfloat16().float()[out.isfinite()], rtol=0, atol=0)
 
 
-def test_draws_follow_the_distribution() -> None:
-    """Chi-square with 3 degrees of freedom over 20,000 draws; 16.3 is exceeded once in 1,000, and the seed is fixed."""
-    logits = filter_logits(LOGITS, top_k=4).expand(20_000, -1)
-    counts = draw(logits, torch.Generator().manual_seed(0)).bincount(minlength=5)
-    assert int(counts[2]) == 0
-    expected = 20_000 * P[0] / 0.95
-    chi = sum((float(counts[i]) - float(expected[i])) ** 2 / float(expected[i]) for i in (0, 1, 3, 4))
-    assert chi < 16.3
+def test_equally_likely_tokens_stay_or_go_together() -> None:
+    assert kept(filter_logits(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), top_p=0.5)) == [[0, 1, 2, 3]]
 
 
-def test_a_race_time_of_zero_draws_no_token_that_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.zero_())
-    assert draw(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), None).tolist() == [1]
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (1 - 2**-24, 4)])
+def test_a_draw_is_where_the_cumulative_sum_passes(uniform: float, token: int) -> None:
+    weights = torch.tensor([[0.0, 1.0, 0.0, 2.0, 1.0, 0.0]])
+    assert draw(weights, torch.tensor([uniform])).tolist() == [token]
 
 
-def test_draws_repeat_with_their_generator() -> None:
-    logits = LOGITS.expand(50, -1)
-    first, second, other = (draw(logits, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert first.tolist() == second.tolist() != other.tolist()
+@pytest.mark.parametrize("vocabulary", [1, 256, 257, 1000])
+def test_a_draw_over_blocks_is_a_draw_over_one_sum(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(400, vocabulary, generator=generator) * (torch.rand(400, vocabulary, generator=generator) > 0.5)
+    weights[:, 0] += 1e-3
+    uniform = torch.rand(400, generator=generator)
+    sums = weights.double().cumsum(1)
+    expected = (sums <= uniform[:, None] * sums[:, -1:]).sum(1)
+    found = draw(weights, uniform)
+    assert int((found != expected).sum()) <= 1  # a bound within rounding of a sum
+    assert bool((weights.gather(1, found[:, None]) > 0).all())
+
+
+FILTERS = [
+    {"temperature": 0.7, "top_p": 0.9},
+    {"top_p": 0.05},
+    {"top_k": 3, "top_p": 0.7},
+    {"min_p": 0.3},
+    {"temperature": 0.5, "top_k": 4, "top_p": 0.95, "min_p": 0.1},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_what_is_chosen_follows_the_filtered_distribution(filters: dict[str, float]) -> None:
+    """Chi-square over 20,000 draws with at most 4 degrees of freedom; 20.5 is exceeded less than once in 2,000."""
+    config = GenerationConfig(**filters)
+    noise = uniforms([(7,)], positions=20_000, draws=num_draws(config))[0]
+    tokens, logprobs = choose(LOGITS.expand(20_000, -1), noise, config)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    expected = 20_000 * filter_logits(LOGITS, **{n: getattr(config, n) for n in names}).softmax(1)[0]
+    counts = tokens.bincount(minlength=5)
+    assert bool((counts[expected == 0] == 0).all())
+    chi = ((counts - expected) ** 2 / expected)[expected > 0].sum()
+    assert float(chi) < 20.5
+    # Of the model, not of what was filtered.
+    torch.testing.assert_close(logprobs, P.log()[0][tokens], rtol=0, atol=1e-6)
+
+
+def test_the_greedy_choice_and_its_logprob() -> None:
+    tokens, logprobs = choose(LOGITS, torch.empty(1, 0), GenerationConfig(temperature=0))
+    assert tokens.tolist() == [1]
+    assert float(logprobs) == pytest.approx(float(torch.tensor(0.4).log()), abs=1e-6)
+
+
+def test_noise_depends_on_its_key_and_place_alone() -> None:
+    whole = uniforms([(0, 1), (0, 2), (1, 1)], positions=50, draws=3)
+    assert torch.equal(uniforms([(0, 2)], positions=7, draws=3)[0], whole[1, :7])
+    assert len({tuple(row) for row in whole.flatten(1).tolist()}) == 3
+    assert 0 <= float(whole.min()) and float(whole.max()) < 1
+    many = uniforms([(3,)], positions=40_000, draws=1).flatten()
+    assert float(many.mean()) == pytest.approx(0.5, abs=0.006)
+    assert float(((many[1:] - 0.5) * (many[:-1] - 0.5)).mean()) == pytest.approx(0, abs=0.0013)

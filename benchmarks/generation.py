@@ -1,0 +1,185 @@
+"""Sampling: this library's sampler against those of three peers, on models of one size.
+
+- PaLM-rlhf-pytorch 0.8.0: `PaLM.generate`, a row at a time since it takes prompts of one length and no key-value cache;
+- self-rewarding-lm-pytorch 0.2.12: `sample`, on our own model, which it asks for all logits at every token;
+- transformers: `generate` with its key-value cache, on a Llama of that size.
+
+And decoding one row of a model larger than the cache, against the rate at which the machine reads memory.
+"""
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import _common as common
+import torch
+from torch import Tensor, nn
+
+from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.models.palm import PaLM
+
+VOCABULARY, WIDTH, DEPTH, HEADS, BATCH, PROMPT = 32_000, 256, 4, 4, 8, 64
+
+
+def ours(model: nn.Module, prompts: Tensor, length: int, **settings: Any) -> Callable[[], object]:
+    """Our sampler; without an end-of-sequence id, so that every side makes as many tokens."""
+    config = GenerationConfig(max_new_tokens=length - prompts.shape[1], **settings)
+    rows = prompts.tolist()
+    return lambda: generate(model, rows, config)
+
+
+def palm_rlhf(prompts: Tensor, length: int) -> Callable[[], object]:
+    """`PaLM.generate` of PaLM-rlhf-pytorch, in its own defaults but for the progress bar."""
+    from palm_rlhf_pytorch import PaLM as Peer
+
+    model = Peer(num_tokens=VOCABULARY, dim=WIDTH, depth=DEPTH, heads=HEADS, dim_head=64).eval()
+    return lambda: model.generate(length, prompts, use_tqdm=False)
+
+
+def self_rewarding(model: nn.Module, prompts: Tensor, length: int) -> Callable[[], object]:
+    """`sample` of self-rewarding-lm-pytorch with the settings of its SPIN trainer."""
+    from self_rewarding_lm_pytorch.sampling_utils import sample, top_p
+
+    def run() -> object:
+        return sample(model, prompts, length, temperature=0.7, filter_fn=top_p, filter_kwargs={"thres": 0.9})
+
+    return run
+
+
+def llama(prompts: Tensor, length: int, **settings: Any) -> Callable[[], object]:
+    """`generate` of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    model: Any = LlamaForCausalLM(config).eval()
+    new = length - prompts.shape[1]
+    return lambda: model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new, use_cache=True, **settings
+    )
+
+
+def memory_rate() -> float:
+    """Bytes a second at which this machine reads memory: the best of several sums over 512 MiB."""
+    numbers = torch.ones(2**27)
+    rates = []
+    for _ in range(5):
+        with common.Meter() as meter:
+            numbers.sum()
+        rates.append(numbers.numel() * 4 / meter.seconds)
+    return max(rates)
+
+
+def streaming(rounds: int) -> tuple[float, float]:
+    """For batch 1 and a model larger than the cache: bytes of weights read a second, and that of the machine."""
+    model = PaLM(num_tokens=VOCABULARY, dim=1024, depth=12, heads=16, dim_head=64)
+    bytes_a_token = 4 * sum(p.numel() for p in model.parameters())
+    rates, machine = [], []
+    for _ in range(rounds):
+        seconds = []
+        for tokens in (8, 40):  # the difference leaves out the prompt and the packing of weights
+            with common.Meter() as meter:
+                generate(model, [[1] * 16], GenerationConfig(max_new_tokens=tokens, temperature=0))
+            seconds.append(meter.seconds)
+        rates.append(32 * bytes_a_token / (seconds[1] - seconds[0]))
+        machine.append(memory_rate())
+    return common.median(rates), common.median(machine)
+
+
+def report(rounds: int, length: int, peer_length: int) -> None:
+    """Print the section."""
+    torch.manual_seed(0)
+    model = PaLM(num_tokens=VOCABULARY, dim=WIDTH, depth=DEPTH, heads=HEADS, dim_head=64).eval()
+    prompts = torch.randint(2, VOCABULARY, (BATCH, PROMPT))
+    nucleus = {"temperature": 0.7, "top_p": 0.9}
+    version = importlib.metadata.version
+    cases = [
+        (f"palm-rlhf-pytorch {version('palm-rlhf-pytorch')}", 25.0, peer_length, {}, palm_rlhf(prompts, peer_length), 1),
+        (
+            f"self-rewarding-lm-pytorch {version('self-rewarding-lm-pytorch')}",
+            25.0,
+            peer_length,
+            nucleus,
+            self_rewarding(model, prompts, peer_length),
+            1,
+        ),
+        (
+            f"transformers {version('transformers')}, greedy",
+            1.5,
+            length,
+            {"temperature": 0},
+            llama(prompts, length, do_sample=False),
+            rounds,
+        ),
+        (
+            f"transformers {version('transformers')}, temperature 0.7, top-p 0.9",
+            3.0,
+            length,
+            nucleus,
+            llama(prompts, length, do_sample=True, top_k=0, **nucleus),
+            rounds,
+        ),
+    ]
+    common.heading(
+        "Sampling",
+        f"Batch {BATCH}, prompts of {PROMPT} tokens, to {length} tokens ({peer_length} for the peers without a cache, whose "
+        f"time a token grows with the length), vocabulary {VOCABULARY:,}, width {WIDTH}, depth {DEPTH}, float32, "
+        f"{torch.get_num_threads()} threads, random weights. {rounds} rounds, alternating (1 for the peers without a cache).",
+    )
+    rows, claims = [], []
+    for name, least, to, settings, peer, times in cases:
+        sides = {"ours": ours(model, prompts, to, **settings), "peer": peer}
+        sides["ours"]()
+        timings = common.alternate(sides, times)
+        tokens = BATCH * (to - PROMPT)
+        speed = 1 / common.ratio(timings["ours"], timings["peer"])
+        rows.append(
+            {
+                "peer": name,
+                **{
+                    f"{side}, tokens/s": f"{tokens / common.median(t.seconds for t in timings[side]):,.0f}"
+                    for side in ("peer", "ours")
+                },
+                "ratio": f"{speed:.1f}x",
+                "load of others": common.load(timings["ours"] + timings["peer"]),
+            }
+        )
+        claims.append(common.claim(f"speed over {name}", f"≥ {least:g}x", f"{speed:.1f}x", speed >= least))
+    print(common.table(rows))
+    reached, machine = streaming(rounds)
+    share = reached / machine
+    claims.append(
+        common.claim(
+            f"batch 1, width 1,024, depth 12: weights read, of the machine's {machine / 1e9:.1f} GB/s",
+            "≥ 60 %",
+            f"{share:.0%}",
+            share >= 0.6,
+        )
+    )
+    print(common.table(claims))
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row, prompt included")
+    parser.add_argument("--peer-length", type=int, default=512, help="the same, for the peers without a key-value cache")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    report(arguments.rounds, arguments.length, arguments.peer_length)
+
+
+if __name__ == "__main__":
+    main()

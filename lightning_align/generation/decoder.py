@@ -1,0 +1,133 @@
+"""One step of decoding for a batch of rows: with a key-value cache, or for a module that only maps tokens to logits."""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_align.generation.packing import pack
+from lightning_align.models.language_model import HiddenModel, has_cache, logits_of
+
+
+class Decoder(Protocol):
+    """Rows that grow by a token a step."""
+
+    def start(self, copies: int) -> Tensor:
+        """Logits (B * copies, V) after the prompts, each of which becomes so many rows."""
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token (B,) to each row and return the logits (B, V) after it."""
+        ...
+
+    def select(self, rows: Tensor) -> bool:
+        """Go on with these rows (int64) alone; False if all must stay."""
+        ...
+
+
+def make_decoder(model: nn.Module, prompts: list[list[int]], *, limit: int, copies: int, device: torch.device) -> Decoder:
+    """The fastest decoder that a model allows.
+
+    Args:
+        model: any language model.
+        prompts: token ids, none of them empty.
+        limit: most tokens that will be appended to a prompt.
+        copies: rows a prompt.
+        device: of the model.
+    """
+    if not has_cache(model):
+        return _PlainDecoder(model, prompts, limit, device)
+    cache = model.make_cache(len(prompts), max(map(len, prompts)) + limit)
+    if copies > 1 and not hasattr(cache, "select"):
+        # The prompt cannot be read once for all of its rows.
+        return _CachedDecoder(model, [p for p in prompts for _ in range(copies)], limit, device, repeated=True)
+    return _CachedDecoder(model, prompts, limit, device, cache=cache)
+
+
+class _CachedDecoder:
+    """Prompts padded on the left to a common right edge, so that every row writes the same column of the cache.
+
+    Attention sees distances alone, so a row is what it would be by itself; a mask hides the pads.
+    """
+
+    def __init__(
+        self,
+        model: HiddenModel,
+        prompts: list[list[int]],
+        limit: int,
+        device: torch.device,
+        *,
+        cache: Any = None,
+        repeated: bool = False,
+    ) -> None:
+        self.model, self.repeated = model, repeated
+        self.stop = max(map(len, prompts))
+        self.prompts = torch.tensor([[0] * (self.stop - len(p)) + p for p in prompts], device=device)
+        starts = torch.tensor([self.stop - len(p) for p in prompts], device=device)[:, None]
+        columns = torch.arange(self.stop + limit, device=device)
+        self.positions = (columns - starts).clamp(min=0)
+        # Without padding there is nothing to mask but the future, which the cache's own layout does.
+        self.exists = columns >= starts if len(set(map(len, prompts))) > 1 else None
+        self.cache = model.make_cache(len(prompts), len(columns)) if cache is None else cache
+        self.linear = pack(*model.head)
+
+    def start(self, copies: int) -> Tensor:
+        logits = self._forward(self.prompts, 0)
+        if copies == 1 or self.repeated:
+            return logits
+        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(copies)
+        self.select(rows)
+        return logits.index_select(0, rows)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.stop += 1
+        return self._forward(tokens[:, None], self.stop - 1)
+
+    def _forward(self, tokens: Tensor, start: int) -> Tensor:
+        mask = None if self.exists is None else self.exists[:, : self.stop]
+        positions = self.positions[:, start : self.stop]
+        hidden = self.model.hidden(tokens, mask=mask, positions=positions, cache=self.cache)
+        if self.linear is not None:
+            return self.linear(hidden[:, -1])
+        return F.linear(hidden[:, -1], *self.model.head)
+
+    def select(self, rows: Tensor) -> bool:
+        if not hasattr(self.cache, "select"):
+            return False
+        self.cache.select(rows)
+        self.positions = self.positions.index_select(0, rows)
+        self.exists = None if self.exists is None else self.exists.index_select(0, rows)
+        return True
+
+
+class _PlainDecoder:
+    """Rows on the left, each continued at its own place, and all of them read again at every step."""
+
+    def __init__(self, model: nn.Module, prompts: list[list[int]], limit: int, device: torch.device) -> None:
+        self.model, self.width = model, max(map(len, prompts))
+        self.tokens = torch.zeros(len(prompts), self.width + limit, dtype=torch.long, device=device)
+        for row, prompt in zip(self.tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt, device=device)
+        self.places = torch.tensor([len(prompt) for prompt in prompts], device=device)
+
+    def start(self, copies: int) -> Tensor:
+        logits = self._forward()
+        if copies == 1:
+            return logits
+        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(copies)
+        self.select(rows)
+        return logits.index_select(0, rows)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.tokens.scatter_(1, self.places[:, None], tokens[:, None])
+        self.places, self.width = self.places + 1, self.width + 1
+        return self._forward()
+
+    def _forward(self) -> Tensor:
+        logits = logits_of(self.model, self.tokens[:, : self.width])
+        return logits[torch.arange(len(logits), device=logits.device), self.places - 1]
+
+    def select(self, rows: Tensor) -> bool:
+        self.tokens, self.places = self.tokens.index_select(0, rows), self.places.index_select(0, rows)
+        return True

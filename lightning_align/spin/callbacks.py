@@ -1,0 +1,328 @@
+"""The loop of self-play: when an iteration begins, what is generated for it, and when to stop."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lightning_align.data.store import TokenStore
+from lightning_align.distributed import publish
+from lightning_align.generation.backend import GenerationBackend, NativeBackend
+from lightning_align.models.checkpoint import state_hash
+from lightning_align.spin.generations import GeneratedSet, Pairs, Row, plan, statistics
+from lightning_align.spin.play import Play, merged_weights, real_ids, whole_weights
+
+SHOWN = 4
+"""Prompts of an iteration that TensorBoard shows."""
+
+
+class SelfPlayGeneration(Callback):
+    """Runs self-play as iterations of one fit: generate from the opponent, score, train, and again.
+
+    An iteration is a number of epochs over its pairs. The trainer is told to end after the last one. All that an iteration
+    trains on stands in ``<folder>/iteration_<t>/`` (see `lightning_align.spin.generations`), with the policy that it began
+    with; the state of a checkpoint names the folder, so a run that is resumed finds it.
+    """
+
+    def __init__(
+        self,
+        *,
+        iterations: int = 3,
+        epochs: int | Sequence[int] = 1,
+        replay: int = 1,
+        num_prompts: int | None = None,
+        lr_factors: Sequence[float] | None = None,
+        reset_optimizer: bool = True,
+        folder: str | None = None,
+        backend: GenerationBackend | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "max",
+        patience: int = 0,
+    ) -> None:
+        """Choose the schedule.
+
+        Args:
+            iterations: T.
+            epochs: over the pairs of an iteration; a list has one number an iteration.
+            replay: so many iterations before take part with their responses, scored anew by the new opponent.
+            num_prompts: how many of the training prompts are answered, the first; all by default.
+            lr_factors: factor on the optimizer's learning rate, one an iteration.
+            reset_optimizer: whether optimizer and schedule begin anew with each iteration.
+            folder: where generated sets are kept; by default `generations` in the run's folder. With several nodes, one that
+                all of them see.
+            backend: who generates; by default the sampler of this package.
+            monitor: a logged metric. After an iteration that did not improve it, the run ends with the weights of the best one.
+            mode: whether that metric is to grow (`max`) or to fall (`min`).
+            patience: iterations without improvement that are borne.
+
+        Raises:
+            ValueError: if a number is out of range.
+        """
+        numbers = [epochs] * iterations if isinstance(epochs, int) else list(epochs)
+        for name, value, least in (("iterations", iterations, 1), ("replay", replay, 0), ("patience", patience, 0)):
+            if value < least:
+                raise ValueError(f"SelfPlayGeneration: {name} is {value}; it must be at least {least}")
+        if len(numbers) != iterations or min(numbers) < 1:
+            raise ValueError(f"SelfPlayGeneration: epochs is {epochs}; give a number of at least 1, or {iterations} of them")
+        if lr_factors is not None and (len(lr_factors) != iterations or min(lr_factors) <= 0):
+            raise ValueError(
+                f"SelfPlayGeneration: lr_factors is {list(lr_factors)}; expected {iterations} numbers above 0, one an iteration"
+            )
+        if num_prompts is not None and num_prompts < 1:
+            raise ValueError(f"SelfPlayGeneration: num_prompts is {num_prompts}; it must be at least 1, or null for all")
+        if mode not in ("min", "max"):
+            raise ValueError(f"SelfPlayGeneration: mode is {mode!r}; it must be min or max")
+        self.iterations, self.replay, self.num_prompts = iterations, replay, num_prompts
+        self._starts = [sum(numbers[:t]) for t in range(iterations + 1)]
+        self.lr_factors, self.reset_optimizer = lr_factors, reset_optimizer
+        self.folder = None if folder is None else Path(folder)
+        self.backend = backend or NativeBackend()
+        self.monitor, self.mode, self.patience = monitor, mode, patience
+        # What a checkpoint keeps.
+        self.iteration = -1
+        """The one that has begun last."""
+        self._step, self._hash, self._announced = 0, "", -1
+        self._history: dict[int, float] = {}
+        self._folder: str | None = None
+        # What it does not.
+        self._cache: dict[str, tuple[int, Pairs, dict[str, float]]] = {}
+        self._speed: float | None = None
+        self._restored = False
+
+    # -- the trainer's hooks
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let the trainer ask for rows anew before each epoch, and end after the last iteration.
+
+        Raises:
+            ValueError: if the module does not play against itself.
+        """
+        if stage != "fit":
+            return
+        if not hasattr(pl_module, "begin_iteration"):
+            raise ValueError(f"SelfPlayGeneration: {type(pl_module).__name__} has no opponent; it is a callback of SPINModule")
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        most = trainer.fit_loop.max_epochs
+        if most is None or most < 0 or most > self._starts[-1]:
+            trainer.fit_loop.max_epochs = self._starts[-1]
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin an iteration, where one begins: its optimizer, its learning rate, its numbers and texts in the log.
+
+        Not at the start of the epoch: Lightning leaves that hook out after resuming from an epoch's last batch.
+        """
+        self.begin(trainer)
+        if self._announced < self.iteration:
+            self._announced = self.iteration
+            self._prepare_optimizer(trainer)
+            self._report(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After the last epoch of an iteration, look whether it was of use.
+
+        Raises:
+            ValueError: if nothing logs the metric to look at.
+        """
+        if self.monitor is None or trainer.current_epoch + 1 != self._starts[self.iteration + 1]:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"SelfPlayGeneration: monitor is {self.monitor!r}, which nothing has logged; there are "
+                f"{', '.join(sorted(trainer.callback_metrics))}: validate at the end of each epoch, or monitor one of these"
+            )
+        self._history[self.iteration] = float(trainer.callback_metrics[self.monitor])
+        best = (max if self.mode == "max" else min)(self._history, key=lambda t: self._history[t])
+        if self.iteration - best <= self.patience:
+            return
+        rank_zero_info(
+            f"iteration {self.iteration}: {self.monitor} is {self._history[self.iteration]:.4g}, after "
+            f"{self._history[best]:.4g} in iteration {best}; the run ends with the weights of that one"
+        )
+        self._roll_back(trainer, best + 1)
+        trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which iteration it is, what it began with, and where its sets are."""
+        names = ("iteration", "_step", "_hash", "_announced", "_history", "_folder")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where that was."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+    # -- an iteration
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """Begin the iteration of the trainer's epoch, once. Every rank must call it."""
+        module: Any = trainer.lightning_module
+        if not self._restored:
+            self._restored = True
+            module.restore_opponent()
+            module.iteration = max(self.iteration, 0)
+        iteration = next(t for t in reversed(range(self.iterations)) if trainer.current_epoch >= self._starts[t])
+        if self._folder is None:
+            default = Path(trainer.log_dir or trainer.default_root_dir) / "generations"
+            self._folder = str((self.folder or default).resolve())
+        if iteration <= self.iteration:
+            return
+        self.iteration, self._step = iteration, trainer.global_step
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and progress.is_last_batch:
+            # Resumed from the last batch of an epoch of another length: Lightning compares the count of that epoch's batches with
+            # the new length, and would leave out as many of the new ones.
+            progress.current.completed = sys.maxsize // 2
+        module.begin_iteration(iteration)
+        weights = whole_weights(module.policy)
+        # What the opponent is made of besides: an average, a base.
+        average = {} if module.opponent.moving is None else whole_weights(module.opponent.moving.average)
+        told = state_hash({**weights, **{f"average.{name}": value for name, value in average.items()}})
+        self._hash = trainer.strategy.broadcast(told if module.base_hash is None else f"{told[:32]}{module.base_hash[:32]}")
+        if trainer.is_global_zero and (module.generate_mode == "per_iteration" or self.monitor is not None):
+            self._keep(weights)
+        self.backend.sync_weights(merged_weights(module.policy, weights), iteration=iteration)
+
+    def _keep(self, weights: dict[str, Tensor]) -> None:
+        """Save the policy that the iteration begins with, or find that it is there."""
+        path = self._root / "policy.safetensors"
+        if not path.exists():
+            publish(path, lambda temporary: save_file(weights, temporary, metadata={"sha256": self._hash}))
+            return
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("sha256", "")
+        if found != self._hash:
+            raise ValueError(
+                f"{self._root}: is of an iteration that began with other weights ({found[:12]}, here {self._hash[:12]}). Give "
+                "SelfPlayGeneration another `folder`, remove this one, or go on from a checkpoint of the run that made it"
+            )
+
+    @property
+    def _root(self) -> Path:
+        assert self._folder is not None
+        return Path(self._folder) / f"iteration_{self.iteration}"
+
+    def pairs(self, trainer: L.Trainer, data: Any, stage: str, store: TokenStore) -> Pairs | None:
+        """The pairs of the iteration, generated now if they are not there.
+
+        Args:
+            trainer: in its fit, with the weights restored. Every rank must ask.
+            data: the data module.
+            stage: train or validation.
+            store: its rows.
+
+        Returns:
+            None where the module generates a step at a time.
+
+        Raises:
+            ValueError: if what is there is not of this run, or was altered, or is gone and cannot be generated again.
+        """
+        self.begin(trainer)
+        module: Any = trainer.lightning_module
+        if module.generate_mode == "per_step":
+            return None
+        if stage in self._cache and self._cache[stage][0] == self.iteration:
+            return self._cache[stage][1]
+        num_prompts = self.num_prompts if stage == "train" else None
+        parts = plan(store, num_prompts=num_prompts, size=module.generation.batch_size)
+        identity = {
+            "iteration": self.iteration,
+            "weights": self._hash,
+            "rows": Path(store.path).stem,
+            "num_prompts": sum(map(len, parts)),
+            "max_length": data.max_length,
+            "opponent": module.opponent_kind,
+            "base_weight": module.base_weight if module.opponent_kind == "mixture" else None,
+            "replay": self.replay,
+            "generation": dataclasses.asdict(module.generation),
+        }
+        found = GeneratedSet(self._root / stage, identity, parts)
+        found.open(write=trainer.is_global_zero)
+        missing: list[int] = trainer.strategy.broadcast(found.missing())
+        if missing:
+            if trainer.global_step != self._step:
+                raise ValueError(
+                    f"{found.path(missing[0])}: is missing, and the opponent of iteration {self.iteration} is gone, "
+                    "for the policy has trained since: go on from the checkpoint at the end of the iteration before"
+                )
+            before = GeneratedSet(self._root.parent / f"iteration_{self.iteration - 1}" / stage, {}, parts)
+            Play(trainer, data, store, found, before, self).run(missing)
+        trainer.strategy.barrier("self-play")
+        if trainer.is_global_zero:
+            found.close()
+        trainer.strategy.barrier("self-play closed")
+        rows = list(found.rows())
+        eos_id = data.tokenizer.eos_id
+        real = {row["row"]: real_ids(store, row["row"]) for row in rows}
+        told = statistics(rows, iteration=self.iteration, eos_id=eos_id, real=real)
+        pairs = Pairs(store, rows, eos_id=eos_id)
+        self._cache[stage] = self.iteration, pairs, told
+        if trainer.is_global_zero and missing:
+            summary = ", ".join(f"{name} {value:.3g}" for name, value in told.items())
+            rank_zero_info(f"iteration {self.iteration}, {stage}: {summary}")
+        return pairs
+
+    def told_speed(self, tokens: int, seconds: float) -> None:
+        """Take note of how fast this rank generated."""
+        self._speed = tokens / max(seconds, 1e-9)
+
+    def _prepare_optimizer(self, trainer: L.Trainer) -> None:
+        module: Any = trainer.lightning_module
+        for number, optimizer in enumerate(trainer.optimizers):
+            if self.iteration and self.reset_optimizer:
+                optimizer.state.clear()
+            for group in optimizer.param_groups:
+                factor = 1.0 if self.lr_factors is None else self.lr_factors[self.iteration]
+                if self.reset_optimizer or module._lr_scheduler is None:
+                    group["lr"] = group["initial_lr"] = group["base_lr"] * factor
+            if self.reset_optimizer and number < len(trainer.lr_scheduler_configs):
+                trainer.lr_scheduler_configs[number].scheduler = module._lr_scheduler(optimizer)
+
+    def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        played = {stage: told for stage, (iteration, _, told) in self._cache.items() if iteration == self.iteration}
+        numbers = {f"{stage}/{name}": value for stage, told in played.items() for name, value in told.items()}
+        numbers["iteration"] = float(self.iteration)
+        if self._speed is not None:
+            numbers["generation_tokens_per_second"] = self._speed * trainer.world_size
+        for name, value in numbers.items():
+            module.log(f"spin/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        if not trainer.is_global_zero or not played:
+            return
+        stage = "validation" if "validation" in played else "train"
+        lines = (self._root / stage / "part-00000.jsonl").read_text(encoding="utf-8").splitlines()[:SHOWN]
+        rows = [json.loads(line) for line in lines]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("spin/generations", _table(rows), self.iteration)
+
+    def _roll_back(self, trainer: L.Trainer, iteration: int) -> None:
+        """Give the policy the weights that an iteration began with, and save it beside them."""
+        module: Any = trainer.lightning_module
+        weights = load_file(self._root.parent / f"iteration_{iteration}" / "policy.safetensors")
+        with torch.no_grad():
+            for name, own in module.policy.state_dict().items():
+                value = weights[name].to(own.device)
+                own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
+        trainer.save_checkpoint(self._root.parent / "best.ckpt")
+
+
+def _table(rows: list[Row]) -> str:
+    """Prompt, real and generated response side by side, as Markdown."""
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", "<br>") or "(nothing)"
+
+    lines = ["| prompt | real | generated |", "| --- | --- | --- |"]
+    lines += [f"| {cell(row['prompt'])} | {cell(row['real'])} | {cell(row['generated'][0]['text'])} |" for row in rows]
+    return "\n".join(lines)

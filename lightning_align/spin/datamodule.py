@@ -1,0 +1,59 @@
+"""Rows for self-play fine-tuning: demonstrations, and what an opponent makes of their prompts."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, cast
+
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+
+from lightning_align.data.forms import Form
+from lightning_align.data.store import StoredRow, TokenStore
+from lightning_align.datamodule import AlignDataModule, Stage
+from lightning_align.spin.callbacks import SelfPlayGeneration
+from lightning_align.spin.generations import collate_self_play
+
+Loader = DataLoader[list[StoredRow]]
+
+
+class SPINDataModule(AlignDataModule):
+    """Rows of prompt and response, or of messages, each paired with what the opponent of the iteration answers.
+
+    Responses are generated when the trainer asks for an iteration's rows, which is after a checkpoint was restored and before
+    anything is trained on them.
+    """
+
+    kind: ClassVar[str] = "spin"
+    forms: ClassVar[tuple[Form, ...]] = ("response", "messages")
+
+    def train_dataloader(self) -> Loader:
+        """Pairs of the iteration; real rows alone where responses are generated a step at a time."""
+        store = self._pairs("train")
+        if store is None:
+            return super().train_dataloader()
+        if "validation" in self.sources:
+            self._pairs("validation")  # now, while the opponent is what it will be compared with
+        sampler = self._sampler(store, self.batch_size, shuffle=True)
+        return self._loader(store, sampler, self._collate_pairs(), resumable=True)
+
+    def val_dataloader(self) -> Loader:
+        """Pairs of the iteration within a fit, real rows alone otherwise."""
+        store = self._pairs("validation")
+        if store is None:
+            return super().val_dataloader()
+        sampler = self._sampler(store, self.eval_batch_size, shuffle=False)
+        return self._loader(store, sampler, self._collate_pairs())
+
+    def _pairs(self, stage: Stage) -> TokenStore | None:
+        """The pairs, which the sampler and the loader take for a store, or None where there are none to be had."""
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return None
+        loops = [c for c in trainer.callbacks if isinstance(c, SelfPlayGeneration)]  # type: ignore[attr-defined]
+        if not loops:
+            return None
+        pairs = loops[0].pairs(trainer, self, str(stage), self._store(stage))
+        return cast("TokenStore | None", pairs)
+
+    def _collate_pairs(self) -> Callable[[Sequence[StoredRow]], Any]:
+        return cast("Callable[[Sequence[StoredRow]], Any]", partial(collate_self_play, pad_id=self.tokenizer.pad_id))

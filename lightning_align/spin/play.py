@@ -1,0 +1,180 @@
+"""One iteration's play: the opponent answers the prompts of a set and scores both answers, part by part."""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from lightning_align.data.store import TokenStore
+from lightning_align.distributed import world
+from lightning_align.generation.sampler import Generation, evaluating
+from lightning_align.logprobs import response_logprobs
+from lightning_align.models.lora import lora_layers
+from lightning_align.spin.generations import GeneratedSet, Row, answer_ids, join_pairs
+from lightning_align.spin.opponent import Opponent
+
+
+class Play:
+    """Generates and scores the missing parts of a set."""
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        data: Any,
+        store: TokenStore,
+        found: GeneratedSet,
+        before: GeneratedSet,
+        loop: Any,
+    ) -> None:
+        self.trainer, self.data, self.store, self.set, self.before, self.loop = trainer, data, store, found, before, loop
+        module: Any = trainer.lightning_module
+        opponent: Opponent = module.opponent
+        self.module, self.player = module, opponent.player(module.policy)
+        base = opponent.base(module.policy)
+        # Where only adapters train the base is there for nothing, but scoring by it is not.
+        self.base = base if self.module.monitor_kl else None
+
+    def run(self, missing: list[int]) -> None:
+        """Write these parts, each rank its share; every rank must call this with the same parts."""
+        rank, ranks = world()
+        mine = missing[rank::ranks]
+        # Every rank makes as many calls: under a sharded strategy each forward pass is a collective. What is made twice is
+        # written once.
+        extra = [missing[0]] * (-(-len(missing) // ranks) - len(mine))
+        tokens, start = 0, time.perf_counter()
+        # Asked on every rank for all: what stands in a file is read, not made.
+        whole = self._ask([row for part in missing for row in self.set.parts[part]]) if self.loop.backend.whole else None
+        bar = tqdm(
+            [*mine, *extra],
+            desc=f"iteration {self.loop.iteration}: generating",
+            unit="batch",
+            leave=False,
+            disable=None if rank == 0 else True,
+        )
+        with self.trainer.precision_plugin.forward_context(), bar:
+            for number, part in enumerate(bar):
+                indices = self.set.parts[part]
+                answers = self._ask(indices) if whole is None else {row: whole[row] for row in indices}
+                rows = self._rows(indices, answers, self._older(part))
+                tokens += sum(len(answer.tokens) + 1 for responses in answers.values() for answer in responses)
+                if number < len(mine):
+                    self.set.write(part, rows)
+                if rank == 0:
+                    bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
+        self.loop.told_speed(tokens, time.perf_counter() - start)
+
+    def _ask(self, indices: list[int]) -> dict[int, list[Generation]]:
+        prompts = [self._prompt(index) for index in indices]
+        tokenizer = self.data.tokenizer
+        answers = self.loop.backend.generate(
+            self.player,
+            prompts,
+            self.module.generation,
+            eos_id=tokenizer.eos_id,
+            ids=indices,
+            iteration=self.loop.iteration,
+            limits=[self.data.max_length - len(prompt) for prompt in prompts],
+            decode=tokenizer.decode,
+        )
+        return dict(zip(indices, answers, strict=True))
+
+    def _prompt(self, index: int) -> list[int]:
+        stored = self.store[index]
+        prompt: list[int] = stored.sides[0].tokens[: stored.num_prompt].tolist()
+        return prompt
+
+    def _older(self, part: int) -> dict[int, list[Row]]:
+        """Responses of the iterations before that still take part."""
+        if not self.loop.replay or not self.loop.iteration:
+            return {}
+        oldest = self.loop.iteration - self.loop.replay
+        rows = self.before.read(part)
+        return {row["row"]: [answer for answer in row["generated"] if answer["iteration"] >= oldest] for row in rows}
+
+    def _rows(self, indices: list[int], answers: dict[int, list[Generation]], older: dict[int, list[Row]]) -> list[Row]:
+        decode, eos_id = self.data.tokenizer.decode, self.data.tokenizer.eos_id
+        rows: list[Row] = []
+        for index in indices:
+            new = [
+                {
+                    "iteration": self.loop.iteration,
+                    "sample": sample,
+                    "text": decode(answer.tokens),
+                    "tokens": answer.tokens,
+                    "reason": answer.reason,
+                    "sampled_logprob": sum(answer.logprobs) if answer.logprobs else None,
+                }
+                for sample, answer in enumerate(answers[index])
+            ]
+            stored = self.store[index]
+            rows.append(
+                {
+                    "row": index,
+                    "prompt": decode(self._prompt(index)),
+                    "real": decode(stored.sides[0].tokens[stored.num_prompt :].tolist()),
+                    "generated": [*new, *older.get(index, [])],
+                }
+            )
+        chosen = [(row, answer) for row in rows for answer in row["generated"]]
+        size = self.module.generation.batch_size
+        for start in range(0, len(chosen), size):
+            some = chosen[start : start + size]
+            batch = self._batch([(row["row"], answer_ids(answer, eos_id)) for row, answer in some])
+            real, generated = self._score(self.player, batch)
+            based = self._score(self.base, batch)[1] if self.base is not None else [None] * len(some)
+            for (row, answer), one, two, three in zip(some, real, generated, based, strict=True):
+                row["real_logprob"], answer["logprob"], answer["base_logprob"] = one, two, three
+        return rows
+
+    def _batch(self, answers: list[tuple[int, list[int]]]) -> Any:
+        device = self.module.device
+        stored = [self.store[index] for index, _ in answers]
+        real = [torch.from_numpy(row.sides[0].tokens.astype("int64")).to(device) for row in stored]
+        targets = [torch.from_numpy(row.sides[0].targets.copy()).to(device) for row in stored]
+        generated = [
+            torch.cat((tokens[: row.num_prompt], tokens.new_tensor(ids)))
+            for row, tokens, (_, ids) in zip(stored, real, answers, strict=True)
+        ]
+        return join_pairs(real, targets, generated, [row.num_prompt for row in stored], pad_id=self.data.tokenizer.pad_id)
+
+    @staticmethod
+    def _score(model: nn.Module, batch: Any) -> tuple[list[float], list[float]]:
+        with evaluating(model):
+            real, generated = response_logprobs(model, batch).sums.chunk(2)
+        return real.tolist(), generated.tolist()
+
+
+def real_ids(store: TokenStore, index: int) -> list[int]:
+    """The ids of a row's real response."""
+    stored = store[index]
+    ids: list[int] = stored.sides[0].tokens[stored.num_prompt :].tolist()
+    return ids
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights on this rank, on the CPU and each in memory of its own; a collective where they are sharded."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        weights[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return weights
+
+
+def merged_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model with its active adapters in them, under the names that it has without adapters.
+
+    Args:
+        model: says which adapters are active.
+        weights: from `whole_weights`; not changed.
+    """
+    plain = {name: value for name, value in weights.items() if ".lora." not in f".{name}"}
+    for name, layer in lora_layers(model):
+        for scope in layer.active:
+            adapter = f"{name}.lora.{scope}"
+            term = (weights[f"{adapter}.A"] @ weights[f"{adapter}.B"]).T * layer.lora[scope].scale  # type: ignore[operator]
+            plain[f"{name}.weight"] = plain[f"{name}.weight"] + term
+    return plain

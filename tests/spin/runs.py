@@ -1,0 +1,62 @@
+"""Runs of self-play that several tests share: a tiny model, ten demonstrations, three iterations."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lightning_align.generation.sampler import GenerationConfig
+from lightning_align.spin.callbacks import SelfPlayGeneration
+from lightning_align.spin.datamodule import SPINDataModule
+from lightning_align.spin.module import SPINModule
+from tests.toys import tiny_palm
+
+ROWS = 10
+ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)
+GENERATION = GenerationConfig(max_new_tokens=5, batch_size=4, seed=3)
+
+
+def write_rows(folder: Path) -> str:
+    path = folder / "rows.jsonl"
+    rows = [{"prompt": f"{i}{'+' * (i % 3)}1=", "response": str(i + 1)} for i in range(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def start(folder: Path, *callbacks: Callback, loop: dict[str, Any] | None = None, **module: Any) -> tuple[L.Trainer, Any, Any]:
+    """A trainer, a module and its data; the sets go to ``folder / "sets"``, a checkpoint of each step to ``last.ckpt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    L.seed_everything(0, verbose=False)
+    rows = write_rows(folder)
+    arguments = {"optimizer": ADAM, "generation": GENERATION, **module}
+    defaults = {"iterations": 3, "epochs": [1, 2, 1], "replay": 1, "folder": str(folder / "sets")}
+    play = SelfPlayGeneration(**{**defaults, **(loop or {})})
+    checkpoints = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        max_epochs=-1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[play, *callbacks, checkpoints],
+        num_sanity_val_steps=0,
+    )
+    data = SPINDataModule(rows, validation=rows, batch_size=4, max_length=16, cache_dir=str(folder / "cache"))
+    backbone = arguments.pop("backbone", None) or tiny_palm(num_tokens=259)
+    return trainer, SPINModule(backbone, **arguments), data
+
+
+def finish(folder: Path, *callbacks: Callback, resume: bool = False, **options: Any) -> tuple[L.Trainer, Any]:
+    trainer, module, data = start(folder, *callbacks, **options)
+    trainer.fit(module, data, ckpt_path=folder / "last.ckpt" if resume else None)
+    return trainer, module
+
+
+def set_rows(folder: Path, iteration: int, stage: str = "train") -> list[dict[str, Any]]:
+    parts = sorted((folder / "sets" / f"iteration_{iteration}" / stage).glob("part-*.jsonl"))
+    return [json.loads(line) for part in parts for line in part.read_text().splitlines()]

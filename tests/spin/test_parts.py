@@ -1,0 +1,167 @@
+"""The parts of self-play by themselves: pairs, ties, mixtures, statistics, and the hand-over to another engine."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_align.generation.backend import FileBackend
+from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
+from lightning_align.logprobs import response_logprobs
+from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
+from lightning_align.spin.generations import join_pairs, statistics
+from lightning_align.spin.module import SPINModule, tied
+from lightning_align.spin.opponent import GeometricMixture, Scoped
+from lightning_align.spin.play import merged_weights, whole_weights
+from tests.spin.runs import finish, set_rows
+from tests.toys import VOCABULARY, Plain, largest_difference, state_of, tiny_palm, token_batch
+
+
+def pairs_of(real: list[list[int]], generated: list[list[int]], prompt: int) -> Any:
+    rows, others = ([torch.tensor(ids) for ids in side] for side in (real, generated))
+    targets = [torch.arange(len(row)) >= prompt for row in rows]
+    return join_pairs(rows, targets, others, [prompt] * len(rows), pad_id=2)
+
+
+def test_pairs_by_hand() -> None:
+    """Id 2 ends and pads; the second answer was cut, so it has no end."""
+    pairs = pairs_of([[5, 6, 7, 2], [5, 8, 2]], [[5, 6, 2], [5, 8, 9, 9, 9]], 1)
+    assert pairs["tokens"].tolist() == [[5, 6, 7, 2, 2], [5, 8, 2, 2, 2], [5, 6, 2, 2, 2], [5, 8, 9, 9, 9]]
+    assert pairs["mask"].sum(1).tolist() == [4, 3, 3, 5]
+    assert pairs["targets"].sum(1).tolist() == [3, 2, 2, 4]
+    assert not pairs["targets"][:, 0].any()
+
+
+def test_ties_have_no_weight() -> None:
+    # The second is a tie; the third differs by its end alone, which the pad looks like.
+    pairs = pairs_of([[5, 6, 2], [5, 7, 2], [5, 8, 2]], [[5, 9, 2], [5, 7, 2], [5, 8]], 1)
+    assert tied(pairs).tolist() == [False, True, False]
+    module = SPINModule(tiny_palm(), sft_weight=0.5)
+    module.configure_model()
+    logged: dict[str, Tensor] = {}
+    module.log_training = lambda values, **_: logged.update(values)  # type: ignore[method-assign]
+    with torch.no_grad():
+        opponent = response_logprobs(tiny_palm(seed=1), pairs).sums
+    loss = module.training_step({"pairs": pairs, "opponent": opponent}, 0)
+    assert float(module._weight) == 2
+    ratio = response_logprobs(module.policy, pairs).sums - opponent
+    means = response_logprobs(module.policy, pairs).means
+    expected = sum(-nn.functional.logsigmoid(0.1 * (ratio[i] - ratio[i + 3])) - 0.5 * means[i] for i in (0, 2))
+    torch.testing.assert_close(loss, expected)
+    assert float(logged["tie_rate"]) == pytest.approx(1 / 3)
+    alone = module.training_step({"pairs": pairs_of([[5, 7, 2]], [[5, 7, 2]], 1), "opponent": torch.zeros(2)}, 0)
+    alone.backward()
+    assert all(p.grad is None or not p.grad.any() for p in module.policy.parameters())
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_mixture_is_the_normalised_geometric_mean(plain: bool) -> None:
+    first, second = tiny_palm(), tiny_palm(seed=1, tie_embeddings=False)
+    parts: list[nn.Module] = [Plain(first), Plain(second)] if plain else [first, second]
+    mixture, batch = GeometricMixture(*parts, 0.3), token_batch([2, 3], [6, 4])
+    expected = []
+    for row, mask, targets in zip(batch["tokens"], batch["mask"], batch["targets"], strict=True):
+        ids = row[mask][None]
+        with torch.no_grad():
+            mixed = 0.7 * first(ids).log_softmax(-1) + 0.3 * second(ids).log_softmax(-1)
+        logps = mixed.log_softmax(-1)[0]
+        expected.append(sum(float(logps[i - 1, ids[0, i]]) for i in range(1, ids.shape[1]) if targets[i]))
+    with evaluating(mixture):
+        torch.testing.assert_close(response_logprobs(mixture, batch).sums, torch.tensor(expected), rtol=1e-5, atol=1e-4)
+    config = GenerationConfig(max_new_tokens=9, num_samples=2, seed=1)
+    prompts = [[1, 2, 3], [4]]
+    assert generate(mixture, prompts, config) == generate(GeometricMixture(Plain(first), Plain(second), 0.3), prompts, config)
+
+
+def test_scopes_play_without_touching_what_trains() -> None:
+    model = tiny_palm()
+    plain = state_of(model)
+    for scope in ("default", "other"):
+        add_lora(model, LoRAConfig(rank=2, scope=scope), active=scope == "default")
+        with torch.no_grad():
+            for parameter in lora_parameters(model, scope):
+                parameter.normal_()
+    batch, reference = token_batch([2, 3], [6, 4]), tiny_palm()
+    merged = tiny_palm()
+    merged.load_state_dict(merged_weights(model, whole_weights(model)))
+    with torch.no_grad():
+        base, own = response_logprobs(Scoped(model), batch).sums, response_logprobs(model, batch).sums
+        torch.testing.assert_close(base, response_logprobs(reference, batch).sums, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(own, response_logprobs(merged, batch).sums, rtol=1e-4, atol=1e-3)
+        assert float((response_logprobs(Scoped(model, "other"), batch).sums - own).abs().max()) > 0.1
+    assert largest_difference({n: v for n, v in state_of(model).items() if ".lora." not in n}, plain) == 0
+    merge_lora(model, "default")
+    assert not hasattr(Scoped(Plain(reference)), "hidden") and VOCABULARY == 23
+
+
+def test_statistics_by_hand() -> None:
+    answers = [
+        {"iteration": 1, "tokens": [7], "reason": "eos", "logprob": -1.0, "sampled_logprob": -1.5, "base_logprob": -3.0},
+        {"iteration": 1, "tokens": [8, 9], "reason": "length", "logprob": -2.0, "sampled_logprob": None, "base_logprob": -3.0},
+        {"iteration": 0, "tokens": [1], "reason": "eos", "logprob": -9.0},
+    ]
+    rows = [{"row": 4, "real_logprob": -5.0, "generated": answers}]
+    told = statistics(rows, iteration=1, eos_id=2, real={4: [7, 2]})
+    assert told == {
+        "generated": 2,
+        "eos_rate": 0.5,
+        "truncation_rate": 0.5,
+        "tie_rate": 0.5,
+        "length": 2,
+        "length_gap": 0,
+        "real_logprob": -5,
+        "engine_gap": 0.25,
+        "kl_to_base": 1.5,
+    }
+
+
+def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
+    """It is handed weights and prompts in files; the same run goes on once the responses are there, and plays the same."""
+    loop: dict[str, Any] = {"iterations": 1, "epochs": 1}
+    _, native = finish(tmp_path / "native", loop=loop)
+    loop["backend"] = FileBackend(str(tmp_path / "engine"))
+    for _ in range(2):  # the validation prompts are the training prompts, so one file answers both
+        with pytest.raises(ValueError, match=r"responses-\w+.jsonl: is not there yet"):
+            finish(tmp_path, loop=loop)
+        (prompts,) = (tmp_path / "engine" / "iteration_0").glob("prompts-*.jsonl")
+        requests = [json.loads(line) for line in prompts.read_text().splitlines()]
+    assert (tmp_path / "engine" / "iteration_0" / "weights.safetensors").is_file()
+    answers = {row["row"]: row["generated"][0] for row in set_rows(tmp_path / "native", 0)}
+    responses = prompts.with_name(prompts.name.replace("prompts", "responses"))
+
+    def answer(row: dict[str, Any]) -> dict[str, Any]:
+        own = answers[row["id"]]
+        return {"id": row["id"], "responses": [{"tokens": own["tokens"], "reason": own["reason"]}]}
+
+    good = [json.dumps(answer(row)) + "\n" for row in requests]
+    for text, message in (
+        ("".join(good[1:]), "has 0 responses to prompt"),
+        ("oops\n" + "".join(good), ":1: is not a row"),
+        ("".join(good).replace('"length"', '"done"').replace('"eos"', '"done"'), "with a reason of eos, stop or"),
+    ):
+        responses.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            finish(tmp_path, loop=loop)
+    responses.write_text("".join(good))
+    _, module = finish(tmp_path, loop=loop)
+    assert largest_difference(state_of(module.policy), state_of(native.policy)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"beta": 0}, "beta is 0"),
+        ({"beta": []}, "beta is an empty list"),
+        ({"opponent": "self"}, "opponent is 'self'"),
+        ({"generate": "never"}, "generate is 'never'"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"base_weight": 0.0}, "base_weight is 0.0"),
+        ({"sft_weight": -1.0}, "sft_weight is -1.0"),
+    ],
+)
+def test_impossible_values_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SPINModule(tiny_palm(), **arguments)

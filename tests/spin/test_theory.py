@@ -1,0 +1,50 @@
+"""What the loss is minimised by, on distributions small enough to know everything about."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_align.pairwise import Ratios, sigmoid_loss
+
+OUTCOMES = 50
+
+
+def distribution(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(OUTCOMES, generator=generator, dtype=torch.float64).softmax(0)
+
+
+def population_loss(logits: Tensor, p_data: Tensor, opponent: Tensor, beta: float) -> Tensor:
+    """The expectation over every pair of a real and a generated outcome, with the loss that trains."""
+    ratio = logits.log_softmax(0) - opponent.log()
+    real, generated = ratio[:, None].expand(-1, OUTCOMES).flatten(), ratio[None, :].expand(OUTCOMES, -1).flatten()
+    ones = torch.ones_like(real)
+    losses = sigmoid_loss(Ratios(real, generated, ones, ones), beta=beta)
+    return (losses * (p_data[:, None] * opponent[None, :]).flatten()).sum()
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_the_minimiser_is_the_opponent_tilted_towards_the_data(beta: float) -> None:
+    """Theorem 5.4: p proportional to q (p_data / q)^(1 / beta)."""
+    p_data, opponent = distribution(0), distribution(1)
+    logits = opponent.log().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], lr=1, max_iter=400, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = population_loss(logits, p_data, opponent, beta)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    expected = (opponent.log() + (p_data / opponent).log() / beta).softmax(0)
+    assert float((expected - opponent).abs().max()) > 0.02
+    torch.testing.assert_close(logits.detach().softmax(0), expected, rtol=0, atol=1e-4)
+
+
+def test_self_play_stands_still_where_the_opponent_is_the_data() -> None:
+    """Theorem 5.2; and it moves where it is not."""
+    for opponent, still in ((distribution(0), True), (distribution(1), False)):
+        logits = opponent.log().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(population_loss(logits, distribution(0), opponent, 0.7), logits)
+        assert (float(gradient.abs().max()) < 1e-12) == still
