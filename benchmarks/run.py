@@ -19,6 +19,7 @@ SECTIONS = (
     ("dpo_step.py", "--thp"),
     ("trainer_overhead.py",),
     ("precision.py",),
+    ("calm_step.py",),
 )
 
 
