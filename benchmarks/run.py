@@ -20,6 +20,7 @@ SECTIONS = (
     ("trainer_overhead.py",),
     ("precision.py",),
     ("generation.py",),
+    ("calm_step.py",),
 )
 
 

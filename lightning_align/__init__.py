@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_align.callbacks import SampleLogger, SolveRate
+    from lightning_align.calm.connections import ConnectionConfig
+    from lightning_align.calm.datamodule import CALMDataModule
+    from lightning_align.calm.model import CALM
+    from lightning_align.calm.module import CALMModule
+    from lightning_align.calm.spec import Augment, AugmentInput
     from lightning_align.data.rows import RowTask
     from lightning_align.data.tasks.arithmetic import Arithmetic
+    from lightning_align.data.tasks.key_value import KeyValue
     from lightning_align.dpo.datamodule import DPODataModule
     from lightning_align.dpo.module import DPOModule
     from lightning_align.generation.sampler import GenerationConfig, generate
@@ -38,9 +44,16 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Arithmetic": "data.tasks.arithmetic",
+    "Augment": "calm.spec",
+    "AugmentInput": "calm.spec",
+    "CALM": "calm.model",
+    "CALMDataModule": "calm.datamodule",
+    "CALMModule": "calm.module",
+    "ConnectionConfig": "calm.connections",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
     "GenerationConfig": "generation.sampler",
+    "KeyValue": "data.tasks.key_value",
     "LoRAConfig": "models.lora",
     "PaLM": "models.palm",
     "ReferenceUpdate": "reference",
@@ -66,10 +79,17 @@ _HOME = {
 }
 
 __all__ = [
+    "CALM",
     "Arithmetic",
+    "Augment",
+    "AugmentInput",
+    "CALMDataModule",
+    "CALMModule",
+    "ConnectionConfig",
     "DPODataModule",
     "DPOModule",
     "GenerationConfig",
+    "KeyValue",
     "LoRAConfig",
     "PaLM",
     "ReferenceUpdate",

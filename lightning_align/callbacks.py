@@ -105,7 +105,15 @@ class SampleLogger(Callback):
 class SolveRate(Callback):
     """Lets the policy solve problems of a task that can grade answers, and logs ``val/solved``, the share that it solves."""
 
-    def __init__(self, problems: RowTask, *, num_problems: int = 500, max_new_tokens: int = 64, batch_size: int = 250) -> None:
+    def __init__(
+        self,
+        problems: RowTask,
+        *,
+        num_problems: int = 500,
+        max_new_tokens: int = 64,
+        batch_size: int = 250,
+        name: str = "solved",
+    ) -> None:
         """Solve at the end of each validation or test, greedily.
 
         Args:
@@ -113,6 +121,7 @@ class SolveRate(Callback):
             num_problems: how many of them, the first.
             max_new_tokens: longest response; one that is cut by it is not solved.
             batch_size: problems decoded together.
+            name: what is logged is ``val/name``; of several of these callbacks each needs its own.
 
         Raises:
             ValueError: if the task cannot grade.
@@ -121,18 +130,18 @@ class SolveRate(Callback):
             raise ValueError(
                 f"SolveRate: problems is a {type(problems).__name__}, which has no `grade`: give a task that grades"
             )
-        self.grader = problems
+        self.grader, self.name = problems, name
         self.prompts = [str(row["prompt"]) for row in islice(problems.rows(), num_problems)]
         self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Solve, grade and log."""
         if not trainer.sanity_checking:
-            pl_module.log("val/solved", self._solve(trainer, pl_module), prog_bar=True)
+            pl_module.log(f"val/{self.name}", self._solve(trainer, pl_module), prog_bar=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Solve, grade and log."""
-        pl_module.log("test/solved", self._solve(trainer, pl_module))
+        pl_module.log(f"test/{self.name}", self._solve(trainer, pl_module))
 
     def _solve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> torch.Tensor:
         tokenizer = _require_data(trainer, "SolveRate", "tokenizer").tokenizer

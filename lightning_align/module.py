@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
@@ -50,6 +50,8 @@ class AlignModule(L.LightningModule):
     """
 
     default_lr = 1e-4
+    objects: ClassVar[tuple[str, ...]] = ()
+    """Further arguments that are objects in code, of which a subclass puts into ``hparams`` what a checkpoint can hold."""
 
     def __init__(
         self,
@@ -77,7 +79,8 @@ class AlignModule(L.LightningModule):
         # On the command line Lightning hands over the parsed configuration, which is primitives only. In code the arguments are
         # objects; what a checkpoint can hold of them, and rebuild them from, is their own arguments.
         given = _given_hyperparameters.get() is not None
-        self.save_hyperparameters(ignore=() if given else ("backbone", "lora", "optimizer", "lr_scheduler", "generation"))
+        objects = ("backbone", "lora", "optimizer", "lr_scheduler", "generation", *self.objects)
+        self.save_hyperparameters(ignore=() if given else objects)
         if not given:
             described = backbone_spec(backbone) if isinstance(backbone, nn.Module) else backbone
             self.hparams["backbone"] = described if isinstance(described, dict) else None

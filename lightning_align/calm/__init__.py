@@ -1,0 +1,1 @@
+"""CALM: two or more frozen language models composed by trained cross-attention."""

@@ -1,0 +1,306 @@
+"""CALM training: the next-token loss of a frozen anchor that reads frozen augments, with respect to the connections alone."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_align.calm.connections import ConnectionConfig
+from lightning_align.calm.datamodule import CALMBatch
+from lightning_align.calm.layers import Position
+from lightning_align.calm.model import CALM
+from lightning_align.calm.probe import check_frozen
+from lightning_align.calm.spec import Augment, AugmentInput
+from lightning_align.calm.states import StateStore
+from lightning_align.generation.sampler import GenerationConfig
+from lightning_align.logprobs import head_logprobs, logits_logprobs, select_targets
+from lightning_align.metrics import TokenNLL
+from lightning_align.models.checkpoint import Backbone, build_backbone, load_policy
+from lightning_align.models.language_model import has_hidden
+from lightning_align.module import AlignModule
+from lightning_align.types import LogProbs
+
+FROZEN = ("policy.anchor.", "policy.augments.")
+"""What a checkpoint leaves out."""
+
+
+def composed_logprobs(model: CALM, batch: CALMBatch, inputs: Sequence[AugmentInput | None]) -> LogProbs:
+    """Sums and counts of the log-probs of the responses under a composition.
+
+    Args:
+        model: the composition.
+        batch: (B, N), padded on the right.
+        inputs: of each augment.
+    """
+    rows, before, targets = select_targets(batch)
+    if has_hidden(model):
+        hidden = model.hidden(batch["tokens"], inputs=inputs)[rows, before]
+        logps = head_logprobs(hidden, *model.head, targets)
+    else:
+        logps = logits_logprobs(model(batch["tokens"], inputs=inputs), rows, before, targets)
+    sums = logps.new_zeros(batch["tokens"].shape[0]).index_add(0, rows, logps)
+    return LogProbs(sums, batch["targets"].sum(dim=1))
+
+
+class CALMModule(AlignModule):
+    """Trains the connections of a `CALM`; a checkpoint holds them and the hashes of the frozen models, and no more."""
+
+    policy: CALM
+    objects = ("anchor", "augments", "connection")
+
+    def __init__(
+        self,
+        anchor: str | Backbone,
+        augments: list[Augment],
+        *,
+        connection: ConnectionConfig | None = None,
+        combine: Literal["sequence", "sum"] = "sequence",
+        anchor_layers: str | None = None,
+        anchor_position: Position = "output",
+        loss_on: Literal["response", "all"] = "response",
+        connections_from: str | None = None,
+        store_states: str | None = None,
+        attention_maps: bool = False,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        generation: GenerationConfig | None = None,
+    ) -> None:
+        """Describe the run; the models are built in ``configure_model``.
+
+        Args:
+            anchor: the model that is augmented: a module or a factory in code, `class_path` and `init_args` or the path of a
+                checkpoint in YAML.
+            augments: the models that augment it, and how each is connected.
+            connection: what the connections are made of.
+            combine: where several connections end at one layer, whether each sees what the one before it added (`sequence`) or
+                all see the layer's own state (`sum`).
+            anchor_layers: names of the anchor's layers, such as `model.layers.*`; by default they are found.
+            anchor_position: whether connections are added to a layer's input or to its output.
+            loss_on: whether to train on the responses, or on `all` tokens.
+            connections_from: safetensors file of connections to begin with, as `CALM.save_connections` writes it.
+            store_states: folder in which the augments' hidden states of training rows are kept, to be computed once and not in
+                every epoch.
+            attention_maps: whether to show in TensorBoard, at each validation, what the first row's positions attend to.
+            optimizer: factory over parameters; by default AdamW at 1e-3.
+            lr_scheduler: factory over the optimizer; stepped every optimizer step.
+            generation: how `predict` and the sample logger decode.
+
+        Raises:
+            ValueError: if an option is none of its choices.
+        """
+        for name, value, choices in (("loss_on", loss_on, ("response", "all")), ("combine", combine, ("sequence", "sum"))):
+            if value not in choices:
+                raise ValueError(f"CALMModule: {name} is {value!r}, expected one of {', '.join(choices)}")
+        if anchor is None:
+            raise ValueError("anchor was a module when the run was made, which a checkpoint cannot hold: give it again")
+        given = _given_hyperparameters.get() is not None
+        super().__init__(cast(Backbone, anchor), optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation)
+        sources = [augments] if isinstance(augments, (Augment, nn.Module)) else list(augments)
+        self._augments = [
+            Augment(**a) if isinstance(a, Mapping) and "model" in a else a if isinstance(a, Augment) else Augment(a)
+            for a in sources
+        ]
+        self.connection = ConnectionConfig(**connection) if isinstance(connection, Mapping) else connection
+        if not given:
+            self.hparams.pop("backbone", None)
+            self.hparams["anchor"] = _described(anchor)
+            self.hparams["augments"] = [
+                {**{f.name: getattr(a, f.name) for f in dataclasses.fields(a)}, "model": _described(a.model)}
+                for a in self._augments
+            ]
+            self.hparams["connection"] = None if self.connection is None else dataclasses.asdict(self.connection)
+        self.combine, self.anchor_layers, self.anchor_position = combine, anchor_layers, anchor_position
+        self.loss_on, self.connections_from = loss_on, connections_from
+        self.store_states, self.attention_maps = store_states, attention_maps
+        self._stores: dict[int, StateStore] = {}
+        self.val_nll, self.test_nll = TokenNLL(), TokenNLL()
+
+    default_lr = 1e-3
+
+    def _build_policy(self) -> CALM:
+        (anchor,) = self._backbone
+        augments = [dataclasses.replace(a, model=_build(a.model, f"augments[{i}].model")) for i, a in enumerate(self._augments)]
+        policy = CALM(
+            _build(anchor, "anchor"),
+            augments,
+            connection=self.connection,
+            combine=self.combine,
+            anchor_layers=self.anchor_layers,
+            anchor_position=self.anchor_position,
+        )
+        if self.connections_from is not None:
+            policy.load_connections(self.connections_from)
+        _ = policy.identity  # now, before any sharding
+        rank_zero_info(policy.describe())
+        return policy
+
+    # -- training
+
+    def on_fit_start(self) -> None:
+        """Keep Lightning from wondering, at every start, at models that are in evaluation mode for good."""
+        warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
+
+    def _inputs(self, batch: CALMBatch, *, stored: bool = False) -> list[AugmentInput | None]:
+        """What each augment reads: what the batch says, the prompt as a prefix, or states from the disk."""
+        readers = self.policy.readers
+        inputs: list[AugmentInput | None] = list(batch.get("augments", [None] * len(readers)))
+        for index, reader in enumerate(readers):
+            given = inputs[index]
+            if given is None and reader.prefix:
+                prompt = batch["mask"] & (batch["targets"].cumsum(dim=1) == 0)
+                inputs[index] = given = AugmentInput(batch["tokens"], prompt)
+            if stored and self.store_states is not None and not reader.prefix:
+                tokens, mask = (batch["tokens"], batch["mask"]) if given is None else (given.tokens, given.mask)
+                if index not in self._stores:
+                    key = f"{self.policy.identity[f'augments.{index}']} {reader.depths} {self._augments[index].position}"
+                    self._stores[index] = StateStore(self.store_states, key)
+                states = self._stores[index].fetch(reader, tokens, torch.ones_like(tokens) > 0 if mask is None else mask)
+                inputs[index] = (given or AugmentInput(tokens))._replace(states=states)
+        return inputs
+
+    def _targeted(self, batch: CALMBatch) -> CALMBatch:
+        """The batch with the targets that the loss is to be on."""
+        if self.loss_on == "response":
+            return batch
+        targets = batch["mask"].clone()
+        targets[:, 0] = False
+        return {**batch, "targets": targets}
+
+    def training_step(self, batch: CALMBatch, batch_idx: int) -> Tensor:
+        """Sum of -log p(response) over the micro-batch, to be divided by the tokens of the optimizer batch."""
+        inputs = self._inputs(batch, stored=True)
+        if self._logs_this_step:
+            with self.policy.tracing() as traces:
+                logprobs = composed_logprobs(self.policy, self._targeted(batch), inputs)
+            self.log_dict({f"train/contribution/{trace.name}": trace.ratio for trace in traces})
+        else:
+            logprobs = composed_logprobs(self.policy, self._targeted(batch), inputs)
+        loss, count = -logprobs.sums.sum(), logprobs.counts.sum()
+        self.count_tokens(batch)
+        self.log_training({"loss": loss.detach() / count.clamp(min=1)}, progress_bar="loss", batch_size=len(logprobs.counts))
+        return self.weighted(loss, count)
+
+    def on_train_epoch_end(self) -> None:
+        """Make what was stored last."""
+        for store in self._stores.values():
+            store.flush()
+
+    def on_fit_end(self) -> None:
+        """Close the stored states."""
+        for store in self._stores.values():
+            store.close()
+        self._stores = {}
+
+    # -- evaluation
+
+    def _evaluate(self, metric: TokenNLL, batch: CALMBatch) -> None:
+        # The bytes of a batch are those of its responses.
+        num_bytes = batch.get("num_bytes") if self.loss_on == "response" else None
+        metric.update(*composed_logprobs(self.policy, self._targeted(batch), self._inputs(batch)), num_bytes)
+
+    def validation_step(self, batch: CALMBatch, batch_idx: int) -> None:
+        """Add a batch to ``val/loss``, ``val/perplexity`` and ``val/bits_per_byte``."""
+        if self.attention_maps and batch_idx == 0 and not self.trainer.sanity_checking:
+            self._show_attention(batch)
+        self._evaluate(self.val_nll, batch)
+
+    def test_step(self, batch: CALMBatch, batch_idx: int) -> None:
+        """The same under ``test/``."""
+        self._evaluate(self.test_nll, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the epoch's sums and counts give."""
+        self._log_nll("val", self.val_nll)
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the epoch's sums and counts give."""
+        self._log_nll("test", self.test_nll)
+
+    def _log_nll(self, stage: str, metric: TokenNLL) -> None:
+        values: dict[str, Any] = metric.compute()
+        metric.reset()
+        for name, value in values.items():
+            # The metric is the same on every rank already; sync_dist only tells Lightning so.
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
+
+    def _show_attention(self, batch: CALMBatch) -> None:
+        with self.policy.tracing(maps=True) as traces:
+            composed_logprobs(self.policy, batch, self._inputs(batch))
+        loggers = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
+        for logger in loggers if self.trainer.is_global_zero else ():
+            for trace in traces:
+                assert trace.weights is not None
+                image = trace.weights[0].amax(dim=0)  # of the heads the one that looks hardest
+                logger.experiment.add_image(f"val/attention/{trace.name}", image[None], self.trainer.global_step)
+
+    # -- prediction
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Continue prompts; see `AlignModule.predict_step`.
+
+        An augment with its own tokenizer reads the text so far at every step, and one that reads a prefix without a cache
+        has to be given it: then prompts are continued one by one.
+        """
+        readers = self.policy.readers
+        if not any(r.own or (r.prefix and self.policy.make_cache is None) for r in readers):
+            return super().predict_step(batch, batch_idx)
+        results = []
+        for number, prompt in enumerate(batch["prompts"]):
+            one = {"prompts": [prompt], "rows": batch["rows"][number : number + 1]}
+            start = torch.tensor([prompt], device=self.device)
+
+            def inputs(tokens: Tensor, start: Tensor = start) -> list[AugmentInput | None]:
+                mask = torch.ones_like(tokens, dtype=torch.bool)
+                realign = getattr(getattr(self.trainer, "datamodule", None), "augment_inputs", None)
+                given = realign(tokens, mask) if realign else []
+                given = given or [None] * len(readers)
+                return [AugmentInput(start) if reader.prefix else own for reader, own in zip(readers, given, strict=True)]
+
+            with self.policy.given(inputs):
+                results += super().predict_step(one, hash((batch_idx, number)))
+        return results
+
+    # -- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Hold the connections and what they belong to; a sharded strategy restores all weights, and so saves them."""
+        checkpoint["frozen"] = dict(self.policy.identity)
+        if not self._sharded:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(FROZEN)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Complete the connections with the frozen models that stand here, if they are those that the run was made with.
+
+        Raises:
+            ValueError: if they are not.
+        """
+        if self.policy is None:
+            self.configure_model()
+        path = None if self._trainer is None else self._trainer.ckpt_path
+        check_frozen(self.policy.identity, checkpoint.get("frozen", {}), path or "the checkpoint")
+        if not self._sharded:
+            own = self.state_dict()
+            checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(FROZEN)}
+            super().on_load_checkpoint(checkpoint)
+
+
+def _build(source: Any, name: str) -> nn.Module:
+    """A model out of a path, a factory, a description or itself."""
+    if source is None:
+        raise ValueError(f"{name} was a module when the run was made, which a checkpoint cannot hold: give it again")
+    return load_policy(source) if isinstance(source, str) else build_backbone(source)
+
+
+def _described(source: Any) -> Any:
+    """What a checkpoint can hold of where a model came from."""
+    if isinstance(source, nn.Module):
+        return None
+    return source if isinstance(source, (str, dict)) else None

@@ -1,0 +1,93 @@
+"""Hidden states of an augment on disk: computed when a row is first met, read ever after."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_align.calm.reading import Reader
+from lightning_align.distributed import publish, world
+
+
+class StateStore:
+    """States of rows, found by the ids of the row and the identity of the model; each rank has files of its own.
+
+    The data file grows by whole rows; the index beside it is written by `flush`, after them. Rows that no index names, as a run
+    that was killed leaves them, are computed again.
+
+    Args:
+        folder: where the files are.
+        key: all that the states depend on besides the row: the model's hash and the layers that are read.
+    """
+
+    def __init__(self, folder: str | Path, key: str) -> None:
+        name = f"states-{hashlib.sha256(key.encode()).hexdigest()[:16]}-{world()[0]}"
+        self.data, self.index_path = Path(folder) / f"{name}.bin", Path(folder) / f"{name}.json"
+        self.data.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.data, "a+b")  # open as long as the store
+        self._size = os.fstat(self._file.fileno()).st_size
+        self._index: dict[str, tuple[int, int]] = {}
+        self._shape: tuple[int, str] | None = None
+        self.misses = 0
+        """Rows that were computed."""
+        if self.index_path.is_file():
+            content = json.loads(self.index_path.read_text(encoding="utf-8"))
+            self._shape = (content["width"], content["dtype"])
+            self._index = {row: (start, length) for row, (start, length, stop) in content["rows"].items() if stop <= self._size}
+
+    def fetch(self, reader: Reader, tokens: Tensor, mask: Tensor) -> list[Tensor]:
+        """States (B, M, A) of each layer that is read, 0 at pads.
+
+        Args:
+            reader: of the model.
+            tokens: (B, M) ids, padded on the right.
+            mask: (B, M) bool.
+        """
+        lengths = mask.sum(dim=1).tolist()
+        rows = [row[:length] for row, length in zip(tokens.cpu(), lengths, strict=True)]
+        names = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in rows]
+        if missing := [i for i, name in enumerate(names) if name not in self._index]:
+            self.misses += len(missing)
+            self._append(reader, tokens[missing], mask[missing], [names[i] for i in missing])
+        assert self._shape is not None
+        width, dtype = self._shape[0], getattr(torch, self._shape[1])
+        out = torch.zeros(len(reader.depths), *tokens.shape, width, dtype=dtype)
+        for i, name in enumerate(names):
+            start, length = self._index[name]
+            count = len(reader.depths) * length * width * dtype.itemsize
+            data = torch.frombuffer(bytearray(os.pread(self._file.fileno(), count, start)), dtype=dtype)
+            out[:, i, :length] = data.view(-1, length, width)
+        return list(out.to(tokens.device).unbind())
+
+    def _append(self, reader: Reader, tokens: Tensor, mask: Tensor, names: list[str]) -> None:
+        states = reader.read(tokens, None if bool(mask.all()) else mask, None, None)
+        stacked = torch.stack([states[depth] for depth in reader.depths], dim=1).cpu()
+        self._shape = (stacked.shape[-1], str(stacked.dtype).removeprefix("torch."))
+        for name, state, length in zip(names, stacked, mask.sum(dim=1).tolist(), strict=True):
+            data = state[:, :length].contiguous().view(torch.uint8).numpy().tobytes()
+            self._file.write(data)
+            self._index[name] = (self._size, length)
+            self._size += len(data)
+        self._file.flush()
+
+    def flush(self) -> None:
+        """Write the index."""
+        if self._shape is None:
+            return
+        width, dtype = self._shape
+        os.fsync(self._file.fileno())
+        rows = {name: (start, length, self._size) for name, (start, length) in self._index.items()}
+        text = json.dumps({"width": width, "dtype": dtype, "rows": rows})
+
+        def write(path: Path) -> None:
+            path.write_text(text, encoding="utf-8")
+
+        publish(self.index_path, write)
+
+    def close(self) -> None:
+        """Write the index and close the file."""
+        self.flush()
+        self._file.close()

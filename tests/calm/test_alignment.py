@@ -1,0 +1,105 @@
+"""Two tokenizers, one text: the augment's tokens are seen when their characters are over, and not before."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models, pre_tokenizers
+
+from lightning_align.calm.alignment import char_ends, realign, realign_batch
+from lightning_align.calm.model import CALM
+from lightning_align.calm.spec import Augment, AugmentInput
+from lightning_align.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from tests.calm.toys import SMALL, connect
+from tests.toys import gap, tiny_palm
+
+BYTES = ByteTokenizer()
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Tokenizer:
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, "alpha": 3, "beta": 4, "gamma": 5}
+    tokenizer = HFTokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps(json.loads(tokenizer.to_str())))
+    return load_tokenizer(str(path))
+
+
+def ids_of(text: str) -> list[int]:
+    return [BYTES.bos_id or 1, *BYTES.encode_batch([text])[0].ids, BYTES.eos_id]
+
+
+def test_ends_count_whole_characters() -> None:
+    text, ends = char_ends(BYTES, ids_of("aéb"))
+    assert text == "aéb"
+    assert ends == [0, 1, 1, 2, 3, 4], "bos, a, the halves of é, b, and the end behind the text"
+    assert char_ends(BYTES, []) == ("", [])
+
+
+def test_words_end_where_their_last_letters_do(words: Tokenizer) -> None:
+    ids, ends, anchor_ends = realign(ids_of("alpha beta"), BYTES, words)
+    assert ids == [3, 4, 1]
+    assert ends == [5, 10, 11]
+    assert anchor_ends == [0, *range(1, 11), 11]
+    ids, ends, _ = realign(ids_of("alpha beta")[:-1], BYTES, words)
+    assert (ids, ends) == ([3, 4], [5, 10]), "a text that goes on has no end"
+
+
+def test_batches_are_padded(words: Tokenizer) -> None:
+    rows = [ids_of("alpha beta gamma"), ids_of("beta")]
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    given = realign_batch(tokens, mask, BYTES, words)
+    assert given.tokens.tolist() == [[3, 4, 5, 1], [4, 1, 0, 0]]
+    assert given.mask is not None
+    assert given.mask.tolist() == [[True] * 4, [True, True, False, False]]
+
+
+def test_an_anchor_sees_words_that_are_over_and_no_others(words: Tokenizer) -> None:
+    anchor, augment = tiny_palm(num_tokens=259, dtype=torch.float64), tiny_palm(num_tokens=6, dtype=torch.float64, seed=1)
+    model = connect(CALM(anchor, Augment(augment, tokens="own", num_connections=2), connection=SMALL))
+    tokens = torch.tensor([ids_of("alpha beta gamma")])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    given = realign_batch(tokens, mask, BYTES, words)
+    want = model(tokens, inputs=[given])
+    other = given.tokens.clone()
+    other[0, 1] = 5  # "beta", whose last letter is the anchor's tenth
+    changed = (model(tokens, inputs=[given._replace(tokens=other)]) - want).abs().amax(dim=(0, 2))
+    assert changed[:10].max() == 0
+    assert changed[10:].min() > 0
+    ended = given.tokens.clone()
+    ended[0, 3] = 2  # the end, which the position that has to predict it may not see
+    changed = (model(tokens, inputs=[given._replace(tokens=ended)]) - want).abs().amax(dim=(0, 2))
+    assert changed[:-1].max() == 0
+    plain = anchor(tokens)
+    assert gap(want[:, :5], plain[:, :5]) == 0, "before the first word is over there is nothing to see"
+    assert model.make_cache is None
+
+
+def test_one_tokenizer_by_characters_is_one_tokenizer_by_position() -> None:
+    """With bytes on both sides, alignment by characters allows what alignment by columns does."""
+    anchor, augment = tiny_palm(num_tokens=259, dtype=torch.float64), tiny_palm(num_tokens=259, dtype=torch.float64, seed=1)
+    tokens = torch.tensor([ids_of("alpha beta")])
+    given = realign_batch(tokens, torch.ones_like(tokens, dtype=torch.bool), BYTES, BYTES)
+    assert torch.equal(given.tokens, tokens)
+    outputs = []
+    for spec in (Augment(augment, tokens="own", num_connections=2), Augment(augment, num_connections=2)):
+        model = connect(CALM(anchor, spec, connection=SMALL))
+        outputs.append(model(tokens, inputs=[given if spec.tokens == "own" else None]))
+        model.release()
+    assert gap(*outputs) < 1e-5
+
+
+def test_a_batch_may_name_states_in_place_of_tokens() -> None:
+    anchor, augment = tiny_palm(dtype=torch.float64), tiny_palm(dtype=torch.float64, seed=1)
+    model = connect(CALM(anchor, Augment(augment, num_connections=2), connection=SMALL))
+    tokens = torch.randint(1, 23, (2, 6))
+    states = model.readers[0].read(tokens, None, None, None)
+    given = AugmentInput(tokens, states=[states[depth] for depth in model.depths(0)])
+    assert gap(model(tokens, inputs=[given]), model(tokens)) == 0
+    with pytest.raises(ValueError, match="inputs are of 2 augments, expected 1"):
+        model(tokens, inputs=[given, None])

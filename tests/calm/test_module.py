@@ -1,0 +1,245 @@
+"""Training connections: with any Trainer, resumed, from files, with states from the disk, through the command line."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_align.calm.datamodule import CALMDataModule
+from lightning_align.calm.module import CALMModule, composed_logprobs
+from lightning_align.calm.spec import Augment
+from lightning_align.cli import run
+from lightning_align.data.tasks.key_value import KeyValue
+from tests.calm.toys import MAKERS, SMALL, composed, palms
+from tests.toys import gap, largest_difference, slow_logprobs, split, state_of, tiny_palm, token_batch
+
+SGD = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+ADAM = functools.partial(torch.optim.AdamW, lr=0.01)
+BATCH = token_batch([2, 1, 3, 2, 1, 2, 3, 1], [9, 8, 1, 7, 1, 1, 2, 1])
+
+
+def module(**options: Any) -> CALMModule:
+    anchor, augment = palms(torch.float32)
+    spec = options.pop("augments", [Augment(augment, num_connections=2)])
+    return CALMModule(options.pop("anchor", anchor), spec, **{"connection": SMALL, "optimizer": SGD, **options})
+
+
+def trainer(folder: Path, **options: Any) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    return L.Trainer(**{**quiet, "default_root_dir": folder, "max_epochs": 2, "log_every_n_steps": 1, **options})
+
+
+def loader(size: int = 2) -> DataLoader[Any]:
+    return DataLoader(split(BATCH, size), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+
+
+def test_logprobs_are_those_of_the_slow_way() -> None:
+    model = composed(torch.float32)
+    sums, counts = slow_logprobs(model, BATCH)
+    got = composed_logprobs(model, BATCH, [None])  # type: ignore[arg-type]  # a TokenBatch has no augments, and need not
+    assert got.sums.tolist() == pytest.approx(sums, abs=1e-4)
+    assert got.counts.tolist() == counts
+
+
+@pytest.mark.parametrize("anchor", ["palm", "llama", "gpt2", "x_transformers"])
+def test_any_anchor_trains_and_predicts(anchor: str, tmp_path: Path) -> None:
+    subject = module(anchor=MAKERS[anchor](), augments=[Augment(MAKERS["llama"](), num_connections=1)], optimizer=ADAM)
+    fit = trainer(tmp_path, max_epochs=2, gradient_clip_val=1.0)
+    fit.fit(subject, loader(), loader())
+    first = float(fit.callback_metrics["val/loss"])
+    fit = trainer(tmp_path, max_epochs=8)
+    fit.fit(subject, loader(), loader())
+    assert float(fit.callback_metrics["val/loss"]) < first
+    subject.generation.max_new_tokens = 3
+    prompts = DataLoader([{"prompts": [[1, 2], [3, 4, 5]], "rows": torch.arange(2)}], batch_size=None)  # type: ignore[arg-type]
+    (rows,) = fit.predict(subject, prompts) or []
+    assert [len(row["responses"][0]) for row in rows] == [3, 3]
+
+
+def test_only_connections_are_saved_and_resumed(tmp_path: Path) -> None:
+    start = composed(torch.float32)
+    start.save_connections(tmp_path / "start.safetensors")
+    begin = functools.partial(module, connections_from=str(tmp_path / "start.safetensors"), optimizer=ADAM)
+    whole, first, second = begin(), begin(), begin()
+    trainer(tmp_path).fit(whole, loader(), loader())
+    assert largest_difference(state_of(whole.policy), state_of(start)) > 1e-3
+    half = trainer(tmp_path, max_epochs=1)
+    half.fit(first, loader(), loader())
+    path = tmp_path / "half.ckpt"
+    half.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    assert all(name.startswith("policy.connections.") for name in saved["state_dict"])
+    assert saved["frozen"] == first.policy.identity
+    trainer(tmp_path).fit(second, loader(), loader(), ckpt_path=path, weights_only=True)
+    assert largest_difference(state_of(second), state_of(whole)) == 0
+
+    anchor, augment = palms(torch.float32)
+    given = {"anchor": anchor, "augments": [Augment(augment, num_connections=2)]}
+    again = CALMModule.load_from_checkpoint(path, weights_only=True, **given)
+    assert largest_difference(state_of(again.policy), state_of(first.policy)) == 0
+    with pytest.raises(ValueError, match="anchor was a module when the run was made"):
+        CALMModule.load_from_checkpoint(path, weights_only=True)
+    anchor, augment = palms(torch.float32)
+    nn.init.zeros_(anchor.norm.weight)
+    given = {"anchor": anchor, "augments": [Augment(augment, num_connections=2)]}
+    with pytest.raises(ValueError, match="trained for other weights of anchor"):
+        CALMModule.load_from_checkpoint(path, weights_only=True, **given)
+
+
+def test_connections_can_be_begun_with(tmp_path: Path) -> None:
+    model = composed(torch.float32)
+    model.save_connections(tmp_path / "c.safetensors")
+    subject = module(connections_from=str(tmp_path / "c.safetensors"))
+    subject.configure_model()
+    assert largest_difference(subject.policy.trainable_state_dict(), model.trainable_state_dict()) == 0
+
+
+def test_stored_states_are_computed_once_and_change_nothing(tmp_path: Path) -> None:
+    composed(torch.float32).save_connections(tmp_path / "c.safetensors")
+    begin: dict[str, Any] = {"connections_from": str(tmp_path / "c.safetensors"), "optimizer": ADAM}
+    live, stored = module(**begin), module(store_states=str(tmp_path / "states"), **begin)
+    trainer(tmp_path).fit(live, loader(), loader())
+    stored.configure_model()
+    calls: list[int] = []
+    reader = stored.policy.readers[0]
+    read = reader.read
+
+    def counted(tokens: Tensor, *rest: Any) -> dict[int, Tensor]:
+        calls.append(len(tokens))
+        return read(tokens, *rest)
+
+    reader.read = counted  # type: ignore[method-assign]
+    trainer(tmp_path).fit(stored, loader(), loader())
+    assert sum(calls) == 8 + 4 + 2 * 8, (
+        "each row once in two epochs; and in validations and the sanity check, which store nothing"
+    )
+    assert largest_difference(state_of(stored.policy.connections), state_of(live.policy.connections)) < 1e-5
+    calls.clear()
+    trainer(tmp_path, max_epochs=1).fit(stored, loader(), loader())
+    assert sum(calls) == 4 + 8, "another run finds them"
+
+
+def test_the_loss_can_be_on_all_tokens(tmp_path: Path) -> None:
+    subject = module(loss_on="all")
+    fit = trainer(tmp_path)
+    fit.validate(subject, loader(), verbose=False)
+    whole = {**BATCH, "targets": BATCH["mask"] & (torch.arange(BATCH["mask"].shape[1]) > 0)}
+    sums, counts = slow_logprobs(subject.policy, whole)  # type: ignore[arg-type]
+    assert float(fit.callback_metrics["val/loss"]) == pytest.approx(-sum(sums) / sum(counts), rel=1e-5)
+    with pytest.raises(ValueError, match="loss_on is 'some'"):
+        module(loss_on="some")
+
+
+def test_a_prefix_is_the_prompt(tmp_path: Path) -> None:
+    subject = module(augments=[Augment(palms(torch.float32)[1], alignment="prefix", num_connections=2)])
+    trainer(tmp_path, max_epochs=1).fit(subject, loader(), loader())
+    (given,) = subject._inputs(BATCH)  # type: ignore[arg-type]
+    assert given is not None
+    assert given.mask is not None
+    assert given.mask.sum(dim=1).tolist() == [2, 1, 3, 2, 1, 2, 3, 1]
+
+
+def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    text = [{"prompt": f"{i} and", "response": f" {i + 1}"} for i in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in text))
+    data = CALMDataModule(
+        str(path), validation=str(path), predict=str(path), batch_size=3, augment_tokenizers=["bytes"], cache_dir=str(tmp_path)
+    )
+    models = tiny_palm(num_tokens=259), tiny_palm(num_tokens=259, seed=1)
+    subject = module(anchor=models[0], augments=[Augment(models[1], tokens="own", num_connections=1)])
+    subject.generation.max_new_tokens = 3
+    fit = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    fit.fit(subject, data)
+    assert "val/bits_per_byte" in fit.callback_metrics
+    rows = [row for part in fit.predict(subject, data) or [] for row in part]
+    assert [row["prompt"] for row in rows] == [f"{i} and" for i in range(6)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-align"])
+    return tmp_path
+
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = {"dim": 16, "depth": 4, "heads": 2, "dim_head": 8}
+
+
+def shrink(name: str, folder: Path) -> list[str]:
+    """A configuration of the repository, and what makes its run small."""
+    config = yaml.safe_load((ROOT / "configs" / "calm" / f"{name}.yaml").read_text())
+    callbacks = config["trainer"]["callbacks"]
+    for callback in callbacks:
+        arguments = callback["init_args"]
+        if "problems" in arguments:
+            arguments["num_problems"], arguments["problems"]["init_args"]["num_rows"] = 4, 4
+        else:
+            arguments["every_n_train_steps"] = 2
+    model = config["model"]["init_args"]
+    if "backbone" in model:
+        model["backbone"]["init_args"] |= TINY
+    model["lr_scheduler"]["init_args"] |= {"total_steps": 4, "warmup_steps": 1}
+    for source in ("train", "validation", "predict"):
+        if source in config["data"]["init_args"]:
+            config["data"]["init_args"][source]["init_args"]["num_rows"] = 20
+    config["data"]["init_args"]["batch_size"] = 4
+    config["trainer"] |= {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "enable_progress_bar": False}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", str(path)]
+
+
+def test_from_two_models_to_one_by_the_command_line(folder: Path) -> None:
+    for name in ("key_value_augment", "key_value_anchor"):
+        run(["fit", *shrink(name, folder)])
+    begin = [*shrink("key_value", folder), "--model.init_args.attention_maps", "true"]
+    fitted = run(["fit", *begin])
+    assert fitted is not None
+    path = str(next((folder / "runs" / "calm_key_value").rglob("last.ckpt")))
+    validated = run(["validate", *begin, "--ckpt_path", path])
+    assert validated is not None
+    before, after = fitted.trainer.callback_metrics, validated.trainer.callback_metrics
+    assert float(after["val/loss"]) == pytest.approx(float(before["val/loss"]), abs=1e-6)
+    assert {"val/kv_math_validation", "val/kv_math_held_out", "val/num_math", "val/kv_subs"} <= set(after)
+    run(["predict", *begin, "--ckpt_path", path, "--output", "answers.jsonl"])
+    assert len((folder / "answers.jsonl").read_text().splitlines()) == 20
+    loaded = CALMModule.load_from_checkpoint(path, weights_only=True)
+    assert largest_difference(state_of(loaded.policy), state_of(fitted.model.policy)) == 0
+    events = EventAccumulator(str(fitted.trainer.log_dir))
+    events.Reload()
+    tags = events.Tags()
+    assert "train/contribution/augment0_layer4_to_layer1" in tags["scalars"]
+    assert "val/attention/augment0_layer4_to_layer3" in tags["images"]
+
+
+def test_ten_lines_with_a_bare_trainer(tmp_path: Path) -> None:
+    class Rows(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return split(BATCH, 2)[index]  # type: ignore[no-any-return]
+
+    anchor, augment = palms(torch.float32)
+    subject = CALMModule(anchor, [Augment(augment, every=2)], connection=SMALL)
+    trainer(tmp_path, max_epochs=1).fit(subject, DataLoader(Rows(), batch_size=None), DataLoader(Rows(), batch_size=None))
+    assert gap(subject(BATCH["tokens"]), anchor(BATCH["tokens"])) > 0
+
+
+def test_the_table_of_the_configurations_is_one() -> None:
+    tasks = []
+    for path in sorted((ROOT / "configs" / "calm").glob("*.yaml")):
+        data = yaml.safe_load(path.read_text())["data"]["init_args"]
+        tasks += [KeyValue(**{**data[name]["init_args"], "num_rows": 1}) for name in ("train", "validation")]
+    assert len({json.dumps(task.table) for task in tasks}) == 1
