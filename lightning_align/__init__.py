@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_align.callbacks import SampleLogger, SolveRate
+    from lightning_align.data.documents import FolderDocuments, RowDocuments, StandardLibrary
     from lightning_align.data.rows import RowTask
     from lightning_align.data.tasks.arithmetic import Arithmetic
     from lightning_align.dpo.datamodule import DPODataModule
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     )
     from lightning_align.models.palm import PaLM
     from lightning_align.models.palm_import import load_palm_rlhf
+    from lightning_align.retrieval.database import RetrievalDatabase
+    from lightning_align.retro.callbacks import RetrievalIndexing
+    from lightning_align.retro.indexing import add_documents, build_database, delete_documents, open_retriever
     from lightning_align.schedules import WarmupDecay
     from lightning_align.sft.datamodule import SFTDataModule
     from lightning_align.sft.module import SFTModule
@@ -36,20 +40,29 @@ _HOME = {
     "Arithmetic": "data.tasks.arithmetic",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
+    "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
     "LoRAConfig": "models.lora",
     "PaLM": "models.palm",
+    "RetrievalDatabase": "retrieval.database",
+    "RetrievalIndexing": "retro.callbacks",
+    "RowDocuments": "data.documents",
     "RowTask": "data.rows",
     "SFTDataModule": "sft.datamodule",
     "SFTModule": "sft.module",
     "SampleLogger": "callbacks",
     "SolveRate": "callbacks",
+    "StandardLibrary": "data.documents",
     "WarmupDecay": "schedules",
+    "add_documents": "retro.indexing",
     "add_lora": "models.lora",
+    "build_database": "retro.indexing",
+    "delete_documents": "retro.indexing",
     "generate": "generation.sampler",
     "load_palm_rlhf": "models.palm_import",
     "lora_disabled": "models.lora",
     "merge_lora": "models.lora",
+    "open_retriever": "retro.indexing",
     "remove_lora": "models.lora",
     "response_logprobs": "logprobs",
     "unmerge_lora": "models.lora",
@@ -61,21 +74,30 @@ __all__ = [
     "Arithmetic",
     "DPODataModule",
     "DPOModule",
+    "FolderDocuments",
     "GenerationConfig",
     "LoRAConfig",
     "PaLM",
+    "RetrievalDatabase",
+    "RetrievalIndexing",
+    "RowDocuments",
     "RowTask",
     "SFTDataModule",
     "SFTModule",
     "SampleLogger",
     "SolveRate",
+    "StandardLibrary",
     "WarmupDecay",
     "__version__",
+    "add_documents",
     "add_lora",
+    "build_database",
+    "delete_documents",
     "generate",
     "load_palm_rlhf",
     "lora_disabled",
     "merge_lora",
+    "open_retriever",
     "remove_lora",
     "response_logprobs",
     "unmerge_lora",

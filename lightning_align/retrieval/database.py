@@ -42,8 +42,8 @@ class RetrievalDatabase:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ValueError(
-                f"{folder} has no {HEAD}, so it is no finished retrieval database: build it with the RetrievalIndexing callback; "
-                "a build that was stopped goes on where it was"
+                f"{folder} has no {HEAD}, so it is no finished retrieval database: build it with the RetrievalIndexing "
+                "callback; a build that was stopped goes on where it was"
             ) from error
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}): delete it and build again; finished stages are kept") from error

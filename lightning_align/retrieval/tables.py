@@ -49,12 +49,15 @@ class _Folder:
             ) from error
 
     @cached_property
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What the stage wrote for its readers."""
         path = self.folder / "manifest.json"
         try:
             settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["table"]
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}): the stage did not come to its end; run it again") from error
+            raise ValueError(
+                f"{path} is missing or damaged ({error}): the stage did not come to its end; run it again"
+            ) from error
         return settings
 
 
@@ -68,22 +71,27 @@ class ChunkTable(_Folder):
     @property
     def chunk_size(self) -> int:
         """Tokens a chunk (m)."""
-        return int(self._settings["chunk_size"])
+        return int(self.settings["chunk_size"])
 
     @property
     def pad_id(self) -> int:
         """The id that fills short chunks up. It may equal a real one: go by the mask."""
-        return int(self._settings["pad_id"])
+        return int(self.settings["pad_id"])
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that the tokenizer can give."""
-        return int(self._settings["vocab_size"])
+        return int(self.settings["vocab_size"])
 
     @property
     def tokenizer_fingerprint(self) -> str:
         """Of the tokenizer that made the ids; compare before feeding them to a model."""
-        return str(self._settings["tokenizer"])
+        return str(self.settings["tokenizer"])
+
+    @property
+    def has_bos(self) -> bool:
+        """Whether documents begin with a beginning-of-sequence token."""
+        return self.settings["bos_id"] is not None
 
     @cached_property
     def tokens(self) -> NDArray[Any]:
@@ -111,6 +119,11 @@ class ChunkTable(_Folder):
         return self._map("groups")  # type: ignore[no-any-return]
 
     @cached_property
+    def signatures(self) -> NDArray[np.uint64]:
+        """(D, bins) what near-duplicates of each document are found by."""
+        return self._map("signatures")  # type: ignore[no-any-return]
+
+    @cached_property
     def document_ids(self) -> list[str]:
         """(D,) the names that the documents came with."""
         lines = (self.folder / "document_ids.jsonl").read_text(encoding="utf-8").splitlines()
@@ -130,7 +143,8 @@ class ChunkTable(_Folder):
 
     def document_of(self, chunks: ArrayLike) -> Ints:
         """(...) numbers of the documents that chunks (...) belong to."""
-        return np.searchsorted(self.chunk_offsets, np.asarray(chunks), side="right") - 1
+        after = np.searchsorted(self.chunk_offsets, np.asarray(chunks), side="right")
+        return np.asarray(after, dtype=np.int64) - 1
 
     def lengths(self, chunks: ArrayLike) -> Ints:
         """(...) tokens of each chunk: m, or fewer at the end of a document."""
