@@ -224,8 +224,8 @@ def build_vectors(
             trainer().predict(_Embedding(encoder, table, stage, bar), loader, return_predictions=False)
     with team.together():
         if team.rank == 0:
-            parts = [stage.read_block(number)["vectors"] for number in range(num_blocks)]
-            dim = parts[0].shape[1]
+            dim = stage.read_block(0)["vectors"].shape[1]
+            parts = (stage.read_block(number)["vectors"] for number in range(num_blocks))
             write_rows(stage.folder / "vectors.npy", parts, dtype=np.float16, shape=(len(table), dim))
             stage.finish(
                 table={"dim": dim, "encoder": encoder.fingerprint}, counts={"chunks": len(table)}, files=["vectors.npy"]

@@ -21,8 +21,8 @@ def load_faiss() -> ModuleType:
         import faiss
     except ImportError as error:
         raise ValueError(
-            "dense retrieval needs faiss, and neither of its packages is installed: pip install 'lightning-align[cpu]', or with "
-            "a CUDA device 'lightning-align[gpu]' (never both: they overwrite each other). Without it: encoder bm25"
+            "dense retrieval needs faiss, and neither of its packages is installed: pip install 'lightning-align[cpu]', or "
+            "with a CUDA device 'lightning-align[gpu]' (never both: they overwrite each other). Without it: encoder bm25"
         ) from error
     module: ModuleType = faiss
     return module

@@ -156,6 +156,10 @@ class Stage:
     def _blocks(self) -> Path:
         return self.folder / "blocks"
 
+    def _shelf(self, number: int) -> Path:
+        # A folder of half a million files would be read from end to end for each of them.
+        return self._blocks / f"{number // 1000:06d}"
+
     def has_block(self, number: int) -> bool:
         """Whether a block is there and is what was written; a damaged one is announced and taken away."""
         return self._find(number) is not None
@@ -175,7 +179,7 @@ class Stage:
     def write_block(self, number: int, arrays: Arrays) -> None:
         """Publish a block, whole or not at all."""
         content = _pack(arrays)
-        write_bytes(self._blocks / f"{number:08d}-{hashlib.sha256(content).hexdigest()}.npz", content)
+        write_bytes(self._shelf(number) / f"{number:08d}-{hashlib.sha256(content).hexdigest()}.npz", content)
 
     def check_block(self, number: int, arrays: Arrays) -> None:
         """Compare a block with its recomputation.
@@ -196,12 +200,8 @@ class Stage:
         draw = int(digest([self.key, number])[:8], 16) / 16**8
         return share > 0 and (number == 0 or draw < share)
 
-    def clear_blocks(self) -> None:
-        """Take all blocks away."""
-        shutil.rmtree(self._blocks, ignore_errors=True)
-
     def _find(self, number: int) -> Path | None:
-        for path in self._blocks.glob(f"{number:08d}-*.npz"):
+        for path in self._shelf(number).glob(f"{number:08d}-*.npz"):
             if file_hash(path) == _hash_in_name(path):
                 return path
             warnings.warn(f"{path} is damaged (its content is not what was written) and will be made again", stacklevel=3)
@@ -209,7 +209,7 @@ class Stage:
         return None
 
     def _block_hashes(self) -> list[str]:
-        return [_hash_in_name(path) for path in sorted(self._blocks.glob("*.npz"))]
+        return [_hash_in_name(path) for path in sorted(self._blocks.rglob("*.npz"))]
 
 
 def open_stage(folder: Path) -> Stage:

@@ -1,6 +1,7 @@
 """Retrieval databases from what users write: paths, names of tokenizers, checkpoints, encoders."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,6 @@ def make_tools(
             "encoder": encoder if isinstance(encoder, str) else None,
             "k": k,
             "index": dataclasses.asdict(index),
-            "verify": verify,
         },
         trainer=trainer or local_trainer,
         k=k,
@@ -157,14 +157,20 @@ def quiet_trainer(**arguments: Any) -> L.Trainer:
     Args:
         **arguments: of the Trainer: its devices, its precision.
     """
-    return L.Trainer(
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **arguments,
-    )
+    messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = messages.level
+    messages.setLevel(logging.WARNING)  # which devices there are, the Trainer of the run has said already
+    try:
+        return L.Trainer(
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **arguments,
+        )
+    finally:
+        messages.setLevel(level)
 
 
 def _load_encoder(name: str, tokenizer: Tokenizer) -> Encoder | None:
@@ -191,5 +197,5 @@ def _tools_of(folder: str | Path, encoder: Encoder | None) -> Tools:
         k=made_with["k"],
         rerank=head["retriever"] == "hybrid",
         index=IndexConfig(**made_with["index"]),
-        verify=made_with["verify"],
+        verify=0.01,
     )
