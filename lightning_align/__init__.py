@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_align.calm.model import CALM
     from lightning_align.calm.module import CALMModule
     from lightning_align.calm.spec import Augment, AugmentInput
+    from lightning_align.data.documents import FolderDocuments, RowDocuments, StandardLibrary
     from lightning_align.data.rows import RowTask
     from lightning_align.data.tasks.arithmetic import Arithmetic
     from lightning_align.data.tasks.key_value import KeyValue
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from lightning_align.models.palm import PaLM
     from lightning_align.models.palm_import import load_palm_rlhf
     from lightning_align.reference import ReferenceUpdate
+    from lightning_align.retrieval.database import RetrievalDatabase
+    from lightning_align.retro.callbacks import RetrievalIndexing
+    from lightning_align.retro.indexing import add_documents, build_database, delete_documents, open_retriever
     from lightning_align.schedules import WarmupDecay
     from lightning_align.sft.datamodule import SFTDataModule
     from lightning_align.sft.module import SFTModule
@@ -52,11 +56,15 @@ _HOME = {
     "ConnectionConfig": "calm.connections",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
+    "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
     "KeyValue": "data.tasks.key_value",
     "LoRAConfig": "models.lora",
     "PaLM": "models.palm",
     "ReferenceUpdate": "reference",
+    "RetrievalDatabase": "retrieval.database",
+    "RetrievalIndexing": "retro.callbacks",
+    "RowDocuments": "data.documents",
     "RowTask": "data.rows",
     "SFTDataModule": "sft.datamodule",
     "SFTModule": "sft.module",
@@ -65,12 +73,17 @@ _HOME = {
     "SampleLogger": "callbacks",
     "SelfPlayGeneration": "spin.callbacks",
     "SolveRate": "callbacks",
+    "StandardLibrary": "data.documents",
     "WarmupDecay": "schedules",
+    "add_documents": "retro.indexing",
     "add_lora": "models.lora",
+    "build_database": "retro.indexing",
+    "delete_documents": "retro.indexing",
     "generate": "generation.sampler",
     "load_palm_rlhf": "models.palm_import",
     "lora_disabled": "models.lora",
     "merge_lora": "models.lora",
+    "open_retriever": "retro.indexing",
     "remove_lora": "models.lora",
     "response_logprobs": "logprobs",
     "unmerge_lora": "models.lora",
@@ -88,11 +101,15 @@ __all__ = [
     "ConnectionConfig",
     "DPODataModule",
     "DPOModule",
+    "FolderDocuments",
     "GenerationConfig",
     "KeyValue",
     "LoRAConfig",
     "PaLM",
     "ReferenceUpdate",
+    "RetrievalDatabase",
+    "RetrievalIndexing",
+    "RowDocuments",
     "RowTask",
     "SFTDataModule",
     "SFTModule",
@@ -101,13 +118,18 @@ __all__ = [
     "SampleLogger",
     "SelfPlayGeneration",
     "SolveRate",
+    "StandardLibrary",
     "WarmupDecay",
     "__version__",
+    "add_documents",
     "add_lora",
+    "build_database",
+    "delete_documents",
     "generate",
     "load_palm_rlhf",
     "lora_disabled",
     "merge_lora",
+    "open_retriever",
     "remove_lora",
     "response_logprobs",
     "unmerge_lora",

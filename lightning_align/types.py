@@ -5,8 +5,9 @@ Legend: ``B`` rows of a batch, ``N`` positions of a row, ``V`` vocabulary, ``D``
 ``T`` selected (response) positions of a whole batch, ``S`` columns of a key-value cache.
 """
 
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -73,3 +74,20 @@ class LogProbs(NamedTuple):
     def means(self) -> Tensor:
         """(B,) mean per target token; 0 where a row has no target."""
         return self.sums / self.counts.clamp(min=1)
+
+
+class Document(NamedTuple):
+    """A text with a name."""
+
+    id: str
+    """What people find it by: a path, a row. Different in every document of a source."""
+    text: str
+
+
+class MarkedText(NamedTuple):
+    """The ids of a document, and where some of them stand in its text."""
+
+    ids: NDArray[Any]
+    """(L,) token ids, without special tokens."""
+    marks: list[int]
+    """Where in the text, in characters, the tokens begin that were asked for."""

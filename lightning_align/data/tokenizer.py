@@ -167,8 +167,11 @@ class FileTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """See `Tokenizer.encode_batch`."""
-        encodings = self._model.encode_batch(list(texts), add_special_tokens=False)
-        return [Encoding(encoding.ids, encoding.offsets) for encoding in encodings]
+        return [Encoding(encoding.ids, encoding.offsets) for encoding in self.raw_batch(texts)]
+
+    def raw_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """As the library gives them: of long texts the offsets take longer to turn into Python's numbers than to find."""
+        return self._model.encode_batch(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """See `Tokenizer.decode`."""

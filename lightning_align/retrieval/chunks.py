@@ -1,0 +1,262 @@
+"""Stage 1: documents become a `ChunkTable`."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from lightning_align.retrieval.duplicates import group_documents, shingles, signature
+from lightning_align.retrieval.stages import Stage, Team, write_bytes, write_rows
+from lightning_align.retrieval.tables import ChunkTable
+from lightning_align.types import Document, MarkedText
+
+FORMAT = 1
+"""Raise it when the same settings come to mean other bytes."""
+BLOCK_BYTES = 4 << 20
+"""Characters of text that a block of documents has at least, if there are as many: what a kill costs at most."""
+
+
+class DocumentSource(Protocol):
+    """Where documents come from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that the documents depend on."""
+        ...
+
+    def documents(self) -> Iterator[Document]:
+        """Yields the documents, the same ones in the same order at every call."""
+        ...
+
+
+class ChunkTokenizer(Protocol):
+    """What turns texts into ids, and says where chunks begin in a text."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    fingerprint: str
+
+    def encode(self, texts: Sequence[str], *, start: int, step: int) -> Iterable[MarkedText]:
+        """Encode each text, marking its tokens number start, start + step and so on."""
+        ...
+
+
+def build_chunks(
+    root: Path, source: DocumentSource, tokenizer: ChunkTokenizer, *, chunk_size: int, team: Team, verify: float
+) -> Stage:
+    """Cut documents into chunks, unless that is done already.
+
+    Args:
+        root: folder of the database.
+        source: the documents; empty ones are counted and left out.
+        tokenizer: makes ids of them.
+        chunk_size: tokens a chunk (m).
+        team: the ranks that share the work.
+        verify: share of the blocks that are made twice and compared.
+
+    Raises:
+        ValueError: if there is no document with text in it, two have one name, or the disk is full.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected 1 or more")
+    inputs = {"format": FORMAT, "source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "chunk_size": chunk_size}
+    stage = Stage(root, "chunks", inputs)
+    with team.together():
+        done = team.rank == 0 and stage.manifest(verify=verify > 0) is not None
+    if team.tell(done):
+        return stage
+    counts = {"empty_documents": 0}
+    with team.together():
+        num_blocks = 0
+        bar = tqdm(
+            _blocks(source, counts), desc="chunks", unit=" blocks", disable=None if team.rank == 0 else True, leave=False
+        )
+        for number, documents in enumerate(bar):
+            num_blocks = number + 1
+            if number % team.size != team.rank:
+                continue
+            found = stage.has_block(number)
+            if not found:
+                stage.write_block(number, _chunk(documents, tokenizer, chunk_size))
+            if stage.is_sampled(number, verify):
+                stage.check_block(number, _chunk(documents, tokenizer, chunk_size))
+        if num_blocks == 0:
+            raise ValueError(
+                f"there is no document with text in it ({counts['empty_documents']} are empty): give a folder or file with some"
+            )
+    with team.together():
+        if team.rank == 0:
+            _merge(stage, num_blocks, tokenizer, chunk_size, counts)
+    return stage
+
+
+def _blocks(source: DocumentSource, counts: dict[str, int]) -> Iterator[list[Document]]:
+    block: list[Document] = []
+    size = 0
+    for document in source.documents():
+        if not document.text:
+            counts["empty_documents"] += 1
+            continue
+        block.append(document)
+        size += len(document.text)
+        if size >= BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _chunk(documents: Sequence[Document], tokenizer: ChunkTokenizer, chunk_size: int) -> dict[str, NDArray[Any]]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=np.int64)
+    tokens: list[NDArray[Any]] = []
+    num_bytes: list[int] = []
+    signatures: list[NDArray[Any]] = []
+    # The first token of the second chunk is the text's token number chunk_size - 1 where a bos stands before it.
+    encoded = tokenizer.encode([document.text for document in documents], start=chunk_size - len(bos), step=chunk_size)
+    for document, (ids, marks) in zip(documents, encoded, strict=True):
+        if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
+            raise ValueError(f"{document.id}: the tokenizer gives id {ids.max()}, but says that it has {tokenizer.vocab_size}")
+        tokens.append(np.concatenate([bos, ids, [tokenizer.eos_id]]).astype(dtype))
+        num_chunks = -(-len(tokens[-1]) // chunk_size)
+        # A last chunk of the end-of-sequence token alone begins where the text ends.
+        marks = [*[0, *marks, len(document.text)][:num_chunks], len(document.text)]
+        num_bytes += _byte_counts(document.text, marks)
+        signatures.append(signature(ids))
+    return {
+        "tokens": np.concatenate(tokens),
+        "lengths": np.array([len(run) for run in tokens], dtype=np.int64),
+        "num_bytes": np.array(num_bytes, dtype=np.uint32),
+        "signatures": np.stack(signatures),
+        "ids": np.frombuffer(json.dumps([document.id for document in documents]).encode(), dtype=np.uint8),
+    }
+
+
+def token_dtype(vocab_size: int) -> type[np.generic]:
+    """The smallest type that every id fits."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
+def _byte_counts(text: str, marks: Sequence[int]) -> list[int]:
+    """UTF-8 bytes of the text between each mark and the next."""
+    if text.isascii():
+        return [stop - start for start, stop in pairwise(marks)]
+    return [len(text[start:stop].encode()) for start, stop in pairwise(marks)]
+
+
+def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[int], team: Team) -> Stage:
+    """The chunks of two stages as one: those of the first keep their numbers.
+
+    Args:
+        root: folder of the database.
+        before: finished stage.
+        added: finished stage, of the same tokenizer and chunk size.
+        deleted: numbers of documents of the first whose names may come again.
+        team: the ranks that wait for it.
+
+    Raises:
+        ValueError: if both have a document of the same name.
+    """
+    stage = Stage(root, "chunks", {"format": FORMAT, "base": before.key, "added": added.key})
+    with team.together():
+        if team.rank == 0 and stage.manifest() is None:
+            first, second = ChunkTable(before.folder), ChunkTable(added.folder)
+            gone = set(deleted)
+            names = {name for number, name in enumerate(first.document_ids) if number not in gone}
+            if twice := [name for name in second.document_ids if name in names]:
+                raise ValueError(
+                    f"the database has a document {twice[0]!r} already ({len(twice)} such names): delete it first, or give "
+                    "the new one another name"
+                )
+            content = Content(
+                tokens=lambda: iter([first.tokens, second.tokens]),
+                num_bytes=lambda: iter([first.num_bytes, second.num_bytes]),
+                lengths=np.concatenate([np.diff(first.token_offsets), np.diff(second.token_offsets)]),
+                signatures=np.concatenate([first.signatures, second.signatures]),
+                names=[*first.document_ids, *second.document_ids],
+            )
+            _write(stage, content, first.settings, {})
+    return stage
+
+
+class Content(NamedTuple):
+    """What a chunk table is made of."""
+
+    tokens: Callable[[], Iterator[NDArray[Any]]]
+    """All tokens, in parts."""
+    num_bytes: Callable[[], Iterator[NDArray[Any]]]
+    """Of all chunks, in parts."""
+    lengths: NDArray[np.int64]
+    """(D,) tokens of each document."""
+    signatures: NDArray[np.uint64]
+    names: list[str]
+
+
+def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size: int, counts: dict[str, int]) -> None:
+    def parts(name: str) -> Iterator[NDArray[Any]]:
+        return (stage.read_block(number)[name] for number in range(num_blocks))
+
+    names = [name for part in parts("ids") for name in json.loads(part.tobytes())]
+    if len(set(names)) != len(names):
+        twice = next(name for name, number in Counter(names).items() if number > 1)
+        raise ValueError(f"two documents have the name {twice!r}: names must differ, they are what documents are deleted by")
+    content = Content(
+        tokens=lambda: parts("tokens"),
+        num_bytes=lambda: parts("num_bytes"),
+        lengths=np.concatenate(list(parts("lengths"))),
+        signatures=np.concatenate(list(parts("signatures"))),
+        names=names,
+    )
+    settings = {
+        "chunk_size": chunk_size,
+        "pad_id": tokenizer.pad_id,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "tokenizer": tokenizer.fingerprint,
+    }
+    _write(stage, content, settings, counts)
+
+
+def _write(stage: Stage, content: Content, settings: Mapping[str, Any], counts: Mapping[str, int]) -> None:
+    """Write a chunk table and finish its stage."""
+    token_offsets = np.concatenate([[0], np.cumsum(content.lengths)])
+    chunk_offsets = np.concatenate([[0], np.cumsum(-(-content.lengths // settings["chunk_size"]))])
+    num_tokens, num_chunks = int(token_offsets[-1]), int(chunk_offsets[-1])
+    folder = stage.folder
+    write_rows(folder / "tokens.npy", content.tokens(), dtype=token_dtype(settings["vocab_size"]), shape=(num_tokens,))
+    write_rows(folder / "num_bytes.npy", content.num_bytes(), dtype=np.uint32, shape=(num_chunks,))
+    write_bytes(folder / "document_ids.jsonl", "".join(json.dumps(name) + "\n" for name in content.names).encode())
+    arrays = {"token_offsets": token_offsets, "chunk_offsets": chunk_offsets, "signatures": content.signatures}
+    for name, values in arrays.items():
+        write_rows(folder / f"{name}.npy", [values], dtype=values.dtype, shape=values.shape)
+    table, has_bos = ChunkTable(folder), settings["bos_id"] is not None
+    groups = group_documents(content.signatures, lambda document: document_shingles(table, document, has_bos=has_bos))
+    write_rows(folder / "groups.npy", [groups], dtype=np.int64, shape=groups.shape)
+    num_copies = int((groups != np.arange(len(groups))).sum())
+    sizes = {"documents": len(content.names), "chunks": num_chunks, "tokens": num_tokens, "near_duplicates": num_copies}
+    stage.finish(table=settings, counts={**counts, **sizes}, files=FILES)
+
+
+FILES = (
+    "tokens.npy",
+    "token_offsets.npy",
+    "chunk_offsets.npy",
+    "num_bytes.npy",
+    "signatures.npy",
+    "groups.npy",
+    "document_ids.jsonl",
+)
+
+
+def document_shingles(table: ChunkTable, document: int, *, has_bos: bool) -> NDArray[np.uint64]:
+    """The shingles of a document's text: without its beginning- and end-of-sequence tokens."""
+    start, stop = table.token_offsets[document : document + 2]
+    return shingles(np.asarray(table.tokens[start + has_bos : stop - 1]))

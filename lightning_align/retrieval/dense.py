@@ -1,0 +1,117 @@
+"""Dense retrieval: faiss behind the searches of stage 4 and behind live retrieval."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_align.retrieval.encoders import Encoder
+from lightning_align.retrieval.faiss_seam import load_faiss, max_effort, search_parameters
+from lightning_align.retrieval.neighbors import Forbidden, Nearest, is_forbidden, pick
+from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints
+
+MARGIN = 14
+"""Neighbors that are asked for beyond k at first; most of those that are left out are of the query's own document."""
+WIDER = 4
+"""Factor on how many are asked for the second time; whoever still has too few gets a search of its own kind."""
+
+
+class DenseSearcher:
+    """Searches a faiss index, leaves out what must not be found, and asks again where too little is left.
+
+    Args:
+        index: over the vectors of all chunks of a database, set to its effort.
+        groups: (C,) of each chunk, see `group_of_chunks`.
+        effort: what the index is set to.
+        vectors: (Q, d) of the chunks that `queries_of` is asked for.
+    """
+
+    def __init__(self, index: Any, groups: Ints, *, effort: int, vectors: NDArray[np.float16] | None = None) -> None:
+        self.index, self.groups, self.effort, self.vectors = index, groups, effort, vectors
+        self._num_groups = int(groups.max(initial=0)) + 1
+        # Chunks by group, so that those of a group are a slice.
+        self._order = np.argsort(groups, kind="stable")
+        self._starts = np.searchsorted(groups[self._order], np.arange(self._num_groups + 1))
+        self._sizes = np.diff(self._starts)
+
+    def queries_of(self, table: ChunkTable, chunks: range) -> Floats:
+        """See `Searcher`: their vectors."""
+        assert self.vectors is not None
+        return self.vectors[chunks.start : chunks.stop].astype(np.float32)
+
+    def nearest(self, queries: Floats, k: int, forbidden: Forbidden) -> Nearest:
+        """See `Searcher`."""
+        available = np.full(len(queries), len(self.groups) - self._starts[0])
+        np.subtract.at(available, forbidden.rows, self._sizes[forbidden.groups])
+        wanted = np.minimum(k, available)
+        result = Nearest(
+            np.zeros((len(queries), k), dtype=np.int64),
+            np.zeros((len(queries), k), dtype=bool),
+            np.full((len(queries), k), np.inf, dtype=np.float32),
+        )
+        rows = np.flatnonzero(wanted)
+        for fetch in (k + MARGIN, WIDER * (k + MARGIN)):
+            if len(rows):
+                # Whoever has found all that there is need not be asked again, whatever else the search would give.
+                distances, ids = self.index.search(queries[rows], min(fetch, len(self.groups)))
+                found = pick(ids, distances, self._allowed(rows, ids, forbidden), k)
+                rows = _fill(result, rows, found, wanted)
+        for some, groups in _by_groups(rows, forbidden):
+            self._search_selected(queries, some, groups, wanted, result)
+        return result
+
+    def _allowed(self, rows: Ints, ids: Ints, forbidden: Forbidden) -> Bools:
+        groups = self.groups[np.maximum(ids, 0)]
+        return (ids >= 0) & ~is_forbidden(np.broadcast_to(rows[:, None], ids.shape), groups, forbidden, self._num_groups)
+
+    def _search_selected(self, queries: Floats, rows: Ints, groups: Ints, wanted: Ints, result: Nearest) -> None:
+        """Search only what is allowed, looking at more and more of the index until there is enough."""
+        faiss = load_faiss()
+        k = result.ids.shape[1]
+        left_out = [self._order[: self._starts[0]], *(self._order[self._starts[g] : self._starts[g + 1]] for g in groups)]
+        batch = faiss.IDSelectorBatch(np.concatenate(left_out))
+        effort = self.effort
+        while len(rows):
+            parameters = search_parameters(self.index, faiss.IDSelectorNot(batch), effort)
+            distances, ids = self.index.search(queries[rows], k, params=parameters)
+            rows = _fill(result, rows, pick(ids, distances, ids >= 0, k), wanted)
+            if effort >= max_effort(self.index):
+                break
+            effort *= 2
+
+
+def _fill(result: Nearest, rows: Ints, found: Nearest, wanted: Ints) -> Ints:
+    """Write what was found, and return the rows that have too few."""
+    for place, values in zip(result, found, strict=True):
+        place[rows] = values
+    starved: Ints = rows[found.mask.sum(1) < wanted[rows]]
+    return starved
+
+
+def _by_groups(rows: Ints, forbidden: Forbidden) -> list[tuple[Ints, Ints]]:
+    """Rows to which the same groups are forbidden, with these groups."""
+    groups: dict[int, list[int]] = {int(row): [] for row in rows}
+    for row, group in zip(forbidden.rows.tolist(), forbidden.groups.tolist(), strict=True):
+        if row in groups:
+            groups[row].append(group)
+    together: dict[tuple[int, ...], list[int]] = {}
+    for row, some in groups.items():
+        together.setdefault(tuple(sorted(set(some))), []).append(row)
+    return [(np.array(members), np.array(some, dtype=np.int64)) for some, members in together.items()]
+
+
+class DenseQueries:
+    """Vectors of chunks that come as tokens, as stage 2 would have made them.
+
+    Args:
+        encoder: that of the index.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, queries: Sequence[ArrayLike]) -> Floats:
+        """(n, d) of n runs of tokens."""
+        # Rounded as those in the index are, so that a chunk is at distance 0 from itself.
+        return self.encoder.encode(queries).astype(np.float16).astype(np.float32)

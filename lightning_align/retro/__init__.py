@@ -1,0 +1,1 @@
+"""RETRO: a language model that reads the neighbours of what it has written so far (Borgeaud et al. 2021)."""

@@ -1,0 +1,66 @@
+"""What one rank of the retrieval test does: a fit whose callback builds the database first."""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
+
+from lightning_align.models.checkpoint import backbone_spec
+from lightning_align.retrieval import chunks, encoders, neighbors
+from lightning_align.retro.callbacks import RetrievalIndexing
+from lightning_align.sft.module import SFTModule
+from tests.retrieval.helpers import Listed, texts
+from tests.toys import tiny_palm, token_batch
+
+
+def checkpoint(path: Path) -> str:
+    """A model that encodes bytes, as a file."""
+    model = tiny_palm(num_tokens=259)
+    state = {f"policy.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"backbone": backbone_spec(model)}}, path)
+    return str(path)
+
+
+def small_blocks() -> None:
+    """Many blocks, so that each rank has some."""
+    chunks.BLOCK_BYTES, encoders.BLOCK_CHUNKS, neighbors.BLOCK_CHUNKS = 800, 64, 64
+
+
+def fit(folder: Path, encoder: str, *, strategy: Any, devices: int) -> None:
+    """Train one step, with the database in the folder."""
+    small_blocks()
+    batch = token_batch([2, 1], [3, 4])
+    indexing = RetrievalIndexing(
+        str(folder),
+        documents=Listed(texts(40)),
+        queries={"validation": Listed(texts(4, seed=5, prefix="v"))},
+        encoder=encoder,
+        tokenizer="bytes",
+        chunk_size=32,
+        k=3,
+        verify=0.2,
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        devices=devices,
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[indexing],
+    )
+    trainer.fit(SFTModule(tiny_palm()), DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    fit(root / "two", str(root / "encoder.ckpt"), strategy=DDPStrategy(timeout=timedelta(seconds=60)), devices=2)
+    torch.distributed.destroy_process_group()

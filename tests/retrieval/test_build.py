@@ -1,0 +1,253 @@
+import os
+import pickle
+import random
+import signal
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_align.retrieval import chunks as chunks_module
+from lightning_align.retrieval import encoders, neighbors
+from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retrieval.encoders import LMEncoder
+from lightning_align.retro.indexing import add_documents, build_database, delete_documents, open_retriever
+from tests.retrieval.helpers import Listed, Projection, hashes, texts
+from tests.toys import tiny_palm
+
+
+def build(root, source, *, encoder=None, **options):
+    source = Listed(source) if isinstance(source, dict) else source
+    settings = {"chunk_size": 32, "k": 4, "verify": 1.0, "encoder": encoder or Projection()}
+    return build_database(root, source, **(settings | options))
+
+
+def document_names(database, ids):
+    return [database.chunks.document_ids[number] for number in database.chunks.document_of(ids).ravel()]
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    root = tmp_path_factory.mktemp("database")
+    queries = {"validation": Listed(texts(5, seed=7, prefix="v"))}
+    return build(root, texts(40), queries=queries)
+
+
+def test_neighbors_are_the_nearest_chunks_of_other_documents(database):
+    table, found = database.chunks, database.neighbors
+    vectors = Projection().encode([table.chunk(i) for i in range(len(table))]).astype(np.float16).astype(np.float64)
+    own = table.document_of(np.arange(len(table)))
+    for chunk in range(0, len(table), 17):
+        distances = np.square(vectors - vectors[chunk]).sum(1)
+        distances[own == own[chunk]] = np.inf
+        assert np.allclose(found.distances[chunk], np.sort(distances)[:4], atol=1e-5)
+        assert np.allclose(distances[found.ids[chunk]], found.distances[chunk], atol=1e-5)
+    assert found.mask.all() and len(found) == len(table) and found.k == 4
+
+
+def test_held_out_documents_have_neighbors_too(database):
+    queries = database.queries("validation")
+    assert queries.leaks == [] and queries.neighbors.mask.all()
+    assert len(queries.neighbors) == len(queries.chunks) and queries.chunks.document_ids == [f"v{i}" for i in range(5)]
+    with pytest.raises(ValueError, match=r"no query set 'test' \(it has validation\)"):
+        database.queries("test")
+
+
+def test_a_database_travels_as_a_path(database):
+    assert database.neighbors.ids.shape[1] == 4
+    sent = pickle.dumps(database)
+    assert len(sent) < 3000
+    assert pickle.loads(sent).neighbors.ids[5].tolist() == database.neighbors.ids[5].tolist()
+
+
+def test_a_second_build_does_nothing(tmp_path):
+    build(tmp_path, texts(5))
+    before, encoder = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}, Projection()
+    build(tmp_path, texts(5), encoder=encoder, verify=0.0)
+    assert encoder.num_encoded == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == before
+
+
+def test_building_leaves_the_random_numbers_alone(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    build(tmp_path, texts(3))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_near_duplicates_are_no_neighbors_and_leaks_are_reported(tmp_path):
+    documents = texts(10, words=200)
+    documents["copy"] = documents["d0"][:-10] + "otherwise."
+    database = build(tmp_path, documents, queries={"validation": Listed({"clean": "zebra " * 50, "leak": documents["d3"]})})
+    table = database.chunks
+    for name, banned in (("d0", "copy"), ("copy", "d0")):
+        chunks = table.chunks_of(table.document_ids.index(name))
+        names = document_names(database, database.neighbors.ids[chunks.start : chunks.stop])
+        assert banned not in names and name not in names
+    queries = database.queries("validation")
+    assert queries.leaks == [{"document": "leak", "found": "d3", "similarity": 1.0}]
+    chunks = queries.chunks.chunks_of(1)
+    assert "d3" not in document_names(database, queries.neighbors.ids[chunks.start : chunks.stop])
+
+
+@pytest.mark.parametrize("encoder", ["dense", "bm25", "hybrid"])
+def test_live_retrieval_gives_what_was_stored(tmp_path, encoder):
+    dense = None if encoder == "bm25" else Projection()
+    database = build(tmp_path, texts(12), encoder=dense or "bm25", rerank=encoder == "hybrid")
+    retriever = open_retriever(tmp_path, encoder=dense)
+    table = database.chunks
+    chunks = [3, 20, 41]
+    own = [[table.document_ids[int(table.document_of(chunk))]] for chunk in chunks]
+    found = retriever.search([table.chunk(chunk) for chunk in chunks], 4, own)
+    assert np.array_equal(found.mask, database.neighbors.mask[chunks])
+    assert np.allclose(found.distances, database.neighbors.distances[chunks], atol=1e-4)
+    ids, mask = table.gather(found.ids, 64)
+    assert np.array_equal(found.tokens.mask, mask & found.mask[..., None])
+    assert np.array_equal(found.tokens.ids[found.tokens.mask], ids[found.tokens.mask])
+    if encoder == "dense":
+        self_found = retriever.search([table.chunk(3)], 1)
+        assert self_found.ids.tolist() == [[3]] and self_found.distances[0, 0] < 1e-6
+    assert retriever.search([], 2).ids.shape == (0, 2)
+    for message, query, options in (
+        ("k is 0", [[5]], {"k": 0}),
+        ("query 0 has the shape", [[]], {"k": 1}),
+        ("query 0 has the shape", [[999]], {"k": 1}),
+        ("exclude has 2 lists for 1", [[5]], {"k": 1, "exclude": [[], []]}),
+        ("document 'no'", [[5]], {"k": 1, "exclude": [["no"]]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            retriever.search(query, **options)
+
+
+def test_documents_come_and_go_without_building_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoders, "BLOCK_CHUNKS", 32)
+    first, second = texts(30), {"new": "xylophone quartz " * 30}
+    build(tmp_path, first, queries={"validation": Listed({"v": "xylophone quartz " * 12})})
+    encoder = Projection()
+    changed = add_documents(tmp_path, Listed(second), encoder=encoder)
+    assert changed.manifest["generation"] == 1
+    # The new ones, what shares a block with them, and the block that is made twice for comparison.
+    num_new = len(changed.chunks.chunks_of(30))
+    assert num_new <= encoder.num_encoded <= num_new + 3 * 32 < len(changed.chunks) / 2
+    queries = changed.queries("validation")
+    assert set(document_names(changed, queries.neighbors.ids[:5])) == {"new"}
+    whole = build(tmp_path / "whole", first | second)
+    assert np.array_equal(changed.neighbors.ids, whole.neighbors.ids)
+    retriever = open_retriever(tmp_path, encoder=encoder)
+    assert document_names(changed, retriever.search([queries.chunks.chunk(1)], 1).ids) == ["new"]
+    # and away again
+    gone = delete_documents(tmp_path, ["new", "d3"], encoder=encoder)
+    assert gone.manifest["generation"] == 2
+    for ids in (gone.neighbors.ids, gone.queries("validation").neighbors.ids):
+        assert not {"new", "d3"} & set(document_names(gone, ids))
+    assert gone.neighbors.mask.all()
+    found = open_retriever(tmp_path, encoder=encoder).search([queries.chunks.chunk(1)], len(gone.chunks))
+    assert not {"new", "d3"} & set(document_names(gone, found.ids[found.mask]))
+    # a build of the same documents keeps what was changed since, and a name that is free may come again
+    assert build(tmp_path, first, encoder=encoder).manifest["generation"] == 2
+    add_documents(tmp_path, Listed({"d3": "a successor " * 20}), encoder=encoder)
+    with pytest.raises(ValueError, match="document 'd4' already"):
+        add_documents(tmp_path, Listed({"d4": "x"}), encoder=encoder)
+    with pytest.raises(ValueError, match="has no document 'new'"):
+        delete_documents(tmp_path, ["new"], encoder=encoder)
+
+
+def test_another_encoder_is_refused(tmp_path):
+    build(tmp_path, texts(5))
+    with pytest.raises(ValueError, match="built with the encoder projection-8-0, this one is projection-8-1"):
+        open_retriever(tmp_path, encoder=Projection(seed=1))
+    with pytest.raises(ValueError, match="built with encoder as an object"):
+        open_retriever(tmp_path)
+    with pytest.raises(ValueError, match="no finished retrieval database"):
+        open_retriever(tmp_path / "no")
+
+
+@pytest.mark.parametrize(
+    ("source", "masked"),
+    [
+        ({"giant": " ".join(map(str, range(5000)))}, True),
+        ({f"line{i}": f"line number {i * i}" for i in range(1000)}, False),
+    ],
+    ids=["one giant document", "a thousand one-line documents"],
+)
+def test_odd_corpora_work(tmp_path, source, masked):
+    database = build(tmp_path, source)
+    assert database.neighbors.mask.any() != masked and database.neighbors.mask.all() != masked
+    assert len(database.chunks) > 700
+
+
+def test_bad_settings_are_named(tmp_path):
+    few = {"a": "b" * 50, "c": "d" * 50}
+    for message, options in (
+        ("k is 99, and the database has 4 chunks", {"k": 99}),
+        ("k is 0", {"k": 0}),
+        ("verify is 2", {"verify": 2.0}),
+        ("rerank needs an encoder", {"encoder": "bm25", "rerank": True}),
+        ("no such file", {"encoder": str(tmp_path / "no.ckpt")}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, few, **options)
+
+    class Bad(Projection):
+        fingerprint = "bad"
+
+        def encode(self, chunks):
+            return np.full((len(chunks), 4), np.nan, dtype=np.float32)
+
+    bad = Bad()
+    bad.fingerprint = "bad"
+    with pytest.raises(ValueError, match="not finite"):
+        build(tmp_path, few, encoder=bad)
+    with pytest.raises(ValueError, match="no finished retrieval database"):
+        RetrievalDatabase.open(tmp_path)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_language_model_encodes_the_mean_of_its_hidden_states(causal):
+    model = tiny_palm(causal=causal).train()
+    runs = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
+    vectors = LMEncoder(model, fingerprint="x", batch_size=2).encode(runs)
+    model.eval()
+    with torch.no_grad():
+        truth = torch.stack([model.hidden(torch.tensor([run]))[0].double().mean(0) for run in runs])
+    model.train()
+    assert np.allclose(vectors, truth.numpy(), atol=1e-5)
+    assert model.training  # in the mode that it was in
+    with pytest.raises(ValueError, match="a Linear has no `hidden`"):
+        LMEncoder(torch.nn.Linear(2, 2), fingerprint="x")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    for module, name, value in (
+        (chunks_module, "BLOCK_BYTES", 800),
+        (encoders, "BLOCK_CHUNKS", 64),
+        (neighbors, "BLOCK_CHUNKS", 64),
+    ):
+        monkeypatch.setattr(module, name, value)
+    source = texts(60)
+    build(tmp_path / "whole", source)
+    draw, killed = random.Random(0), 0
+    for _ in range(30):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, which the child does not use
+            child = os.fork()
+        if child == 0:
+            try:
+                build(tmp_path / "killed", source)
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        time.sleep(draw.uniform(0.02, 0.25))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        killed += 1
+    assert killed >= 2
+    build(tmp_path / "killed", source, verify=0.0)
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")

@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from lightning_align.cli import run
+from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retro.callbacks import RetrievalIndexing
+from lightning_align.retro.indexing import open_retriever
+from lightning_align.sft.module import SFTModule
+from tests.distributed.index import checkpoint
+from tests.retrieval.helpers import Listed, texts, write_folder
+from tests.toys import tiny_palm, token_batch
+
+
+class Reads(L.LightningDataModule):
+    """Looks at the database where its loader is made, as a data module should."""
+
+    def __init__(self, folder, *, tokenizer_name="bytes"):
+        super().__init__()
+        self.folder, self.tokenizer_name, self.seen = folder, tokenizer_name, []
+
+    def train_dataloader(self):
+        database = RetrievalDatabase.open(self.folder)
+        self.seen.append((database.manifest["encoder"], np.array(database.neighbors.ids)))
+        return DataLoader([token_batch([2], [3])] * 2, batch_size=None)
+
+
+def trainer_of(indexing, **options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", callbacks=[indexing], **(quiet | {"max_epochs": 1} | options))
+
+
+def indexing_of(folder, **options):
+    settings = {"documents": Listed(texts(6)), "chunk_size": 32, "k": 2, "encoder": "bm25"}
+    return RetrievalIndexing(str(folder), **(settings | options))
+
+
+def test_the_database_is_there_when_the_loader_is_made(tmp_path):
+    data = Reads(tmp_path / "db")
+    trainer_of(indexing_of(tmp_path / "db")).fit(SFTModule(tiny_palm()), data)
+    assert len(data.seen) == 1 and data.seen[0][1].shape[1] == 2
+
+
+def test_it_is_refreshed_with_the_current_policy(tmp_path):
+    data = Reads(tmp_path / "db")
+    indexing = indexing_of(tmp_path / "db", encoder=checkpoint(tmp_path / "e.ckpt"), refresh_every_n_epochs=2)
+    module = SFTModule(tiny_palm(num_tokens=259))
+    trainer_of(indexing, max_epochs=4, reload_dataloaders_every_n_epochs=1).fit(module, data)
+    encoders = [encoder for encoder, _ in data.seen]
+    assert len(data.seen) == 4 and encoders[0] == encoders[1] != encoders[2] == encoders[3]
+    assert module.policy.training
+    for message, options in (
+        ("the loaders would go on with the old neighbors", {}),
+        ("refresh_every_n_epochs is 2", {"reload_dataloaders_every_n_epochs": 3}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_of(indexing, **options).fit(SFTModule(tiny_palm(num_tokens=259)), data)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match="needs something that turns chunks into vectors"):
+        trainer_of(indexing_of(tmp_path / "db", encoder=None)).fit(SFTModule(tiny_palm()), Reads(tmp_path / "db"))
+    with pytest.raises(ValueError, match="give tokenizer, for the data module has none"):
+        trainer_of(indexing_of(tmp_path / "db")).fit(SFTModule(tiny_palm()), Reads(tmp_path / "db", tokenizer_name=None))
+    with pytest.raises(ValueError, match="refresh_every_n_epochs is -1"):
+        indexing_of(tmp_path / "db", refresh_every_n_epochs=-1)
+
+
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "corpus", {f"{name}.txt": text for name, text in texts(8).items()})
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    encoder = checkpoint(tmp_path / "e.ckpt")
+    Path("index.yaml").write_text(
+        f"""
+trainer:
+  accelerator: cpu
+  max_steps: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: RetrievalIndexing
+      init_args:
+        database: db
+        documents: {{class_path: FolderDocuments, init_args: {{folder: corpus, part: train}}}}
+        queries:
+          validation: {{class_path: FolderDocuments, init_args: {{folder: corpus, part: held_out, held_out: 0.4}}}}
+        encoder: {encoder}
+        chunk_size: 32
+        k: 2
+        index: {{factory: Flat}}
+model:
+  class_path: SFTModule
+  init_args: {{backbone: {{class_path: lightning_align.PaLM, init_args: {{num_tokens: 259, dim: 8, depth: 1}}}}}}
+data:
+  class_path: SFTDataModule
+  init_args: {{train: rows.jsonl, max_length: 8}}
+"""
+    )
+    run(["fit", "--config", "index.yaml"])
+    database = RetrievalDatabase.open("db")
+    assert database.neighbors.mask.all() and len(database.queries("validation").chunks) > 0
+    # The encoder is found again by what the database says of it.
+    found = open_retriever("db").search([database.chunks.chunk(4)], 1)
+    assert found.ids.tolist() == [[4]]

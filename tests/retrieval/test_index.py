@@ -1,0 +1,215 @@
+import builtins
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from lightning_align.retrieval import faiss_seam
+from lightning_align.retrieval.advisor import advise, check_training, index_bytes
+from lightning_align.retrieval.dense import DenseSearcher
+from lightning_align.retrieval.faiss_seam import max_effort, set_effort
+from lightning_align.retrieval.index import IndexConfig, append_index, build_index, exact_neighbors, open_index, tune
+from lightning_align.retrieval.neighbors import Forbidden
+from lightning_align.retrieval.stages import Stage, Team, write_rows
+
+DIM = 16
+
+
+def vectors_of(num, *, seed=0, dim=DIM):
+    """Clustered vectors, as those of texts are."""
+    draw = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(20, dim))
+    return (centres[draw.integers(0, 20, num)] + 0.5 * draw.normal(size=(num, dim))).astype(np.float16)
+
+
+def stage_of(root: Path, data, *, name="v") -> Stage:
+    stage = Stage(root, "vectors", {"name": name, "encoder": "e"})
+    write_rows(stage.folder / "vectors.npy", [data], dtype=np.float16, shape=data.shape)
+    stage.finish(table={"dim": data.shape[1]}, counts={}, files=["vectors.npy"])
+    return stage
+
+
+def build(root, data, *, name="v", verify=1.0, **config):
+    return build_index(root, stage_of(root, data, name=name), IndexConfig(**config), team=Team(), verify=verify)
+
+
+def brute_force(data, queries, k, allowed):
+    """(n, k) distances in float64, infinite where fewer are allowed; a loop over queries."""
+    result = np.full((len(queries), k), np.inf)
+    for row, query in enumerate(queries.astype(np.float64)):
+        distances = np.sort(np.square(data[allowed[row]].astype(np.float64) - query).sum(1))[:k]
+        result[row, : len(distances)] = distances
+    return result
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16,SQ8", "OPQ4_16,IVF16,PQ4x4"])
+def test_shards_that_are_merged_are_one_index(tmp_path, factory):
+    data = vectors_of(3000)
+    one = build(tmp_path / "one", data, factory=factory, min_recall=0.0)
+    many = build(tmp_path / "many", data, factory=factory, min_recall=0.0, shard_size=700)
+    first, second = (open_index(stage) for stage in (one, many))
+    assert first.ntotal == second.ntotal == 3000
+    for index in (first, second):
+        set_effort(index, 16)
+    found = [index.search(data[:100].astype(np.float32), 5) for index in (first, second)]
+    assert np.array_equal(found[0][0], found[1][0]) and np.array_equal(found[0][1], found[1][1])
+
+
+def test_the_same_vectors_give_the_same_bytes(tmp_path):
+    data = vectors_of(2000)
+    files = [(build(tmp_path / str(i), data, factory="IVF16,SQ8").folder / "index.faiss").read_bytes() for i in range(2)]
+    assert files[0] == files[1]
+
+
+def test_effort_is_raised_until_the_recall_is_reached(tmp_path):
+    data = vectors_of(4000)
+    low = build(tmp_path / "low", data, factory="IVF64,Flat", min_recall=0.3).manifest()["table"]
+    high = build(tmp_path / "high", data, factory="IVF64,Flat", min_recall=0.99).manifest()["table"]
+    assert low["recall"] >= 0.3 and high["recall"] >= 0.99 and high["effort"] > low["effort"]
+
+
+def test_recall_is_the_share_of_true_neighbors():
+    data = vectors_of(500)
+    index = faiss.IndexFlatL2(DIM)
+    index.add(np.concatenate([data[:250], data[:250] + 100]).astype(np.float32))  # half of them are out of place
+    config = IndexConfig(min_recall=0.0, recall_at=3)
+    measured = tune(index, data, config, factory="x", num_queries=500)["recall"]
+    hits = []
+    for row in range(500):
+        distances = np.square(data.astype(np.float64) - data[row].astype(np.float64)).sum(1)
+        distances[row] = np.inf
+        truth = set(np.argsort(distances)[:3].tolist())
+        _, found = index.search(data[row : row + 1].astype(np.float32), 4)
+        hits.append(len(truth & {i for i in found[0].tolist() if i != row}) / 3)
+    assert measured == pytest.approx(np.mean(hits), abs=0.01)
+
+
+def test_an_index_that_is_too_coarse_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"OPQ2_8,IVF4,PQ2x4 finds 0\.\d+ of the 2 nearest chunks at most, min_recall is 0.99"):
+        build(tmp_path, vectors_of(1000), factory="OPQ2_8,IVF4,PQ2x4", min_recall=0.99)
+
+
+def test_an_index_that_cannot_be_trained_is_refused_with_the_one_to_take(tmp_path):
+    with pytest.raises(ValueError, match=r"IVF1024,Flat needs 39,936 vectors to train .* there are 500: take Flat"):
+        build(tmp_path, vectors_of(500), factory="IVF1024,Flat")
+    with pytest.raises(ValueError, match=r"PQ4 needs 9,984 vectors"):
+        build(tmp_path, vectors_of(500), factory="PQ4")
+    with pytest.raises(ValueError, match=r"cannot make an index 'Flut'"):
+        build(tmp_path, vectors_of(500), factory="Flut")
+    check_training(faiss.index_factory(DIM, "IVF1024,Flat"), "IVF1024,Flat", 40_000, DIM)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["Flat", "SQ8", "SQfp16", "HNSW32", "IVF64,Flat", "IVF64,SQ8", "IVF16_HNSW8,PQ4x4", "OPQ4_16,IVF64,PQ4x4", "PQ4x4"],
+)
+def test_bytes_are_foretold_within_5_percent(tmp_path, factory):
+    data = vectors_of(10_000, dim=32).astype(np.float32)
+    index = faiss.index_factory(32, factory)
+    index.train(data[:4000])
+    index.add(data)
+    faiss.write_index(index, str(tmp_path / "i"))
+    assert index_bytes(factory, 10_000, 32) == pytest.approx((tmp_path / "i").stat().st_size, rel=0.05)
+
+
+def test_the_advice_grows_with_the_corpus():
+    gib = 2**30
+    assert advise(10_000, 384, memory=gib).factory == "Flat"
+    assert advise(1_000_000, 384, memory=8 * gib).factory == "IVF8192,SQ8"
+    assert advise(5_000_000, 768, memory=8 * gib).factory == "OPQ64_256,IVF65536_HNSW32,PQ64"
+    big = advise(10**9, 768, memory=100 * gib)
+    assert big.factory == "OPQ64_256,IVF1048576_HNSW32,PQ64" and 70e9 < big.num_bytes < 80e9
+    assert advise(10**9, 768, memory=50 * gib).factory.endswith("PQ64x4fsr")
+    assert advise(10**9, 768, memory=100 * gib, cores=64).hours < advise(10**9, 768, memory=100 * gib, cores=8).hours
+    assert advise(200_000, 384, memory=200 * 2**20).factory == "IVF4096,SQ8"  # Flat would take 293 MiB
+    with pytest.raises(ValueError, match=r"no index of 1,000,000,000 vectors of 768 dimensions fits into 1.0 GiB"):
+        advise(10**9, 768, memory=gib)
+    for num in (100, 1000, 10_000, 300_000):
+        check_training(faiss.index_factory(64, advise(num, 64).factory), "", num, 64)  # what it chooses can be trained
+
+
+def test_without_faiss_it_says_what_to_install(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name == "faiss":
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"lightning-align\[cpu\].*lightning-align\[gpu\].*never both"):
+        faiss_seam.load_faiss()
+
+
+def test_appended_vectors_are_found_without_training(tmp_path):
+    data = vectors_of(2000)
+    old, both = stage_of(tmp_path, data[:1500], name="old"), stage_of(tmp_path, data, name="both")
+    before = build_index(tmp_path, old, IndexConfig(factory="IVF16,Flat"), team=Team(), verify=0.0)
+    index = open_index(append_index(tmp_path, before, old, both, team=Team(), verify=0.0))
+    _, ids = index.search(data[1500:].astype(np.float32), 1)
+    assert index.ntotal == 2000 and (ids[:, 0] == np.arange(1500, 2000)).mean() > 0.95
+
+
+# -- search that leaves out
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW16", "PCA16,IVF16,Flat"])
+@pytest.mark.parametrize("sizes", [[1] * 300, [1500, 700, 1, 1, 300], [2000]], ids=["many", "few", "giant"])
+def test_search_finds_the_nearest_that_are_allowed(factory, sizes):
+    num = sum(sizes)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    deleted = 5 if len(sizes) > 5 else None
+    if deleted is not None:
+        groups[groups == deleted] = -1
+    data = vectors_of(num)
+    index = faiss.index_factory(DIM, factory)
+    index.train(data.astype(np.float32))
+    index.add(data.astype(np.float32))
+    set_effort(index, max_effort(index))
+    rows = np.random.default_rng(0).choice(num, 60, replace=False)
+    rows = rows[groups[rows] >= 0]
+    # Every query leaves out its own group, and every third one a further group.
+    forbidden = {(row, int(groups[q])) for row, q in enumerate(rows)}
+    forbidden |= {(row, 0) for row in range(0, len(rows), 3)}
+    pairs = np.array(sorted(forbidden))
+    searcher = DenseSearcher(index, groups, effort=max_effort(index))
+    found = searcher.nearest(data[rows].astype(np.float32), 4, Forbidden(pairs[:, 0], pairs[:, 1]))
+    allowed = [(groups >= 0) & ~np.isin(groups, [g for r, g in forbidden if r == row]) for row in range(len(rows))]
+    truth = brute_force(data, data[rows], 4, allowed)
+    assert np.array_equal(found.mask, np.isfinite(truth))
+    assert all(allowed[row][found.ids[row][found.mask[row]]].all() for row in range(len(rows)))
+    assert (found.ids[~found.mask] == 0).all() and np.isinf(found.distances[~found.mask]).all()
+    assert np.allclose(found.distances[found.mask], truth[found.mask], atol=2e-3)
+
+
+def test_a_search_that_looks_at_little_still_fills_every_row():
+    groups = np.arange(1000) // 50
+    data = vectors_of(1000)
+    index = faiss.index_factory(DIM, "IVF16,Flat")
+    index.train(data.astype(np.float32))
+    index.add(data.astype(np.float32))
+    set_effort(index, 1)
+    searcher = DenseSearcher(index, groups, effort=1)
+    found = searcher.nearest(data.astype(np.float32), 300, Forbidden(np.arange(1000), groups))
+    assert found.mask.all()
+    assert all(len(set(row.tolist())) == 300 for row in found.ids)
+    assert (groups[found.ids] != groups[:, None]).all()
+
+
+def test_exact_neighbors_in_blocks_are_those_of_one_search():
+    data = vectors_of(1000)
+    queries = data[:50].astype(np.float32)
+    index = faiss.IndexFlatL2(DIM)
+    index.add(data.astype(np.float32))
+    truth, ids = index.search(queries, 7)
+    distances, found = exact_neighbors(data, queries, 7, block=130)
+    assert np.allclose(distances, truth, atol=1e-3) and (found == ids).mean() > 0.99
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_the_index_that_a_cpu_searches(tmp_path):
+    if not faiss_seam.num_gpus():
+        pytest.skip("faiss sees no GPU: needs faiss-gpu")
+    manifest = build(tmp_path, vectors_of(20_000), factory="IVF64,Flat").manifest()
+    assert manifest["table"]["recall"] >= 0.95
