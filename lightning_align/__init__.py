@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_align.data.documents import FolderDocuments, RowDocuments, StandardLibrary
     from lightning_align.data.rows import RowTask
     from lightning_align.data.tasks.arithmetic import Arithmetic
+    from lightning_align.data.tasks.facts import Facts
     from lightning_align.dpo.datamodule import DPODataModule
     from lightning_align.dpo.module import DPOModule
     from lightning_align.generation.sampler import GenerationConfig, generate
@@ -29,7 +30,12 @@ if TYPE_CHECKING:
     from lightning_align.models.palm_import import load_palm_rlhf
     from lightning_align.retrieval.database import RetrievalDatabase
     from lightning_align.retro.callbacks import RetrievalIndexing
+    from lightning_align.retro.datamodule import RETRODataModule
+    from lightning_align.retro.decoding import RetrievalDecoder
     from lightning_align.retro.indexing import add_documents, build_database, delete_documents, open_retriever
+    from lightning_align.retro.model import RETRO
+    from lightning_align.retro.module import RETROModule
+    from lightning_align.retro.panel import NeighborPanel
     from lightning_align.schedules import WarmupDecay
     from lightning_align.sft.datamodule import SFTDataModule
     from lightning_align.sft.module import SFTModule
@@ -40,11 +46,17 @@ _HOME = {
     "Arithmetic": "data.tasks.arithmetic",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
+    "Facts": "data.tasks.facts",
     "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
     "LoRAConfig": "models.lora",
+    "NeighborPanel": "retro.panel",
     "PaLM": "models.palm",
+    "RETRO": "retro.model",
+    "RETRODataModule": "retro.datamodule",
+    "RETROModule": "retro.module",
     "RetrievalDatabase": "retrieval.database",
+    "RetrievalDecoder": "retro.decoding",
     "RetrievalIndexing": "retro.callbacks",
     "RowDocuments": "data.documents",
     "RowTask": "data.rows",
@@ -71,14 +83,20 @@ _HOME = {
 }
 
 __all__ = [
+    "RETRO",
     "Arithmetic",
     "DPODataModule",
     "DPOModule",
+    "Facts",
     "FolderDocuments",
     "GenerationConfig",
     "LoRAConfig",
+    "NeighborPanel",
     "PaLM",
+    "RETRODataModule",
+    "RETROModule",
     "RetrievalDatabase",
+    "RetrievalDecoder",
     "RetrievalIndexing",
     "RowDocuments",
     "RowTask",
