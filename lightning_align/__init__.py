@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_align.data.rows import RowTask
     from lightning_align.data.tasks.arithmetic import Arithmetic
     from lightning_align.data.tasks.key_value import KeyValue
+    from lightning_align.data.tasks.facts import Facts
     from lightning_align.dpo.datamodule import DPODataModule
     from lightning_align.dpo.module import DPOModule
     from lightning_align.generation.sampler import GenerationConfig, generate
@@ -36,7 +37,12 @@ if TYPE_CHECKING:
     from lightning_align.reference import ReferenceUpdate
     from lightning_align.retrieval.database import RetrievalDatabase
     from lightning_align.retro.callbacks import RetrievalIndexing
+    from lightning_align.retro.datamodule import RETRODataModule
+    from lightning_align.retro.decoding import RetrievalDecoder
     from lightning_align.retro.indexing import add_documents, build_database, delete_documents, open_retriever
+    from lightning_align.retro.model import RETRO
+    from lightning_align.retro.module import RETROModule
+    from lightning_align.retro.panel import NeighborPanel
     from lightning_align.schedules import WarmupDecay
     from lightning_align.sft.datamodule import SFTDataModule
     from lightning_align.sft.module import SFTModule
@@ -56,13 +62,19 @@ _HOME = {
     "ConnectionConfig": "calm.connections",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
+    "Facts": "data.tasks.facts",
     "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
     "KeyValue": "data.tasks.key_value",
     "LoRAConfig": "models.lora",
+    "NeighborPanel": "retro.panel",
     "PaLM": "models.palm",
     "ReferenceUpdate": "reference",
+    "RETRO": "retro.model",
+    "RETRODataModule": "retro.datamodule",
+    "RETROModule": "retro.module",
     "RetrievalDatabase": "retrieval.database",
+    "RetrievalDecoder": "retro.decoding",
     "RetrievalIndexing": "retro.callbacks",
     "RowDocuments": "data.documents",
     "RowTask": "data.rows",
@@ -93,6 +105,7 @@ _HOME = {
 
 __all__ = [
     "CALM",
+    "RETRO",
     "Arithmetic",
     "Augment",
     "AugmentInput",
@@ -101,13 +114,18 @@ __all__ = [
     "ConnectionConfig",
     "DPODataModule",
     "DPOModule",
+    "Facts",
     "FolderDocuments",
     "GenerationConfig",
     "KeyValue",
     "LoRAConfig",
+    "NeighborPanel",
     "PaLM",
     "ReferenceUpdate",
+    "RETRODataModule",
+    "RETROModule",
     "RetrievalDatabase",
+    "RetrievalDecoder",
     "RetrievalIndexing",
     "RowDocuments",
     "RowTask",

@@ -1,0 +1,147 @@
+"""Windows of documents with the neighbours of their chunks, and what evaluation compares those neighbours with."""
+
+from collections.abc import Sequence
+from typing import Any, NotRequired
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_align.retrieval.tables import Bools, ChunkTable, Ints, Neighbors
+from lightning_align.retro.model import NeighborTokens
+from lightning_align.retro.overlap import overlaps
+from lightning_align.types import TokenBatch
+
+
+class RetrievalBatch(TokenBatch):
+    """Windows of U chunks and one token more, which is a target alone; padded on the right to at least a chunk and one token.
+
+    Every token of a document but its first is a target of one window.
+    """
+
+    neighbors: NeighborTokens
+    """(B, U, J, R) of each full chunk."""
+    controls: NotRequired[dict[str, NeighborTokens]]
+    """``random`` (any chunks of the database) and ``shuffled`` (the neighbours of another chunk) in place of them."""
+    documents: NotRequired[Tensor]
+    """(B,) int64 number of each window's document."""
+    overlap: NotRequired[Tensor]
+    """(B, C) share of each chunk that stands in its neighbours too, see `overlaps`; of each chunk that has a target."""
+    chunk_bytes: NotRequired[Tensor]
+    """(B, C) UTF-8 bytes of each chunk; 0 of a chunk whose first token alone is a target here, for it has its own window."""
+
+
+class Windows:
+    """How documents are cut in windows of n chunks: a window never spans two documents, and the last may be shorter."""
+
+    def __init__(self, table: ChunkTable, chunks: int) -> None:
+        """Cut.
+
+        Args:
+            table: of the documents.
+            chunks: n.
+        """
+        counts = np.diff(table.chunk_offsets)
+        per_document = -(-counts // chunks)
+        document = np.repeat(np.arange(len(counts)), per_document)
+        number = np.arange(len(document)) - np.repeat(np.cumsum(per_document) - per_document, per_document)
+        first = table.chunk_offsets[document] + number * chunks
+        size = table.chunk_size
+        rest = (table.token_offsets[document + 1] - table.token_offsets[document]) - number * chunks * size
+        kept = rest >= 2  # one token alone is a target of the window before
+        self.first: Ints = first[kept]
+        self.document: Ints = document[kept]
+        self.lengths: Ints = np.minimum(rest, chunks * size + 1)[kept]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+class RetrievalWindows(Dataset[RetrievalBatch]):
+    """Batches by lists of window numbers, which is what the samplers here yield. Pickled, it is paths and window numbers.
+
+    Args:
+        table: the documents.
+        neighbors: those of their chunks.
+        database: the chunks that the neighbours are.
+        num_chunks: chunks of a window.
+        num_neighbors: J, neighbours of a chunk.
+        seed: of the random and shuffled neighbours of evaluation; None: training, which needs none.
+
+    Raises:
+        ValueError: if the database keeps fewer neighbours.
+    """
+
+    def __init__(
+        self,
+        table: ChunkTable,
+        neighbors: Neighbors,
+        database: ChunkTable,
+        *,
+        num_chunks: int,
+        num_neighbors: int,
+        seed: int | None = None,
+    ) -> None:
+        if num_neighbors > neighbors.k:
+            raise ValueError(
+                f"num_neighbors is {num_neighbors}, but the database keeps {neighbors.k} neighbours of each chunk: ask for "
+                "fewer, or build it with more"
+            )
+        self.table, self.neighbors, self.database = table, neighbors, database
+        self.windows = Windows(table, num_chunks)
+        self.num_chunks, self.num_neighbors, self.seed = num_chunks, num_neighbors, seed
+        self.batches: list[list[int]] | None = None
+        """Lists of windows that a plain sampler may ask for by their number; None where the sampler yields the lists."""
+        self.controls: dict[str, tuple[Ints, Bools]] = {}
+        self.overlap: NDArray[np.float32] | None = None
+        if seed is not None:
+            # Tables keyed by chunk: what is evaluated does not depend on how it is batched, nor on the number of ranks.
+            random, shape = np.random.default_rng(seed), (len(table), num_neighbors)
+            self.controls["random"] = random.integers(0, len(database), shape), np.ones(shape, np.bool_)
+            order = random.permutation(len(table))
+            self.controls["shuffled"] = neighbors.ids[order, :num_neighbors], neighbors.mask[order, :num_neighbors]
+            self.overlap = overlaps(table, neighbors, database)
+
+    def __len__(self) -> int:
+        return len(self.windows) if self.batches is None else len(self.batches)
+
+    def __getitem__(self, index: Sequence[int] | int) -> RetrievalBatch:
+        if isinstance(index, int):
+            assert self.batches is not None
+            index = self.batches[index]
+        chosen, size = np.asarray(index), self.table.chunk_size
+        width = max(int(self.windows.lengths[chosen].max()), size + 1)
+        first = self.windows.first[chosen]
+        ids, mask = self.table.gather(first, width)
+        # A window does not go on into the next one, save for its last target.
+        mask = mask & (np.arange(width) < self.windows.lengths[chosen][:, None])
+        targets = mask.copy()
+        targets[:, 0] = False
+        chunks = first[:, None] + np.arange((width - 1) // size)
+        exists = np.arange(chunks.shape[1]) < -(-self.windows.lengths[chosen][:, None] // size)
+        chunks = np.where(exists, chunks, 0)
+        batch: dict[str, Any] = {
+            "tokens": torch.from_numpy(ids),
+            "mask": torch.from_numpy(mask),
+            "targets": torch.from_numpy(targets),
+            "rows": torch.from_numpy(chosen),
+            "neighbors": self._gather(self.neighbors.ids, self.neighbors.mask, chunks, exists),
+        }
+        if self.overlap is not None:
+            batch["controls"] = {name: self._gather(*table, chunks, exists) for name, table in self.controls.items()}
+            batch["documents"] = torch.from_numpy(self.windows.document[chosen])
+            ends = self.table.chunk_offsets[self.windows.document[chosen] + 1][:, None]
+            own = first[:, None] + np.arange((width - 1) // size + 1)
+            here = (own < ends) & (np.arange(own.shape[1]) < self.num_chunks)
+            own = np.minimum(own, ends - 1)
+            batch["overlap"] = torch.from_numpy(self.overlap[own])
+            batch["chunk_bytes"] = torch.from_numpy(np.where(here, self.table.num_bytes[own], 0).astype(np.int64))
+        return batch  # type: ignore[return-value]  # its keys are those of the type
+
+    def _gather(self, ids: Ints, mask: Bools, chunks: Ints, exists: Bools) -> NeighborTokens:
+        """Tokens of the neighbours of chunks (B, U), none of those that do not exist."""
+        found, there = ids[chunks, : self.num_neighbors], mask[chunks, : self.num_neighbors] & exists[..., None]
+        tokens = self.database.gather(np.where(there, found, 0), 2 * self.table.chunk_size)
+        return NeighborTokens(torch.from_numpy(tokens.ids), torch.from_numpy(tokens.mask & there[..., None]))

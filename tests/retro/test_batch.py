@@ -1,0 +1,104 @@
+"""Windows and their neighbours against the documents that they were cut from."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_align.data.tokenizer import ByteTokenizer
+from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retro.batch import RetrievalWindows
+from tests.retro.conftest import HELD_OUT, SIZE
+
+
+def training(database: RetrievalDatabase, *, num_chunks: int = 3, num_neighbors: int = 2) -> RetrievalWindows:
+    return RetrievalWindows(
+        database.chunks, database.neighbors, database.chunks, num_chunks=num_chunks, num_neighbors=num_neighbors
+    )
+
+
+def evaluation(database: RetrievalDatabase, *, num_chunks: int = 3, seed: int = 0) -> RetrievalWindows:
+    queries = database.queries("validation")
+    return RetrievalWindows(
+        queries.chunks, queries.neighbors, database.chunks, num_chunks=num_chunks, num_neighbors=3, seed=seed
+    )
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 50])
+def test_each_token_but_the_first_of_a_document_is_a_target_once(database: RetrievalDatabase, num_chunks: int) -> None:
+    table, windows = database.chunks, training(database, num_chunks=num_chunks)
+    seen: Counter[int] = Counter()
+    for window in range(len(windows)):
+        batch = windows[[window]]
+        first, document = int(windows.windows.first[window]), int(windows.windows.document[window])
+        start = int(table.token_offsets[document]) + (first - int(table.chunk_offsets[document])) * SIZE
+        length = int(batch["mask"].sum())
+        assert batch["tokens"][0, :length].tolist() == table.tokens[start : start + length].tolist()
+        assert length <= num_chunks * SIZE + 1 and batch["tokens"].shape[1] >= SIZE + 1
+        seen.update((start + batch["targets"][0].nonzero().squeeze(1)).tolist())
+    firsts = set(table.token_offsets[:-1].tolist())
+    assert seen == Counter(place for place in range(len(table.tokens)) if place not in firsts)
+
+
+def test_neighbors_are_those_of_the_chunks_that_the_window_fills(database: RetrievalDatabase) -> None:
+    windows, table, neighbors = training(database), database.chunks, database.neighbors
+    order = np.random.default_rng(0).permutation(len(windows))[:4].tolist()
+    batch = windows[order]
+    for row, window in enumerate(order):
+        first, last = int(windows.windows.first[window]), int(windows.windows.lengths[window]) // SIZE
+        for u in range(min(last, batch["neighbors"].tokens.shape[1])):
+            for j in range(2):
+                got = batch["neighbors"].tokens[row, u, j][batch["neighbors"].mask[row, u, j]].tolist()
+                want: list[int] = []
+                if neighbors.mask[first + u, j]:
+                    both = table.gather(neighbors.ids[first + u, j], 2 * SIZE)
+                    want = both.ids[both.mask].tolist()
+                assert got == want
+    assert bool(batch["neighbors"].mask.any())
+
+
+def test_evaluation_does_not_depend_on_how_it_is_batched(database: RetrievalDatabase) -> None:
+    windows = evaluation(database)
+    together = windows[list(range(len(windows)))]
+    for window in range(len(windows)):
+        alone = windows[[window]]
+        for name in ("random", "shuffled"):
+            width = alone["controls"][name].tokens.shape[1]
+            for one, all_ in zip(alone["controls"][name], together["controls"][name], strict=True):
+                assert torch.equal(one[0], all_[window, :width])
+    other = evaluation(database, seed=1)[list(range(len(windows)))]
+    assert not torch.equal(other["controls"]["random"].tokens, together["controls"]["random"].tokens)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 50])
+def test_bytes_add_up_to_the_documents(database: RetrievalDatabase, num_chunks: int) -> None:
+    windows = evaluation(database, num_chunks=num_chunks)
+    totals: Counter[str] = Counter()
+    ids = database.queries("validation").chunks.document_ids
+    for window in range(len(windows)):
+        batch = windows[[window]]
+        totals[ids[int(batch["documents"])]] += int(batch["chunk_bytes"].sum())
+    assert totals == {f"{name}.txt": len(text.encode()) for name, text in HELD_OUT.items()}
+
+
+def test_overlap_is_that_of_the_chunk(database: RetrievalDatabase) -> None:
+    batch = evaluation(database)[[0]]
+    spelled = ByteTokenizer().decode(batch["tokens"][0].tolist())
+    assert spelled.startswith("the quick brown")
+    # "the quick" stands in a and b; the first chunk is its beginning-of-sequence token and 7 letters of that.
+    assert float(batch["overlap"][0, 0]) == 1.0
+    assert bool(((batch["overlap"] >= 0) & (batch["overlap"] <= 1)).all())
+
+
+def test_is_pickled_without_the_tables(database: RetrievalDatabase) -> None:
+    windows = training(database)
+    first = windows[[0, 1]]
+    again = pickle.loads(pickle.dumps(windows))
+    assert torch.equal(again[[0, 1]]["neighbors"].tokens, first["neighbors"].tokens)
+
+
+def test_refuses_more_neighbors_than_are_kept(database: RetrievalDatabase) -> None:
+    with pytest.raises(ValueError, match="keeps 3 neighbours"):
+        training(database, num_neighbors=4)

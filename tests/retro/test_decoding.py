@@ -1,0 +1,103 @@
+"""Generation with retrieval against full recomputation of every token."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.retro.decoding import RetrievalDecoder
+from lightning_align.retro.model import RETRO, NeighborTokens
+from tests.retro.toys import SIZE, ToyRetriever, tiny_retro
+from tests.toys import gap
+
+PROMPTS = [[3], [4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2], [5, 6, 7, 8, 9, 10, 11, 12, 13], [2, 2, 2]]
+CONDITIONED = pytest.mark.parametrize("conditioned", [True, False])
+
+
+def neighbors_of(row: list[int], k: int) -> NeighborTokens:
+    """Of each full chunk of a row, (1, U, J, R)."""
+    chunks = [row[start : start + SIZE] for start in range(0, len(row) - SIZE + 1, SIZE)]
+    found = ToyRetriever().search(chunks, k)
+    return NeighborTokens(torch.from_numpy(found.tokens.ids)[None], torch.from_numpy(found.tokens.mask)[None])
+
+
+@torch.no_grad()
+def recomputed(model: RETRO, row: list[int], k: int) -> Tensor:
+    """Logits of a row in one pass, with the neighbours of its full chunks."""
+    logits: Tensor = model(torch.tensor([row]), neighbors=neighbors_of(row, k) if len(row) >= SIZE else None)[0]
+    return logits
+
+
+@CONDITIONED
+def test_greedy_tokens_equal_full_recomputation(conditioned: bool) -> None:
+    model = tiny_retro(conditioned=conditioned)
+    steps = 3 * SIZE + 1
+    decoder = RetrievalDecoder(model, ToyRetriever(), num_neighbors=3)
+    results = generate(decoder, PROMPTS, GenerationConfig(max_new_tokens=steps, temperature=0.0))
+    for prompt, (result,) in zip(PROMPTS, results, strict=True):
+        row = list(prompt)
+        for _ in range(steps):
+            row.append(int(recomputed(model, row, 3)[-1].argmax()))
+        assert result.tokens == row[len(prompt) :]
+
+
+@CONDITIONED
+def test_cached_logits_equal_teacher_forcing(conditioned: bool) -> None:
+    """Prompts of unequal lengths in one batch, then tokens one by one; each logit within 1e-5 of one pass over the row."""
+    model = tiny_retro(conditioned=conditioned)
+    steps = 3 * SIZE
+    torch.manual_seed(4)
+    forced = torch.randint(1, 23, (len(PROMPTS), steps))
+    rows = [prompt + more.tolist() for prompt, more in zip(PROMPTS, forced, strict=True)]
+    decoder = RetrievalDecoder(model, ToyRetriever(), num_neighbors=2)
+    width = max(map(len, PROMPTS))
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    starts = torch.tensor([[width - len(p)] for p in PROMPTS])
+    columns = torch.arange(width + steps)
+    cache = decoder.make_cache(len(PROMPTS), width + steps)
+    start, stop = 0, width
+    with torch.no_grad():
+        for step in range(steps):
+            positions = (columns - starts).clamp(min=0)[:, start:stop]
+            hidden = decoder.hidden(tokens, mask=(columns >= starts)[:, :stop], positions=positions, cache=cache)
+            logits = hidden @ model.head.weight.T
+            for index, (row, prompt) in enumerate(zip(rows, PROMPTS, strict=True)):
+                want = recomputed(model, row[: len(prompt) + step], 2)
+                new = min(len(prompt), stop - start)
+                assert gap(logits[index, -new:], want[-new:]) < 1e-5
+            tokens, start, stop = forced[:, step : step + 1], stop, stop + 1
+
+
+def test_one_forward_a_token_and_one_search_a_chunk() -> None:
+    model = tiny_retro()
+    retriever = ToyRetriever()
+    lengths: list[int] = []
+    handle = model.decoder.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))  # type: ignore[union-attr, index]
+    decoder = RetrievalDecoder(model, retriever, num_neighbors=2)
+    (result,) = generate(decoder, [PROMPTS[4]], GenerationConfig(max_new_tokens=2 * SIZE + 1, temperature=0.0))
+    handle.remove()
+    assert lengths == [9] + [1] * (2 * SIZE)
+    row = PROMPTS[4] + result[0].tokens
+    fed = len(row) - 1  # the last token is never fed
+    assert retriever.queries == [row[i : i + SIZE] for i in range(0, fed - SIZE + 1, SIZE)]
+
+
+def test_samples_of_a_prompt_search_once_and_what_was_found_is_kept() -> None:
+    retriever = ToyRetriever()
+    decoder = RetrievalDecoder(tiny_retro(), retriever, num_neighbors=2)
+    generate(decoder, [PROMPTS[3]], GenerationConfig(max_new_tokens=1, num_samples=5))
+    assert retriever.queries == [PROMPTS[3][:SIZE], PROMPTS[3][SIZE:]]
+    assert set(decoder.found) == {tuple(PROMPTS[3][:SIZE]), tuple(PROMPTS[3][SIZE:])}
+
+
+def test_without_a_retriever_it_decodes_as_its_decoder() -> None:
+    model = tiny_retro()
+    config = GenerationConfig(max_new_tokens=6, temperature=0.0)
+    assert generate(model, PROMPTS, config) == generate(model.decoder, PROMPTS, config)
+
+
+def test_refuses_other_chunks() -> None:
+    with pytest.raises(ValueError, match="chunks of 5 tokens and the model of 4"):
+        RetrievalDecoder(tiny_retro(), ToyRetriever(5), num_neighbors=2)
+    with pytest.raises(ValueError, match="num_neighbors is 0"):
+        RetrievalDecoder(tiny_retro(), ToyRetriever(), num_neighbors=0)

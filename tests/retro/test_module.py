@@ -1,0 +1,214 @@
+"""RETROModule and RETRODataModule with a bare Trainer: what they optimise, report and refuse."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_align import RETRO, NeighborPanel, RETRODataModule, RETROModule, SFTModule
+from lightning_align.callbacks import PredictionWriter
+from lightning_align.generation.sampler import GenerationConfig
+from lightning_align.models.palm import PaLM
+from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retro.batch import RetrievalBatch
+from lightning_align.retro.model import NeighborTokens
+from tests.retro.conftest import SIZE
+from tests.retro.toys import tiny_retro
+from tests.toys import gap, state_of, tiny_palm
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+def decoder() -> PaLM:
+    return tiny_palm(num_tokens=259, depth=3)
+
+
+def module(**options: Any) -> RETROModule:
+    torch.manual_seed(0)
+    model = options.pop("backbone", None) or tiny_retro(decoder=decoder(), chunk_size=SIZE)
+    return RETROModule(model, optimizer=SGD, **options)
+
+
+def data(database: RetrievalDatabase, **options: Any) -> RETRODataModule:
+    return RETRODataModule(str(database.folder), **{"num_chunks": 3, "batch_size": 4, "eval_num_neighbors": 3, **options})
+
+
+def trainer(folder: Path, **options: Any) -> L.Trainer:
+    return L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": folder,
+            **options,
+        }
+    )
+
+
+@torch.no_grad()
+def slow_nats(model: RETRO, batch: RetrievalBatch, neighbors: NeighborTokens | None) -> Tensor:
+    """Sum over a row's targets, one row and one target at a time, without padding."""
+    sums = []
+    for row in range(len(batch["tokens"])):
+        length, total = int(batch["mask"][row].sum()), 0.0
+        one = None if neighbors is None else NeighborTokens(*(part[row : row + 1] for part in neighbors))
+        # One position more than is scored, so that a short row is not below the size of a chunk by itself.
+        logits = model(batch["tokens"][row : row + 1, : max(length, SIZE)], neighbors=one)[0].double()
+        for place in range(1, length):
+            total -= float(logits[place - 1].log_softmax(0)[batch["tokens"][row, place]])
+        sums.append(total)
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def test_arms_are_what_each_says(database: RetrievalDatabase, tmp_path: Path) -> None:
+    tuned = module(by_k=[1, 3])
+    run = trainer(tmp_path)
+    (values,) = run.validate(tuned, data(database, eval_batch_size=2), verbose=False)
+    (again,) = trainer(tmp_path).validate(module(by_k=[1, 3]), data(database, eval_batch_size=1), verbose=False)
+    assert values.keys() == again.keys() and all(values[name] == pytest.approx(again[name], abs=1e-5) for name in values)
+    loader = data(database).val_dataloader()
+    batch = loader.dataset[range(len(loader.dataset))]  # type: ignore[arg-type]
+    num_bytes = sum(len(text.encode()) for text in ("the quick brown dog jumps at noon", "é warm sun"))
+    arms = {
+        "on": batch["neighbors"].first(2),
+        "off": None,
+        "random": batch["controls"]["random"].first(2),
+        "shuffled": batch["controls"]["shuffled"].first(2),
+        "k_1": batch["neighbors"].first(1),
+        "k_3": batch["neighbors"],
+    }
+    for name, neighbors in arms.items():
+        want = float(slow_nats(tuned._retro, batch, neighbors).sum()) / math.log(2) / num_bytes
+        assert values[f"val/{name}/bits_per_byte"] == pytest.approx(want, rel=1e-4)
+    assert values["val/bits_per_byte"] == values["val/on/bits_per_byte"]
+    assert len({round(values[f"val/{name}/bits_per_byte"], 4) for name in arms}) == len(arms)
+    off = values["val/off/bits_per_byte"] - values["val/on/bits_per_byte"]
+    assert values["val/off/gain"] == pytest.approx(off, abs=1e-5)
+
+
+def test_a_step_descends_the_mean_over_targets(database: RetrievalDatabase, tmp_path: Path) -> None:
+    source = data(database, batch_size=100, num_neighbors=2)
+    tuned = module(vary_neighbors=False)
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(tuned, source)
+    expected = module().policy or tiny_retro(decoder=decoder(), chunk_size=SIZE)
+    rows = source.train_dataloader().dataset
+    batch = rows[range(len(rows))]  # type: ignore[arg-type]
+    logits = expected(batch["tokens"][:, :-1], neighbors=batch["neighbors"])
+    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["tokens"][:, 1:], reduction="none")
+    (nats * batch["targets"][:, 1:]).sum().div(batch["targets"].sum()).backward()
+    for parameter, new in zip(expected.parameters(), tuned.policy.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert gap(parameter - 0.1 * parameter.grad, new) < 1e-5
+
+
+def test_the_number_of_neighbors_is_drawn_from_the_step(database: RetrievalDatabase, tmp_path: Path) -> None:
+    tuned, frozen = module(), module(backbone=tiny_retro(decoder=decoder(), chunk_size=SIZE, train_decoder=False))
+    seen: dict[str, set[int]] = {}
+    for name, one in (("tuned", tuned), ("frozen", frozen)):
+        one.configure_model()
+        one.trainer = trainer(tmp_path)
+        drawn = [one._draw(2, index) for index in range(50)]
+        assert drawn == [one._draw(2, index) for index in range(50)]
+        seen[name] = set(drawn)
+    assert seen == {"tuned": {0, 1, 2}, "frozen": {1, 2}}
+
+
+def test_retrofitting_keeps_the_language_model_to_the_bit(database: RetrievalDatabase, tmp_path: Path) -> None:
+    base = SFTModule(tiny_palm(num_tokens=259, depth=3, seed=5))
+    base.configure_model()
+    run = trainer(tmp_path)
+    run.strategy.connect(base)
+    path = tmp_path / "base.pt"
+    torch.save({f"policy.{name}": value for name, value in base.policy.state_dict().items()}, path)
+    fitted = module(
+        backbone=tiny_retro(decoder=decoder(), chunk_size=SIZE, train_decoder=False), retrofit_from=str(path), num_neighbors=2
+    )
+    before = trainer(tmp_path)
+    before.fit(fitted, data(database))
+    after = state_of(fitted._retro.decoder)
+    assert all(torch.equal(after[name], value) for name, value in base.policy.state_dict().items())
+    assert any(gap(p, q) > 0 for p, q in zip(fitted._retro.cross.parameters(), tiny_retro().cross.parameters(), strict=False))
+    tokens = torch.randint(3, 259, (2, 20))
+    assert torch.equal(fitted(tokens), base.policy(tokens))
+
+
+def test_a_checkpoint_outlives_the_language_model_it_began_from(database: RetrievalDatabase, tmp_path: Path) -> None:
+    path = tmp_path / "base.pt"
+    torch.save(decoder().state_dict(), path)
+    tuned = module(retrofit_from=str(path))
+    run = trainer(tmp_path, max_steps=3)  # an epoch, at whose end it validates
+    run.fit(tuned, data(database))
+    run.save_checkpoint(tmp_path / "retro.ckpt", weights_only=True)
+    path.unlink()
+    again = RETROModule.load_from_checkpoint(tmp_path / "retro.ckpt", weights_only=True)
+    again.configure_model()
+    (values,) = trainer(tmp_path).validate(again, data(database), ckpt_path=tmp_path / "retro.ckpt", verbose=False)
+    assert values["val/bits_per_byte"] == pytest.approx(float(run.callback_metrics["val/bits_per_byte"]), abs=1e-6)
+    fresh = module(retrofit_from=str(path))
+    with pytest.raises(ValueError, match="there is no such file"):
+        trainer(tmp_path).validate(fresh, data(database), verbose=False)
+
+
+def test_resumes_to_the_bit_in_the_middle_of_an_epoch(database: RetrievalDatabase, tmp_path: Path) -> None:
+    whole = module()
+    trainer(tmp_path, max_steps=6, limit_val_batches=0).fit(whole, data(database, batch_size=1))
+
+    def keeping(steps: int) -> L.Trainer:
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        return trainer(tmp_path, max_steps=steps, limit_val_batches=0, enable_checkpointing=True, callbacks=[keep])
+
+    keeping(3).fit(module(), data(database, batch_size=1))
+    rest = module()
+    keeping(6).fit(rest, data(database, batch_size=1), ckpt_path=tmp_path / "step=3.ckpt", weights_only=True)
+    want, got = state_of(whole.policy), state_of(rest.policy)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_predictions_name_what_was_read(database: RetrievalDatabase, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the quick brown fox"}\n{"prompt": "a"}\n')
+    tuned = module(generation=GenerationConfig(max_new_tokens=10, temperature=0.0))
+    writer = PredictionWriter(tmp_path / "out.jsonl")
+    trainer(tmp_path, callbacks=[writer]).predict(tuned, data(database, predict=str(prompts)), return_predictions=False)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["the quick brown fox", "a"]
+    first = rows[0]["neighbors"][0][0]
+    assert first["chunk"] == "the qui"  # with the beginning of the sequence, 8 tokens
+    assert {read["document"] for read in first["read"]} <= {"a.txt", "b.txt", "d.txt"} and len(first["read"]) == 2
+    assert first["read"][0]["text"] == "the qui" and first["read"][0]["continuation"] == "ck brown"
+
+
+def test_panel_shows_query_neighbors_continuation_and_distance(database: RetrievalDatabase) -> None:
+    lines = NeighborPanel(num_chunks=3).table(data(database), database).splitlines()
+    assert lines[0] == "| query | neighbor | continuation | document | distance |"
+    assert "`the qui` | `the qui` | `ck brown` |" in lines[2]
+    assert all(line.count("|") == 6 for line in lines)
+
+
+def test_refuses(database: RetrievalDatabase, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a RETRO"):
+        trainer(tmp_path).validate(RETROModule(decoder()), data(database), verbose=False)
+    with pytest.raises(ValueError, match="chunks of 8 tokens and the model of 4"):
+        trainer(tmp_path).validate(RETROModule(tiny_retro(decoder=decoder())), data(database), verbose=False)
+    with pytest.raises(ValueError, match="batches have 1"):
+        trainer(tmp_path).validate(module(), data(database, eval_num_neighbors=1), verbose=False)
+    with pytest.raises(ValueError, match="gives weights to the decoder"):
+        RETROModule(init_from="a.ckpt", retrofit_from="b.ckpt")
+    with pytest.raises(ValueError, match="expected 1 or more each"):
+        module(by_k=[0])
+    with pytest.raises(ValueError, match=r"no database\.json"):
+        trainer(tmp_path).fit(module(), RETRODataModule(str(tmp_path)))
+    with pytest.raises(ValueError, match="no prompts"):
+        trainer(tmp_path).predict(module(), data(database))
+    with pytest.raises(ValueError, match="on_leak is 'no'"):
+        data(database, on_leak="no")

@@ -1,0 +1,71 @@
+"""Small RETRO models, neighbours for them, and a retriever without a database."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from lightning_align.retrieval.search import Found
+from lightning_align.retrieval.tables import Tokens
+from lightning_align.retro.model import RETRO, NeighborTokens
+from tests.toys import VOCABULARY, tiny_palm
+
+SIZE = 4
+
+
+def tiny_retro(*, seed: int = 1, dtype: torch.dtype = torch.float32, **overrides: Any) -> RETRO:
+    """A RETRO of a few thousand weights, none of which is 0 and whose gains are not all 1."""
+    options: dict[str, Any] = {"chunk_size": SIZE, "cross_layers": [1, 3], "encoder_dim": 12, "heads": 2, "dim_head": 6}
+    decoder = overrides.pop("decoder", None) or tiny_palm(depth=3)
+    model = RETRO(decoder, **{**options, **overrides})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (*model.encoder.parameters(), *model.cross.parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.4 * noise)
+    return model.to(dtype)
+
+
+def tokens_and_neighbors(
+    rows: int, length: int, *, neighbors: int = 2, size: int = SIZE, holes: bool = True, seed: int = 0
+) -> tuple[Tensor, NeighborTokens]:
+    """Random rows with random neighbours of each full chunk; some are missing, some have a short continuation."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
+    shape = rows, length // size, neighbors, 2 * size
+    found = torch.randint(1, VOCABULARY, shape, generator=generator)
+    mask = torch.ones(shape, dtype=torch.bool)
+    if holes:
+        lengths = torch.randint(0, 2 * size + 1, shape[:3], generator=generator)
+        mask = torch.arange(2 * size) < lengths[..., None]
+    return tokens, NeighborTokens(found, mask)
+
+
+class ToyRetriever:
+    """Finds random chunks that depend on the query alone; now and then fewer than were asked for."""
+
+    tokenizer_fingerprint = "toy"
+
+    def __init__(self, chunk_size: int = SIZE) -> None:
+        self.chunk_size = chunk_size
+        self.queries: list[list[int]] = []
+
+    def search(self, queries: Sequence[ArrayLike], k: int, exclude: Sequence[Sequence[str]] | None = None) -> Found:
+        """See `Retriever`."""
+        parts = [self._one([int(i) for i in np.asarray(query)], k) for query in queries]
+        ids, mask, distances, tokens, token_mask = (np.stack(part) for part in zip(*parts, strict=True))
+        return Found(ids, mask, distances, Tokens(tokens, token_mask))
+
+    def _one(self, query: list[int], k: int) -> tuple[Any, ...]:
+        assert len(query) == self.chunk_size
+        self.queries.append(query)
+        random = np.random.default_rng(query)
+        mask = np.arange(k) < random.integers(0, k + 1)
+        lengths = random.integers(1, 2 * self.chunk_size + 1, k)
+        token_mask = (np.arange(2 * self.chunk_size) < lengths[:, None]) & mask[:, None]
+        tokens = random.integers(1, VOCABULARY, (k, 2 * self.chunk_size)) * token_mask
+        distances = np.where(mask, np.sort(random.random(k)), np.inf).astype(np.float32)
+        return random.integers(0, 99, k) * mask, mask, distances, tokens, token_mask
