@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lightning_align.data.documents import FolderDocuments, RowDocuments, StandardLibrary
     from lightning_align.data.rows import RowTask
     from lightning_align.data.tasks.arithmetic import Arithmetic
-    from lightning_align.data.tasks.key_value import KeyValue
     from lightning_align.data.tasks.facts import Facts
+    from lightning_align.data.tasks.key_value import KeyValue
     from lightning_align.dpo.datamodule import DPODataModule
     from lightning_align.dpo.module import DPOModule
     from lightning_align.generation.sampler import GenerationConfig, generate
@@ -121,9 +121,9 @@ __all__ = [
     "LoRAConfig",
     "NeighborPanel",
     "PaLM",
-    "ReferenceUpdate",
     "RETRODataModule",
     "RETROModule",
+    "ReferenceUpdate",
     "RetrievalDatabase",
     "RetrievalDecoder",
     "RetrievalIndexing",

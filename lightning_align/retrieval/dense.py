@@ -83,8 +83,7 @@ class DenseSearcher:
 
 def _fill(result: Nearest, rows: Ints, found: Nearest, wanted: Ints) -> Ints:
     """Write what was found, and return the rows that have too few."""
-    for place, values in zip(result, found, strict=True):
-        place[rows] = values
+    result.ids[rows], result.mask[rows], result.distances[rows] = found
     starved: Ints = rows[found.mask.sum(1) < wanted[rows]]
     return starved
 

@@ -149,7 +149,8 @@ class ChunkTable(_Folder):
     def lengths(self, chunks: ArrayLike) -> Ints:
         """(...) tokens of each chunk: m, or fewer at the end of a document."""
         start, end = self._spans(np.asarray(chunks))
-        return np.minimum(end - start, self.chunk_size)
+        lengths: Ints = np.minimum(end - start, self.chunk_size)
+        return lengths
 
     def chunk(self, number: int) -> Ints:
         """The tokens of a chunk, at most m, unpadded."""

@@ -213,7 +213,7 @@ class RETROModule(AlignModule):
 
         Args:
             batch: a `PromptBatch`, prompts of any lengths.
-            batch_idx: makes the random numbers of each batch its own.
+            batch_idx: not used: a response depends on the number of its row, whatever batch it is in.
 
         Returns:
             For each prompt ``row``, ``prompt``, ``responses``, ``finished``, and ``neighbors``: for each response what was
@@ -222,8 +222,14 @@ class RETROModule(AlignModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by the Trainer when there is one
         tokenizer = data.tokenizer
         decoder = RetrievalDecoder(self._retro, data.retriever, num_neighbors=self.num_neighbors)
-        generator = torch.Generator(self.device).manual_seed(hash((self.generation.seed, self.global_rank, batch_idx)))
-        results = generate(decoder, batch["prompts"], self.generation, eos_id=tokenizer.eos_id, generator=generator)
+        results = generate(
+            decoder,
+            batch["prompts"],
+            self.generation,
+            eos_id=tokenizer.eos_id,
+            ids=batch["rows"].tolist(),
+            decode=tokenizer.decode,
+        )
         return [
             {
                 "row": int(row),

@@ -181,8 +181,8 @@ class SelfPlayGeneration(Callback):
         self.iteration, self._step = iteration, trainer.global_step
         progress = trainer.fit_loop.epoch_loop.batch_progress
         if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and progress.is_last_batch:
-            # Resumed from the last batch of an epoch of another length: Lightning compares the count of that epoch's batches with
-            # the new length, and would leave out as many of the new ones.
+            # Resumed from the last batch of an epoch of another length: Lightning compares the count of that epoch's
+            # batches with the new length, and would leave out as many of the new ones.
             progress.current.completed = sys.maxsize // 2
         module.begin_iteration(iteration)
         weights = whole_weights(module.policy)
