@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from lightning_align.data.store import TokenStore
-from lightning_align.distributed import world
+from lightning_align.distributed import is_sharded, largest, world
 from lightning_align.generation.sampler import Generation, evaluating
 from lightning_align.logprobs import response_logprobs
 from lightning_align.models.lora import lora_layers
@@ -121,8 +121,11 @@ class Play:
             )
         chosen = [(row, answer) for row in rows for answer in row["generated"]]
         size = self.module.generation.batch_size
-        for start in range(0, len(chosen), size):
-            some = chosen[start : start + size]
+        batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        if is_sharded(self.player):
+            # Every rank makes as many forward passes; the one too many gives what is there already.
+            batches += batches[:1] * (largest(len(batches), self.module.device) - len(batches))
+        for some in batches:
             batch = self._batch([(row["row"], answer_ids(answer, eos_id)) for row, answer in some])
             real, generated = self._score(self.player, batch)
             based = self._score(self.base, batch)[1] if self.base is not None else [None] * len(some)
