@@ -42,6 +42,8 @@ class DenseSearcher:
 
     def nearest(self, queries: Floats, k: int, forbidden: Forbidden) -> Nearest:
         """See `Searcher`."""
+        there = forbidden.groups < self._num_groups  # all of a group may have been deleted
+        forbidden = Forbidden(forbidden.rows[there], forbidden.groups[there])
         available = np.full(len(queries), len(self.groups) - self._starts[0])
         np.subtract.at(available, forbidden.rows, self._sizes[forbidden.groups])
         wanted = np.minimum(k, available)
@@ -53,7 +55,6 @@ class DenseSearcher:
         rows = np.flatnonzero(wanted)
         for fetch in (k + MARGIN, WIDER * (k + MARGIN)):
             if len(rows):
-                # Whoever has found all that there is need not be asked again, whatever else the search would give.
                 distances, ids = self.index.search(queries[rows], min(fetch, len(self.groups)))
                 found = pick(ids, distances, self._allowed(rows, ids, forbidden), k)
                 rows = _fill(result, rows, found, wanted)

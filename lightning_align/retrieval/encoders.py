@@ -1,5 +1,6 @@
 """Stage 2: what a chunk is looked for by. Encoders turn chunks into vectors; near vectors should mean like contents."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ FORMAT = 1
 """Raise it when the same settings come to mean other bytes."""
 BLOCK_CHUNKS = 2048
 """Chunks of a block: what is encoded together, and what a kill costs at most."""
+
+IDLE = -1
+"""The number of no block."""
 
 
 class Encoder(Protocol):
@@ -136,8 +140,10 @@ class SentenceEncoder(nn.Module):
         except (OSError, ValueError) as error:
             raise ValueError(f"encoder {name!r} cannot be loaded by sentence-transformers ({error})") from error
         self.decode, self.batch_size = decode, batch_size
-        digest = torch.hash_tensor(torch.cat([p.detach().flatten().float() for p in self.model.parameters()]))
-        self.fingerprint = f"sentence:{Path(name).name}:{int(digest):x}"
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().float().contiguous().numpy().data)
+        self.fingerprint = f"sentence:{Path(name).name}:{digest.hexdigest()[:16]}"
 
     @torch.no_grad()
     def encode(self, chunks: Sequence[ArrayLike]) -> Floats:
@@ -159,6 +165,8 @@ class _Embedding(L.LightningModule):
 
     def predict_step(self, batch: tuple[int, bool]) -> int:
         number, check = batch
+        if number == IDLE:
+            return number
         arrays = {"vectors": self._vectors(number)}
         if check:
             self.stage.check_block(number, arrays)
@@ -219,8 +227,9 @@ def build_vectors(
         with tqdm(
             desc="vectors", unit=" blocks", total=len(work), disable=None if team.rank == 0 else True, leave=False
         ) as bar:
-            # One item is one block. Whole batches come in, so that no sampler of the Trainer's deals them out again.
-            loader: Any = DataLoader(work, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+            # One item is one block, whole, so that no sampler of the Trainer deals them out again. A rank without work gets
+            # an idle one, for a Trainer refuses a loader without any.
+            loader: Any = DataLoader(work or [(IDLE, False)], batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
             trainer().predict(_Embedding(encoder, table, stage, bar), loader, return_predictions=False)
     with team.together():
         if team.rank == 0:

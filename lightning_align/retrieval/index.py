@@ -23,7 +23,7 @@ FORMAT = 1
 class IndexConfig:
     """How chunks are found again.
 
-    Attributes:
+    Args:
         factory: string of faiss's index_factory, or auto: what suits the number of vectors.
         min_recall: share of the true nearest chunks that the index must find; how much of it a search looks at is raised
             until it does.
@@ -39,6 +39,7 @@ class IndexConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Check the values."""
         if not 0 <= self.min_recall <= 1:
             raise ValueError(f"min_recall is {self.min_recall}, expected a share from 0 to 1")
         for name in ("recall_at", "shard_size"):

@@ -39,13 +39,6 @@ class Forbidden(NamedTuple):
     rows: Ints
     groups: Ints
 
-    def of(self, rows: Ints) -> "Forbidden":
-        """Those of some rows, which are then numbered from 0."""
-        place = np.full(int(max(self.rows.max(initial=-1), rows.max(initial=-1))) + 1, -1)
-        place[rows] = np.arange(len(rows))
-        mine = place[self.rows] >= 0
-        return Forbidden(place[self.rows[mine]], self.groups[mine])
-
 
 class Searcher(Protocol):
     """What finds chunks of a database."""

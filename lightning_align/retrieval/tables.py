@@ -144,7 +144,8 @@ class ChunkTable(_Folder):
     def document_of(self, chunks: ArrayLike) -> Ints:
         """(...) numbers of the documents that chunks (...) belong to."""
         after = np.searchsorted(self.chunk_offsets, np.asarray(chunks), side="right")
-        return np.asarray(after, dtype=np.int64) - 1
+        document: Ints = np.asarray(after) - 1
+        return document
 
     def lengths(self, chunks: ArrayLike) -> Ints:
         """(...) tokens of each chunk: m, or fewer at the end of a document."""

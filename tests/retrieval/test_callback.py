@@ -26,11 +26,15 @@ class Reads(L.LightningDataModule):
     def train_dataloader(self):
         database = RetrievalDatabase.open(self.folder)
         self.seen.append((database.manifest["encoder"], np.array(database.neighbors.ids)))
+        return self.val_dataloader()
+
+    def val_dataloader(self):
         return DataLoader([token_batch([2], [3])] * 2, batch_size=None)
 
 
 def trainer_of(indexing, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    quiet = dict.fromkeys(names, False) | {"limit_val_batches": 0}
     return L.Trainer(accelerator="cpu", callbacks=[indexing], **(quiet | {"max_epochs": 1} | options))
 
 
@@ -72,6 +76,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-align"])
     write_folder(tmp_path / "corpus", {f"{name}.txt": text for name, text in texts(8).items()})
     Path("rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
     encoder = checkpoint(tmp_path / "e.ckpt")
