@@ -13,6 +13,7 @@ from lightning_align.logprobs import head_logprobs, select_targets
 from lightning_align.models.checkpoint import Backbone, load_weights, policy_state, read_checkpoint
 from lightning_align.module import AlignModule
 from lightning_align.retrieval.search import Found
+from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.arms import RetrievalArms
 from lightning_align.retro.batch import RetrievalBatch
 from lightning_align.retro.decoding import RetrievalDecoder
@@ -220,7 +221,7 @@ class RETROModule(AlignModule):
             read, chunk by chunk.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by the Trainer when there is one
-        tokenizer = data.tokenizer
+        tokenizer, table = data.tokenizer, data.database.chunks
         decoder = RetrievalDecoder(self._retro, data.retriever, num_neighbors=self.num_neighbors)
         results = generate(
             decoder,
@@ -236,13 +237,13 @@ class RETROModule(AlignModule):
                 "prompt": tokenizer.decode(prompt),
                 "responses": [tokenizer.decode(r.tokens) for r in responses],
                 "finished": [r.finished for r in responses],
-                "neighbors": [self._used(decoder.found, [*prompt, *r.tokens], tokenizer, data) for r in responses],
+                "neighbors": [self._used(decoder.found, [*prompt, *r.tokens], tokenizer, table) for r in responses],
             }
             for row, prompt, responses in zip(batch["rows"], batch["prompts"], results, strict=True)
         ]
 
     def _used(
-        self, found: Mapping[tuple[int, ...], Found], row: Sequence[int], tokenizer: Any, data: Any
+        self, found: Mapping[tuple[int, ...], Found], row: Sequence[int], tokenizer: Any, table: ChunkTable
     ) -> list[dict[str, Any]]:
         """The neighbours of each chunk of a row that was complete before the row ended, as text."""
         size, used = self._retro.chunk_size, []
@@ -251,18 +252,16 @@ class RETROModule(AlignModule):
             if chunk not in found:  # completed by the last token, which nothing was predicted from
                 continue
             one = found[chunk]
+            ids, masks = one.tokens.ids[0], one.tokens.mask[0]
             read = [
                 {
-                    "document": data.database.chunks.document_ids[int(data.database.chunks.document_of(number))],
-                    "chunk": int(number),
-                    "distance": float(distance),
-                    "text": tokenizer.decode(ids[:size][mask[:size]].tolist()),
-                    "continuation": tokenizer.decode(ids[size:][mask[size:]].tolist()),
+                    "document": table.document_ids[int(table.document_of(one.ids[0, j]))],
+                    "chunk": int(one.ids[0, j]),
+                    "distance": float(one.distances[0, j]),
+                    "text": tokenizer.decode(ids[j, :size][masks[j, :size]].tolist()),
+                    "continuation": tokenizer.decode(ids[j, size:][masks[j, size:]].tolist()),
                 }
-                for number, there, distance, ids, mask in zip(
-                    one.ids[0], one.mask[0], one.distances[0], one.tokens.ids[0], one.tokens.mask[0], strict=True
-                )
-                if there
+                for j in one.mask[0].nonzero()[0]
             ]
             used.append({"chunk": tokenizer.decode(chunk), "read": read})
         return used

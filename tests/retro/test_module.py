@@ -18,6 +18,7 @@ from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.palm import PaLM
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retro.batch import RetrievalBatch
+from lightning_align.retro.indexing import build_database
 from lightning_align.retro.model import NeighborTokens
 from tests.retro.conftest import SIZE
 from tests.retro.toys import tiny_retro
@@ -186,6 +187,20 @@ def test_predictions_name_what_was_read(database: RetrievalDatabase, tmp_path: P
     assert first["chunk"] == "the qui"  # with the beginning of the sequence, 8 tokens
     assert {read["document"] for read in first["read"]} <= {"a.txt", "b.txt", "d.txt"} and len(first["read"]) == 2
     assert first["read"][0]["text"] == "the qui" and first["read"][0]["continuation"] == "ck brown"
+
+
+def test_a_planted_leak_stops_the_run_or_is_measured(tmp_path: Path) -> None:
+    for name in ("documents", "held_out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "same.txt").write_text("a text that stands on both sides of the split is no evidence")
+    (tmp_path / "documents" / "other.txt").write_text("quite another one, of which nothing can be copied word for word")
+    sources = str(tmp_path / "documents"), {"validation": str(tmp_path / "held_out")}
+    leaky = build_database(tmp_path / "database", sources[0], encoder="bm25", queries=sources[1], chunk_size=SIZE, k=3)
+    with pytest.raises(ValueError, match=r"1 documents of validation stand in the database too, such as same\.txt"):
+        trainer(tmp_path).validate(module(), data(leaky), verbose=False)
+    with pytest.warns(UserWarning, match="copied, not predicted"):
+        loader = data(leaky, on_leak="warn").val_dataloader()
+    assert float(loader.dataset[[0]]["overlap"].min()) == 1.0  # all of it could have been copied
 
 
 def test_panel_shows_query_neighbors_continuation_and_distance(database: RetrievalDatabase) -> None:

@@ -25,9 +25,11 @@ class Facts(DocumentSource):
     """Random facts and questions about them, for the byte tokenizer.
 
     Args:
-        role: ``database`` is all facts, and questions about those to train on; ``questions`` those about the held-out ones.
+        role: ``database`` is the facts, and questions about those to train on; ``questions`` those about the held-out ones.
         num_facts: Facts to train on.
         num_held_out: Facts whose questions are held out.
+        unanswered: Share of the facts to train on that are left out of the database, but not the questions about them: what is
+            found for these is of another key, and whoever believes it without looking at the key is wrong.
         chunk_size: Tokens a chunk, of which a question fills the first exactly.
         seed: Chooses keys and values.
         edition: Editions of the database differ in the values of the held-out facts, and in nothing else.
@@ -42,6 +44,7 @@ class Facts(DocumentSource):
         *,
         num_facts: int = 3000,
         num_held_out: int = 300,
+        unanswered: float = 0.3,
         chunk_size: int = 32,
         seed: int = 0,
         edition: int = 0,
@@ -55,12 +58,19 @@ class Facts(DocumentSource):
                 f"num_facts={num_facts} and num_held_out={num_held_out}: expected at most "
                 f"{len(_LETTERS) ** KEY_LETTERS // 2} together; there are no more keys"
             )
+        if not 0 <= unanswered < 1:
+            raise ValueError(f"unanswered={unanswered}: expected a share; give a number from 0 to below 1")
         least = len(_fact("x" * KEY_LETTERS, "0" * VALUE_DIGITS)) + 2  # with the beginning and the end of the document
         if chunk_size < least:
             raise ValueError(f"chunk_size={chunk_size}: expected {least} or more, the tokens of a fact")
         self.role: Role = role
         self.num_facts, self.num_held_out, self.chunk_size = num_facts, num_held_out, chunk_size
-        self.seed, self.edition = seed, edition
+        self.unanswered, self.seed, self.edition = unanswered, seed, edition
+
+    @property
+    def num_unanswered(self) -> int:
+        """Facts that are not in the database, the first."""
+        return round(self.unanswered * self.num_facts)
 
     @property
     def fingerprint(self) -> str:
@@ -71,7 +81,7 @@ class Facts(DocumentSource):
         """See `DocumentSource`. Ids are ``fact/qwxz`` and ``question/qwxz``."""
         facts = self.facts()
         if self.role == "database":
-            yield from (Document(f"fact/{key}", _fact(key, value)) for key, value in facts)
+            yield from (Document(f"fact/{key}", _fact(key, value)) for key, value in facts[self.num_unanswered :])
         asked = facts[: self.num_facts] if self.role == "database" else facts[self.num_facts :]
         yield from (Document(f"question/{key}", self.prompt(key) + value) for key, value in asked)
 
