@@ -40,6 +40,8 @@ class Tools:
     k: int
     index: IndexConfig
     verify: float
+    hide_copies: bool = True
+    """Whether held-out documents may not find near-duplicates of themselves; those of the database never do."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,15 @@ class Builder:
         def neighbors(chunks: Stage, vectors: Stage | None) -> str:
             searcher = make_searcher(parts, deleted, tools.kind, tools.decode, query_vectors=vectors)
             stage = build_neighbors(
-                self.root, chunks, parts.chunks, searcher, inputs=inputs, deleted=deleted, k=tools.k, **self._shared
+                self.root,
+                chunks,
+                parts.chunks,
+                searcher,
+                inputs=inputs,
+                deleted=deleted,
+                k=tools.k,
+                hide_copies=tools.hide_copies,
+                **self._shared,
             )
             return stage.folder.name
 

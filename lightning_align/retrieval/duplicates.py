@@ -24,6 +24,7 @@ THRESHOLD = 0.8
 _KEPT = 4096
 """Sets of shingles held in memory."""
 
+_ATTEMPTS = 128
 _EMPTY = np.uint64(2**64 - 1)
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -50,15 +51,23 @@ def signature(tokens: NDArray[Any]) -> Hashes:
     hashes = _grams(tokens)
     bins = np.full(BINS, _EMPTY)
     np.minimum.at(bins, (hashes % np.uint64(BINS)).astype(np.int64), hashes)
-    empty = np.flatnonzero(bins == _EMPTY)
-    full = bins.copy()
-    attempt = 0
+    filled = bins != _EMPTY
+    empty, full, block = np.flatnonzero(~filled), bins.copy(), 0
     while len(empty) and len(hashes):
-        attempt += 1
-        source = (_mix(empty.astype(np.uint64) * np.uint64(1_000_003) + np.uint64(attempt)) % np.uint64(BINS)).astype(np.int64)
-        full[empty] = np.where(bins[source] == _EMPTY, _EMPTY, _mix(bins[source] + np.uint64(attempt)))
-        empty = empty[full[empty] == _EMPTY]
+        hit = filled[_lenders(block)[:, empty]]  # (attempts, empty)
+        first = hit.argmax(axis=0)
+        lent = hit[first, np.arange(len(empty))]
+        borrower, attempt = empty[lent], first[lent]
+        full[borrower] = _mix(bins[_lenders(block)[attempt, borrower]] + (block * _ATTEMPTS + attempt + 1).astype(np.uint64))
+        empty, block = empty[~lent], block + 1
     return full
+
+
+@lru_cache(maxsize=64)
+def _lenders(block: int) -> NDArray[np.int64]:
+    """(attempts, BINS) the bin that each bin asks at each of a block's attempts: the first of them that is not empty lends."""
+    attempts = np.arange(block * _ATTEMPTS + 1, (block + 1) * _ATTEMPTS + 1, dtype=np.uint64)[:, None]
+    return (_mix(np.arange(BINS, dtype=np.uint64) * np.uint64(1_000_003) + attempts) % np.uint64(BINS)).astype(np.int64)
 
 
 def jaccard(first: Hashes, second: Hashes) -> float:

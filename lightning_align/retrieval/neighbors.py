@@ -95,6 +95,7 @@ def build_neighbors(
     k: int,
     team: Team,
     verify: float,
+    hide_copies: bool = True,
 ) -> Stage:
     """Find the neighbors of every chunk of a table, unless that is done already.
 
@@ -111,11 +112,15 @@ def build_neighbors(
         k: neighbors of each chunk.
         team: the ranks that share the work.
         verify: share of the blocks that are made twice and compared.
+        hide_copies: whether documents that are not in the database may not find near-duplicates of themselves in it either.
 
     Raises:
         ValueError: if k is out of range, or the disk is full.
     """
+    same = queries.key == database.key
     settings = {"queries": queries.key, "database": database.key, "deleted": deleted.tolist(), "k": k, **inputs}
+    if not same:
+        settings["hide_copies"] = hide_copies
     stage = Stage(root, "neighbors", {"format": FORMAT, **settings})
     with team.together():
         done = team.rank == 0 and stage.manifest(verify=verify > 0) is not None
@@ -128,8 +133,8 @@ def build_neighbors(
             "make the chunks smaller"
         )
     with team.together():
-        copies = find_leaks(own, other) if queries.key != database.key else []
-        by_document = _forbidden_documents(own, other, copies, same=queries.key == database.key)
+        copies = [] if same else find_leaks(own, other)
+        by_document = _forbidden_documents(own, other, copies if hide_copies else [], same=same)
     num_blocks = -(-len(own) // BLOCK_CHUNKS)
 
     def make(number: int) -> dict[str, NDArray[Any]]:

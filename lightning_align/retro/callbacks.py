@@ -39,6 +39,8 @@ class RetrievalIndexing(Callback):
         chunk_size: tokens a chunk.
         k: neighbors of each chunk; training may use fewer.
         index: how vectors are indexed: factory (a string of faiss, or auto), min_recall, recall_at, shard_size, seed.
+        hide_copies: whether the documents of `queries` may not find near-duplicates of themselves; false shows what a leak
+            fakes. Documents of the database never do.
         verify: share of the blocks of each stage that are made twice and compared.
         precision: that the encoder runs in, by default the Trainer's; bf16-mixed is the fastest on most machines.
         refresh_every_n_epochs: build again with the current policy as encoder, every so many epochs; 0 never does.
@@ -57,6 +59,7 @@ class RetrievalIndexing(Callback):
         chunk_size: int = 64,
         k: int = 8,
         index: IndexConfig | None = None,
+        hide_copies: bool = True,
         verify: float = 0.01,
         precision: str | None = None,
         refresh_every_n_epochs: int = 0,
@@ -73,6 +76,7 @@ class RetrievalIndexing(Callback):
             "chunk_size": chunk_size,
             "k": k,
             "index": index,
+            "hide_copies": hide_copies,
             "verify": verify,
         }
 

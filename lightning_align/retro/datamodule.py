@@ -194,11 +194,14 @@ class RETRODataModule(L.LightningDataModule):
             first = queries.leaks[0]
             message = (
                 f"{len(queries.leaks)} documents of {name} stand in the database too, such as {first['document']}, which is "
-                f"like {first['found']} ({first['similarity']:.2f}): what they gain is copied, not predicted. Take them out of "
-                "one of the two"
+                f"like {first['found']} ({first['similarity']:.2f}): training reads them, and a neighbor among them is copied "
+                "from, not predicted with. Take them out of one of the two"
             )
             if self.on_leak == "fail":
-                raise ValueError(f"{message}, or set on_leak: warn to measure what they fake")
+                raise ValueError(
+                    f"{message}, or set on_leak: warn; they are no neighbors of each other unless the database was built with "
+                    "hide_copies: false, which shows what they fake"
+                )
             rank_zero_warn(message)
         rows = RetrievalWindows(
             queries.chunks,

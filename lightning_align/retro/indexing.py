@@ -35,6 +35,7 @@ def build_database(
     k: int = 8,
     rerank: bool = False,
     index: IndexConfig | None = None,
+    hide_copies: bool = True,
     verify: float = 0.01,
     trainer: Callable[[], L.Trainer] | None = None,
 ) -> RetrievalDatabase:
@@ -53,6 +54,8 @@ def build_database(
         k: neighbors of each chunk.
         rerank: whether BM25 has the last word on what the encoder finds.
         index: how vectors are indexed.
+        hide_copies: whether the documents of `queries` may not find near-duplicates of themselves; false shows what a leak
+            fakes. Documents of the database never do.
         verify: share of the blocks of each stage that are made twice and compared.
         trainer: makes the Trainer that runs the encoder; by default one on this machine's best device.
 
@@ -60,7 +63,14 @@ def build_database(
         ValueError: if anything that was given cannot be used; what is finished by then is kept.
     """
     tools = make_tools(
-        encoder, tokenizer=tokenizer, k=k, rerank=rerank, index=index or IndexConfig(), verify=verify, trainer=trainer
+        encoder,
+        tokenizer=tokenizer,
+        k=k,
+        rerank=rerank,
+        index=index or IndexConfig(),
+        hide_copies=hide_copies,
+        verify=verify,
+        trainer=trainer,
     )
     sources = {name: load_documents(source) for name, source in (queries or {}).items()}
     # Loaders draw from torch's generator; what is trained afterwards must not depend on whether the database was there.
@@ -118,6 +128,7 @@ def make_tools(
     k: int,
     rerank: bool,
     index: IndexConfig,
+    hide_copies: bool,
     verify: float,
     trainer: Callable[[], L.Trainer] | None = None,
 ) -> Tools:
@@ -138,11 +149,13 @@ def make_tools(
             "encoder": encoder if isinstance(encoder, str) else None,
             "k": k,
             "index": dataclasses.asdict(index),
+            "hide_copies": hide_copies,
         },
         trainer=trainer or local_trainer,
         k=k,
         index=index,
         verify=verify,
+        hide_copies=hide_copies,
     )
 
 
@@ -197,5 +210,6 @@ def _tools_of(folder: str | Path, encoder: Encoder | None) -> Tools:
         k=made_with["k"],
         rerank=head["retriever"] == "hybrid",
         index=IndexConfig(**made_with["index"]),
+        hide_copies=made_with["hide_copies"],
         verify=0.01,
     )

@@ -50,13 +50,16 @@ def fit(folder: Path, encoder: str, *, strategy: Any, devices: int) -> None:
         strategy=strategy,
         devices=devices,
         max_steps=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[indexing],
     )
-    trainer.fit(SFTModule(tiny_palm()), DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader([batch] * 2, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+    trainer.fit(SFTModule(tiny_palm()), loader, loader)
 
 
 if __name__ == "__main__":

@@ -195,12 +195,23 @@ def test_a_planted_leak_stops_the_run_or_is_measured(tmp_path: Path) -> None:
         (tmp_path / name / "same.txt").write_text("a text that stands on both sides of the split is no evidence")
     (tmp_path / "documents" / "other.txt").write_text("quite another one, of which nothing can be copied word for word")
     sources = str(tmp_path / "documents"), {"validation": str(tmp_path / "held_out")}
-    leaky = build_database(tmp_path / "database", sources[0], encoder="bm25", queries=sources[1], chunk_size=SIZE, k=3)
+
+    def build(folder: str, **options: Any) -> RetrievalDatabase:
+        return build_database(
+            tmp_path / folder, sources[0], encoder="bm25", queries=sources[1], chunk_size=SIZE, k=3, **options
+        )
+
+    leaky = build("database")
     with pytest.raises(ValueError, match=r"1 documents of validation stand in the database too, such as same\.txt"):
         trainer(tmp_path).validate(module(), data(leaky), verbose=False)
-    with pytest.warns(UserWarning, match="copied, not predicted"):
-        loader = data(leaky, on_leak="warn").val_dataloader()
-    assert float(loader.dataset[[0]]["overlap"].min()) == 1.0  # all of it could have been copied
+    overlap = {}
+    for name, database in (("hidden", leaky), ("shown", build("shown", hide_copies=False))):
+        with pytest.warns(UserWarning, match="copied from, not predicted with"):
+            rows = data(database, on_leak="warn").val_dataloader().dataset
+        batch = rows[range(len(rows))]  # type: ignore[arg-type]
+        overlap[name] = batch["overlap"][batch["chunk_bytes"] > 0]
+    assert bool((overlap["shown"] == 1).all())  # all of it could have been copied
+    assert float(overlap["hidden"].max()) <= 0.5
 
 
 def test_panel_shows_query_neighbors_continuation_and_distance(database: RetrievalDatabase) -> None:

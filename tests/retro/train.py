@@ -22,7 +22,7 @@ SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
 def run(strategy: Any, devices: int, database: str, folder: Path) -> dict[str, Any]:
-    """Three optimizer steps on global batches of four windows, then all arms, then a greedy continuation."""
+    """Two optimizer steps on the same global batches, of six and of three windows, then both arms, then a continuation."""
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -37,7 +37,7 @@ def run(strategy: Any, devices: int, database: str, folder: Path) -> dict[str, A
         default_root_dir=folder,
     )
     module = RETROModule(tiny_retro(decoder=tiny_palm(num_tokens=259, depth=3), chunk_size=SIZE), optimizer=SGD)
-    data = RETRODataModule(database, num_chunks=3, batch_size=4 // devices, eval_num_neighbors=3)
+    data = RETRODataModule(database, num_chunks=3, batch_size=6 // devices, eval_num_neighbors=3)
     trainer.fit(module, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     decoder = RetrievalDecoder(module.policy, ToyRetriever(SIZE), num_neighbors=2)
