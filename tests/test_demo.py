@@ -1,7 +1,7 @@
 """A short version of the demo: two numbers in place of three, a fifth of the steps, everything else the same.
 
-What DPO gains in it is small: most of the model's errors are its own, and not those that a demonstration taught. The gain of the
-full demo is in the README; here DPO must tell right answers from wrong ones of pairs held out, and solve more problems.
+What DPO gains in it is small: most of the model's errors are its own, and not those that a demonstration taught. The gain of
+the full demo is in the README; here DPO must tell right answers from wrong ones of pairs held out, and solve more problems.
 """
 
 import json

@@ -30,18 +30,45 @@ def commands(block: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
+def facts(role: str) -> dict[str, object]:
+    return {"class_path": "Facts", "init_args": {"role": role, "num_facts": 24, "num_held_out": 8}}
+
+
 def small(words: list[str]) -> dict[str, object]:
     """What makes a command small without changing what it does."""
-    schedule = {"lr_scheduler": {"init_args": {"total_steps": 4, "warmup_steps": 1}}, "generation": {"max_new_tokens": 4}}
+    config = " ".join(words)
+    model: dict[str, object] = {"lr_scheduler": {"init_args": {"total_steps": 4, "warmup_steps": 1}}}
+    model["generation"] = {"max_new_tokens": 4}
+    data: dict[str, object] = {}
     trainer: dict[str, object] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks: list[dict[str, object]] = []
+    if "configs/spin/" in config:
+        model.pop("lr_scheduler")  # of which there is none
+        callbacks.append({"class_path": "SelfPlayGeneration", "init_args": {"iterations": 2, "epochs": 1}})
+    if "configs/calm/" in config:
+        rows = {name: {"init_args": {"num_rows": 16}} for name in ("train", "validation")}
+        data |= {**rows, "batch_size": 4, "eval_batch_size": 16}
+        if "key_value.yaml" not in config:
+            model["backbone"] = {"init_args": {"dim": 16, "dim_head": 8}}
+    if "configs/retro/" in config:
+        model["backbone"] = {"init_args": {"decoder": {"init_args": {"dim": 16, "dim_head": 8}}, "dim_head": 8}}
+        data |= {"batch_size": 8, "eval_batch_size": 8}
+        sources = {"documents": facts("database"), "queries": {"validation": facts("questions")}}
+        settings = {"database": ".cache/retro/facts", "encoder": "bm25", "chunk_size": 32, "k": 2, **sources}
+        callbacks += [{"class_path": "RetrievalIndexing", "init_args": settings}, {"class_path": "NeighborPanel"}]
     if words[0] == "fit":
         keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
-        samples = {"class_path": "SampleLogger", "init_args": {"max_new_tokens": 4}}
-        trainer |= {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "callbacks": [samples, keep]}
-    content: dict[str, object] = {"trainer": trainer, "model": {"init_args": dict(schedule)}}
-    if any("palm_small" in word for word in words):
-        content["model"] = {"init_args": {**schedule, "backbone": {"init_args": BACKBONE}}}
-    return content
+        callbacks.append(keep)
+        if "configs/retro/" not in config and "configs/calm/" not in config:
+            callbacks.insert(0, {"class_path": "SampleLogger", "init_args": {"max_new_tokens": 4}})
+        trainer |= {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1}
+        if "configs/spin/" in config:
+            trainer |= {"max_steps": -1, "val_check_interval": 1.0}
+    if callbacks or "configs/calm/" in config:
+        trainer["callbacks"] = callbacks
+    if "palm_small" in config:
+        model["backbone"] = {"init_args": BACKBONE}
+    return {"trainer": trainer, "model": {"init_args": model}, "data": {"init_args": data}}
 
 
 def launch(words: list[str]) -> None:
@@ -73,6 +100,11 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, rows in {"train": sums, "valid": sums[:8], "pairs": pairs, "pairs_valid": pairs[:8]}.items():
         write_rows(f"{name}.jsonl", rows)
     write_rows("prompts.jsonl", [{"prompt": "1 + 2 ="}, {"prompt": "2 + 2 ="}])
+    for folder, number in (("texts/train", 6), ("texts/held_out", 2), ("docs", 30)):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(number):
+            text = f"{folder} {i}: " + "it was read, and then it was written down again. " * (3 + i)
+            (tmp_path / folder / f"{i}.md").write_text(text)
     return tmp_path
 
 
