@@ -10,15 +10,14 @@ from lightning_align.models.lora import LoRAConfig, add_lora
 from lightning_align.models.palm import PaLM, PaLMBlock
 
 
-def load_palm_rlhf(path: str | Path, *, heads: int, gain: str = "offset", **overrides: Any) -> PaLM:
+def load_palm_rlhf(path: str | Path, *, gain: str = "offset", **overrides: Any) -> PaLM:
     """Build a `PaLM` from a checkpoint of PaLM-rlhf-pytorch; its logits are the same.
 
-    All other sizes follow from the weights. Fine-tuning scopes come along as LoRA scopes of the same
+    All sizes follow from the weights. Fine-tuning scopes come along as LoRA scopes of the same
     names, inactive until `use_lora`.
 
     Args:
         path: file written by ``torch.save(palm.state_dict(), path)``.
-        heads: number of query heads.
         gain: `offset` if layer norms are stored as gain - 1 (version 0.8.0), `plain` if as the gain itself (older
             versions).
         overrides: further arguments of `PaLM`, such as `causal` or `xpos_scale_base`.
@@ -27,7 +26,7 @@ def load_palm_rlhf(path: str | Path, *, heads: int, gain: str = "offset", **over
         The model, on CPU, in evaluation mode.
 
     Raises:
-        ValueError: if the file is not such a checkpoint, or `heads` or `gain` do not fit it.
+        ValueError: if the file is not such a checkpoint, or `gain` is none of the two.
     """
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     if "token_emb.weight" not in state or "layers.0.fn.fused_attn_ff_proj.weight" not in state:
@@ -40,9 +39,7 @@ def load_palm_rlhf(path: str | Path, *, heads: int, gain: str = "offset", **over
     inner = state["layers.0.fn.attn_out.weight"].shape[1]
     # The fused projection makes queries, one key, one value and both halves of the feed-forward layer.
     fused, feed = state["layers.0.fn.fused_attn_ff_proj.weight"].shape[0], state["layers.0.fn.ff_out.2.weight"].shape[1]
-    right = inner * 2 // (fused - inner - 2 * feed)
-    if heads != right:
-        raise ValueError(f"{path}: heads is {heads}, but by the shapes of its weights it has {right}")
+    heads = inner * 2 // (fused - inner - 2 * feed)
     num_tokens, dim = state["token_emb.weight"].shape
     qk_rmsnorm = "layers.0.fn.q_scale" in state
     model = PaLM(

@@ -37,12 +37,12 @@ def tokens_of() -> Tensor:
 def test_the_logits_are_theirs(overrides: dict[str, Any], qk_rmsnorm: bool, tmp_path: Path) -> None:
     model, tokens = theirs(qk_rmsnorm=qk_rmsnorm, **overrides), tokens_of()
     ours_name = {"causal": "causal", "rotary_xpos_scale_base": "xpos_scale_base"}
-    loaded = load_palm_rlhf(save(model, tmp_path), heads=2, **{ours_name[name]: v for name, v in overrides.items()})
+    loaded = load_palm_rlhf(save(model, tmp_path), **{ours_name[name]: v for name, v in overrides.items()})
     expected = model(tokens)
     assert float(expected.detach().std()) > 0.3
     torch.testing.assert_close(loaded(tokens), expected, rtol=0, atol=1e-5)
     # Not so with the other convention of gains, in which theirs would be off by one.
-    shifted = load_palm_rlhf(save(model, tmp_path), heads=2, gain="plain")
+    shifted = load_palm_rlhf(save(model, tmp_path), gain="plain")
     assert float((shifted(tokens) - expected).detach().abs().max()) > 0.1
 
 
@@ -50,13 +50,13 @@ def test_older_checkpoints_store_the_gain_itself(tmp_path: Path) -> None:
     model, tokens = theirs(), tokens_of()
     state = {name: value + 1 if name.endswith("gamma") else value for name, value in model.state_dict().items()}
     torch.save(state, tmp_path / "old.pt")
-    loaded = load_palm_rlhf(tmp_path / "old.pt", heads=2, gain="plain")
+    loaded = load_palm_rlhf(tmp_path / "old.pt", gain="plain")
     torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=1e-5)
 
 
 def test_finetune_scopes_become_lora_scopes(tmp_path: Path) -> None:
     model, tokens = theirs(finetune_scopes=("actor", "reward")), tokens_of()
-    loaded = load_palm_rlhf(save(model, tmp_path), heads=2)
+    loaded = load_palm_rlhf(save(model, tmp_path))
     torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=1e-5)
     for scope in ("actor", "reward"):
         use_lora(loaded, scope)
@@ -68,16 +68,13 @@ def test_finetune_scopes_become_lora_scopes(tmp_path: Path) -> None:
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt: not a checkpoint of PaLM-rlhf-pytorch"):
-        load_palm_rlhf(tmp_path / "other.pt", heads=2)
+        load_palm_rlhf(tmp_path / "other.pt")
 
 
-def test_wrong_heads_and_gains_are_named(tmp_path: Path) -> None:
+def test_unknown_gains_are_named(tmp_path: Path) -> None:
     path = save(theirs(), tmp_path)
-    for heads in (1, 3, 4):
-        with pytest.raises(ValueError, match=f"heads is {heads}, but by the shapes of its weights it has 2"):
-            load_palm_rlhf(path, heads=heads)
     with pytest.raises(ValueError, match="gain is 'minus'"):
-        load_palm_rlhf(path, heads=2, gain="minus")
+        load_palm_rlhf(path, gain="minus")
 
 
 def test_their_caches_do_not_survive_inference_mode() -> None:
