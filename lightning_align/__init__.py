@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from lightning_align.models.palm import PaLM
     from lightning_align.models.palm_import import load_palm_rlhf
+    from lightning_align.models.pretrained import PretrainedLM
     from lightning_align.reference import ReferenceUpdate
     from lightning_align.retrieval.database import RetrievalDatabase
     from lightning_align.retro.callbacks import RetrievalIndexing
@@ -69,6 +70,7 @@ _HOME = {
     "LoRAConfig": "models.lora",
     "NeighborPanel": "retro.panel",
     "PaLM": "models.palm",
+    "PretrainedLM": "models.pretrained",
     "ReferenceUpdate": "reference",
     "RETRO": "retro.model",
     "RETRODataModule": "retro.datamodule",
@@ -121,6 +123,7 @@ __all__ = [
     "LoRAConfig",
     "NeighborPanel",
     "PaLM",
+    "PretrainedLM",
     "RETRODataModule",
     "RETROModule",
     "ReferenceUpdate",

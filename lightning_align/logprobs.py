@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_align.distributed import world
-from lightning_align.models.language_model import has_hidden, logits_of, vocabulary_size
+from lightning_align.models.language_model import HiddenModel, has_hidden, logits_of, vocabulary_size
 from lightning_align.types import LogProbs, TokenBatch
 
 # A tile of float32 logits: large enough for a matrix product to run at full speed, small enough to stay in the
@@ -26,7 +26,7 @@ CHUNK_BYTES = 16 * 2**20
 TILE_ROWS = 2048
 # Up to this many bytes the probabilities are kept for the backward pass; above, they are computed again there.
 KEEP_BYTES = 256 * 2**20
-# Groups of rows of about one length that a model without hidden states is run on, one after the other.
+# Groups of rows of about one length that a model without a packed layout is run on, one after the other.
 LENGTH_GROUPS = 4
 
 
@@ -284,8 +284,27 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
         place = mask.flatten().cumsum(0).view_as(mask) - 1
         hidden = model.packed_hidden(tokens, mask).index_select(0, place[rows, before])
     else:
-        hidden = model.hidden(tokens)[rows, before]
+        hidden = _target_hidden(model, batch, rows, before)
     return head_logprobs(hidden, *model.head, targets), rows
+
+
+def _target_hidden(model: HiddenModel, batch: TokenBatch, rows: Tensor, before: Tensor) -> Tensor:
+    """Hidden states (T, D) before the targets, by a model that has no packed layout."""
+    tokens = batch["tokens"]
+    parts, places = [], []
+    for group, width in _length_groups(batch):
+        within, chosen = _targets_of(group, rows, len(tokens))
+        parts.append(model.hidden(tokens[group, :width])[within, before[chosen]])
+        places.append(chosen)
+    return torch.cat(parts)[torch.cat(places).argsort()] if parts else model.hidden(tokens)[rows, before]
+
+
+def _targets_of(group: Tensor, rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The targets of a group of rows: for each its row within the group, and its number among all targets."""
+    place = rows.new_full((num_rows,), -1)
+    place[group] = torch.arange(len(group))
+    chosen = (place[rows] >= 0).nonzero().squeeze(1)
+    return place[rows[chosen]], chosen
 
 
 def _plain_logprobs(model: nn.Module, batch: TokenBatch, rows: Tensor, before: Tensor, targets: Tensor) -> Tensor:
@@ -293,13 +312,10 @@ def _plain_logprobs(model: nn.Module, batch: TokenBatch, rows: Tensor, before: T
     tokens = batch["tokens"]
     parts, places = [], []
     for group, width in _length_groups(batch):
-        place = rows.new_full((tokens.shape[0],), -1)
-        place[group] = torch.arange(len(group))
-        within = place[rows]
-        chosen = (within >= 0).nonzero().squeeze(1)
+        within, chosen = _targets_of(group, rows, len(tokens))
         logits = logits_of(model, tokens[group, :width])
         _check_ids(tokens, logits.shape[-1])
-        parts.append(logits_logprobs(logits, within[chosen], before[chosen], targets[chosen]))
+        parts.append(logits_logprobs(logits, within, before[chosen], targets[chosen]))
         places.append(chosen)
         del logits  # without gradients they are free now, and not only when the next are there
     if not parts:

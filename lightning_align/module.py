@@ -29,6 +29,7 @@ from lightning_align.models.checkpoint import (
     backbone_spec,
     build_backbone,
     check_weights,
+    has_own_weights,
     load_policy,
     policy_state,
     read_checkpoint,
@@ -67,11 +68,6 @@ class AlignModule(L.LightningModule):
         super().__init__()
         if backbone is None and init_from is None:
             raise ValueError(f"{type(self).__name__}: give `backbone` (what to build), `init_from` (a checkpoint), or both")
-        if lora is not None and init_from is None and not isinstance(backbone, nn.Module):
-            raise ValueError(
-                f"{type(self).__name__}: `lora` trains adapters on a frozen base, which the checkpoint does not hold: give the "
-                "base as `init_from`, or a module with its weights as `backbone`"
-            )
         if isinstance(lora, Mapping):
             lora = LoRAConfig(**lora)
         if isinstance(generation, Mapping):
@@ -104,6 +100,12 @@ class AlignModule(L.LightningModule):
             return
         policy = self._build_policy()
         if self.lora is not None:
+            given = self.init_from is not None or isinstance(self._backbone[0], nn.Module)
+            if not given and not has_own_weights(policy):
+                raise ValueError(
+                    f"{type(self).__name__}: `lora` trains adapters on a frozen base, which the checkpoint does not hold: give "
+                    "the base as `init_from`, or a backbone that comes with its weights"
+                )
             add_lora(policy, self.lora)
             train_only(policy, self.lora.scope)
         self.configure_reference(policy)
@@ -242,7 +244,8 @@ class AlignModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the checkpoint whole without the file it began from, and hold no frozen base."""
-        if checkpoint.get("hyper_parameters", {}).get("backbone", self) is None:
+        described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
+        if described is None or (described is not self and has_own_weights(self.policy)):
             checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
         # A sharded strategy restores the weights itself, all of them, before `on_load_checkpoint` could complete them.
         if self.lora is not None and not self._sharded:

@@ -5,8 +5,9 @@ that was not asked for. Who builds rows adds the beginning and the end of a sequ
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -155,6 +156,15 @@ class FileTokenizer:
         self.eos_id: int = eos_id
         self.pad_id: int = eos_id if pad_id is None else pad_id
         self.fingerprint: str = _hash(self._model.to_str(), str((bos_id, eos_id, self.pad_id)))
+        self._text = text
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer as `AutoTokenizer.from_pretrained` reads it."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        specials = {name: self._model.id_to_token(i) for name, i in ids.items() if i is not None}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **specials}
+        for name, content in (("tokenizer.json", self._text), ("tokenizer_config.json", json.dumps(config, indent=2) + "\n")):
+            publish(Path(folder) / name, partial(Path.write_text, data=content, encoding="utf-8"))
 
     def _set_model(self, model: tokenizers.Tokenizer) -> None:
         model.no_padding()
@@ -221,6 +231,10 @@ class TransformersTokenizer(FileTokenizer):
         self.pad_id = self.eos_id if source.pad_token_id is None else int(source.pad_token_id)
         template = str(source.chat_template or "")
         self.fingerprint = _hash(self._model.to_str(), str((self.bos_id, self.eos_id, self.pad_id)), template)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer, its chat template included."""
+        self._source.save_pretrained(folder)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
         """See `Tokenizer.render`. What the assistant says is found by rendering the conversation up to there and so far."""

@@ -28,6 +28,11 @@ def backbone_spec(model: nn.Module) -> dict[str, Any] | None:
     return {"class_path": f"{type(model).__module__}.{type(model).__qualname__}", "init_args": init_args}
 
 
+def has_own_weights(model: nn.Module) -> bool:
+    """Whether building the model reads its weights, as `PretrainedLM` does, so that adapters can be put on it at once."""
+    return bool(getattr(model, "pretrained", False))
+
+
 def build_backbone(backbone: nn.Module | Backbone | dict[str, Any]) -> nn.Module:
     """Build a backbone from whatever describes it.
 
@@ -91,22 +96,23 @@ def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any
     """Build a policy and give it the weights of a checkpoint.
 
     Args:
-        path: written by a module of this package (``.ckpt``), or a bare state dict (``.ckpt``, ``.pt``,
-            ``.safetensors``). One that holds only LoRA adapters leads on to the checkpoint they were trained on, into
+        path: written by a module of this package (``.ckpt``), a bare state dict (``.ckpt``, ``.pt``, ``.safetensors``), or
+            a folder that was exported. One that holds only LoRA adapters leads on to the checkpoint they were trained on, into
             which they are merged.
         backbone: what to build; by default what the checkpoint says.
 
     Raises:
         ValueError: if the file cannot be read, does not say what to build, or is of another model.
     """
+    if (Path(path) / "config.json").is_file():
+        from lightning_align.models.formats import read_model  # which builds on this file
+
+        return read_model(path)
     checkpoint = read_checkpoint(path)
     hparams: dict[str, Any] = checkpoint.get("hyper_parameters", {})
     state = policy_state(checkpoint["state_dict"])
     if hparams.get("lora"):
-        base = hparams.get("init_from")
-        if base is None:
-            raise ValueError(f"checkpoint {path}: holds adapters only and does not say on which checkpoint they were trained")
-        model = load_policy(base, backbone)
+        model = _base_of_adapters(path, hparams, backbone)
         config = LoRAConfig(**dict(hparams["lora"]))
         frozen = model.state_dict()
         add_lora(model, config)
@@ -121,6 +127,22 @@ def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any
         raise ValueError(f"checkpoint {path}: does not say which backbone it is of; give `backbone`")
     model = build_backbone(backbone)
     load_weights(model, state, path)
+    return model
+
+
+def _base_of_adapters(
+    path: str | Path, hparams: dict[str, Any], backbone: nn.Module | Backbone | dict[str, Any] | None
+) -> nn.Module:
+    """The model that a checkpoint of adapters was trained on."""
+    if (base := hparams.get("init_from")) is not None:
+        return load_policy(base, backbone)
+    described = backbone if backbone is not None else hparams.get("backbone")
+    model = None if described is None else build_backbone(described)
+    if model is None or not (isinstance(backbone, nn.Module) or has_own_weights(model)):
+        raise ValueError(
+            f"checkpoint {path}: holds adapters only and does not say on which weights they were trained: give those as "
+            "`backbone`"
+        )
     return model
 
 
