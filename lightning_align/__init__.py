@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_align.data.tasks.key_value import KeyValue
     from lightning_align.dpo.datamodule import DPODataModule
     from lightning_align.dpo.module import DPOModule
+    from lightning_align.dpo.monitor import PreferenceMonitor
     from lightning_align.generation.sampler import GenerationConfig, generate
     from lightning_align.logprobs import response_logprobs
     from lightning_align.models.lora import (
@@ -69,6 +70,7 @@ _HOME = {
     "LoRAConfig": "models.lora",
     "NeighborPanel": "retro.panel",
     "PaLM": "models.palm",
+    "PreferenceMonitor": "dpo.monitor",
     "ReferenceUpdate": "reference",
     "RETRO": "retro.model",
     "RETRODataModule": "retro.datamodule",
@@ -121,6 +123,7 @@ __all__ = [
     "LoRAConfig",
     "NeighborPanel",
     "PaLM",
+    "PreferenceMonitor",
     "RETRODataModule",
     "RETROModule",
     "ReferenceUpdate",
