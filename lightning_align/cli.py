@@ -25,7 +25,7 @@ import lightning_align
 from lightning_align.callbacks import PredictionWriter
 from lightning_align.data.tasks.arithmetic import judge_file
 from lightning_align.data.tokenizer import train_tokenizer
-from lightning_align.models.checkpoint import read_checkpoint
+from lightning_align.models.checkpoint import gather_command, read_checkpoint
 from lightning_align.module import AlignModule
 
 COMMANDS: dict[str, Callable[..., Any]] = {"tokenizer": train_tokenizer, "judge": judge_file}
@@ -153,14 +153,13 @@ class AlignCLI(LightningCLI):
 
     @staticmethod
     def _check_sharded(path: str, trainer: Namespace) -> None:
-        if not (Path(path) / "meta.pt").is_file():
+        command, strategy = gather_command(path), trainer.strategy
+        if command is None:
             read_checkpoint(path)  # says that it is no file
-        strategy = trainer.strategy
         if isinstance(strategy, str) and "fsdp" not in strategy:
             raise ValueError(
-                f"--ckpt_path {path} is a sharded checkpoint, a folder: run with the strategy that wrote it (such as --config "
-                "configs/trainer/fsdp2.yaml), or make one file of its weights, which `init_from` takes: "
-                f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} model.pt"
+                f"--ckpt_path {path} is a sharded checkpoint, a folder: run with a sharded strategy (such as --config "
+                f"configs/trainer/fsdp2.yaml), or make one file of it, which any run goes on from: {command}"
             )
 
     def before_fit(self) -> None:

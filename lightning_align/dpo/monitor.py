@@ -232,7 +232,7 @@ class PreferenceMonitor(Callback):
         # As many passes on every rank, since those of a sharded model are collectives: some do one prompt more than they must.
         own = list(range(rank, len(prompts), ranks))
         padded = own + [0] * (-(-len(prompts) // ranks) - len(own))
-        eos_id = getattr(getattr(getattr(trainer, "datamodule", None), "tokenizer", None), "eos_id", None)
+        eos_id: Any = getattr(getattr(getattr(trainer, "datamodule", None), "tokenizer", None), "eos_id", None)
         metric = PairMeans(("ratios", "tokens")).to(module.device)
         with trainer.precision_plugin.forward_context(), evaluating(module.policy):
             answers = generate(module.policy, [prompts[i] for i in padded], self.generation, eos_id=eos_id, ids=padded)
