@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lightning_align.data.tasks.key_value import KeyValue
     from lightning_align.dpo.datamodule import DPODataModule
     from lightning_align.dpo.module import DPOModule
+    from lightning_align.dpo.monitor import PreferenceMonitor
+    from lightning_align.export import ExportModel
     from lightning_align.generation.sampler import GenerationConfig, generate
     from lightning_align.logprobs import response_logprobs
     from lightning_align.models.lora import (
@@ -63,6 +65,7 @@ _HOME = {
     "ConnectionConfig": "calm.connections",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
+    "ExportModel": "export",
     "Facts": "data.tasks.facts",
     "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
@@ -71,6 +74,7 @@ _HOME = {
     "NeighborPanel": "retro.panel",
     "PaLM": "models.palm",
     "PretrainedLM": "models.pretrained",
+    "PreferenceMonitor": "dpo.monitor",
     "ReferenceUpdate": "reference",
     "RETRO": "retro.model",
     "RETRODataModule": "retro.datamodule",
@@ -116,6 +120,7 @@ __all__ = [
     "ConnectionConfig",
     "DPODataModule",
     "DPOModule",
+    "ExportModel",
     "Facts",
     "FolderDocuments",
     "GenerationConfig",
@@ -123,6 +128,7 @@ __all__ = [
     "LoRAConfig",
     "NeighborPanel",
     "PaLM",
+    "PreferenceMonitor",
     "PretrainedLM",
     "RETRODataModule",
     "RETROModule",

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-align fit | validate | test | predict``, and two commands on files.
+"""The command line: ``lightning-align fit | validate | test | predict``, and three commands on files.
 
 Everything is a ``LightningCLI``: a configuration is a constructor's arguments, ``--config`` may be given several times,
 and class names need no module path.
@@ -25,10 +25,15 @@ import lightning_align
 from lightning_align.callbacks import PredictionWriter
 from lightning_align.data.tasks.arithmetic import judge_file
 from lightning_align.data.tokenizer import train_tokenizer
-from lightning_align.models.checkpoint import read_checkpoint
+from lightning_align.export import export_checkpoint
+from lightning_align.models.checkpoint import gather_command, read_checkpoint
 from lightning_align.module import AlignModule
 
-COMMANDS: dict[str, Callable[..., Any]] = {"tokenizer": train_tokenizer, "judge": judge_file}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "tokenizer": train_tokenizer,
+    "judge": judge_file,
+    "export": export_checkpoint,
+}
 """Commands that work on files and need no Trainer."""
 
 TRACEBACK = "LIGHTNING_ALIGN_TRACEBACK"
@@ -43,6 +48,7 @@ DESCRIPTIONS = {
 FILE_COMMANDS = """Also:
   tokenizer: train a tokenizer on your rows (`lightning-align tokenizer --help`)
   judge:     make preferences out of samples of a task (`lightning-align judge --help`)
+  export:    write a model that transformers and vLLM read (`lightning-align export --help`)
 The arguments of a class: `lightning-align fit --model.help DPOModule`, `--data.help DPODataModule`.
 """
 
@@ -153,14 +159,13 @@ class AlignCLI(LightningCLI):
 
     @staticmethod
     def _check_sharded(path: str, trainer: Namespace) -> None:
-        if not (Path(path) / "meta.pt").is_file():
+        command, strategy = gather_command(path), trainer.strategy
+        if command is None:
             read_checkpoint(path)  # says that it is no file
-        strategy = trainer.strategy
         if isinstance(strategy, str) and "fsdp" not in strategy:
             raise ValueError(
-                f"--ckpt_path {path} is a sharded checkpoint, a folder: run with the strategy that wrote it (such as --config "
-                "configs/trainer/fsdp2.yaml), or make one file of its weights, which `init_from` takes: "
-                f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} model.pt"
+                f"--ckpt_path {path} is a sharded checkpoint, a folder: run with a sharded strategy (such as --config "
+                f"configs/trainer/fsdp2.yaml), or make one file of it, which any run goes on from: {command}"
             )
 
     def before_fit(self) -> None:
@@ -239,7 +244,7 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
                 COMMANDS[arguments[0]],
                 args=arguments[1:],
                 prog=f"lightning-align {arguments[0]}",
-                as_positional=arguments[0] == "tokenizer",
+                as_positional=arguments[0] != "judge",
             )
             return None
         return AlignCLI(

@@ -9,7 +9,10 @@ from torchmetrics import Metric
 
 
 class _ExactMetric(Metric):
-    """Keeps its float64 states where the module around it is converted, as `precision: bf16-true` does."""
+    """Keeps its float64 states where the module around it is converted, as `precision: bf16-true` does.
+
+    Updates are not in place: a state that `Trainer.validate` reset, in inference mode, could not be updated in a later fit.
+    """
 
     full_state_update = False
 
@@ -45,11 +48,11 @@ class TokenNLL(_ExactMetric):
             num_bytes: (B,) UTF-8 bytes that the tokens spell, where known.
         """
         nll = -sums.detach().double().sum()
-        self.nll += nll
-        self.tokens += counts.sum()
+        self.nll = self.nll + nll
+        self.tokens = self.tokens + counts.sum()
         if num_bytes is not None:
-            self.bytes_nll += nll
-            self.num_bytes += num_bytes.sum()
+            self.bytes_nll = self.bytes_nll + nll
+            self.num_bytes = self.num_bytes + num_bytes.sum()
 
     def compute(self) -> dict[str, Tensor]:
         """`loss` (nats a token), `perplexity`, and `bits_per_byte` where bytes are known; empty before any token."""
@@ -86,11 +89,43 @@ class PairMeans(_ExactMetric):
             values: (B,) for each name.
         """
         stacked = torch.stack([values[name].detach().double() for name in self.names])
-        self.sums += stacked.sum(dim=1)
-        self.count += stacked.shape[1]
+        self.sums = self.sums + stacked.sum(dim=1)
+        self.count = self.count + stacked.shape[1]
 
     def compute(self) -> dict[str, Tensor]:
         """The mean of each name; empty before any pair."""
         if not bool(self.count > 0):
             return {}
         return dict(zip(self.names, (self.sums / self.count).float().unbind(), strict=True))
+
+
+class Correlation(_ExactMetric):
+    """Pearson's correlation of two values a pair."""
+
+    moments: Tensor
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        super().__init__()
+        # Count, sums, sums of squares, sum of products.
+        self.add_state("moments", default=torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, first: Tensor, second: Tensor) -> None:
+        """Add pairs.
+
+        Args:
+            first: (B,).
+            second: (B,).
+        """
+        x, y = first.detach().double(), second.detach().double()
+        sums = [part.sum() for part in (torch.ones_like(x), x, y, x * x, y * y, x * y)]
+        self.moments = self.moments + torch.stack(sums)
+
+    def compute(self) -> Tensor:
+        """The correlation; NaN where one of the two does not vary."""
+        count, x, y, xx, yy, xy = self.moments.unbind()
+        variances = torch.stack([count * xx - x * x, count * yy - y * y])
+        # What rounding makes of a constant is no variance.
+        varies = variances > 1e-12 * count * torch.stack([xx, yy])
+        value = (count * xy - x * y) / variances.clamp(min=0).sqrt().prod()
+        return value.where(varies.all(), torch.nan).float()

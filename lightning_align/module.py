@@ -111,6 +111,8 @@ class AlignModule(L.LightningModule):
         self.configure_reference(policy)
         if self._sharded:
             shard(policy, self._data_mesh)
+            # A file of adapters lacks their base, which stands here: see `on_load_checkpoint`, which comes too late to add it.
+            self.strict_loading = self.lora is None
         self.policy = policy
 
     def configure_reference(self, policy: nn.Module) -> None:
@@ -251,6 +253,20 @@ class AlignModule(L.LightningModule):
         if self.lora is not None and not self._sharded:
             for name in self._frozen_names():
                 checkpoint["state_dict"].pop(name, None)
+        if not self._sharded:
+            states = checkpoint.get("optimizer_states", [])
+            for state, optimizer in zip(states, self.trainer.optimizers if states else [], strict=True):
+                self._number_parameters(state, optimizer)
+
+    def _number_parameters(self, state: dict[str, Any], optimizer: Optimizer) -> None:
+        """Number an optimizer's parameters by their places in the module.
+
+        To an optimizer the numbers are names, but a sharded strategy that opens the checkpoint takes them for places.
+        """
+        place_of = {id(parameter): place for place, parameter in enumerate(self.parameters())}
+        places = [place_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+        state["state"] = {places[number]: value for number, value in state["state"].items()}
+        state["param_groups"] = [{**g, "params": [places[number] for number in g["params"]]} for g in state["param_groups"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint of adapters with the base that stands here, so that loading stays strict.
@@ -260,6 +276,8 @@ class AlignModule(L.LightningModule):
         """
         self._awaits_weights = False
         if self._sharded:
+            if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
+                raise ValueError("the checkpoint is of a run without `lora`, and the module has it: give one of adapters")
             return
         if self.lora is not None:
             own = self.state_dict()

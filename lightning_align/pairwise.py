@@ -243,6 +243,8 @@ SORTED = ("aot", "aot_unpaired")
 """Their values belong to quantiles, and to no pair."""
 IN_DELTA = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop")
 """They depend on the scores of a pair by their difference alone: the ones that divergences and margins are defined for."""
+SATURATED = 0.02
+"""Of the slope at the reference; the sigmoid loss, whose slope there is half of the largest, has less where s(b d) > 0.99."""
 
 
 def check_loss(loss: str, *, beta: float, label_smoothing: float) -> None:
@@ -400,6 +402,24 @@ class Objective:
             raise ValueError(f"pairs have weights, and the loss {self._sorted[0]} tells no pairs apart: use one without")
         losses = torch.stack([weight * term(ratios) for weight, term in self._terms]).sum(dim=0)
         return losses if weights is None else losses * weights
+
+    def saturated(self, ratios: Ratios, *, margins: Tensor | None = None) -> Tensor:
+        """Which pairs (B,) have no gradient left: less than `SATURATED` of what they had at the reference."""
+        start = ratios._replace(chosen=torch.zeros_like(ratios.chosen), rejected=torch.zeros_like(ratios.rejected))
+        return self._slopes(ratios, margins) < SATURATED * self._slopes(start, margins)
+
+    def _slopes(self, ratios: Ratios, margins: Tensor | None) -> Tensor:
+        """|dL/dr_w| + |dL/dr_l| of each pair (B,)."""
+        # Validation is in inference mode, whose tensors only a copy brings out of it.
+        with torch.inference_mode(False), torch.enable_grad():
+            fixed = Ratios(*(None if part is None else part.detach().clone() for part in ratios))  # type: ignore[arg-type]
+            sides = fixed.chosen.requires_grad_(), fixed.rejected.requires_grad_()
+            if fixed.policy_delta is not None:
+                # The same derivative through log p as through log p - log q.
+                fixed = fixed._replace(policy_delta=fixed.policy_delta + fixed.delta - fixed.delta.detach())
+            losses = self(fixed, margins=None if margins is None else margins.clone())
+            slopes = torch.autograd.grad(losses.sum(), sides)
+        return torch.stack([slope.abs() for slope in slopes]).sum(dim=0)
 
 
 def split_pairs(logprobs: LogProbs) -> tuple[LogProbs, LogProbs]:

@@ -338,7 +338,11 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_named(folder: Path, sft_row
         ("sft", [sft_rows], ["sft.jsonl", "cannot be read"]),
         ("sft", ["cut.ckpt"], ["cut.ckpt", "cannot be read"]),
         ("sft", ["runs"], ["runs", "is a folder", "version_0"]),
-        ("sft", ["sharded.ckpt"], ["sharded.ckpt", "fsdp2.yaml", "dcp_to_torch"]),
+        (
+            "sft",
+            ["sharded.ckpt"],
+            ["sharded.ckpt", "fsdp2.yaml", "models.checkpoint sharded.ckpt sharded-whole.ckpt"],
+        ),
         ("dpo", [started], ["SFTModule", "DPOModule", "--model.init_from"]),
         ("sft", [started, "--model.backbone.init_args.dim", "32"], ["another model", "(259, 16)", "(259, 32)"]),
     ]

@@ -40,7 +40,7 @@ def indexing(database: str) -> dict[str, Any]:
 def rows(train: Any, **model: Any) -> dict[str, Any]:
     return {
         "model": {"backbone": BACKBONE, **model},
-        "data": {"train": train, "validation": train, "eval_batch_size": 8, "max_length": 64},
+        "data": {"tokenizer": "bytes", "train": train, "validation": train, "eval_batch_size": 8, "max_length": 64},
     }
 
 
@@ -62,6 +62,9 @@ NAMES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "sft/arithmetic": (["sft/arithmetic"], rows(task("Arithmetic"))),
     "sft/arithmetic_further": (["sft/arithmetic", "sft/arithmetic_further"], rows(task("Arithmetic"))),
     "sft/jsonl": (["sft/jsonl"], rows("responses.jsonl")),
+    "sft/huggingface": (["sft/huggingface"], rows("responses.jsonl")),  # with a PaLM here; as it is, in test_export
+    "dpo/huggingface": (["dpo/huggingface"], rows("pairs.jsonl")),
+    "spin/huggingface": (["spin/huggingface"], rows("responses.jsonl") | {"trainer": LOOP}),
     "dpo/arithmetic": (["dpo/arithmetic"], rows("pairs.jsonl")),
     "dpo/jsonl": (["dpo/jsonl"], rows("pairs.jsonl")),
     "spin/arithmetic": (["spin/arithmetic"], rows("responses.jsonl") | {"trainer": LOOP}),

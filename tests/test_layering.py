@@ -19,7 +19,7 @@ LAYERS = (
     ("types", "distributed"),
     ("models", "data", "retrieval", "metrics"),
     ("logprobs", "generation"),
-    ("reference", "stored", "pairwise", "module", "datamodule", "callbacks", "schedules"),
+    ("reference", "stored", "pairwise", "module", "datamodule", "callbacks", "export", "schedules"),
     ("sft", "dpo", "spin", "calm", "retro"),
     ("",),  # the front: only the command line, which offers all of it, may come in that way
     ("cli",),

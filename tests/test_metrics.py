@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_align.logprobs import head_logprobs
-from lightning_align.metrics import PairMeans, TokenNLL
+from lightning_align.metrics import Correlation, PairMeans, TokenNLL
 
 
 def test_by_hand() -> None:
@@ -106,3 +106,27 @@ def test_two_processes_add_up() -> None:
     for name in ("nll", "tokens"):
         setattr(one, name, getattr(one, name) + getattr(two, name))
     assert float(one.compute()["loss"]) == 1.0
+
+
+def test_what_inference_mode_left_can_be_gone_on_with() -> None:
+    """`Trainer.validate` resets in inference mode, and the validation of a later fit adds outside of it."""
+    ones = torch.ones(2)
+    updates = ((TokenNLL(), (-ones, ones)), (PairMeans(("a",)), ({"a": ones},)), (Correlation(), (ones, ones)))
+    for metric, update in updates:
+        with torch.inference_mode():
+            metric.update(*update)
+            metric.reset()
+        metric.update(*update)  # type: ignore[arg-type]
+        metric.compute()
+
+
+def test_correlation_by_hand() -> None:
+    metric = Correlation()
+    metric.update(torch.tensor([1.0, 2.0]), torch.tensor([1, 3]))
+    metric.update(torch.tensor([3.0]), torch.tensor([2]))
+    # Deviations -1, 0, 1 and -1, 1, 0: product 1, squares 2 and 2.
+    assert float(metric.compute()) == pytest.approx(0.5)
+    for first in ([0.1] * 3, [5.0, 5.0, 5.0]):
+        metric.reset()
+        metric.update(torch.tensor(first), torch.tensor([1, 2, 3]))
+        assert math.isnan(float(metric.compute()))

@@ -7,7 +7,7 @@ that was not asked for. Who builds rows adds the beginning and the end of a sequ
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -163,8 +163,8 @@ class FileTokenizer:
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         specials = {name: self._model.id_to_token(i) for name, i in ids.items() if i is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **specials}
-        for name, content in (("tokenizer.json", self._text), ("tokenizer_config.json", json.dumps(config, indent=2) + "\n")):
-            publish(Path(folder) / name, partial(Path.write_text, data=content, encoding="utf-8"))
+        _write(Path(folder) / "tokenizer.json", self._text)
+        _write(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def _set_model(self, model: tokenizers.Tokenizer) -> None:
         model.no_padding()
@@ -379,11 +379,15 @@ def train_tokenizer(rows: str | list[str], *, output: str, vocab_size: int = 819
         )
     content = model.to_str(pretty=True)
 
-    def write(path: Path) -> None:
-        path.write_text(content, encoding="utf-8")  # its own `save` raises a bare Exception where the disk is full
-
-    publish(output, write)
+    _write(Path(output), content)  # its own `save` raises a bare Exception where the disk is full
     print(f"{model.get_vocab_size()} tokens in {output}")
+
+
+def _write(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    publish(path, write)
 
 
 def _texts_of_files(paths: Iterable[str]) -> Iterator[str]:

@@ -311,8 +311,8 @@ class DPOModule(AlignModule):
             losses = losses - self.sft_weight * (likelihoods * batch["weights"] if "weights" in batch else likelihoods)
         return losses
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Sum of the pairs' losses, to be divided by the pairs of the optimizer batch."""
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Sum of the pairs' losses, to be divided by the pairs of the optimizer batch; and for callbacks what `score` found."""
         policy, ratios = self.score(batch)
         if batch_idx == 0 and self.trainer.global_step == 0:
             self._check_start(batch, ratios)
@@ -322,17 +322,19 @@ class DPOModule(AlignModule):
         values = {"loss": losses.detach(), **pair_metrics(policy, ratios, beta=self.beta)}
         means = torch.stack(list(values.values())).mean(dim=1).unbind()
         self.log_training(dict(zip(values, means, strict=True)), progress_bar="loss", batch_size=len(losses))
-        return self.weighted(losses.sum(), len(losses))
+        return {"loss": self.weighted(losses.sum(), len(losses)), **_detached(policy, ratios)}
 
-    def _evaluate(self, means: PairMeans, batch: PreferenceBatch) -> Tensor:
+    def _evaluate(self, means: PairMeans, batch: PreferenceBatch) -> dict[str, Any]:
         policy, ratios = self.score(batch)
         values = {"loss": self.pair_losses(batch, policy, ratios), **pair_metrics(policy, ratios, beta=self.beta)}
         means.update(values)
-        return values["rewards/margins"]
+        return {"margins": values["rewards/margins"], **_detached(policy, ratios)}
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Add a batch to ``val/loss``, ``val/rewards/...`` and ``val/logps/...``."""
-        self.val_margins.update(self._evaluate(self.val_means, batch))
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Add a batch to ``val/loss``, ``val/rewards/...`` and ``val/logps/...``; returns what `score` found, for callbacks."""
+        outputs = self._evaluate(self.val_means, batch)
+        self.val_margins.update(outputs["margins"])
+        return outputs
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """The same under ``test/``."""
@@ -383,6 +385,13 @@ class DPOModule(AlignModule):
             {"row": int(row), **dict(zip(columns, numbers, strict=True))}
             for row, *numbers in zip(rows, *columns.values(), strict=True)
         ]
+
+
+def _detached(policy: LogProbs, ratios: Ratios) -> dict[str, Any]:
+    return {
+        "policy": LogProbs(*(part.detach() for part in policy)),
+        "ratios": Ratios(*(None if part is None else part.detach() for part in ratios)),  # type: ignore[arg-type]
+    }
 
 
 def concatenate(batch: PreferenceBatch) -> TokenBatch:

@@ -1,6 +1,8 @@
 """Weights of a policy out of a checkpoint: its architecture, its adapters, and a check that they fit."""
 
+import argparse
 import hashlib
+import tempfile
 import zipfile
 from collections.abc import Callable
 from importlib import import_module
@@ -10,11 +12,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from lightning_align.distributed import publish
 from lightning_align.models.lora import LoRAConfig, add_lora, merge_lora, remove_lora
 
 PREFIX = "policy."
 """Where the modules of this package keep the policy in their state."""
+SHARDS_META = "meta.pt"
+"""What Lightning writes beside the shards of a checkpoint, and only there."""
 
 Backbone = Callable[[], nn.Module]
 """How a backbone is given: a factory, which is what a YAML file's class_path and init_args become."""
@@ -60,6 +66,38 @@ def build_backbone(backbone: nn.Module | Backbone | dict[str, Any]) -> nn.Module
     return model
 
 
+def gather_command(folder: str | Path) -> str | None:
+    """What makes one file of a sharded checkpoint, for messages; None where there is none."""
+    if not (Path(folder) / SHARDS_META).is_file():
+        return None
+    name = Path(folder).name.removesuffix(".ckpt")
+    return f"python -m lightning_align.models.checkpoint {folder} {name}-whole.ckpt"
+
+
+def gather_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """A sharded checkpoint as the one that a single process would have written, read by one process.
+
+    It is torch's format of shards, which unlike a file of `read_checkpoint` is unpickled: open only your own.
+
+    Args:
+        folder: that a sharded strategy wrote it into.
+
+    Raises:
+        ValueError: if it is no sharded checkpoint.
+    """
+    folder = Path(folder)
+    if gather_command(folder) is None:
+        raise ValueError(f"checkpoint {folder}: is no sharded checkpoint, a folder with {SHARDS_META}; it needs no gathering")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "whole.pt"
+        dcp_to_torch_save(folder, path)
+        whole: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    rest: dict[str, Any] = torch.load(folder / SHARDS_META, map_location="cpu", weights_only=True)
+    # By the names of parameters, in the optimizer's order: an optimizer takes any names.
+    optimizers = sorted(name for name in whole if name.startswith("optimizer_"))
+    return {**rest, "state_dict": whole["state_dict"], "optimizer_states": [whole[name] for name in optimizers]}
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A Lightning checkpoint, or a safetensors file as one, without unpickling anything but tensors and primitives.
 
@@ -67,6 +105,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: if there is no such file or it cannot be read.
     """
     path = Path(path)
+    if command := gather_command(path):
+        raise ValueError(f"checkpoint {path}: is a sharded one, a folder; make a file of it with: {command}")
     if path.is_dir():
         inside = sorted(str(p) for p in path.rglob("*.ckpt"))[:5]
         hint = f", such as {', '.join(inside)}" if inside else ""
@@ -108,7 +148,27 @@ def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any
         from lightning_align.models.formats import read_model  # which builds on this file
 
         return read_model(path)
-    checkpoint = read_checkpoint(path)
+    return build_policy(read_checkpoint(path), path, backbone)
+
+
+def build_policy(
+    checkpoint: dict[str, Any],
+    path: str | Path,
+    backbone: nn.Module | Backbone | dict[str, Any] | None = None,
+    *,
+    merge: bool = True,
+) -> nn.Module:
+    """The policy of a checkpoint that was read.
+
+    Args:
+        checkpoint: from `read_checkpoint` or `gather_checkpoint`.
+        path: where it came from, for messages.
+        backbone: what to build; by default what the checkpoint says.
+        merge: whether adapters are merged into the weights; otherwise they are a scope in use.
+
+    Raises:
+        ValueError: as `load_policy`.
+    """
     hparams: dict[str, Any] = checkpoint.get("hyper_parameters", {})
     state = policy_state(checkpoint["state_dict"])
     if hparams.get("lora"):
@@ -119,8 +179,9 @@ def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any
         # A moving reference is a scope beside the one that trained.
         own = {n: v for n, v in state.items() if ".lora." not in n or f".lora.{config.scope}." in n}
         load_weights(model, {**frozen, **own}, path)
-        merge_lora(model, config.scope)
-        remove_lora(model, config.scope)
+        if merge:
+            merge_lora(model, config.scope)
+            remove_lora(model, config.scope)
         return model
     backbone = backbone if backbone is not None else hparams.get("backbone")
     if backbone is None:
@@ -199,3 +260,17 @@ def state_hash(state: dict[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def main() -> None:
+    """Gather a sharded checkpoint into one file, which any strategy opens."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("file", type=Path)
+    arguments = parser.parse_args()
+    whole = gather_checkpoint(arguments.folder)
+    publish(arguments.file, lambda path: torch.save(whole, path))
+
+
+if __name__ == "__main__":
+    main()

@@ -93,7 +93,7 @@ def write_model(
 
 
 def read_model(folder: str | Path) -> nn.Module:
-    """A model that `write_model` wrote: of this package, or of transformers.
+    """A model that `write_model` wrote, of this package or of transformers, in evaluation mode.
 
     Raises:
         ValueError: if the folder holds none.
@@ -103,10 +103,10 @@ def read_model(folder: str | Path) -> nn.Module:
         raise ValueError(f"{folder}: has no {CONFIG}, expected a folder that `lightning-align export` wrote")
     spec = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if "class_path" not in spec:
-        return PretrainedLM(str(folder))
+        return PretrainedLM(str(folder)).eval()
     model = build_backbone(spec)
     load_weights(model, load_file(folder / WEIGHTS), folder)
-    return model
+    return model.eval()
 
 
 def _write(path: Path, text: str) -> None:

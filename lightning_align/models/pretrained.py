@@ -71,9 +71,10 @@ class PretrainedLM(nn.Module):
                 # A checkpoint is being read whose model came from a folder that is gone: its own weights follow.
                 self._missing = str(error)
                 self.model = _make(config, options)
-        self.model.eval()
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in transformers 5.
+            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.config = self.model.config
         described = json.loads(self.config.to_json_string(use_diff=True))
         self.init_args: dict[str, Any] = {
@@ -84,7 +85,9 @@ class PretrainedLM(nn.Module):
             "revision": revision,
             "gradient_checkpointing": gradient_checkpointing,
         }
+        self.model.eval()
         self._scale = self._probe()
+        self.model.train()  # as any module begins
         self.register_load_state_dict_post_hook(_weights_came)  # type: ignore[no-untyped-call]
 
     # -- what a language model offers

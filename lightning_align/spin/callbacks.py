@@ -21,8 +21,9 @@ from lightning_align.data.store import TokenStore
 from lightning_align.distributed import publish
 from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.models.checkpoint import state_hash
+from lightning_align.models.formats import merged_weights, whole_weights
 from lightning_align.spin.generations import GeneratedSet, Pairs, Row, plan, statistics
-from lightning_align.spin.play import Play, merged_weights, real_ids, whole_weights
+from lightning_align.spin.play import Play, real_ids
 
 SHOWN = 4
 """Prompts of an iteration that TensorBoard shows."""

@@ -5,15 +5,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from lightning_align.data.store import TokenStore
 from lightning_align.distributed import is_sharded, largest, world
 from lightning_align.generation.sampler import Generation, evaluating
 from lightning_align.logprobs import response_logprobs
-from lightning_align.models.lora import lora_layers
 from lightning_align.spin.generations import GeneratedSet, Row, answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent
 
@@ -156,28 +154,3 @@ def real_ids(store: TokenStore, index: int) -> list[int]:
     stored = store[index]
     ids: list[int] = stored.sides[0].tokens[stored.num_prompt :].tolist()
     return ids
-
-
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on this rank, on the CPU and each in memory of its own; a collective where they are sharded."""
-    weights = {}
-    for name, value in model.state_dict().items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        weights[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return weights
-
-
-def merged_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model with its active adapters in them, under the names that it has without adapters.
-
-    Args:
-        model: says which adapters are active.
-        weights: from `whole_weights`; not changed.
-    """
-    plain = {name: value for name, value in weights.items() if ".lora." not in f".{name}"}
-    for name, layer in lora_layers(model):
-        for scope in layer.active:
-            adapter = f"{name}.lora.{scope}"
-            term = (weights[f"{adapter}.A"] @ weights[f"{adapter}.B"]).T * layer.lora[scope].scale  # type: ignore[operator]
-            plain[f"{name}.weight"] = plain[f"{name}.weight"] + term
-    return plain

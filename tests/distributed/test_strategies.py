@@ -1,13 +1,15 @@
 """Two processes, under DDP and under FSDP2, give what one process gives on the whole batch."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_align.models.checkpoint import main
 from tests.distributed.harness import launch
-from tests.distributed.train import CASES, build, full, run
+from tests.distributed.train import CASES, RESUMED, build, checkpoint_of, full, measure, run
 from tests.toys import largest_difference, tiny_palm
 
 pytestmark = pytest.mark.distributed
@@ -15,11 +17,21 @@ SCRIPT = Path(__file__).parent / "train.py"
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_are_one(strategy: str, tmp_path: Path) -> None:
-    """All cases in one start: most of a process's time goes into its imports."""
+def test_two_processes_are_one(strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cases in one start: most of a process's time goes into its imports.
+
+    Checkpoints of either layout are gone on from in both.
+    """
     torch.save(tiny_palm().state_dict(), tmp_path / "base.pt")
+    for case in RESUMED:
+        run(case, lambda _: "auto", 1, tmp_path, resumed=True)
     launch(SCRIPT, strategy, str(tmp_path))
     ranks: list[Any] = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    if strategy == "ddp":
+        five = [measure(size, lambda _: "auto", 1, tmp_path) for size in range(1, 6)]
+        assert len(five[0]) >= 11 and all(math.isfinite(value) for value in five[0].values())
+        for values in (*five, *ranks[0].pop("five pairs"), *ranks[1].pop("five pairs")):
+            assert values == pytest.approx(five[0], rel=1e-6, abs=1e-6)
     for case in CASES:
         alone = run(case, lambda _: "auto", 1, tmp_path)
         torch.manual_seed(0)
@@ -27,8 +39,18 @@ def test_two_processes_are_one(strategy: str, tmp_path: Path) -> None:
         module.configure_model()
         start = full(module.policy)
         assert largest_difference(alone["state"], start) > 1e-4, "it did not move, so agreement would say nothing"
-        for result in (rank[key] for rank in ranks for key in rank if key[0] == case):
-            assert largest_difference(result["state"], alone["state"]) < 1e-6, case
+        results = {(rank, how): ranks[rank][case, how] for rank in range(2) for name, how in ranks[rank] if name == case}
+        if case in RESUMED:
+            path = checkpoint_of(case, tmp_path, 2)
+            assert path.is_dir() == (strategy == "fsdp2" and "lora" not in case)
+            if path.is_dir():
+                monkeypatch.setattr("sys.argv", ["checkpoint", str(path), str(tmp_path / "whole.ckpt")])
+                main()
+                path = tmp_path / "whole.ckpt"
+            opened = run(case, lambda _: "auto", 1, tmp_path, opened=path)
+            assert largest_difference(opened["state"], alone["state"]) < 1e-6, case
+        for how, result in results.items():
+            assert largest_difference(result["state"], alone["state"]) < 1e-6, (case, how)
             assert result["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6), case
             assert {"val/loss", "train/grad_norm"} <= result["metrics"].keys()
             assert result["texts"][:1] == alone["texts"], case

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_align.dpo.module import DPOModule
+from lightning_align.dpo.monitor import PreferenceMonitor
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.reference import ReferenceUpdate
@@ -46,6 +47,11 @@ def build(case: str, folder: Path) -> Any:
     return DPOModule(tiny_palm, init_from=str(base), lora=LoRAConfig(rank=2), optimizer=SGD), DPO_BATCH
 
 
+def checkpoint_of(case: str, folder: Path, devices: int) -> Path:
+    """Where the first epoch's checkpoint stands that so many ranks wrote."""
+    return folder / f"{case}-{devices}.ckpt"
+
+
 def full(model: nn.Module) -> dict[str, Tensor]:
     """All weights on one rank; a collective where they are sharded."""
     return {
@@ -54,7 +60,9 @@ def full(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def run(case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool = False) -> dict[str, Any]:
+def run(
+    case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool = False, opened: Path | None = None
+) -> dict[str, Any]:
     """Train two epochs of one optimizer step each; the rows of a rank are its part of the eight.
 
     Args:
@@ -63,6 +71,7 @@ def run(case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool =
         devices: number of ranks.
         folder: for checkpoints.
         resumed: stop after the first epoch, and go on from the checkpoint with a new module.
+        opened: a checkpoint of the first epoch, to begin at.
     """
 
     def trainer(epochs: int) -> L.Trainer:
@@ -90,9 +99,9 @@ def run(case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool =
     # Two micro-batches an optimizer step, whose tokens differ between ranks and between micro-batches.
     parts = split(batch, 4 // devices)[whole_run.global_rank :: devices]
     loader: DataLoader[Any] = DataLoader(parts, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
-    whole_run.fit(module, loader, loader)
+    whole_run.fit(module, loader, loader, ckpt_path=opened)
     if resumed:
-        path = folder / f"{case}.ckpt"
+        path = checkpoint_of(case, folder, devices)
         whole_run.save_checkpoint(path)
         module, _ = build(case, folder)
         whole_run = trainer(2)
@@ -114,6 +123,30 @@ def run(case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool =
     return result
 
 
+def measure(size: int, strategy: Any, devices: int, folder: Path) -> dict[str, float]:
+    """Validate five pairs, in batches of a size: three of them on rank 0 and two on rank 1, or all on one."""
+    batch = preference_batch(5)
+    for side in (batch["chosen"], batch["rejected"]):
+        side["rows"] = torch.arange(5)
+    module = DPOModule(tiny_palm(), beta=2.0)
+    module.configure_model()
+    module.policy.load_state_dict(tiny_palm(seed=1).state_dict())
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy("dpo"),
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        callbacks=[PreferenceMonitor(num_prompts=3, max_new_tokens=5)],
+    )
+    own = [split(batch, 3), [batch]][devices == 1][trainer.global_rank]
+    loader: DataLoader[Any] = DataLoader(split(own, size), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+    (values,) = trainer.validate(module, loader, verbose=False)
+    return dict(values)
+
+
 CASES = ("sft", "dpo", "lora", "stored", "moving", "moving_lora")
 RESUMED = ("dpo", "lora", "moving", "moving_lora")
 LIMIT = timedelta(seconds=40)
@@ -133,8 +166,11 @@ def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message=".*sync_dist")
     strategy = STRATEGIES[name]
-    results = {(case, False): run(case, strategy, 2, folder) for case in CASES}
+    results: dict[Any, Any] = {(case, False): run(case, strategy, 2, folder) for case in CASES}
     results |= {(case, True): run(case, strategy, 2, folder, resumed=True) for case in RESUMED}
+    results |= {(case, "other"): run(case, strategy, 2, folder, opened=checkpoint_of(case, folder, 1)) for case in RESUMED}
+    if name == "ddp":
+        results["five pairs"] = [measure(size, strategy, 2, folder) for size in range(1, 6)]
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 

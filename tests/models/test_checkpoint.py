@@ -145,7 +145,7 @@ def test_adapters_lead_on_to_their_base(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"half.ckpt: .*1 weights are not in the file, such as blocks\.1\.in_proj\.lora"):
         load_policy(tmp_path / "half.ckpt")
     torch.save({"state_dict": adapters, "hyper_parameters": {"lora": config}}, tmp_path / "lost.ckpt")
-    with pytest.raises(ValueError, match="does not say on which checkpoint they were trained"):
+    with pytest.raises(ValueError, match="does not say on which weights they were trained"):
         load_policy(tmp_path / "lost.ckpt")
 
 

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from ema_pytorch import EMA
 from torch import Tensor, nn
 from x_transformers.dpo import DPO
 
 from lightning_align.dpo.module import DPOModule
+from lightning_align.logprobs import response_logprobs
 from lightning_align.reference import Average
 from lightning_align.types import PreferenceBatch
 from tests.toys import largest_difference, state_of, tiny_palm
@@ -87,3 +90,52 @@ def test_x_transformers_trains_the_pad_and_not_the_first_token() -> None:
 
     torch.testing.assert_close(value, ours(shift=1), rtol=1e-4, atol=1e-5)
     assert float((value - ours(shift=0)).detach().abs()) > 1e-3
+
+
+class Successor(nn.Module):
+    """Knows that the next token is the last one plus one, and is sure of it."""
+
+    def __init__(self, sure: float) -> None:
+        super().__init__()
+        self.sure = nn.Parameter(torch.tensor(sure))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.sure * F.one_hot((tokens + 1) % 23, 23).float()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["dpo", "spin"])
+def test_self_rewarding_lm_scores_each_token_against_itself(name: str) -> None:
+    """A model that predicts every token of chosen scores 0; theirs reads the logits that predict the token after it.
+
+    And where it looks for pads it overwrites them in the batch that it was given.
+    """
+    theirs: Any = pytest.importorskip(f"self_rewarding_lm_pytorch.{name}", reason="comes with the extra `bench`")
+    places = torch.arange(6)[None]
+    chosen, rejected = places + 5, torch.tensor([[5, 6, 7, 2, 9, 4]])
+    policy, reference = Successor(50.0), Successor(1.0)
+
+    def value(shift: int) -> Tensor:
+        """Of a beta of 0.01 on means, with the logits of this many positions before."""
+        means = []
+        for tokens in (chosen, rejected):
+            logps = [model(tokens).log_softmax(-1) for model in (policy, reference)]
+            own = [logp[0, torch.arange(3, 6) - shift, tokens[0, 3:]].mean() for logp in logps]
+            means.append(own[0] - own[1])
+        return -F.logsigmoid(0.01 * (means[0] - means[1]))
+
+    made = theirs.DPO(policy, beta=0.01) if name == "dpo" else theirs.SPIN(policy, **{"\N{GREEK SMALL LETTER LAMDA}": 0.01})
+    made.ref_model.ema_model.load_state_dict(reference.state_dict())
+    made.ref_model.initted.fill_(True)
+    sides = (chosen, rejected) if name == "dpo" else (rejected, chosen)
+    found = made(*(side.clone() for side in sides), torch.tensor([3]))
+    torch.testing.assert_close(found, value(shift=0))
+    assert float((found - value(shift=1)).detach().abs()) > 0.1
+
+    made.pad_id = 10
+    given = [side.clone() for side in sides]
+    made(*given, torch.tensor([3]))
+    assert int(given[0 if name == "dpo" else 1][0, 5]) == 0, "it was 10"
+
+    side: Any = {"tokens": chosen, "mask": places >= 0, "targets": places >= 3}
+    assert abs(float(response_logprobs(policy, side).sums.detach())) < 1e-6

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from lightning_align.generation.backend import FileBackend
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.logprobs import response_logprobs
+from lightning_align.models.formats import merged_weights, whole_weights
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
 from lightning_align.spin.generations import join_pairs, statistics
 from lightning_align.spin.module import SPINModule, tied
 from lightning_align.spin.opponent import GeometricMixture, Scoped
-from lightning_align.spin.play import merged_weights, whole_weights
 from tests.spin.runs import finish, set_rows
 from tests.toys import VOCABULARY, Plain, largest_difference, state_of, tiny_palm, token_batch
 

@@ -1,0 +1,130 @@
+"""What a reference costs and keeps: bits of a frozen one after a thousand steps, and the size of checkpoints."""
+
+import argparse
+import functools
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import _common as common
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_align.dpo.module import DPOModule, concatenate
+from lightning_align.logprobs import response_logprobs
+from lightning_align.models.lora import LoRAConfig
+from lightning_align.models.palm import PaLM
+from lightning_align.reference import ReferenceUpdate
+
+VOCABULARY, PAIRS = 64, 4
+STEPS = 1_000
+SIZES = {"num_tokens": 4_096, "dim": 256, "depth": 4, "heads": 4}
+LORA = LoRAConfig(rank=4, targets=["in_proj"])
+
+
+def fit(folder: str, steps: int, size: dict[str, int], **given: Any) -> DPOModule:
+    """Train so many steps on a few batches, over and over."""
+    torch.manual_seed(0)
+    module = DPOModule(PaLM(**size), optimizer=functools.partial(torch.optim.AdamW, lr=1e-3), **given)  # type: ignore[arg-type]
+    batches: Any = common.batches(common.synthetic_pairs(2 * PAIRS, VOCABULARY), PAIRS)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[ReferenceUpdate(alpha=0.1, every=1)] if given.get("reference") == "moving" else [],
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return module
+
+
+def frozen(folder: str, **given: Any) -> dict[str, str]:
+    """Bits of what a reference says, before and after a thousand steps."""
+    size = {"num_tokens": VOCABULARY, "dim": 16, "depth": 1, "heads": 2}
+    batch = concatenate(common.batches(common.synthetic_pairs(PAIRS, VOCABULARY), PAIRS)[0])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        before = response_logprobs(PaLM(**size), batch).sums
+    module = fit(folder, STEPS, size, **given)
+    with torch.no_grad():
+        policy = response_logprobs(module.policy, batch).sums
+    after = module.reference.logprobs(module.policy, batch).sums
+    return {
+        "steps": str(module.trainer.global_step),
+        "policy moved by, nats a response": f"{float((policy - before).abs().mean()):.1f}",
+        "after them": "the same bits" if torch.equal(before, after) else f"moved by {float((after - before).abs().max()):.2g}",
+    }
+
+
+def size_of(folder: str, **given: Any) -> tuple[int, int]:
+    """Bytes of a checkpoint, and of the tensors of its policy (as far as saved) and optimizer."""
+    module = fit(folder, 2, SIZES, **given)
+    path = Path(folder) / "size.ckpt"
+    module.trainer.save_checkpoint(path)
+    states = [value for state in module.trainer.optimizers[0].state.values() for value in state.values()]
+    tensors = [*(p for p in module.policy.parameters() if p.requires_grad), *states]
+    return path.stat().st_size, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    common.heading(
+        "What a reference keeps and what a checkpoint holds",
+        f"Bits: a PaLM of width 16, AdamW 0.001, {PAIRS} pairs a step. Checkpoints: width {SIZES['dim']}, depth "
+        f"{SIZES['depth']}, vocabulary {SIZES['num_tokens']:,}, AdamW, float32; adapters of rank {LORA.rank} on the input "
+        "projections.",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        kinds: dict[str, dict[str, Any]] = {
+            "frozen": {},
+            "stored": {"reference": "stored", "reference_cache": folder},
+            "adapters off": {"lora": LORA},
+        }
+        rows = [{"reference": name, **frozen(folder, **given)} for name, given in kinds.items()]
+        print(common.table(rows))
+        kinds = {
+            "frozen": {},
+            "moving": {"reference": "moving"},
+            "adapters off": {"lora": LORA},
+            "moving adapters": {"lora": LORA, "reference": "moving"},
+        }
+        sizes = {name: size_of(folder, **given) for name, given in kinds.items()}
+    full = sizes["frozen"][0]
+    print(
+        common.table(
+            [
+                {
+                    "reference": name,
+                    "checkpoint, MiB": f"{size / common.MIB:.2f}",
+                    "over what trains and its optimizer": f"{size / own:.3f}",
+                    "over a full run's": f"{size / full:.3f}",
+                }
+                for name, (size, own) in sizes.items()
+            ]
+        )
+    )
+    same = all(row["after them"] == "the same bits" for row in rows)
+    ratio, lora = full / sizes["frozen"][1], sizes["adapters off"][0] / full
+    print(
+        common.table(
+            [
+                common.claim(f"frozen references after {STEPS:,} steps", "the same bits", "yes" if same else "no", same),
+                common.claim("checkpoint over policy and optimizer", "≤ 1.01", f"{ratio:.4f}", ratio <= 1.01),
+                common.claim("checkpoint of a LoRA run over a full one's", "≤ 0.03", f"{lora:.4f}", lora <= 0.03),
+            ]
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Models of transformers: the fast paths give what the model itself gives, for each family."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.logprobs import response_logprobs, token_logprobs
+from lightning_align.models.checkpoint import backbone_spec, build_backbone
+from lightning_align.models.formats import read_model, whole_weights, write_model
+from lightning_align.models.language_model import has_cache, has_hidden
+from lightning_align.models.pretrained import PretrainedLM
+from tests.toys import largest_difference
+
+V = 96
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+# Sliding windows are shorter than the rows below, heads tied and untied, with and without biases, of one or more key heads.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**SIZES, "num_key_value_heads": 2},
+    "qwen3": {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True},
+    "gemma3_text": {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 6},
+    "mistral": {**SIZES, "num_key_value_heads": 2, "sliding_window": 6},
+    "gpt2": {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "phi": SIZES,
+    "granite": {**SIZES, "num_key_value_heads": 2, "logits_scaling": 4.0},  # logits divided
+    "cohere": {**SIZES, "num_key_value_heads": 2, "logit_scale": 0.3},  # logits multiplied
+    "gemma2": {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 0.4},
+}
+FAST = [family for family in FAMILIES if family != "gemma2"]
+
+
+def make(family: str, **options: Any) -> PretrainedLM:
+    torch.manual_seed(0)
+    model = PretrainedLM(config={"model_type": family, **FAMILIES[family]}, **options)
+    with torch.no_grad():  # as made, logits are near 0, and most errors would be too small to see
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.eval()
+    model._scale = model._probe()
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    lengths = torch.tensor([20, 7, 13, 4, 18])
+    tokens = torch.randint(3, V, (5, 20))
+    mask = torch.arange(20) < lengths[:, None]
+    targets = mask & (torch.arange(20) >= torch.tensor([8, 2, 10, 1, 17])[:, None])
+    return {"tokens": tokens.where(mask, 0), "mask": mask, "targets": targets}
+
+
+def plain_logprobs(model: PretrainedLM, rows: dict[str, Tensor]) -> Tensor:
+    """Log-probs of the targets by the model of transformers alone, with its own attention mask."""
+    logits = model.model(input_ids=rows["tokens"], attention_mask=rows["mask"].long()).logits.double()
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, rows["tokens"][:, 1:, None]).squeeze(-1)
+    return logps[rows["targets"][:, 1:]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_and_gradients_are_those_of_the_model_itself(family: str) -> None:
+    model, rows = make(family), batch()
+    assert has_hidden(model) == (family in FAST)
+    fast, _ = token_logprobs(model, rows)  # type: ignore[arg-type]
+    plain = plain_logprobs(model, rows)
+    assert float((fast.double() - plain).detach().abs().max()) < 1e-5
+    weights = torch.linspace(-1, 1, len(plain))
+    gradients = []
+    for logps in (fast, plain.float()):
+        model.zero_grad()
+        (logps * weights).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == len(gradients[1]) > 5
+    scale = max(float(g.abs().max()) for g in gradients[1].values())
+    assert largest_difference(*gradients) < 1e-5 * scale
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_together_is_what_transformers_decodes_alone(family: str) -> None:
+    model = make(family)
+    prompts = [list(range(5, 17)), [3, 4, 5], [50]]
+    assert has_cache(model) == (family in FAST)
+    ours = generate(model, prompts, GenerationConfig(max_new_tokens=10, temperature=0.0, num_samples=2), eos_id=None)
+    for prompt, samples in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+        for sample in samples:
+            assert sample.tokens == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_out_and_in_again(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = make(family)
+    write_model(model, whole_weights(model), tmp_path / "out", card="# card")
+    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".json", ".safetensors", ".md"}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = batch()["tokens"]
+    assert largest_difference(dict(theirs.state_dict()), dict(model.model.state_dict())) == 0
+    assert float((theirs(tokens).logits - model(tokens)).detach().abs().max()) < 1e-6
+    again = read_model(tmp_path / "out")
+    assert isinstance(again, PretrainedLM)
+    assert float((again(tokens) - model(tokens)).detach().abs().max()) < 1e-6
+    spec = backbone_spec(again)
+    assert spec is not None
+    rebuilt = build_backbone(spec)
+    assert largest_difference(dict(rebuilt.state_dict()), dict(again.state_dict())) == 0
+
+
+def test_what_scales_the_logits_is_exact() -> None:
+    assert [make(family)._scale for family in ("llama", "granite", "cohere", "gemma2")] == [1.0, 0.25, 0.3, None]
+
+
+def test_the_model_is_there_where_its_folder_is_gone(tmp_path: Path) -> None:
+    model = make("llama")
+    write_model(model, whole_weights(model), tmp_path / "out")
+    spec = backbone_spec(read_model(tmp_path / "out"))
+    assert spec is not None
+    (tmp_path / "out").rename(tmp_path / "gone")
+    skeleton = build_backbone(spec)
+    with pytest.raises(ValueError, match=r"there is no such folder.*Nor has a checkpoint brought the weights"):
+        skeleton(batch()["tokens"])
+    skeleton.load_state_dict(model.state_dict())
+    assert torch.equal(skeleton(batch()["tokens"]), model(batch()["tokens"]))
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    plain, saving = make("llama").train(), make("llama", gradient_checkpointing=True).train()
+    for model in (plain, saving):
+        response_logprobs(model, batch()).sums.sum().backward()  # type: ignore[arg-type]
+    gradients = [{n: p.grad for n, p in model.named_parameters()} for model in (plain, saving)]
+    assert largest_difference(*gradients) == 0
+
+
+def test_bad_models_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    with pytest.raises(ValueError, match="give `name`, a folder"):
+        PretrainedLM()
+    with pytest.raises(ValueError, match="there is no such folder"):
+        PretrainedLM(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"the folder has no config\.json"):
+        PretrainedLM(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="model_type 'clip' makes no causal language model"):
+        PretrainedLM(config={"model_type": "clip"})
+    model = make("llama")
+    model.model.save_pretrained(tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(model.model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="the weights must be safetensors"):
+        PretrainedLM(str(tmp_path / "pickled"))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=r"the Hugging Face hub did not give it .* Without a network give the path"):
+        PretrainedLM("somebody/some-model")
