@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
+import transformers
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -64,6 +66,8 @@ def small(words: list[str]) -> dict[str, object]:
         trainer |= {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1}
         if "configs/spin/" in config:
             trainer |= {"max_steps": -1, "val_check_interval": 1.0}
+        if "huggingface" in config:
+            callbacks.append({"class_path": "ExportModel"})
     if callbacks or "configs/calm/" in config:
         trainer["callbacks"] = callbacks
     if "palm_small" in config:
@@ -80,6 +84,8 @@ def launch(words: list[str]) -> None:
             run([*words, "--print_config"])
     elif words[0] == "tokenizer":
         run([*words, "--vocab_size", "300"])
+    elif words[0] == "export":
+        run(words)
     else:
         Path("small.yaml").write_text(yaml.safe_dump(small(words)))
         run([*words, "--config", "small.yaml"])
@@ -100,6 +106,17 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, rows in {"train": sums, "valid": sums[:8], "pairs": pairs, "pairs_valid": pairs[:8]}.items():
         write_rows(f"{name}.jsonl", rows)
     write_rows("prompts.jsonl", [{"prompt": "1 + 2 ="}, {"prompt": "2 + 2 ="}])
+    bytes_only = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bytes_only.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    specials = ["<pad>", "<bos>", "<eos>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=specials, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    bytes_only.train_from_iterator([], trainer)
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), specials, strict=True))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, **names).save_pretrained("my-model")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=260, **sizes)).save_pretrained("my-model")
     for folder, number in (("texts/train", 6), ("texts/held_out", 2), ("docs", 30)):
         (tmp_path / folder).mkdir(parents=True)
         for i in range(number):
