@@ -22,6 +22,9 @@ SECTIONS = (
     ("frontier.py",),
     ("trainer_overhead.py",),
     ("precision.py",),
+    ("trl_dpo.py",),
+    ("trl_dpo.py", "--thp"),
+    ("trl_dpo.py", "--vocabulary", "128000", "--rounds", "3"),
     ("generation.py",),
     ("calm_step.py",),
 )
