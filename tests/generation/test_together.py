@@ -138,6 +138,8 @@ def test_a_prompt_longer_than_the_context_is_named() -> None:
     model.max_seq_len = 6
     with pytest.raises(ValueError, match="prompt 1 has 6 tokens, and the model's context 6"):
         generate(model, PROMPTS)
+    with pytest.raises(ValueError, match="prompt 21 has 6 tokens"):
+        generate(model, PROMPTS, ids=range(20, 25))
     (result,) = generate(model, [[1, 2, 3, 4]], GenerationConfig(max_new_tokens=9))
     assert len(result[0].tokens) == 2
 
