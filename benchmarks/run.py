@@ -19,7 +19,8 @@ SECTIONS = (
     ("dpo_step.py", "--thp"),
     ("trainer_overhead.py",),
     ("precision.py",),
-    ("generation.py",),
+    ("generation.py", "--peer-length", "160", "--rounds", "2"),
+    ("spin_step.py",),
     ("calm_step.py",),
 )
 
