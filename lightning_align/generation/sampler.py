@@ -177,8 +177,8 @@ def _limits(
             raise ValueError(f"prompt {numbers[index]} is empty: a language model continues at least one token, such as BOS")
         if context is not None and len(prompt) >= context:
             raise ValueError(
-                f"prompt {numbers[index]} has {len(prompt)} tokens, and the model's context {context}, which leaves no room for "
-                "a response: shorten it, or lower max_length so that such rows are dropped and counted"
+                f"prompt {numbers[index]} has {len(prompt)} tokens, and the model's context {context}, which leaves no room "
+                "for a response: shorten it, or lower max_length so that such rows are dropped and counted"
             )
         limit = config.max_new_tokens if limits is None else min(config.max_new_tokens, limits[index])
         most.append(limit if context is None else min(limit, context - len(prompt)))
