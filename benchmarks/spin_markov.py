@@ -215,8 +215,8 @@ def report(results: dict[str, Any]) -> None:
         "Self-play on a Markov chain, where the truth is known",
         f"Order 2, 16 symbols with 3 successors each, responses of up to 24 symbols, {ROWS:,} demonstrations; PaLM of width 64 "
         f"and depth 2, fine-tuned for {BASE_EPOCHS} epochs; then as many steps for every arm, of {BATCH} demonstrations each. "
-        f"Settings: {results['settings']}. Means over {len(seeds)} seeds, each with a chain of its own, after each third of the "
-        "steps. Validity: of responses sampled at temperature 1. Divergence: KL(chain || model) of a response, in nats.",
+        f"Settings: {results['settings']}. Means over {len(seeds)} seeds, each with a chain of its own, after each third of "
+        "the steps. Validity: of responses sampled at temperature 1. Divergence: KL(chain || model) of a response, in nats.",
     )
     rows = []
     for name in ("base", *ARMS):
