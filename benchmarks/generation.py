@@ -8,6 +8,7 @@ And decoding one row of a model larger than the cache, against the rate at which
 """
 
 import argparse
+import copy
 import importlib.metadata
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +48,7 @@ def self_rewarding(model: nn.Module, prompts: Tensor, length: int) -> Callable[[
     return run
 
 
-def llama(prompts: Tensor, length: int, **settings: Any) -> Callable[[], object]:
+def llama(prompts: Tensor, length: int, dtype: torch.dtype, **settings: Any) -> Callable[[], object]:
     """`generate` of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -62,7 +63,7 @@ def llama(prompts: Tensor, length: int, **settings: Any) -> Callable[[], object]
         pad_token_id=0,
         eos_token_id=None,
     )
-    model: Any = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config).eval().to(dtype)
     new = length - prompts.shape[1]
     return lambda: model.generate(
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new, use_cache=True, **settings
@@ -85,6 +86,7 @@ def streaming(rounds: int) -> tuple[float, float]:
     model = PaLM(num_tokens=VOCABULARY, dim=1024, depth=12, heads=16, dim_head=64)
     bytes_a_token = 4 * sum(p.numel() for p in model.parameters())
     rates, machine = [], []
+    generate(model, [[1] * 16], GenerationConfig(max_new_tokens=8, temperature=0))
     for _ in range(rounds):
         seconds = []
         for tokens in (8, 40):  # the difference leaves out the prompt and the packing of weights
@@ -103,8 +105,8 @@ def report(rounds: int, length: int, peer_length: int) -> None:
     prompts = torch.randint(2, VOCABULARY, (BATCH, PROMPT))
     nucleus = {"temperature": 0.7, "top_p": 0.9}
     version = importlib.metadata.version
-    cases = [
-        (f"palm-rlhf-pytorch {version('palm-rlhf-pytorch')}", 25.0, peer_length, {}, palm_rlhf(prompts, peer_length), 1),
+    cases: list[tuple[str, float, int, dict[str, Any], Callable[[], object], int, nn.Module]] = [
+        (f"palm-rlhf-pytorch {version('palm-rlhf-pytorch')}", 25.0, peer_length, {}, palm_rlhf(prompts, peer_length), 1, model),
         (
             f"self-rewarding-lm-pytorch {version('self-rewarding-lm-pytorch')}",
             25.0,
@@ -112,33 +114,27 @@ def report(rounds: int, length: int, peer_length: int) -> None:
             nucleus,
             self_rewarding(model, prompts, peer_length),
             1,
-        ),
-        (
-            f"transformers {version('transformers')}, greedy",
-            1.5,
-            length,
-            {"temperature": 0},
-            llama(prompts, length, do_sample=False),
-            rounds,
-        ),
-        (
-            f"transformers {version('transformers')}, temperature 0.7, top-p 0.9",
-            3.0,
-            length,
-            nucleus,
-            llama(prompts, length, do_sample=True, top_k=0, **nucleus),
-            rounds,
+            model,
         ),
     ]
+    for dtype, own in ((torch.float32, model), (torch.bfloat16, copy.deepcopy(model).bfloat16())):
+        name = f"transformers {version('transformers')}, {str(dtype).removeprefix('torch.')}"
+        greedy = llama(prompts, length, dtype, do_sample=False)
+        sampled = llama(prompts, length, dtype, do_sample=True, top_k=0, **nucleus)
+        cases += [
+            (f"{name}, greedy", 1.5, length, {"temperature": 0}, greedy, rounds, own),
+            (f"{name}, temperature 0.7, top-p 0.9", 3.0, length, nucleus, sampled, rounds, own),
+        ]
     common.heading(
         "Sampling",
-        f"Batch {BATCH}, prompts of {PROMPT} tokens, to {length} tokens ({peer_length} for the peers without a cache, whose "
-        f"time a token grows with the length), vocabulary {VOCABULARY:,}, width {WIDTH}, depth {DEPTH}, float32, "
-        f"{torch.get_num_threads()} threads, random weights. {rounds} rounds, alternating (1 for the peers without a cache).",
+        f"Batch {BATCH}, prompts of {PROMPT} tokens, to {length} tokens ({peer_length} on both sides for the peers without a "
+        f"cache, whose time a token grows with the length), vocabulary {VOCABULARY:,}, width {WIDTH}, depth {DEPTH}, float32 "
+        f"where nothing is said, {torch.get_num_threads()} threads, random weights. {rounds} rounds, alternating (1 for the "
+        "peers without a cache).",
     )
     rows, claims = [], []
-    for name, least, to, settings, peer, times in cases:
-        sides = {"ours": ours(model, prompts, to, **settings), "peer": peer}
+    for name, least, to, settings, peer, times, own in cases:
+        sides = {"ours": ours(own, prompts, to, **settings), "peer": peer}
         sides["ours"]()
         timings = common.alternate(sides, times)
         tokens = BATCH * (to - PROMPT)

@@ -25,7 +25,8 @@ SECTIONS = (
     ("trl_dpo.py",),
     ("trl_dpo.py", "--thp"),
     ("trl_dpo.py", "--vocabulary", "128000", "--rounds", "3"),
-    ("generation.py",),
+    ("generation.py", "--peer-length", "160", "--rounds", "2"),
+    ("spin_step.py",),
     ("calm_step.py",),
 )
 

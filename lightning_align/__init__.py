@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_align.data.tasks.arithmetic import Arithmetic
     from lightning_align.data.tasks.facts import Facts
     from lightning_align.data.tasks.key_value import KeyValue
+    from lightning_align.data.tasks.markov import MarkovChain
     from lightning_align.dpo.datamodule import DPODataModule
     from lightning_align.dpo.module import DPOModule
     from lightning_align.dpo.monitor import PreferenceMonitor
@@ -71,6 +72,7 @@ _HOME = {
     "GenerationConfig": "generation.sampler",
     "KeyValue": "data.tasks.key_value",
     "LoRAConfig": "models.lora",
+    "MarkovChain": "data.tasks.markov",
     "NeighborPanel": "retro.panel",
     "PaLM": "models.palm",
     "PretrainedLM": "models.pretrained",
@@ -126,6 +128,7 @@ __all__ = [
     "GenerationConfig",
     "KeyValue",
     "LoRAConfig",
+    "MarkovChain",
     "NeighborPanel",
     "PaLM",
     "PreferenceMonitor",

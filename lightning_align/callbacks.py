@@ -31,7 +31,8 @@ def _decode_shared(
     padded = mine + [mine[-1] if mine else 0] * (-(-len(prompts) // ranks) - len(mine))
     eos_id = trainer.datamodule.tokenizer.eos_id  # type: ignore[attr-defined]  # set by the Trainer when there is one
     with trainer.precision_plugin.forward_context():
-        results = generate(module.policy, [prompts[i] for i in padded], config, eos_id=eos_id)
+        # By their numbers, so that what is drawn does not depend on the number of ranks.
+        results = generate(module.policy, [prompts[i] for i in padded], config, eos_id=eos_id, ids=padded)
     return [(index, responses[0]) for index, responses in zip(mine, results, strict=False)]
 
 
@@ -111,15 +112,17 @@ class SolveRate(Callback):
         *,
         num_problems: int = 500,
         max_new_tokens: int = 64,
+        temperature: float = 0.0,
         batch_size: int = 250,
         name: str = "solved",
     ) -> None:
-        """Solve at the end of each validation or test, greedily.
+        """Solve at the end of each validation or test.
 
         Args:
             problems: a task with `grade`; held out, so of another split than the rows that train.
             num_problems: how many of them, the first.
             max_new_tokens: longest response; one that is cut by it is not solved.
+            temperature: 0 takes the likeliest token.
             batch_size: problems decoded together.
             name: what is logged is ``val/name``; of several of these callbacks each needs its own.
 
@@ -132,7 +135,7 @@ class SolveRate(Callback):
             )
         self.grader, self.name = problems, name
         self.prompts = [str(row["prompt"]) for row in islice(problems.rows(), num_problems)]
-        self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=0.0, batch_size=batch_size)
+        self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Solve, grade and log."""

@@ -65,9 +65,11 @@ NAMES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "sft/huggingface": (["sft/huggingface"], rows("responses.jsonl")),  # with a PaLM here; as it is, in test_export
     "dpo/huggingface": (["dpo/huggingface"], rows("pairs.jsonl")),
     "spin/huggingface": (["spin/huggingface"], rows("responses.jsonl") | {"trainer": LOOP}),
+    "sft/markov": (["sft/markov"], rows(task("MarkovChain"))),
     "dpo/arithmetic": (["dpo/arithmetic"], rows("pairs.jsonl")),
     "dpo/jsonl": (["dpo/jsonl"], rows("pairs.jsonl")),
     "spin/arithmetic": (["spin/arithmetic"], rows("responses.jsonl") | {"trainer": LOOP}),
+    "spin/markov": (["spin/markov"], rows(task("MarkovChain")) | {"trainer": LOOP}),
     "spin/jsonl": (["spin/jsonl"], rows("responses.jsonl") | {"trainer": LOOP}),
     "calm/key_value_anchor": (["calm/key_value_anchor"], rows(task("KeyValue"))),
     "calm/key_value_augment": (["calm/key_value_augment"], rows(task("KeyValue"))),

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_align.distributed import publish, world
 from lightning_align.generation.sampler import FinishReason, Generation, GenerationConfig, generate
+from lightning_align.models.checkpoint import state_hash
 
 
 class GenerationBackend(Protocol):
@@ -59,8 +61,9 @@ class FileBackend:
     For iteration t it writes ``iteration_t/weights.safetensors`` and ``iteration_t/prompts-<hash>.jsonl``, rows of
     ``{"id", "prompt", "max_tokens", "num_samples"}`` with the prompt as token ids, and reads
     ``iteration_t/responses-<hash>.jsonl``, rows of ``{"id", "responses": [{"tokens", "reason"}]}`` with ids without the
-    end-of-sequence token and a reason of ``eos``, ``stop`` or ``length``. Where that file is not there yet it waits for it as
-    long as it was told to, and then stops with its name; the same run, started again, goes on.
+    end-of-sequence token and a reason of ``eos``, ``stop`` or ``length``; with ``"logprobs"`` too, of each token and of the
+    end-of-sequence token, the log shows how far the engine's numbers are from ours. Where that file is not there yet it waits
+    for it as long as it was told to, and then stops with its name; the same run, started again, goes on.
     """
 
     whole = True
@@ -75,10 +78,24 @@ class FileBackend:
         self.folder, self.wait_seconds = Path(folder), wait_seconds
 
     def sync_weights(self, weights: Mapping[str, Tensor], *, iteration: int) -> None:
-        """Write the weights."""
-        path = self.folder / f"iteration_{iteration}" / "weights.safetensors"
-        if world()[0] == 0 and not path.exists():
-            publish(path, lambda temporary: save_file(dict(weights), temporary))
+        """Write the weights, or find that they are there.
+
+        Raises:
+            ValueError: if others are there: the responses beside them would be another model's.
+        """
+        if world()[0] != 0:
+            return
+        path, own = self.folder / f"iteration_{iteration}" / "weights.safetensors", state_hash(dict(weights))
+        if not path.exists():
+            publish(path, lambda temporary: save_file(dict(weights), temporary, metadata={"sha256": own}))
+            return
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("sha256", "")
+        if found != own:
+            raise ValueError(
+                f"{path}: has other weights ({found[:12]}) than iteration {iteration} of this run ({own[:12]}), so what was "
+                f"generated beside it is of another run: give FileBackend another `folder`, or remove {path.parent}"
+            )
 
     def generate(
         self,
@@ -132,12 +149,18 @@ def _read_responses(path: Path, requests: list[dict[str, Any]], eos_id: int) -> 
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            answers = [(list(map(int, answer["tokens"])), str(answer["reason"])) for answer in row["responses"]]
-            found[int(row["id"])] = [
-                Generation(tokens, reason != "length", [], cast(FinishReason, reason)) for tokens, reason in answers
+            answers = [
+                Generation(
+                    [int(token) for token in answer["tokens"]],
+                    answer["reason"] != "length",
+                    [float(value) for value in answer.get("logprobs", ())],
+                    cast(FinishReason, answer["reason"]),
+                )
+                for answer in row["responses"]
             ]
-            if any(reason not in ("eos", "stop", "length") or eos_id in tokens for tokens, reason in answers):
+            if any(answer.reason not in ("eos", "stop", "length") or eos_id in answer.tokens for answer in answers):
                 raise ValueError
+            found[int(row["id"])] = answers
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{path}:{number}: is not a row {{"id", "responses": [{{"tokens", "reason"}}]}} with a reason of eos, stop or '

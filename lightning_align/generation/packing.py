@@ -22,7 +22,7 @@ def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | No
         weight: (V, D); later changes to it are not seen.
         bias: (V,) or None.
     """
-    usable = weight.device.type == "cpu" and weight.dtype is torch.float32 and type(weight) in (Tensor, nn.Parameter)
+    usable = weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter) and _packs(weight.dtype)
     if not usable or weight.numel() < LEAST or not torch._C._has_mkldnn or torch.is_autocast_enabled("cpu"):
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
@@ -34,6 +34,10 @@ def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | No
         return product
 
     return linear
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager

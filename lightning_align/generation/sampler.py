@@ -137,8 +137,8 @@ def generate(
     config = config or GenerationConfig()
     if config.stop and decode is None:
         raise ValueError(f"generation: stop is {list(config.stop)}, which needs a tokenizer: give `decode`, or leave it out")
-    most = _limits(model, prompts, config, limits)
     numbers = range(len(prompts)) if ids is None else ids
+    most = _limits(model, prompts, numbers, config, limits)
     device = next(model.parameters()).device
     # Prompts of like length decode together: padding is decoded too.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -163,18 +163,22 @@ def generate(
 
 
 def _limits(
-    model: nn.Module, prompts: Sequence[Sequence[int]], config: GenerationConfig, limits: Sequence[int] | None
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    config: GenerationConfig,
+    limits: Sequence[int] | None,
 ) -> list[int]:
     """The longest response of each prompt."""
     context = context_length(model)
     most = []
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {index} is empty: a language model continues at least one token, such as BOS")
+            raise ValueError(f"prompt {numbers[index]} is empty: a language model continues at least one token, such as BOS")
         if context is not None and len(prompt) >= context:
             raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, and the model's context {context}, which leaves no room for a "
-                "response: shorten it, or lower max_length so that such rows are dropped and counted"
+                f"prompt {numbers[index]} has {len(prompt)} tokens, and the model's context {context}, which leaves no room "
+                "for a response: shorten it, or lower max_length so that such rows are dropped and counted"
             )
         limit = config.max_new_tokens if limits is None else min(config.max_new_tokens, limits[index])
         most.append(limit if context is None else min(limit, context - len(prompt)))

@@ -146,6 +146,7 @@ def statistics(rows: Sequence[Row], *, iteration: int, eos_id: int, real: dict[i
             sums["gap"] += len(ids) - len(real[row["row"]])
             sums["real_logprob"] += row["real_logprob"]
             if answer.get("sampled_logprob") is not None:
+                counts["engine"] += 1
                 sums["engine"] += abs(answer["sampled_logprob"] - answer["logprob"])
             if answer.get("base_logprob") is not None:
                 counts["based"] += 1
@@ -159,8 +160,9 @@ def statistics(rows: Sequence[Row], *, iteration: int, eos_id: int, real: dict[i
         "length": sums["length"] / total,
         "length_gap": sums["gap"] / total,
         "real_logprob": sums["real_logprob"] / total,
-        "engine_gap": sums["engine"] / total,
     }
+    if counts["engine"]:
+        values["engine_gap"] = sums["engine"] / counts["engine"]
     if counts["based"]:
         values["kl_to_base"] = sums["kl"] / counts["based"]
     return values

@@ -93,6 +93,15 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(whole: Any, steps: int, tmp_path
     assert largest_difference(state_of(module.policy), expected) == 0
 
 
+def test_a_run_that_was_cut_at_the_end_of_two_epochs_trains_neither_again(whole: Any, tmp_path: Path) -> None:
+    for resume, steps in ((False, 3), (True, 8), (True, 13)):
+        with pytest.raises(Cut):
+            finish(tmp_path, CutAfter(steps), resume=resume)
+    trainer, module = finish(tmp_path, resume=True)
+    assert trainer.global_step == whole[1]
+    assert largest_difference(state_of(module.policy), whole[0]) == 0
+
+
 @pytest.mark.parametrize("writes", [2, 8, 14])
 def test_a_run_that_was_cut_while_generating_generates_nothing_twice(
     whole: Any, writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

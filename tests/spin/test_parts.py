@@ -113,7 +113,7 @@ def test_statistics_by_hand() -> None:
         "length": 2,
         "length_gap": 0,
         "real_logprob": -5,
-        "engine_gap": 0.25,
+        "engine_gap": 0.5,
         "kl_to_base": 1.5,
     }
 
@@ -134,7 +134,8 @@ def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
 
     def answer(row: dict[str, Any]) -> dict[str, Any]:
         own = answers[row["id"]]
-        return {"id": row["id"], "responses": [{"tokens": own["tokens"], "reason": own["reason"]}]}
+        told = {"logprobs": [own["sampled_logprob"] + 3.0]} if row["id"] == 0 else {}
+        return {"id": row["id"], "responses": [{"tokens": own["tokens"], "reason": own["reason"], **told}]}
 
     good = [json.dumps(answer(row)) + "\n" for row in requests]
     for text, message in (
@@ -146,8 +147,11 @@ def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             finish(tmp_path, loop=loop)
     responses.write_text("".join(good))
-    _, module = finish(tmp_path, loop=loop)
+    trainer, module = finish(tmp_path, loop=loop)
     assert largest_difference(state_of(module.policy), state_of(native.policy)) < 1e-6
+    assert float(trainer.callback_metrics["spin/train/engine_gap"]) == pytest.approx(3, abs=1e-3)
+    with pytest.raises(ValueError, match=r"weights.safetensors: has other weights .*than iteration 0 of this run"):
+        finish(tmp_path / "other", loop=loop, backbone=tiny_palm(num_tokens=259, seed=1))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "jsonl"])
+@pytest.mark.parametrize("name", ["arithmetic", "markov", "jsonl"])
 def test_the_configurations_play(name: str, folder: Path) -> None:
     sft = {
         "model": {"class_path": "SFTModule", "init_args": {"backbone": BACKBONE}},
