@@ -1,12 +1,13 @@
-"""Small models of every kind that can be composed, and the composition of two of them with connections that do something."""
+"""Small models of every kind that can be composed, and the composition of two of them with connections that do something.
+
+Peers' packages are imported where a model of theirs is made: the processes of the distributed test need none.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from x_transformers import Decoder, TransformerWrapper
 
 from lightning_align.calm.connections import ConnectionConfig
 from lightning_align.calm.model import CALM
@@ -45,17 +46,23 @@ class Tuples(nn.Module):
         return out
 
 
-def x_transformers() -> TransformerWrapper:
+def x_transformers() -> nn.Module:
+    from x_transformers import Decoder, TransformerWrapper
+
     stack = Decoder(dim=16, depth=3, heads=2, attn_dim_head=32, rotary_pos_emb=True)
     return TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=32, attn_layers=stack)
 
 
-def llama() -> LlamaForCausalLM:
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **sizes))
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=4, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
     )

@@ -6,10 +6,10 @@ Bansal et al. 2024, arXiv 2401.02412, section 3.2, of which these are the three 
 - NUM-MATH ``"M 3+5="`` asks for the result, ``"8"``;
 - KV-MATH ``"M abc+xy="`` asks for the result as well, which needs both.
 
-Besides these there are rows that only train a model: ``"S abc3+xy"`` goes on with the last value and all of them,
-``"5=3+5"`` (``inline``), which makes the value of a key known where the key ends; NUM-MATH with letters that mean nothing
-before each number, ``"M qz3+b5="`` (``lettered_math``), so that a model does not find the numbers by their places; and
-copies of numbers and of letters, so that it has met every character.
+Besides these there are rows that only train a model: text with each value behind its key, ``"abc3+xy5"`` (``inline``), of
+which every character is learned, so that the value is known where the key ends, and a letter within a key promises none;
+NUM-MATH with letters that mean nothing before each number, ``"M qz3+b5="`` (``lettered_math``), so that a model does not find
+the numbers by their places; and copies of numbers and of letters, so that it has met every character.
 """
 
 import json
@@ -24,7 +24,7 @@ from lightning_align.data.rows import RowTask
 Kind = Literal["subs", "num_math", "kv_math", "inline", "lettered_math", "copy_numbers", "copy_letters"]
 Keys = Literal["all", "held_in", "validation", "held_out"]
 
-_RULES = 1
+_RULES = 2
 """Goes into the fingerprint: raise it when the same arguments come to mean other rows."""
 _PROMPT = re.compile(r"([SM]) ((?:[a-z]+|[0-9]+)(?:[-+*](?:[a-z]+|[0-9]+))*)=")
 
@@ -33,7 +33,8 @@ class KeyValue(RowTask):
     """Rows of one kind or of a mixture, over a part of the keys.
 
     The table of keys and values depends on `num_keys`, `key_length`, `num_values` and `table_seed` alone, so that tasks that
-    agree on them are about one table. Its first keys are held in (composed in training), then come those for validation.
+    agree on them are about one table. No key begins another one: where a key has been read, a value can be known. The first
+    keys are held in (composed in training), then come those for validation.
 
     Args:
         num_rows: Number of rows.
@@ -70,13 +71,14 @@ class KeyValue(RowTask):
         mix = {"kv_math": 1.0} if mix is None else dict(mix)
         low, high = key_length
         shares_right = set(mix) <= set(get_args(Kind)) and min(mix.values(), default=0) > 0
-        most_keys = sum(26**n for n in range(low, high + 1)) // 2
+        # Where no key begins another, about 1 in so many of the longest names stays free.
+        most_keys = 26**high // (2 * max(1, high - low + 1))
         checks = {
             "num_rows": (num_rows, num_rows >= 1, "1 or more"),
             "mix": (mix, shares_right, f"shares above 0 of {', '.join(get_args(Kind))}"),
             "keys": (keys, keys in get_args(Keys), f"one of {', '.join(get_args(Keys))}"),
             "key_length": (key_length, 1 <= low <= high, "the fewest letters and the most, 1 or more"),
-            "num_keys": (num_keys, 3 <= num_keys <= most_keys, f"3 to {most_keys}, half of the names of that length"),
+            "num_keys": (num_keys, 3 <= num_keys <= most_keys, f"3 to {most_keys}, for which there are names of that length"),
             "held_in": (held_in, 0 < held_in and held_in + validation < 1, "above 0, and with validation below 1"),
             "validation": (validation, validation >= 0, "0 or more"),
             "num_values": (num_values, num_values >= 1, "1 or more"),
@@ -133,12 +135,12 @@ class KeyValue(RowTask):
             values = [str(generator.randrange(self.num_values)) for _ in signs]
         numbers, letters = _join(signs, values), _join(signs, words)
         both = _join(signs, [word + value for word, value in zip(words, values, strict=True)])
+        tag = generator.choice("SM")
         question, answer = {
             "subs": (f"S {letters}=", numbers),
             "num_math": (f"M {numbers}=", str(_evaluate(numbers))),
             "kv_math": (f"M {letters}=", str(_evaluate(numbers))),
-            # All is given but the last value: there is no learning letters that nobody could foresee.
-            "inline": (f"S {both.removesuffix(values[-1])}", f"{values[-1]}={numbers}"),
+            "inline": (f"{tag} ", f"{both}={numbers}" if tag == "S" else both),
             "lettered_math": (f"M {both}=", str(_evaluate(numbers))),
             "copy_numbers": (f"S {numbers}=", numbers),
             "copy_letters": (f"S {letters}=", letters),
@@ -177,7 +179,11 @@ def _evaluate(expression: str) -> int:
 def _table(num_keys: int, low: int, high: int, num_values: int, seed: int) -> dict[str, int]:
     generator = random.Random(f"table {seed}")
     table: dict[str, int] = {}
+    beginnings: set[str] = set()  # of the keys so far
     while len(table) < num_keys:
         key = "".join(generator.choices(ascii_lowercase, k=generator.randint(low, high)))
-        table.setdefault(key, generator.randrange(num_values))
+        shorter = [key[:length] for length in range(1, len(key))]
+        if key not in table and key not in beginnings and table.keys().isdisjoint(shorter):
+            table[key] = generator.randrange(num_values)
+            beginnings.update(shorter)
     return table
