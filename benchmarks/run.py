@@ -21,6 +21,13 @@ SECTIONS = (
     ("precision.py",),
     ("generation.py",),
     ("calm_step.py",),
+    ("retrieval_chunks.py",),
+    ("retrieval_vectors.py",),
+    ("retrieval_search.py", "--queries", "8192"),
+    ("retrieval_kill.py",),
+    ("retro_model_step.py",),
+    ("retro_model_facts.py",),
+    ("retro_stdlib.py",),
 )
 
 
