@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lightning_align.models.palm_import import load_palm_rlhf
     from lightning_align.reference import ReferenceUpdate
     from lightning_align.retrieval.database import RetrievalDatabase
+    from lightning_align.retrieval.lance import LanceRetriever
     from lightning_align.retro.callbacks import RetrievalIndexing
     from lightning_align.retro.datamodule import RETRODataModule
     from lightning_align.retro.decoding import RetrievalDecoder
@@ -66,6 +67,7 @@ _HOME = {
     "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
     "KeyValue": "data.tasks.key_value",
+    "LanceRetriever": "retrieval.lance",
     "LoRAConfig": "models.lora",
     "NeighborPanel": "retro.panel",
     "PaLM": "models.palm",
@@ -118,6 +120,7 @@ __all__ = [
     "FolderDocuments",
     "GenerationConfig",
     "KeyValue",
+    "LanceRetriever",
     "LoRAConfig",
     "NeighborPanel",
     "PaLM",
