@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import _common as common
 import torch
 
 from lightning_align.data.documents import StandardLibrary
@@ -73,7 +74,12 @@ def main() -> None:
         elif os.waitstatus_to_exitcode(status):
             raise SystemExit("a build that was not killed failed")
     same = hashes(root / "whole") == hashes(root / "killed")
-    print(f"killed in {dict(met)}; {len(hashes(root / 'whole'))} files, hashes {'equal' if same else 'DIFFERENT'}")
+    common.heading(
+        "A database whose build is killed",
+        f"{arguments.kills} SIGKILLs at random moments, seed {arguments.seed}: {dict(met)}; then to the end.",
+    )
+    claim = common.claim("SHA-256 of all files", "equal", "equal" if same else "different", same)
+    print(common.table([claim | {"files": str(len(hashes(root / "whole")))}]))
     shutil.rmtree(root)
     raise SystemExit(not same)
 

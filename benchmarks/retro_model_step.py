@@ -1,20 +1,17 @@
 """A RETRO training step, and generation with retrieval: this library against RETRO-pytorch 0.3.9.
 
 Both models have the same width, depth, heads, vocabulary, chunk size, reading layers and depth of the encoder of neighbours.
-Neighbours are random chunks on both sides, so the time of a search is in neither. The peer is installed by
-``pip install --no-deps retro-pytorch==0.3.9``: what it says it depends on pins a numpy that this library does not run with.
+Neighbours are random chunks on both sides, so the time of a search is in neither.
 """
 
 import argparse
-import importlib.metadata
-import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import _common as common
 import numpy as np
 import torch
+from _retro_pytorch import PEER, TrainingWrapper, retro_pytorch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
@@ -26,16 +23,9 @@ from lightning_align.retrieval.tables import Tokens
 from lightning_align.retro.decoding import RetrievalDecoder
 from lightning_align.retro.model import RETRO, NeighborTokens
 
-# The peer imports it for building indexes, and its releases do not import beside today's pyarrow. It is not used here.
-sys.modules["autofaiss"] = ModuleType("autofaiss")
-sys.modules["autofaiss"].build_index = None  # type: ignore[attr-defined]
-import retro_pytorch  # noqa: E402
-from retro_pytorch.training import TrainingWrapper  # noqa: E402
-
 VOCABULARY, WIDTH, DEPTH, ENCODER_DEPTH, HEADS, DIM_HEAD = 28_996, 256, 4, 2, 8, 64
 LENGTH, CHUNK, NEIGHBORS, BATCH = 512, 64, 2, 4
 READING = [1, 3]
-PEER = f"RETRO-pytorch {importlib.metadata.version('retro-pytorch')}"
 
 
 def ours() -> RETRO:

@@ -28,6 +28,13 @@ SECTIONS = (
     ("generation.py", "--peer-length", "160", "--rounds", "2"),
     ("spin_step.py",),
     ("calm_step.py",),
+    ("retrieval_chunks.py",),
+    ("retrieval_vectors.py",),
+    ("retrieval_search.py", "--queries", "8192"),
+    ("retrieval_kill.py",),
+    ("retro_model_step.py",),
+    ("retro_model_facts.py",),
+    ("retro_stdlib.py",),
 )
 
 

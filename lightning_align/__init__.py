@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_align.models.pretrained import PretrainedLM
     from lightning_align.reference import ReferenceUpdate
     from lightning_align.retrieval.database import RetrievalDatabase
+    from lightning_align.retrieval.lance import LanceRetriever
     from lightning_align.retro.callbacks import RetrievalIndexing
     from lightning_align.retro.datamodule import RETRODataModule
     from lightning_align.retro.decoding import RetrievalDecoder
@@ -71,6 +72,7 @@ _HOME = {
     "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
     "KeyValue": "data.tasks.key_value",
+    "LanceRetriever": "retrieval.lance",
     "LoRAConfig": "models.lora",
     "MarkovChain": "data.tasks.markov",
     "NeighborPanel": "retro.panel",
@@ -127,6 +129,7 @@ __all__ = [
     "FolderDocuments",
     "GenerationConfig",
     "KeyValue",
+    "LanceRetriever",
     "LoRAConfig",
     "MarkovChain",
     "NeighborPanel",

@@ -145,8 +145,13 @@ class RowDocuments(DocumentSource):
             yield Document(str(name), text)
 
 
+LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__")
+
+
 class StandardLibrary(FolderDocuments):
     """The sources of the standard library of the Python that runs, its tests and installed packages left out.
+
+    So is `pydoc_data`, one file of prose that is as long as fifty of the others.
 
     Args:
         part: all files, or those of one side of a split.
@@ -157,7 +162,7 @@ class StandardLibrary(FolderDocuments):
         super().__init__(
             sysconfig.get_paths()["stdlib"],
             glob="**/*.py",
-            exclude=[f"**/{name}" for name in ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")],
+            exclude=[f"**/{name}" for name in LEFT_OUT],
             part=part,
             held_out=held_out,
             on_bad_file="skip",

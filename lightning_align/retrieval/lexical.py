@@ -19,8 +19,9 @@ from lightning_align.retrieval.neighbors import DELETED, Forbidden, Nearest, pic
 from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.retrieval.tables import ChunkTable, Floats, Ints
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same settings come to mean other bytes."""
+_STRETCH = 64
 _WORD = re.compile(r"\w+")
 Decode = Callable[[list[int]], str]
 
@@ -96,6 +97,8 @@ class LexicalSearcher:
         self.model.scores = {**arrays, "num_docs": content["num_docs"]}
         self.model.nonoccurrence_array = None
         self.groups, self.decode = groups, decode
+        self._by_group = np.argsort(groups, kind="stable")
+        self._sorted_groups = groups[self._by_group]
 
     def queries_of(self, table: ChunkTable, chunks: range) -> list[list[int]]:
         """See `Searcher`: their words."""
@@ -118,12 +121,27 @@ class LexicalSearcher:
         best = np.zeros((len(queries), candidates), dtype=np.float32)
         for row, query in enumerate(queries):
             scores = self.scores(query)
-            scores[np.isin(self.groups, [DELETED, *left_out[row]])] = 0
-            top = np.argpartition(-scores, candidates - 1)[:candidates]
-            # Of equal scores the first chunk, so that the order does not depend on how the best were found.
-            ids[row] = top[np.lexsort((top, -scores[top]))]
-            best[row] = scores[ids[row]]
+            for group in (DELETED, *left_out[row]):
+                scores[self._chunks_of_group(group)] = 0
+            top = _largest(scores, candidates)
+            ids[row, : len(top)] = top
+            best[row, : len(top)] = scores[top]
         return pick(ids, 0 - best, best > 0, k)
+
+    def _chunks_of_group(self, group: int) -> Ints:
+        first, last = np.searchsorted(self._sorted_groups, (group, group + 1))
+        return self._by_group[first:last]
+
+
+def _largest(scores: Floats, count: int) -> Ints:
+    """Where the largest scores above 0 stand, at most so many of them; of equal ones the first."""
+    # A partition would go through all chunks several times. No score among the largest is below the bound: as many stretches as
+    # are wanted have one that reaches it.
+    whole = len(scores) // _STRETCH * _STRETCH
+    peaks = np.append(scores[:whole].reshape(-1, _STRETCH).max(axis=1), scores[whole:].max(initial=0))
+    bound = np.partition(peaks, -count)[-count] if count <= len(peaks) else 0
+    near = np.flatnonzero(scores >= bound if bound > 0 else scores > 0)
+    return near[np.argsort(-scores[near], kind="stable")[:count]]
 
 
 class HybridSearcher:

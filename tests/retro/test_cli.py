@@ -27,7 +27,7 @@ def config_of_few_facts(folder: Path) -> str:
     """The configuration of the facts, with fewer of them."""
     text = (CONFIGS / "facts.yaml").read_text().replace("{role: ", "{num_facts: 24, num_held_out: 6, role: ")
     path = folder / "facts.yaml"
-    path.write_text(text.replace("batch_size: 64", "batch_size: 8").replace("val_check_interval: 100", "val_check_interval: 4"))
+    path.write_text(text.replace("batch_size: 16", "batch_size: 8").replace("val_check_interval: 500", "val_check_interval: 4"))
     return str(path)
 
 
@@ -47,7 +47,7 @@ def test_fit_validate_predict(folder: Path) -> None:
     assert {f"val/{arm}/bits_per_byte" for arm in ("on", "off", "random", "shuffled")} <= set(again)
     assert float(again["val/off/bits_per_byte"]) == pytest.approx(float(metrics["val/off/bits_per_byte"]), abs=1e-5)
 
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "The code of abcd is            "}) + "\n")
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "Code of abcd efg is            "}) + "\n")
     run(["predict", *common, "--data.init_args.predict", "prompts.jsonl", "--output", "out.jsonl"])
     (row,) = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert len(row["responses"]) == 1 and len(row["neighbors"][0]) == 1

@@ -1,13 +1,13 @@
 """Facts that nothing but the database can know: what retrieval is worth where the right answer is known.
 
-A fact, ``"The code of qwxz is 48213907."``, is a document of one chunk. A question is a document whose first chunk names the
+A fact, ``"Code of qwxz abc is 48213907."``, is a document of one chunk. A question is a document whose first chunk names the
 key and whose second gives the value, so that whoever reads the neighbours of the first chunk can write the second. Values are
 random: without its fact a value costs log2(10) bits a digit, whatever a model has learned.
 """
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 from lightning_align.data.documents import DocumentSource
@@ -15,10 +15,10 @@ from lightning_align.types import Document
 
 Role = Literal["database", "questions"]
 
-_RULES = 1
+_RULES = 3
 """Goes into the fingerprint: raise it when the same arguments come to mean other documents."""
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-KEY_LETTERS, VALUE_DIGITS = 4, 8
+_LETTERS, _PART = "abcdefghijklmnopqrstuvwxyz", "abcdefgh"
+NAME_LETTERS, PART_LETTERS, VALUE_DIGITS = 4, 3, 8
 
 
 class Facts(DocumentSource):
@@ -28,8 +28,9 @@ class Facts(DocumentSource):
         role: ``database`` is the facts, and questions about those to train on; ``questions`` those about the held-out ones.
         num_facts: Facts to train on.
         num_held_out: Facts whose questions are held out.
-        unanswered: Share of the facts to train on that are left out of the database, but not the questions about them: what is
-            found for these is of another key, and whoever believes it without looking at the key is wrong.
+        unanswered: Share of the questions to train on whose fact the database does not have, but one about another part of
+            the same name, ``qwxz hfd`` for ``qwxz abc``, which is found in its stead: whoever believes what is found without
+            looking at the whole key is wrong.
         chunk_size: Tokens a chunk, of which a question fills the first exactly.
         seed: Chooses keys and values.
         edition: Editions of the database differ in the values of the held-out facts, and in nothing else.
@@ -53,14 +54,16 @@ class Facts(DocumentSource):
             raise ValueError(f"role={role!r}: expected one of {', '.join(get_args(Role))}; choose one of them")
         if num_facts < 1 or num_held_out < 1:
             raise ValueError(f"num_facts={num_facts} and num_held_out={num_held_out}: expected 1 or more of each")
-        if num_facts + num_held_out > len(_LETTERS) ** KEY_LETTERS // 2:
+        if num_facts + num_held_out > len(_LETTERS) ** NAME_LETTERS // 2:
             raise ValueError(
                 f"num_facts={num_facts} and num_held_out={num_held_out}: expected at most "
-                f"{len(_LETTERS) ** KEY_LETTERS // 2} together; there are no more keys"
+                f"{len(_LETTERS) ** NAME_LETTERS // 2} together; there are no more names"
             )
         if not 0 <= unanswered < 1:
             raise ValueError(f"unanswered={unanswered}: expected a share; give a number from 0 to below 1")
-        least = len(_fact("x" * KEY_LETTERS, "0" * VALUE_DIGITS)) + 2  # with the beginning and the end of the document
+        least = (
+            len(_fact("x" * (NAME_LETTERS + 1 + PART_LETTERS), "0" * VALUE_DIGITS)) + 2
+        )  # with the beginning and the end of the document
         if chunk_size < least:
             raise ValueError(f"chunk_size={chunk_size}: expected {least} or more, the tokens of a fact")
         self.role: Role = role
@@ -69,7 +72,7 @@ class Facts(DocumentSource):
 
     @property
     def num_unanswered(self) -> int:
-        """Facts that are not in the database, the first."""
+        """Questions to train on, the first, that the database has a fact of another part for."""
         return round(self.unanswered * self.num_facts)
 
     @property
@@ -78,28 +81,47 @@ class Facts(DocumentSource):
         return "facts:" + json.dumps({"rules": _RULES} | vars(self), sort_keys=True)
 
     def documents(self) -> Iterator[Document]:
-        """See `DocumentSource`. Ids are ``fact/qwxz`` and ``question/qwxz``."""
+        """See `DocumentSource`. Ids are ``fact/qwxz abc`` and ``question/qwxz abc``."""
         facts = self.facts()
         if self.role == "database":
-            yield from (Document(f"fact/{key}", _fact(key, value)) for key, value in facts[self.num_unanswered :])
+            told = [*self._beside(facts[: self.num_unanswered]), *facts[self.num_unanswered :]]
+            yield from (Document(f"fact/{key}", _fact(key, value)) for key, value in told)
         asked = facts[: self.num_facts] if self.role == "database" else facts[self.num_facts :]
         yield from (Document(f"question/{key}", self.prompt(key) + value) for key, value in asked)
 
     def facts(self) -> list[tuple[str, str]]:
         """Keys and values, those that are held out last."""
         generator = random.Random(f"facts {self.seed}")
-        keys: dict[str, None] = {}
-        while len(keys) < self.num_facts + self.num_held_out:
-            keys["".join(generator.choices(_LETTERS, k=KEY_LETTERS))] = None
+        names: dict[str, None] = {}
+        while len(names) < self.num_facts + self.num_held_out:
+            names["".join(generator.choices(_LETTERS, k=NAME_LETTERS))] = None
+        keys = [f"{name} {_letters(generator)}" for name in names]
         values = random.Random(f"values {self.seed}")
         edited = random.Random(f"edition {self.edition} of {self.seed}")
         sources = [values] * self.num_facts + [edited] * self.num_held_out
-        return [(key, "".join(source.choices("0123456789", k=VALUE_DIGITS))) for key, source in zip(keys, sources, strict=True)]
+        return [(key, _digits(source)) for key, source in zip(keys, sources, strict=True)]
 
     def prompt(self, key: str) -> str:
         """A question up to its value: with the beginning-of-sequence token exactly one chunk."""
-        return f"The code of {key} is".ljust(self.chunk_size - 1)
+        return f"Code of {key} is".ljust(self.chunk_size - 1)
+
+    def _beside(self, facts: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        """Of each fact one of the same name, with another part and a value of its own."""
+        generator = random.Random(f"beside {self.seed}")
+        for key, _ in facts:
+            name, part = key.split()
+            while (other := _letters(generator)) == part:
+                pass
+            yield f"{name} {other}", _digits(generator)
+
+
+def _letters(generator: random.Random) -> str:
+    return "".join(generator.choices(_PART, k=PART_LETTERS))
+
+
+def _digits(generator: random.Random) -> str:
+    return "".join(generator.choices("0123456789", k=VALUE_DIGITS))
 
 
 def _fact(key: str, value: str) -> str:
-    return f"The code of {key} is {value}."
+    return f"Code of {key} is {value}."

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from lightning_align.retrieval.lance import LanceRetriever
+from lightning_align.retro.indexing import build_database, delete_documents, open_retriever
+from tests.retrieval.helpers import Listed, Projection, texts
+
+pytest.importorskip("lancedb")
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lance")
+    documents = texts(20) | {"it's": "a name with a quote " * 4}
+    build_database(root / "database", Listed(documents), encoder=Projection(), chunk_size=16, k=3)
+    return delete_documents(root / "database", ["d3"], encoder=Projection())
+
+
+def test_it_finds_what_faiss_finds(database, tmp_path):
+    store = LanceRetriever.create(tmp_path / "store", database, encoder=Projection())
+    faiss = open_retriever(database.folder, encoder=Projection())
+    chunks = database.chunks
+    queries = [chunks.chunk(number) for number in (0, 7, 30)]
+    exclude = [["d0"], ["it's", "d1"], []]
+    ours, theirs = (retriever.search(queries, 5, exclude) for retriever in (store, faiss))
+    assert np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.mask, theirs.mask)
+    assert np.allclose(ours.distances, theirs.distances, atol=1e-4)
+    assert np.array_equal(ours.tokens.ids, theirs.tokens.ids) and np.array_equal(ours.tokens.mask, theirs.tokens.mask)
+    everything = store.search(queries[:1], 1000)
+    found = chunks.document_of(everything.ids[everything.mask])
+    assert "d3" not in {chunks.document_ids[number] for number in found} and everything.mask.sum() < len(chunks)
+    assert (store.chunk_size, store.tokenizer_fingerprint) == (faiss.chunk_size, faiss.tokenizer_fingerprint)
+
+
+def test_refuses(database, tmp_path):
+    with pytest.raises(ValueError, match="make it with LanceRetriever"):
+        LanceRetriever(tmp_path, encoder=Projection())
+    with pytest.raises(ValueError, match="expected the same"):
+        LanceRetriever.create(tmp_path, database, encoder=Projection(seed=1))
+    store = LanceRetriever.create(tmp_path, database, encoder=Projection())
+    with pytest.raises(ValueError, match="their vectors cannot be compared"):
+        LanceRetriever(tmp_path, encoder=Projection(seed=1))
+    with pytest.raises(ValueError, match="cannot take the table"):
+        LanceRetriever.create(tmp_path, database, encoder=Projection())
+    with pytest.raises(ValueError, match="k is 0"):
+        store.search([[1]], 0)
+    with pytest.raises(ValueError, match="exclude has 1 lists for 2"):
+        store.search([[1], [2]], 1, [[]])
