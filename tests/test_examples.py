@@ -1,0 +1,57 @@
+"""The examples run: each is what a project of somebody else's would write."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)  # a class of the command line is looked for by its module's name
+    monkeypatch.setattr("sys.argv", ["example"])
+    rows = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(12)]
+    pairs = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": "no"} for row in rows]
+    for name, content in (("rows", rows), ("pairs", pairs)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+def test_our_rows_in_a_plain_loop() -> None:
+    losses = load("plain_loop").main("rows.jsonl", epochs=4)
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_subclass_with_its_own_optimizer_and_log() -> None:
+    trainer = load("subclass").main("pairs.jsonl", steps=20)
+    assert {"train/weight_norm", "val/rewards/accuracies"} <= trainer.callback_metrics.keys()
+    assert float(trainer.callback_metrics["train/loss"]) < 0.6
+
+
+def test_somebodys_command_line_and_module() -> None:
+    quiet = [
+        "--seed_everything=0",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.max_steps=12",
+    ]
+    words = ["--data", "SFTDataModule", "--data.train", "rows.jsonl", "--data.batch_size", "4", "--trainer.max_epochs=-1"]
+    cli = load("own_cli").main(["fit", "--model", "Unigram", *words, *quiet])
+    assert float(cli.trainer.callback_metrics["train/loss"]) < 4.5, "log 259 is 5.6"
+
+
+def test_self_play_of_a_model_of_x_transformers() -> None:
+    trainer = load("x_transformers_spin").main("rows.jsonl")
+    assert trainer.global_step == 3 + 6  # the second iteration has the answers of both
+    assert Path("generations/iteration_1/train/manifest.json").is_file()
