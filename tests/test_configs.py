@@ -46,7 +46,14 @@ def rows(train: Any, **model: Any) -> dict[str, Any]:
 
 def facts(database: str) -> dict[str, Any]:
     model = {"backbone": RETRO, "num_neighbors": 1}
-    data = {"database": database, "num_neighbors": 1, "eval_num_neighbors": 1, "num_chunks": 2, "eval_batch_size": 4}
+    data = {
+        "tokenizer": "bytes",
+        "database": database,
+        "num_neighbors": 1,
+        "eval_num_neighbors": 1,
+        "num_chunks": 2,
+        "eval_batch_size": 4,
+    }
     return {"model": model, "data": data, "trainer": {"callbacks": [indexing(database)]}}
 
 

@@ -330,7 +330,7 @@ def test_a_lora_checkpoint_holds_what_trains(method: str, tmp_path: Path) -> Non
 
 def test_lora_on_a_base_that_no_checkpoint_holds_is_refused() -> None:
     with pytest.raises(ValueError, match="give the base as `init_from`"):
-        SFTModule(tiny_palm, lora=LoRAConfig())
+        SFTModule(tiny_palm, lora=LoRAConfig()).configure_model()
 
 
 def test_another_reference_is_refused(tmp_path: Path) -> None:
