@@ -31,7 +31,7 @@ from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
 
 LETTERS, LENGTH = 6, 5
 BOS = LETTERS
-PAIRS, BATCH, STEPS = 25_600, 64, 400
+PAIRS, BATCH, STEPS = 19_200, 64, 300
 SEEDS = (0, 1, 2)
 
 
@@ -157,10 +157,10 @@ class Side(NamedTuple):
 
 SIDES = {
     "DPO": Side(DPOModule, {}, (0.5, 0.7, 1.0, 2.0, 5.0)),
-    "IPO": Side(DPOModule, {"loss": "ipo"}, (0.7, 1.0, 2.0, 5.0)),
-    "DPO, moving reference": Side(DPOModule, {"reference": "moving"}, (2.0, 4.0, 8.0, 16.0)),
-    "SimPO": Side(DPOModule, {"loss": "simpo"}, (2.0, 5.0, 10.0)),
-    "unshifted means": Side(Unshifted, {}, (0.02, 0.1, 0.5, 2.0)),
+    "IPO": Side(DPOModule, {"loss": "ipo"}, (0.7, 1.0, 2.0)),
+    "DPO, moving reference": Side(DPOModule, {"reference": "moving"}, (2.0, 4.0, 8.0)),
+    "SimPO": Side(DPOModule, {"loss": "simpo"}, (2.0, 10.0)),
+    "unshifted means": Side(Unshifted, {}, (0.1, 0.5, 2.0)),
 }
 
 
