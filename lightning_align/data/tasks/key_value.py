@@ -24,7 +24,7 @@ from lightning_align.data.rows import RowTask
 Kind = Literal["subs", "num_math", "kv_math", "inline", "lettered_math", "copy_numbers", "copy_letters"]
 Keys = Literal["all", "held_in", "validation", "held_out"]
 
-_RULES = 2
+_RULES = 3
 """Goes into the fingerprint: raise it when the same arguments come to mean other rows."""
 _PROMPT = re.compile(r"([SM]) ((?:[a-z]+|[0-9]+)(?:[-+*](?:[a-z]+|[0-9]+))*)=")
 
@@ -129,9 +129,9 @@ class KeyValue(RowTask):
             words = generator.choices(names, k=count)
             values = [str(self._table[word]) for word in words]
         else:
-            # Any letters, so that a model that is trained on them learns nothing about the keys.
-            low, high = self.key_length
-            words = ["".join(generator.choices(ascii_lowercase, k=generator.randint(low, high))) for _ in signs]
+            # Any letters, so that a model that is trained on them learns nothing about the keys; and down to a single one, so
+            # that it also meets what is left of a short key where a value takes the place of its last letter.
+            words = ["".join(generator.choices(ascii_lowercase, k=generator.randint(1, self.key_length[1]))) for _ in signs]
             values = [str(generator.randrange(self.num_values)) for _ in signs]
         numbers, letters = _join(signs, values), _join(signs, words)
         both = _join(signs, [word + value for word, value in zip(words, values, strict=True)])
