@@ -29,7 +29,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "retro" / "facts.yaml"
 @torch.no_grad()
 def value_bits(module: RETROModule, folder: Path) -> dict[str, float]:
     """Bits of a held-out value, a mean over the questions, by arm."""
-    data = RETRODataModule(str(folder), num_neighbors=1, num_chunks=2, eval_batch_size=100)
+    data = RETRODataModule(str(folder), num_neighbors=2, num_chunks=2, eval_batch_size=100)
     totals: dict[str, float] = {}
     count = 0
     for batch in data.val_dataloader():
@@ -46,9 +46,9 @@ def value_bits(module: RETROModule, folder: Path) -> dict[str, float]:
 
 def answer(module: RETROModule, folder: Path, task: Facts, key: str) -> tuple[str, list[str]]:
     """What is answered about a key, and the documents that were found for it."""
-    data = RETRODataModule(str(folder), num_neighbors=1)
+    data = RETRODataModule(str(folder), num_neighbors=2)
     tokenizer = data.tokenizer
-    decoder = RetrievalDecoder(module._retro, open_retriever(folder), num_neighbors=1)
+    decoder = RetrievalDecoder(module._retro, open_retriever(folder), num_neighbors=2)
     (encoding,) = tokenizer.encode_batch([task.prompt(key)])
     prompt = [tokenizer.bos_id or 0, *encoding.ids]
     config = GenerationConfig(max_new_tokens=VALUE_DIGITS, temperature=0.0)

@@ -21,7 +21,7 @@ def test_some_questions_of_the_training_find_the_fact_of_another_key() -> None:
     asked = {name.removeprefix("question/") for name in names if name.startswith("question/")}
     told = {name.removeprefix("fact/") for name in names if name.startswith("fact/")}
     assert len(asked) == 20 and len(told) == 25 and len(asked - told) == 5
-    assert {key.split()[0] for key in asked} < {key.split()[0] for key in told}
+    assert {key.split()[1] for key in asked} < {key.split()[1] for key in told}
 
 
 def test_a_fact_is_one_chunk_and_a_value_begins_a_chunk() -> None:
@@ -45,9 +45,9 @@ def test_editions_differ_in_the_held_out_values_alone() -> None:
     [
         ({"role": "all"}, "role='all'"),
         ({"num_facts": 0}, "num_facts=0"),
-        ({"num_facts": 400_000}, "no more names"),
+        ({"num_facts": 9_000}, "no more places"),
         ({"unanswered": 1.0}, "unanswered=1.0"),
-        ({"chunk_size": 30}, "expected 31 or more"),
+        ({"chunk_size": 31}, "expected 32 or more"),
     ],
 )
 def test_refuses(options: dict[str, object], message: str) -> None:

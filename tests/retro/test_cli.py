@@ -47,7 +47,7 @@ def test_fit_validate_predict(folder: Path) -> None:
     assert {f"val/{arm}/bits_per_byte" for arm in ("on", "off", "random", "shuffled")} <= set(again)
     assert float(again["val/off/bits_per_byte"]) == pytest.approx(float(metrics["val/off/bits_per_byte"]), abs=1e-5)
 
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "Code of abcd efg is            "}) + "\n")
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "Code of abcde fgh is           "}) + "\n")
     run(["predict", *common, "--data.init_args.predict", "prompts.jsonl", "--output", "out.jsonl"])
     (row,) = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert len(row["responses"]) == 1 and len(row["neighbors"][0]) == 1
