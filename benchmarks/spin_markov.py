@@ -45,13 +45,11 @@ from lightning_align.generation.sampler import evaluating
 ROWS, BATCH, BASE_EPOCHS, LENGTH = 1000, 32, 14, 28
 EPOCHS = (4, 8, 12)
 """Over the demonstrations, at which arms are measured."""
-SFT_GRID: list[dict[str, Any]] = [{"lr": 3e-4}, {"lr": 1e-3}, {"lr": 3e-3}]
+SFT_GRID: list[dict[str, Any]] = [{"lr": 3e-4}, {"lr": 2e-3}]
 SPIN_GRID: list[dict[str, Any]] = [
     {"lr": 3e-4, "beta": 0.1},
     {"lr": 1e-3, "beta": 0.1},
-    {"lr": 3e-4, "beta": 0.5},
     {"lr": 1e-3, "beta": 0.5},
-    {"lr": 1e-3, "beta": 0.1, "sft_weight": 1.0},
     {"lr": 1e-3, "beta": 0.1, "opponent": "mixture"},
 ]
 LOOP: dict[str, Any] = {"iterations": 3, "epochs": [4, 2, 2], "replay": 1}

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import io
+import sys
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -105,21 +106,22 @@ def peer(rows: Tensor, vocabulary: int) -> list[common.Timing]:
     return [common.Timing(meter.seconds, meter.others)]
 
 
-def report(steps: int) -> None:
+def report(steps: int, cases: list[int]) -> None:
     """Print the section."""
     version = importlib.metadata.version("self-rewarding-lm-pytorch")
+    tokens = " and ".join(f"{CASES[number][1]} tokens" for number in cases)
     common.heading(
-        f"A step of self-play against SPINTrainer of self-rewarding-lm-pytorch {version}",
+        f"A step of self-play against SPINTrainer of self-rewarding-lm-pytorch {version}, {tokens}",
         f"Online, generation included: batch {BATCH}, prompts of {PROMPT} tokens, width {WIDTH}, depth {DEPTH}, float32, "
         f"{torch.get_num_threads()} threads, random weights. One step of the peer, between two halves of {2 * steps} of ours.",
     )
     rows, claims = [], []
-    for vocabulary, length, least in CASES:
+    for vocabulary, length, least in (CASES[number] for number in cases):
         torch.manual_seed(0)
-        tokens = torch.randint(2, vocabulary, (BATCH, length))
-        mine = ours(tokens, vocabulary, steps)
-        theirs = peer(tokens, vocabulary)
-        mine += ours(tokens, vocabulary, steps)
+        batch = torch.randint(2, vocabulary, (BATCH, length))
+        mine = ours(batch, vocabulary, steps)
+        theirs = peer(batch, vocabulary)
+        mine += ours(batch, vocabulary, steps)
         seconds, other = common.median(t.seconds for t in mine), theirs[0].seconds
         cells = {"vocabulary": f"{vocabulary:,}", "tokens": str(length), "peer, s/step": f"{other:.2f}"}
         rows.append(
@@ -131,6 +133,7 @@ def report(steps: int) -> None:
             }
         )
         speed = other / seconds
+        print(f"{vocabulary} {length}: {other:.2f} s against {seconds:.2f} s", file=sys.stderr, flush=True)
         what = f"speed of a step, vocabulary {vocabulary:,}, {length} tokens"
         claims.append(common.claim(what, f"≥ {least:g}x", f"{speed:.1f}x", speed >= least))
     print(common.table(rows))
@@ -141,11 +144,12 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--cases", type=int, nargs="+", default=[0, 1], help=f"of {CASES}")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    report(arguments.steps)
+    report(arguments.steps, arguments.cases)
 
 
 if __name__ == "__main__":
