@@ -164,7 +164,9 @@ def test_other_commands_name_what_there_is() -> None:
 
 
 def test_paths_that_are_named_exist() -> None:
-    for path in set(re.findall(r"\b(?:configs|examples|lightning_align|tests)/[\w./]+|\b[A-Z]+\.md\b", README)):
+    for path in set(
+        re.findall(r"\b(?:benchmarks|configs|examples|lightning_align|notebooks|tests)/[\w./]+|(?<![/\w])[A-Z]+\.md\b", README)
+    ):
         assert (ROOT / path).exists(), path
     (tree,) = (block for language, block in BLOCKS if block.startswith("lightning_align/\n"))
     folders: list[str] = []
