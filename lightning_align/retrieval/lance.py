@@ -61,7 +61,7 @@ class LanceRetriever:
         Raises:
             ValueError: if the database has no vectors, or those of another encoder, or there is a table already.
         """
-        import pyarrow as pa
+        import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
 
         if database.manifest["encoder"] != encoder.fingerprint:
             raise ValueError(
@@ -121,7 +121,7 @@ class LanceRetriever:
         distances = np.full(shape, np.inf, dtype=np.float32)
         tokens = np.full((*shape, 2 * self.chunk_size), self._pad_id, dtype=np.int64)
         there = np.zeros(tokens.shape, dtype=np.bool_)
-        vectors = self.encoder.encode(queries) if len(queries) else []
+        vectors: Any = self.encoder.encode(queries) if len(queries) else []
         for row, vector in enumerate(vectors):
             search = self.table.search(vector).distance_type("l2").limit(k)
             if exclude is not None and (groups := self._groups(exclude[row])):
