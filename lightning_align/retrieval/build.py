@@ -169,7 +169,7 @@ class Builder:
             name: stage.key for name, stage in (("index", parts.index), ("lexical", parts.lexical)) if stage is not None
         }
 
-        def neighbors(chunks: Stage, vectors: Stage | None) -> str:
+        def neighbors(chunks: Stage, vectors: Stage | None, *, hide_copies: bool | None = None) -> str:
             searcher = make_searcher(parts, deleted, tools.kind, tools.decode, query_vectors=vectors)
             stage = build_neighbors(
                 self.root,
@@ -179,7 +179,7 @@ class Builder:
                 inputs=inputs,
                 deleted=deleted,
                 k=tools.k,
-                hide_copies=tools.hide_copies,
+                hide_copies=hide_copies,
                 **self._shared,
             )
             return stage.folder.name
@@ -189,7 +189,10 @@ class Builder:
         queries = {}
         for name, chunks in sets.items():
             vectors = None if tools.encoder is None else self._vectors(chunks)
-            queries[name] = {"chunks": chunks.folder.name, "neighbors": neighbors(chunks, vectors)}
+            queries[name] = {
+                "chunks": chunks.folder.name,
+                "neighbors": neighbors(chunks, vectors, hide_copies=tools.hide_copies),
+            }
         content = {
             "base": head["base"],
             "generation": head["generation"],

@@ -61,7 +61,7 @@ class LanceRetriever:
         Raises:
             ValueError: if the database has no vectors, or those of another encoder, or there is a table already.
         """
-        import pyarrow as pa
+        import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
 
         if database.manifest["encoder"] != encoder.fingerprint:
             raise ValueError(

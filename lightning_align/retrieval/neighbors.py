@@ -95,7 +95,7 @@ def build_neighbors(
     k: int,
     team: Team,
     verify: float,
-    hide_copies: bool = True,
+    hide_copies: bool | None = None,
 ) -> Stage:
     """Find the neighbors of every chunk of a table, unless that is done already.
 
@@ -105,19 +105,20 @@ def build_neighbors(
     Args:
         root: folder of the database.
         queries: the chunks that neighbors are wanted of, a finished stage.
-        database: the chunks that can be neighbors, a finished stage; may be the same.
+        database: the chunks that can be neighbors, a finished stage.
         searcher: finds them.
         inputs: what its answers depend on besides.
         deleted: numbers of documents of the database that nobody may find.
         k: neighbors of each chunk.
         team: the ranks that share the work.
         verify: share of the blocks that are made twice and compared.
-        hide_copies: whether documents that are not in the database may not find near-duplicates of themselves in it either.
+        hide_copies: None if the queries are the database's own documents; else whether these, which should not be there, may
+            not find near-duplicates of themselves in it either.
 
     Raises:
         ValueError: if k is out of range, or the disk is full.
     """
-    same = queries.key == database.key
+    same = hide_copies is None
     settings = {"queries": queries.key, "database": database.key, "deleted": deleted.tolist(), "k": k, **inputs}
     if not same:
         settings["hide_copies"] = hide_copies

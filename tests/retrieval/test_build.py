@@ -93,6 +93,8 @@ def test_near_duplicates_are_no_neighbors_and_leaks_are_reported(tmp_path):
     assert queries.leaks == [{"document": "leak", "found": "d3", "similarity": 1.0}]
     chunks = queries.chunks.chunks_of(1)
     assert "d3" not in document_names(database, queries.neighbors.ids[chunks.start : chunks.stop])
+    both = build(tmp_path / "both", documents, queries={"validation": Listed(documents)})
+    assert len(both.queries("validation").leaks) == len(documents), "held-out documents that are all of the database"
 
 
 @pytest.mark.parametrize("encoder", ["dense", "bm25", "hybrid"])
