@@ -20,8 +20,6 @@ SECTIONS = (
     ("trainer_overhead.py",),
     ("precision.py",),
     ("generation.py", "--peer-length", "160", "--rounds", "2"),
-    ("spin_step.py", "--cases", "0"),
-    ("spin_step.py", "--cases", "1"),
     ("calm_step.py",),
 )
 

@@ -163,7 +163,8 @@ class AlignModule(L.LightningModule):
         """Seed what a batch draws (dropout) by its place in the run, so that a resumed run draws the same on every rank."""
         # Resumed from the last batch of an epoch, Lightning does not count the next epoch as begun; a run that is resumed from
         # the last batch of that one too would train it a second time.
-        for epochs in (self.trainer.fit_loop.epoch_progress.total, self.trainer.fit_loop.epoch_progress.current):
+        progress: Any = self.trainer.fit_loop.epoch_progress
+        for epochs in (progress.total, progress.current):
             epochs.ready = epochs.started = epochs.processed + 1
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         place = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
