@@ -170,6 +170,8 @@ class AlignModule(L.LightningModule):
         progress = self.trainer.fit_loop.epoch_progress
         counts: list[Any] = [progress.total, progress.current]
         for epochs in counts:
+        progress: Any = self.trainer.fit_loop.epoch_progress
+        for epochs in (progress.total, progress.current):
             epochs.ready = epochs.started = epochs.processed + 1
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         place = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
