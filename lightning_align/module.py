@@ -167,9 +167,6 @@ class AlignModule(L.LightningModule):
         """Seed what a batch draws (dropout) by its place in the run, so that a resumed run draws the same on every rank."""
         # Resumed from the last batch of an epoch, Lightning does not count the next epoch as begun; a run that is resumed from
         # the last batch of that one too would train it a second time.
-        progress = self.trainer.fit_loop.epoch_progress
-        counts: list[Any] = [progress.total, progress.current]
-        for epochs in counts:
         progress: Any = self.trainer.fit_loop.epoch_progress
         for epochs in (progress.total, progress.current):
             epochs.ready = epochs.started = epochs.processed + 1
