@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import lightning as L
 from jsonargparse import DefaultHelpFormatter, Namespace, auto_cli
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -87,6 +87,31 @@ class ResumeHint(Callback):
             if path and (zipfile.is_zipfile(path) or Path(path).is_dir()):
                 rank_zero_info(f"stopped at step {trainer.global_step}; to go on: the same command with --ckpt_path {path}")
                 return
+
+
+class LastCheckpoint(Callback):
+    """Saves the end of a run that ends between two checkpoints: `every_n_train_steps` alone would leave its last steps out.
+
+    In the hook in which Lightning saves steps, and not when training ends: from there a resumed run would not be the same.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Bring every `last.ckpt` up to the last step."""
+        epochs = trainer.max_epochs
+        last_epoch = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
+        if trainer.fast_dev_run or not (trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)):  # type: ignore[attr-defined]
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint) or not callback.save_last or callback.dirpath is None:
+                continue
+            if callback._last_global_step_saved == trainer.global_step:
+                continue
+            name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+            # Before it is written, since it is part of what is written.
+            callback.last_model_path = callback.last_model_path or str(Path(callback.dirpath) / name)
+            trainer.save_checkpoint(callback.last_model_path, callback.save_weights_only)
 
 
 KEYWORDS = ("last", "best", "hpc", "registry")
@@ -169,8 +194,8 @@ class AlignCLI(LightningCLI):
             )
 
     def before_fit(self) -> None:
-        """Say how to go on if the run is stopped."""
-        self.trainer.callbacks.append(ResumeHint())  # type: ignore[attr-defined]
+        """Leave nothing of the run out, and say how to go on if it is stopped."""
+        self.trainer.callbacks += [LastCheckpoint(), ResumeHint()]  # type: ignore[attr-defined]
 
     def before_predict(self) -> None:
         """Write predictions to the file that ``--output`` names."""

@@ -72,9 +72,9 @@ def config(name: str, folder: Path, **changes: object) -> str:
     return str(path)
 
 
-def fit(name: str, folder: Path, rows: str, *extra: str) -> AlignCLI:
+def fit(name: str, folder: Path, rows: str, *extra: str, **changes: object) -> AlignCLI:
     data = ["--data.init_args.train", rows, "--data.init_args.validation", rows]
-    cli = run(["fit", "--config", config(name, folder), *data, *extra])
+    cli = run(["fit", "--config", config(name, folder, **changes), *data, *extra])
     assert cli is not None
     return cli
 
@@ -382,6 +382,24 @@ def test_places_that_cannot_be_written_are_named(folder: Path, sft_rows: str, mo
         patch.setattr(Path, "write_text", full)
         with pytest.raises(SystemExit, match=r"tokenizer\.json: cannot be written \(No space left on device\)"):
             run(["tokenizer", sft_rows, "--output", "tokenizer.json", "--vocab_size", "300"])
+
+
+@pytest.mark.parametrize("end", [{"max_steps": 5}, {"max_epochs": 2}])
+def test_a_run_that_ends_between_two_checkpoints_is_saved_to_its_end(end: dict[str, int], folder: Path, sft_rows: str) -> None:
+    keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+
+    def train(name: str, length: dict[str, int], *extra: str) -> AlignCLI:
+        every = {"init_args": {"dirpath": name, "every_n_train_steps": 4, "save_last": True}}
+        trainer = {"accelerator": "cpu", "enable_progress_bar": False, "logger": False, "callbacks": [{**keep, **every}]}
+        return fit("sft", folder, sft_rows, *extra, trainer={**trainer, "max_epochs": -1, **length})
+
+    whole = train("whole", {"max_steps": 7})
+    train("cut", end)
+    steps = torch.load(folder / "cut" / "last.ckpt", weights_only=True)["global_step"]
+    assert steps == end.get("max_steps", 6)
+    resumed = train("cut", {"max_steps": 7}, "--ckpt_path", "cut/last.ckpt")
+    ours, theirs = (cli.model.state_dict() for cli in (resumed, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_who_stops_a_run_is_told_how_to_go_on(
