@@ -26,6 +26,7 @@ SECTIONS = (
     ("trl_dpo.py", "--thp"),
     ("trl_dpo.py", "--vocabulary", "128000", "--rounds", "3"),
     ("generation.py", "--peer-length", "160", "--rounds", "2"),
+    ("spin_markov.py",),
     ("calm_step.py",),
     ("retrieval_chunks.py",),
     ("retrieval_vectors.py",),
