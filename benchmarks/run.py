@@ -81,6 +81,8 @@ def main() -> None:
         for line, section in kept.items():
             if line.startswith(marker(script, tuple(options)) + "`"):
                 done[script, *options] = section
+    # Measured with other arguments than the list's: nothing here can make them again, so they stay, behind the others.
+    others = [section for section in kept.values() if section not in done.values()]
     for script, *options in SECTIONS:
         if arguments.scripts and script not in arguments.scripts:
             continue
@@ -92,7 +94,7 @@ def main() -> None:
         shown = f"{marker(script, tuple(options))}`" + (" with `--pairs FILE`" if extra else "")
         done[script, *options] = f"{text.rstrip()}\n\n{shown}, {datetime.date.today().isoformat()}\n"
         # After every section, so that an interrupted run leaves what it has.
-        page = [head(), *(done[script, *options] for script, *options in SECTIONS if (script, *options) in done)]
+        page = [head(), *(done[script, *options] for script, *options in SECTIONS if (script, *options) in done), *others]
         arguments.output.write_text("\n".join(page), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.aggregation import MeanMetric
 
 from lightning_align.data.rows import Grader, RowTask
-from lightning_align.distributed import check_writable, publish, world
+from lightning_align.distributed import check_writable, publish_text, world
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 
 
@@ -197,10 +197,6 @@ class PredictionWriter(Callback):
             torch.distributed.all_gather_object(gathered, rows)
             rows = [row for part in gathered for row in part]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda row: int(row["row"])))
-
-        def write(path: Path) -> None:
-            path.write_text(lines, encoding="utf-8")
-
         if trainer.is_global_zero:
-            publish(self.path, write)
+            publish_text(self.path, lines)
             rank_zero_info(f"{len(rows)} predictions in {self.path}")

@@ -72,6 +72,15 @@ def publish(path: str | Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def publish_text(path: str | Path, text: str) -> None:
+    """`publish` for a text, in UTF-8."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    publish(path, write)
+
+
 def check_writable(path: str | Path) -> None:
     """Find out whether `publish` will find a place for a file, without touching one that is there.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.calm.reading import Reader
-from lightning_align.distributed import publish, world
+from lightning_align.distributed import publish_text, world
 
 
 class StateStore:
@@ -81,11 +81,7 @@ class StateStore:
         os.fsync(self._file.fileno())
         rows = {name: (start, length, self._size) for name, (start, length) in self._index.items()}
         text = json.dumps({"width": width, "dtype": dtype, "rows": rows})
-
-        def write(path: Path) -> None:
-            path.write_text(text, encoding="utf-8")
-
-        publish(self.index_path, write)
+        publish_text(self.index_path, text)
 
     def close(self) -> None:
         """Write the index and close the file."""

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_align.distributed import publish
+from lightning_align.distributed import publish_text
 
 BadRow = Literal["fail", "warn", "skip"]
 
@@ -152,8 +152,4 @@ def write_ledgers(path: Path, ledgers: dict[str, Ledger]) -> None:
     """
     content = {stage: ledger.to_dict() for stage, ledger in ledgers.items()}
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    publish(path, lambda temporary: _write(temporary, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    publish_text(path, text)

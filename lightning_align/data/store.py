@@ -24,7 +24,7 @@ from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of
 from lightning_align.data.ledger import BadRow, Ledger
 from lightning_align.data.rows import Row, RowTask, read_rows, source_fingerprint
 from lightning_align.data.tokenizer import Tokenizer
-from lightning_align.distributed import publish
+from lightning_align.distributed import publish, publish_text
 
 _FORMAT = 2
 """Raise it when the same settings come to mean other ids or another layout."""
@@ -178,11 +178,7 @@ def build_store(
     publish(path, write)
     content = {"ledger": ledger.to_dict(), "num_stored": num_stored, "num_bytes": path.stat().st_size}
     text = json.dumps(content, indent=2, ensure_ascii=False)
-
-    def write_manifest(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    publish(path.with_suffix(".json"), write_manifest)
+    publish_text(path.with_suffix(".json"), text)
     return TokenStore(str(path)), ledger
 
 

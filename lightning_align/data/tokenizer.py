@@ -15,7 +15,7 @@ import tokenizers
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from lightning_align.data.rows import SUFFIXES, read_rows
-from lightning_align.distributed import publish
+from lightning_align.distributed import publish_text
 
 Message = Mapping[str, Any]
 """One turn of a conversation: ``{"role": ..., "content": ...}``."""
@@ -163,8 +163,8 @@ class FileTokenizer:
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         specials = {name: self._model.id_to_token(i) for name, i in ids.items() if i is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **specials}
-        _write(Path(folder) / "tokenizer.json", self._text)
-        _write(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        publish_text(Path(folder) / "tokenizer.json", self._text)
+        publish_text(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
     def _set_model(self, model: tokenizers.Tokenizer) -> None:
         model.no_padding()
@@ -379,15 +379,8 @@ def train_tokenizer(rows: str | list[str], *, output: str, vocab_size: int = 819
         )
     content = model.to_str(pretty=True)
 
-    _write(Path(output), content)  # its own `save` raises a bare Exception where the disk is full
+    publish_text(Path(output), content)  # its own `save` raises a bare Exception where the disk is full
     print(f"{model.get_vocab_size()} tokens in {output}")
-
-
-def _write(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    publish(path, write)
 
 
 def _texts_of_files(paths: Iterable[str]) -> Iterator[str]:

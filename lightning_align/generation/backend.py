@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_align.distributed import publish, world
+from lightning_align.distributed import publish, publish_text, world
 from lightning_align.generation.sampler import FinishReason, Generation, GenerationConfig, generate
 from lightning_align.models.checkpoint import state_hash
 
@@ -127,7 +127,7 @@ class FileBackend:
         name = f"{_digest(text)}.jsonl"
         folder = self.folder / f"iteration_{iteration}"
         if world()[0] == 0 and not (folder / f"prompts-{name}").exists():
-            publish(folder / f"prompts-{name}", lambda temporary: cast(None, temporary.write_text(text)))
+            publish_text(folder / f"prompts-{name}", text)
         path = folder / f"responses-{name}"
         deadline = time.monotonic() + self.wait_seconds
         while not path.is_file():

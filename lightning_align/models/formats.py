@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_align.distributed import publish
+from lightning_align.distributed import publish, publish_text
 from lightning_align.models.checkpoint import backbone_spec, build_backbone, load_weights
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_layers, use_lora
 from lightning_align.models.pretrained import PretrainedLM
@@ -85,11 +85,11 @@ def write_model(
                 "its `state_dict()` with safetensors instead"
             )
         publish(folder / WEIGHTS, lambda path: save_file(dict(weights), path))
-        _write(folder / CONFIG, json.dumps(spec, indent=2) + "\n")
+        publish_text(folder / CONFIG, json.dumps(spec, indent=2) + "\n")
     if tokenizer is not None and hasattr(tokenizer, "save"):
         tokenizer.save(folder)
     if card is not None:
-        _write(folder / CARD, card)
+        publish_text(folder / CARD, card)
 
 
 def read_model(folder: str | Path) -> nn.Module:
@@ -107,13 +107,6 @@ def read_model(folder: str | Path) -> nn.Module:
     model = build_backbone(spec)
     load_weights(model, load_file(folder / WEIGHTS), folder)
     return model.eval()
-
-
-def _write(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    publish(path, write)
 
 
 def _check_folder(folder: Path, mark: str) -> None:
@@ -168,7 +161,7 @@ def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str |
         "inference_mode": True,
     }
     publish(folder / ADAPTER_WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _write(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    publish_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default") -> list[str]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_align.data.store import StoredRow, TokenStore
-from lightning_align.distributed import publish
+from lightning_align.distributed import publish_text
 from lightning_align.types import SelfPlayBatch, TokenBatch
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ class GeneratedSet:
         path = self.folder / "identity.json"
         if not path.exists():
             if write:
-                _publish(path, json.dumps(self.identity, indent=2))
+                publish_text(path, json.dumps(self.identity, indent=2))
             return
         found = _read_json(path)
         differences = [name for name in self.identity if found.get(name) != self.identity[name]]
@@ -75,14 +75,14 @@ class GeneratedSet:
 
     def write(self, part: int, rows: Sequence[Row]) -> None:
         """Write a part, whole or not at all."""
-        _publish(self.path(part), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        publish_text(self.path(part), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def close(self) -> None:
         """Write the hashes of all parts, if they are not there."""
         path = self.folder / "manifest.json"
         if not path.exists():
             hashes = {self.path(part).name: _digest(self.path(part)) for part in range(len(self.parts))}
-            _publish(path, json.dumps({**self.identity, "sha256": hashes}, indent=2))
+            publish_text(path, json.dumps({**self.identity, "sha256": hashes}, indent=2))
 
     def read(self, part: int) -> list[Row]:
         """The rows of a part.
@@ -250,10 +250,6 @@ def join_pairs(
         "mask": torch.arange(width, device=lengths.device) < lengths[:, None],
         "targets": torch.stack([F.pad(target, (0, width - len(target))) for target in wanted]),
     }
-
-
-def _publish(path: Path, text: str) -> None:
-    publish(path, lambda temporary: cast(None, temporary.write_text(text, encoding="utf-8")))
 
 
 def _read_json(path: Path) -> Row:

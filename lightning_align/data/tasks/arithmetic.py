@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_align.data.rows import Grader, Row, RowTask, read_rows
-from lightning_align.distributed import publish
+from lightning_align.distributed import publish_text
 
 Split = Literal["train", "validation", "test"]
 
@@ -294,8 +294,4 @@ def _winner(pair: Mapping[str, str]) -> dict[str, str]:
 
 def _write_rows(path: str, rows: Iterable[Mapping[str, str]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    publish(path, write)
+    publish_text(path, text)
