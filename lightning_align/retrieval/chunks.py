@@ -70,7 +70,7 @@ def build_chunks(
     inputs = {"format": FORMAT, "source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "chunk_size": chunk_size}
     stage = Stage(root, "chunks", inputs)
     with team.together():
-        done = team.rank == 0 and stage.manifest(verify=verify > 0) is not None
+        done = team.rank == 0 and stage.is_finished(verify=verify > 0)
     if team.tell(done):
         return stage
     counts = {"empty_documents": 0}
@@ -167,7 +167,7 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
     """
     stage = Stage(root, "chunks", {"format": FORMAT, "base": before.key, "added": added.key})
     with team.together():
-        if team.rank == 0 and stage.manifest() is None:
+        if team.rank == 0 and not stage.is_finished():
             first, second = ChunkTable(before.folder), ChunkTable(added.folder)
             gone = set(deleted)
             names = {name for number, name in enumerate(first.document_ids) if number not in gone}

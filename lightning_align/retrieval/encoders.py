@@ -211,7 +211,7 @@ def build_vectors(
     """
     stage = Stage(root, "vectors", {"format": FORMAT, "chunks": chunks.key, "encoder": encoder.fingerprint})
     with team.together():
-        done = team.rank == 0 and stage.manifest(verify=verify > 0) is not None
+        done = team.rank == 0 and stage.is_finished(verify=verify > 0)
     if team.tell(done):
         return stage
     table = ChunkTable(chunks.folder)

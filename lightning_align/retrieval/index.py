@@ -68,7 +68,7 @@ def build_index(root: Path, vectors: Stage, config: IndexConfig, *, team: Team, 
     settings = {**asdict(config), "factory": factory}
     stage = Stage(root, "index", {"format": FORMAT, "vectors": vectors.key, "config": settings})
     with team.together():
-        done = team.rank == 0 and stage.manifest(verify=verify > 0) is not None
+        done = team.rank == 0 and stage.is_finished(verify=verify > 0)
     if team.tell(done):
         return stage
     with team.together():
@@ -120,7 +120,7 @@ def append_index(root: Path, before: Stage, old: Stage, vectors: Stage, *, team:
         root, "index", {"format": FORMAT, "base": before.key, "vectors": vectors.key, "config": before.inputs["config"]}
     )
     with team.together():
-        if team.rank == 0 and stage.manifest(verify=verify > 0) is None:
+        if team.rank == 0 and not stage.is_finished(verify=verify > 0):
             config, data = IndexConfig(**before.inputs["config"]), read_vectors(vectors)
             index = faiss.read_index(str(before.folder / "index.faiss"))
             for start in range(len(read_vectors(old)), len(data), config.shard_size):

@@ -43,7 +43,7 @@ def build_lexical(root: Path, chunks: Stage, decode: Decode, *, team: Team, veri
     """
     stage = Stage(root, "lexical", {"format": FORMAT, "chunks": chunks.key})
     with team.together():
-        if team.rank == 0 and stage.manifest(verify=verify > 0) is None:
+        if team.rank == 0 and not stage.is_finished(verify=verify > 0):
             _index(stage, ChunkTable(chunks.folder), decode)
     return stage
 

@@ -124,7 +124,7 @@ def build_neighbors(
         settings["hide_copies"] = hide_copies
     stage = Stage(root, "neighbors", {"format": FORMAT, **settings})
     with team.together():
-        done = team.rank == 0 and stage.manifest(verify=verify > 0) is not None
+        done = team.rank == 0 and stage.is_finished(verify=verify > 0)
     if team.tell(done):
         return stage
     own, other = ChunkTable(queries.folder), ChunkTable(database.folder)

@@ -119,6 +119,13 @@ class Stage:
                 return None
         return content
 
+    def is_finished(self, *, verify: bool = False) -> bool:
+        """Whether there is nothing left to do, for the rank that would do it: see `manifest`."""
+        if self.manifest(verify=verify) is None:
+            return False
+        self.tidy()  # a process killed right after the manifest left its blocks
+        return True
+
     def _discard(self, problem: str) -> None:
         """Say what is damaged, and make the stage an unfinished one."""
         warnings.warn(f"{self.folder} is damaged and will be made again: {problem}", stacklevel=4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_align.retrieval import chunks as chunks_module
-from lightning_align.retrieval import encoders, neighbors
+from lightning_align.retrieval import encoders, neighbors, stages
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import LMEncoder, SentenceEncoder
 from lightning_align.retro.indexing import add_documents, build_database, delete_documents, open_retriever
@@ -235,6 +235,17 @@ def test_a_sentence_encoder_puts_like_contents_together():
     assert vectors[0] @ vectors[1] > 0.5 > 0.2 > vectors[0] @ vectors[2]
     with pytest.raises(ValueError, match="no-such-model' cannot be loaded"):
         SentenceEncoder("./no-such-model", decode=BYTES.tokenizer.decode)
+
+
+def test_a_kill_right_after_a_manifest_leaves_nothing_behind(tmp_path, monkeypatch):
+    build(tmp_path / "whole", texts(12))
+    with monkeypatch.context() as killed:
+        killed.setattr(stages.Stage, "tidy", lambda stage: None)
+        build(tmp_path / "killed", texts(12))
+    assert list((tmp_path / "killed").rglob("blocks"))
+    (tmp_path / "killed" / "database.json").unlink()  # which is written last
+    build(tmp_path / "killed", texts(12))
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
