@@ -4,6 +4,7 @@ import argparse
 import functools
 import hashlib
 import json
+import logging
 import mmap
 import os
 import random
@@ -17,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import _common as common
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -25,7 +27,7 @@ from lightning_align import GenerationConfig, PaLM, SelfPlayGeneration, SPINData
 from lightning_align.spin.generations import GeneratedSet
 from lightning_align.spin.play import Play
 
-ROWS, ITERATIONS, LIMIT = 48, 3, 600.0
+ROWS, ITERATIONS, LIMIT = 32, 14, 600.0
 GENERATING, TRAINING = b"\1", b"\2"
 
 
@@ -93,6 +95,8 @@ def child(folder: Path, kill_in: bytes | None = None, wait: float = 0.0) -> bool
     process = os.fork()
     if process == 0:
         try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
             train(folder, phase)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
@@ -151,8 +155,12 @@ def main() -> None:
     if len(written) != len(set(written)):
         raise SystemExit("a part was generated twice")
     kills = ", ".join(f"{count} {where}" for where, count in sorted(met.items()))
-    print(f"{arguments.kills} kills ({kills}): the same weights bit for bit, the same bytes in all {len(hashes(whole))} parts,")
-    print("and no part of a set written twice")
+    common.heading(
+        "SIGKILLs over self-play",
+        f"{ITERATIONS} iterations, generation and training, killed {arguments.kills} times ({kills}) and gone on with from the last "
+        f"checkpoint, against a run that nobody disturbed: the same weights bit for bit, the same bytes in all "
+        f"{len(hashes(whole))} files of answers, and none of them written twice.",
+    )
 
 
 if __name__ == "__main__":
