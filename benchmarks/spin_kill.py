@@ -157,8 +157,8 @@ def main() -> None:
     kills = ", ".join(f"{count} {where}" for where, count in sorted(met.items()))
     common.heading(
         "SIGKILLs over self-play",
-        f"{ITERATIONS} iterations, generation and training, killed {arguments.kills} times ({kills}) and gone on with from the last "
-        f"checkpoint, against a run that nobody disturbed: the same weights bit for bit, the same bytes in all "
+        f"{ITERATIONS} iterations, generation and training, killed {arguments.kills} times ({kills}) and gone on with from the "
+        "last checkpoint, against a run that nobody disturbed: the same weights bit for bit, the same bytes in all "
         f"{len(hashes(whole))} files of answers, and none of them written twice.",
     )
 
