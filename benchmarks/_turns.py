@@ -63,7 +63,8 @@ def take_turns(script: str, sides: Sequence[str], *arguments: str, rounds: int, 
             stack.callback(process.kill)
             assert process.stdin is not None and process.stdout is not None
             workers[side] = process.stdin, process.stdout
-            _answer(side, process.stdout)
+        for side, (_, reply) in workers.items():
+            _answer(side, reply)
         order = list(sides)
         for number in range(1 + rounds):
             for side in order:

@@ -220,9 +220,10 @@ class TransformersTokenizer(FileTokenizer):
             away = not Path(name).is_dir() and out_of_reach(name)
             source: Any = AutoTokenizer.from_pretrained(name, local_files_only=away)
         except (OSError, ValueError, KeyError) as error:
+            reason = str(error).partition("\n")[0]  # what follows is advice about a network
             raise ValueError(
-                f"tokenizer {name!r} cannot be loaded by transformers ({str(error).partition('. ')[0]}). Without a"
-                " network give the path of a folder that save_pretrained wrote, as ./my-model"
+                f"tokenizer {name!r} cannot be loaded by transformers ({reason}). Without a network give the path of a folder"
+                " that save_pretrained wrote, as ./my-model"
             ) from error
         if not getattr(source, "is_fast", False):
             raise ValueError(f"tokenizer {name!r} has no fast version, which is what tells the characters of each token")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def write_model(
         tokenizer.save(folder)
     if card is not None:
         publish_text(folder / CARD, card)
+    _open_like(folder / CONFIG)
 
 
 def read_model(folder: str | Path) -> nn.Module:
@@ -112,6 +114,12 @@ def read_model(folder: str | Path) -> nn.Module:
     model = build_backbone(spec)
     load_weights(model, load_file(folder / WEIGHTS), folder)
     return model.eval()
+
+
+def _open_like(config: Path) -> None:
+    """Let whoever may read the configuration read the weights beside it: safetensors writes them for their owner alone."""
+    for file in config.parent.glob("*.safetensors"):
+        shutil.copymode(config, file)
 
 
 def _check_folder(folder: Path, mark: str) -> None:
@@ -146,6 +154,7 @@ def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str |
     if of_peft:
         inner: Any = model.model
         inner.save_pretrained(folder, state_dict={name.removeprefix("model."): value for name, value in weights.items()})
+        _open_like(folder / ADAPTER_CONFIG)
         return
     inside = "model." if isinstance(model, PretrainedLM) else ""
     ranks = {int(weights[f"{name}.lora.{scope}.A"].shape[1]) for name, _ in layers}
@@ -172,6 +181,7 @@ def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str |
     }
     publish(folder / ADAPTER_WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     publish_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    _open_like(folder / ADAPTER_CONFIG)
 
 
 def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default") -> list[str]:

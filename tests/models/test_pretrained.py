@@ -107,6 +107,7 @@ def test_out_and_in_again(family: str, tmp_path: Path) -> None:
     model = make(family)
     write_model(model, whole_weights(model), tmp_path / "out", card="# card")
     assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".json", ".safetensors", ".md"}
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1, "a server may be another user"
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = batch()["tokens"]
     assert largest_difference(dict(theirs.state_dict()), dict(model.model.state_dict())) == 0
@@ -194,7 +195,7 @@ def test_the_hub_is_asked_once_and_shortly(tmp_path: Path, monkeypatch: pytest.M
     for _ in range(2):
         with pytest.raises(ValueError, match=r"the Hugging Face hub did not give it .* Without a network give .* \./my"):
             PretrainedLM("somebody/some-model")
-        with pytest.raises(ValueError, match=r"(?s)cannot be loaded by transformers .* Without a network give the"):
+        with pytest.raises(ValueError, match=r"cannot be loaded by transformers .* Without a network give the"):
             load_tokenizer("somebody/some-model")
     # The tokenizer asks about no revision.
     assert asked == [("somebody/some-model", hub.SECONDS)] * 2
