@@ -36,9 +36,15 @@ STEPS = {
     "encoder": ("augment as encoder", "fit", ["key_value", "ablation/encoder"], "calm_encoder"),
     "lora": ("LoRA on the anchor", "fit", ["key_value", "ablation/lora"], "calm_lora"),
     "finetuned": ("fine-tuned anchor", "fit", ["key_value", "ablation/finetuned"], "calm_finetuned"),
+    "two_and_three_operands": (
+        "CALM, two and three operands",
+        "fit",
+        ["key_value", "ablation/two_and_three_operands"],
+        "calm_two_and_three_operands",
+    ),
 }
 COLUMNS = {"kv_subs": "KV-SUBS", "num_math": "NUM-MATH", "kv_math_held_out": "KV-MATH", "kv_math_validation": "validation keys"}
-ROWS = ("augment_alone", "anchor_alone", "calm", "random", "vanilla", "encoder", "lora", "finetuned")
+ROWS = ("augment_alone", "anchor_alone", "calm", "random", "vanilla", "encoder", "lora", "finetuned", "two_and_three_operands")
 
 
 def words(step: str, seed: int) -> list[str]:

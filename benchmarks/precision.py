@@ -1,6 +1,7 @@
 """A training step in float32 against bfloat16 autocast (`precision: bf16-mixed`), on this machine's CPU.
 
-Which is faster depends on the CPU: bfloat16 wins where there are instructions for it (AMX, AVX512-BF16).
+Which is faster depends on the CPU and on the model: bfloat16 wins where there are instructions for it (AMX, AVX512-BF16) and
+the products are large enough to pay for the conversions. The first model is that of `make demo`, on its own batches.
 """
 
 import argparse
@@ -10,25 +11,46 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import _common as common
 import torch
+import yaml
 from torch import nn
 
+from lightning_align.data.tasks.arithmetic import Arithmetic
 from lightning_align.logprobs import response_logprobs
 from lightning_align.models.palm import PaLM
+from lightning_align.sft.datamodule import SFTDataModule
 from lightning_align.types import TokenBatch
 
 VOCABULARY, ROWS, DEPTH, CLIP = 4_096, 8, 4, 1.0
-WIDTHS = (128, 256)
+DEMO = Path(__file__).resolve().parent.parent / "configs" / "sft" / "arithmetic.yaml"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
-def stepper(dim: int, precision: str, batches: list[TokenBatch]) -> Callable[[], None]:
+def cases() -> dict[str, tuple[dict[str, Any], list[TokenBatch]]]:
+    """What PaLM is made of and trained on, by name."""
+    config = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    data = config["data"]["init_args"]
+    module = SFTDataModule(
+        train=Arithmetic(num_rows=16 * data["batch_size"], forget_borrow=0.75, seed=0, split="train"),
+        **{name: data[name] for name in ("batch_size", "max_length", "group_by_length")},
+    )
+    module.prepare_data()
+    module.setup("fit")
+    drawn = {"demo, 128": (config["model"]["init_args"]["backbone"]["init_args"], list(module.train_dataloader()))}
+    batches = [batch["chosen"] for batch in common.batches(common.synthetic_pairs(8 * ROWS, VOCABULARY), ROWS)]
+    return drawn | {
+        str(dim): ({"num_tokens": VOCABULARY, "dim": dim, "depth": DEPTH, "heads": 4}, batches) for dim in (128, 256)
+    }
+
+
+def stepper(shape: dict[str, Any], precision: str, batches: list[TokenBatch]) -> Callable[[], None]:
     """A training step of a model of its own."""
     torch.manual_seed(0)
-    policy = PaLM(num_tokens=VOCABULARY, dim=dim, depth=DEPTH, heads=4)
+    policy = PaLM(**shape)
     optimizer = torch.optim.AdamW(policy.parameters(), 3e-4)
     turns = cycle(batches)
 
@@ -47,14 +69,13 @@ def stepper(dim: int, precision: str, batches: list[TokenBatch]) -> Callable[[],
 
 def measure(rounds: int) -> None:
     """Print all timings."""
-    batches = [batch["chosen"] for batch in common.batches(common.synthetic_pairs(8 * ROWS, VOCABULARY), ROWS)]
     results = {}
-    for dim in WIDTHS:
-        steps = {precision: stepper(dim, precision, batches) for precision in PRECISIONS}
+    for name, (shape, batches) in cases().items():
+        steps = {precision: stepper(shape, precision, batches) for precision in PRECISIONS}
         for step in steps.values():
             for _ in batches:
                 step()
-        results[dim] = common.alternate({name: partial(step) for name, step in steps.items()}, rounds)
+        results[name] = common.alternate({precision: partial(step) for precision, step in steps.items()}, rounds)
     print(json.dumps(results))
 
 
@@ -64,18 +85,19 @@ def report(rounds: int) -> None:
     lacking = [flag for flag in FLAGS if flag not in flags]
     common.heading(
         "Precision on this CPU",
-        f"An SFT step of PaLM, depth {DEPTH}, vocabulary {VOCABULARY:,}, {ROWS} rows, two threads; {rounds} rounds, "
-        f"alternating. The CPU has {', '.join(flag for flag in FLAGS if flag in flags) or 'none of the instructions'} and "
-        f"lacks {', '.join(lacking) or 'nothing'}.",
+        "An SFT step of PaLM, two threads: the model of `make demo` (vocabulary 259, 64 rows of up to 48 tokens), then depth "
+        f"{DEPTH}, vocabulary {VOCABULARY:,}, {ROWS} rows; {rounds} rounds, alternating. The CPU has "
+        f"{', '.join(flag for flag in FLAGS if flag in flags) or 'none of the instructions'} and lacks "
+        f"{', '.join(lacking) or 'nothing'}.",
     )
     results = common.in_subprocess(__file__, "--measure", "--rounds", str(rounds))
     rows = []
-    for dim, timed in results.items():
+    for model, timed in results.items():
         timings = {name: [common.Timing(*timing) for timing in timed[name]] for name in PRECISIONS}
         for name in PRECISIONS:
             rows.append(
                 {
-                    "width": dim,
+                    "model, width": model,
                     "precision": name,
                     "ms/step (median)": f"{1e3 * common.median(t.seconds for t in timings[name]):.0f}",
                     "time over float32": f"{common.ratio(timings[name], timings['32-true']):.2f}",

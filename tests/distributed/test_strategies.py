@@ -57,6 +57,8 @@ def test_two_processes_are_one(strategy: str, tmp_path: Path, monkeypatch: pytes
             if case.startswith("moving"):
                 assert largest_difference(result["average"], alone["average"]) < 1e-6, case
                 assert result["sharded"] == (strategy == "fsdp2")
+            if case in ("dpo", "moving_lora"):
+                assert abs(result["metrics"]["val/kl/reference"]) > 1e-4  # of a few samples; of either sign
             if case == "dpo":
                 assert largest_difference(result["reference"], start) == 0
                 assert result["sharded"] == (strategy == "fsdp2")

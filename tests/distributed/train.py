@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +25,8 @@ from tests.toys import preference_batch, split, tiny_palm, token_batch
 
 SFT_BATCH = token_batch([2, 1, 3, 2, 1, 2, 3, 1], [9, 8, 1, 7, 1, 1, 2, 1])
 DPO_BATCH = preference_batch(8)
+for side in (DPO_BATCH["chosen"], DPO_BATCH["rejected"]):
+    side["rows"] = torch.arange(8)
 # With momentum: Lightning cannot restore an optimizer without state under FSDP2.
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -75,6 +78,9 @@ def run(
     """
 
     def trainer(epochs: int) -> L.Trainer:
+        callbacks: list[Callback] = [ReferenceUpdate(alpha=0.3, every=1)] if case.startswith("moving") else []
+        if case in ("dpo", "moving_lora"):
+            callbacks.append(PreferenceMonitor(num_prompts=3, max_new_tokens=5))
         return L.Trainer(
             accelerator="cpu",
             devices=devices,
@@ -90,7 +96,7 @@ def run(
             gradient_clip_val=1.0,
             accumulate_grad_batches=2,
             default_root_dir=folder,
-            callbacks=[ReferenceUpdate(alpha=0.3, every=1)] if case.startswith("moving") else [],
+            callbacks=callbacks,
         )
 
     L.seed_everything(0, verbose=False)

@@ -1,0 +1,156 @@
+"""A step of online self-play, generation included, against the SPINTrainer of self-rewarding-lm-pytorch.
+
+The peer trains x-transformers' TransformerWrapper, since it has no model of its own; ours trains a PaLM of the same width,
+depth and heads under Lightning's Trainer. Both answer the prompts of a batch with temperature 0.7 and top-p 0.9 and score both
+answers under policy and opponent.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import io
+import sys
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import _common as common
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_align import GenerationConfig, PaLM, SPINModule
+
+WIDTH, DEPTH, HEADS, BATCH, PROMPT = 256, 4, 4, 8, 64
+# Vocabulary, tokens of a row, and how many times as fast ours has to be.
+CASES = ((32_000, 256, 12.0), (256, 512, 20.0))
+
+
+class Rows(L.LightningDataModule):
+    """One batch again and again; responses never end early, since the peer's do not."""
+
+    tokenizer = SimpleNamespace(eos_id=-1, pad_id=0, decode=None)
+
+    def __init__(self, rows: Tensor, steps: int) -> None:
+        super().__init__()
+        self.rows, self.steps, self.max_length = rows, steps, rows.shape[1]
+
+    def train_dataloader(self) -> Any:
+        """Batches."""
+        targets = (torch.arange(self.max_length) >= PROMPT).expand_as(self.rows)
+        batch = {"tokens": self.rows, "mask": torch.ones_like(targets), "targets": targets}
+        return DataLoader([batch] * self.steps, batch_size=None)  # type: ignore[arg-type]
+
+
+class Clock(Callback):
+    """Times each step."""
+
+    def __init__(self) -> None:
+        self.timings: list[common.Timing] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start."""
+        self.meter = common.Meter().__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop."""
+        self.meter.__exit__()
+        self.timings.append(common.Timing(self.meter.seconds, self.meter.others))
+
+
+def ours(rows: Tensor, vocabulary: int, steps: int) -> list[common.Timing]:
+    """Our steps after one to warm up."""
+    length = rows.shape[1]
+    module = SPINModule(
+        PaLM(num_tokens=vocabulary, dim=WIDTH, depth=DEPTH, heads=HEADS, dim_head=64),
+        generate="per_step",
+        optimizer=functools.partial(torch.optim.Adam, lr=1e-6),
+        generation=GenerationConfig(max_new_tokens=length - PROMPT, temperature=0.7, top_p=0.9),
+    )
+    clock = Clock()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps + 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    )
+    trainer.fit(module, Rows(rows, steps + 1))
+    return clock.timings[1:]
+
+
+def peer(rows: Tensor, vocabulary: int) -> list[common.Timing]:
+    """One step of the peer, as its trainer takes it."""
+    from self_rewarding_lm_pytorch import SPINTrainer
+    from x_transformers import Decoder, TransformerWrapper
+
+    length = rows.shape[1]
+    layers = Decoder(dim=WIDTH, depth=DEPTH, heads=HEADS, rotary_pos_emb=True, attn_flash=True)
+    model = TransformerWrapper(num_tokens=vocabulary, max_seq_len=length + 1, attn_layers=layers)
+    trainer = SPINTrainer(
+        model,
+        train_sft_dataset=TensorDataset(rows, torch.full((len(rows),), PROMPT)),
+        max_seq_len=length,
+        batch_size=BATCH,
+        grad_accum_steps=1,
+        epochs=1,
+        accelerate_kwargs={"cpu": True},
+    )
+    with common.Meter() as meter, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        trainer()
+    return [common.Timing(meter.seconds, meter.others)]
+
+
+def report(steps: int, cases: list[int]) -> None:
+    """Print the section."""
+    version = importlib.metadata.version("self-rewarding-lm-pytorch")
+    tokens = " and ".join(f"{CASES[number][1]} tokens" for number in cases)
+    common.heading(
+        f"A step of self-play against SPINTrainer of self-rewarding-lm-pytorch {version}, {tokens}",
+        f"Online, generation included: batch {BATCH}, prompts of {PROMPT} tokens, width {WIDTH}, depth {DEPTH}, float32, "
+        f"{torch.get_num_threads()} threads, random weights. One step of the peer, between two halves of {2 * steps} of ours.",
+    )
+    rows, claims = [], []
+    for vocabulary, length, least in (CASES[number] for number in cases):
+        torch.manual_seed(0)
+        batch = torch.randint(2, vocabulary, (BATCH, length))
+        mine = ours(batch, vocabulary, steps)
+        theirs = peer(batch, vocabulary)
+        mine += ours(batch, vocabulary, steps)
+        seconds, other = common.median(t.seconds for t in mine), theirs[0].seconds
+        cells = {"vocabulary": f"{vocabulary:,}", "tokens": str(length), "peer, s/step": f"{other:.2f}"}
+        rows.append(
+            {
+                **cells,
+                "ours, s/step (median)": f"{seconds:.2f}",
+                "ratio": f"{other / seconds:.1f}x",
+                "load of others": common.load(mine + theirs),
+            }
+        )
+        speed = other / seconds
+        print(f"{vocabulary} {length}: {other:.2f} s against {seconds:.2f} s", file=sys.stderr, flush=True)
+        what = f"speed of a step, vocabulary {vocabulary:,}, {length} tokens"
+        claims.append(common.claim(what, f"≥ {least:g}x", f"{speed:.1f}x", speed >= least))
+    print(common.table(rows))
+    print(common.table(claims))
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--cases", type=int, nargs="+", default=[0, 1], help=f"of {CASES}")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
+    report(arguments.steps, arguments.cases)
+
+
+if __name__ == "__main__":
+    main()
