@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from lightning_align.generation.sampler import GenerationConfig, generate
-from lightning_align.logprobs import head_logprobs
+from lightning_align.logprobs import target_logprobs
 from lightning_align.models.palm import PaLM
 from lightning_align.retrieval.search import Found
 from lightning_align.retrieval.tables import Tokens
@@ -104,7 +104,7 @@ def main() -> None:
 
     def loss() -> Tensor:
         hidden = model.hidden(tokens[:, :-1], neighbors=neighbors)
-        return -head_logprobs(hidden.flatten(0, 1), *model.head, tokens[:, 1:].flatten()).mean()
+        return -target_logprobs(hidden.flatten(0, 1), model.head, tokens[:, 1:].flatten()).mean()
 
     sides = {"ours": step(model, loss), PEER: step(other, lambda: other(tokens, retrieved=found, return_loss=True))}
     for run in sides.values():

@@ -24,7 +24,9 @@ SECTIONS = (
     ("precision.py",),
     ("trl_dpo.py",),
     ("trl_dpo.py", "--thp"),
-    ("trl_dpo.py", "--vocabulary", "128000", "--rounds", "3"),
+    ("trl_dpo.py", "--vocabulary", "128000", "--rounds", "2"),
+    ("trl_sft.py",),
+    ("trl_sft.py", "--thp"),
     ("generation.py", "--peer-length", "160", "--rounds", "2"),
     ("spin_step.py",),
     ("spin_kill.py",),
@@ -40,6 +42,8 @@ SECTIONS = (
     ("retro_model_facts.py",),
     ("retro_stdlib.py", "--seeds", "0"),
 )
+
+OF_PAIRS = ("dpo_step.py", "trl_dpo.py", "trl_sft.py")
 
 
 def machine() -> str:
@@ -71,7 +75,7 @@ def main() -> None:
     """Parse the command line, run, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scripts", nargs="*", help="what to measure again, as dpo_step.py; all where nothing is named")
-    parser.add_argument("--pairs", metavar="FILE", help="for the DPO step: JSONL with prompt, chosen and rejected")
+    parser.add_argument("--pairs", metavar="FILE", help=f"for {', '.join(OF_PAIRS)}: JSONL with prompt, chosen and rejected")
     parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md")
     arguments = parser.parse_args()
     names = {script for script, *_ in SECTIONS}
@@ -90,7 +94,7 @@ def main() -> None:
     for script, *options in SECTIONS:
         if arguments.scripts and script not in arguments.scripts:
             continue
-        extra = ["--pairs", arguments.pairs] if script == "dpo_step.py" and arguments.pairs else []
+        extra = ["--pairs", arguments.pairs] if script in OF_PAIRS and arguments.pairs else []
         print(shlex.join([script, *options, *extra]), file=sys.stderr, flush=True)
         command = [sys.executable, str(HERE / script), *options, *extra]
         text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

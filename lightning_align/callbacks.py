@@ -16,6 +16,7 @@ from torchmetrics.aggregation import MeanMetric
 from lightning_align.data.rows import Grader, RowTask
 from lightning_align.distributed import check_writable, publish_text, world
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
+from lightning_align.models.language_model import policy_of
 
 
 def _decode_shared(
@@ -32,7 +33,7 @@ def _decode_shared(
     eos_id = trainer.datamodule.tokenizer.eos_id  # type: ignore[attr-defined]  # set by the Trainer when there is one
     with trainer.precision_plugin.forward_context():
         # By their numbers, so that what is drawn does not depend on the number of ranks.
-        results = generate(module.policy, [prompts[i] for i in padded], config, eos_id=eos_id, ids=padded)
+        results = generate(policy_of(module), [prompts[i] for i in padded], config, eos_id=eos_id, ids=padded)
     return [(index, responses[0]) for index, responses in zip(mine, results, strict=False)]
 
 
@@ -81,8 +82,7 @@ class SampleLogger(Callback):
             return
         # All ranks decode all of them: they are few, and nothing need be gathered.
         with trainer.precision_plugin.forward_context():
-            module: Any = pl_module
-            results = generate(module.policy, [t[0] for t in triples], self.config, eos_id=data.tokenizer.eos_id)
+            results = generate(policy_of(pl_module), [t[0] for t in triples], self.config, eos_id=data.tokenizer.eos_id)
         samples = [
             {"prompt": prompt, "chosen": chosen, "generated": data.tokenizer.decode(responses[0].tokens)}
             for (_, prompt, chosen), responses in zip(triples, results, strict=True)

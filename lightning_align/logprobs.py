@@ -6,17 +6,15 @@ time, in float32; the logits of prompts and pads never exist, nor does the whole
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_align.distributed import world
-from lightning_align.models.language_model import HiddenModel, has_hidden, logits_of, vocabulary_size
+from lightning_align.models.language_model import Head, HiddenModel, has_hidden, logits_of, vocabulary_size
 from lightning_align.types import LogProbs, TokenBatch
 
 # A tile of float32 logits: large enough for a matrix product to run at full speed, small enough to stay in the
@@ -66,6 +64,7 @@ class _HeadLogProbs(torch.autograd.Function):
         targets_T: Tensor,
         tile: tuple[int, int],
         keep: bool,
+        softcap: float | None,
     ) -> Tensor:
         total, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
         target_logits_T = hidden_TD.new_zeros(total, dtype=_accumulator(hidden_TD.dtype))
@@ -74,7 +73,7 @@ class _HeadLogProbs(torch.autograd.Function):
         kept = []
         buffer = None if keep else _buffer(hidden_TD, tile)
         for rows, columns in _tiles(total, vocabulary, tile):
-            logits = _logits(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer)
+            logits = _logits(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer, softcap)
             index, inside = _inside(targets_T[rows], columns)
             target_logits_T[rows] += logits.gather(1, index).squeeze(1).where(inside, 0)
             # Where all of a block is forbidden (-inf), so is its maximum, and -inf - -inf would be NaN.
@@ -86,7 +85,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 kept.append((logits, maxima))
         lses_T = parts.logsumexp(dim=0)
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, lses_T)
-        ctx.kept, ctx.tile = kept, tile
+        ctx.kept, ctx.tile, ctx.softcap = kept, tile, softcap
         return target_logits_T - lses_T
 
     @staticmethod
@@ -104,14 +103,20 @@ class _HeadLogProbs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept[::-1], []
         buffer = None if kept else _buffer(hidden_TD, ctx.tile)
         for rows, columns in _tiles(total, vocabulary, ctx.tile):
+            slope = None
             if kept:
                 grad, maxima = kept.pop()
                 grad.mul_((maxima - lses_T[rows]).exp_()[:, None])
             else:
-                grad = _logits(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer)
+                bias = None if bias_V is None else bias_V[columns]
+                grad = _logits(hidden_TD[rows], weight_VD[columns], bias, buffer, ctx.softcap)
+                if ctx.softcap is not None:
+                    slope = (grad / ctx.softcap).square_().neg_().add_(1)
                 grad.sub_(lses_T[rows, None]).exp_()
             index, inside = _inside(targets_T[rows], columns)
             grad.scatter_add_(1, index, -inside[:, None].to(grad.dtype))
+            if slope is not None:
+                grad.mul_(slope)
             if grad_bias is not None:
                 grad_bias[columns].addmv_(grad.t(), scale_T[rows])
             grad = grad.to(hidden_TD.dtype)
@@ -123,6 +128,7 @@ class _HeadLogProbs(torch.autograd.Function):
             None if grad_hidden is None else grad_hidden.mul_(scale_T[:, None]).to(hidden_TD.dtype),
             None if grad_weight is None else grad_weight.to(weight_VD.dtype),
             None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
+            None,
             None,
             None,
             None,
@@ -151,13 +157,15 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None, softcap: float | None) -> Tensor:
     """Logits of a tile in at least float32, in memory that the caller may overwrite."""
     shape = hidden.shape[0], weight.shape[0]
     out = None if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
     logits = torch.mm(hidden, weight.t(), out=out)
     logits = logits.to(_accumulator(logits.dtype))
-    return logits if bias is None else logits.add_(bias)
+    if bias is not None:
+        logits.add_(bias)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
@@ -168,10 +176,21 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
         into += torch.mm(a, b)
 
 
+def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """Log-probability of each target under an output layer; see `head_logprobs`."""
+    return head_logprobs(hidden, head.weight, head.bias, targets, softcap=head.softcap)
+
+
 def head_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, chunk_bytes: int = CHUNK_BYTES
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """Log-probability of each target under ``softmax(hidden @ weight.T + bias)``.
+    """Log-probability of each target under ``softmax(hidden @ weight.T + bias)``, the logits perhaps capped.
 
     Products run in the autocast dtype where autocast is on, the softmax and all sums in float32.
 
@@ -180,6 +199,7 @@ def head_logprobs(
         weight: (V, D) of the output layer.
         bias: (V,) or None.
         targets: (T,) int64 token ids.
+        softcap: C of C tanh(logits / C); None leaves them as they are.
         chunk_bytes: bytes of float32 logits to hold at a time, where they are not kept for the backward pass.
 
     Returns:
@@ -193,11 +213,12 @@ def head_logprobs(
     # Rows of a tile that begin off a cache line cost the matrix product an eighth.
     tile = rows, min(vocabulary, columns - columns % 64 if columns > 64 else columns)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = wanted and 4 * total * vocabulary <= KEEP_BYTES
+    # Capped logits are wanted once more in the backward pass, besides their probabilities.
+    keep = wanted and softcap is None and 4 * total * vocabulary <= KEEP_BYTES
     with torch.autocast(device, enabled=False):
         # The casts stand outside of the function, so that autograd returns gradients in the dtype of the parameters.
         logps: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
-            hidden.to(dtype), weight.to(dtype), bias, targets, tile, keep
+            hidden.to(dtype), weight.to(dtype), bias, targets, tile, keep, softcap
         )
     return logps
 
@@ -285,7 +306,7 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
         hidden = model.packed_hidden(tokens, mask).index_select(0, place[rows, before])
     else:
         hidden = _target_hidden(model, batch, rows, before)
-    return head_logprobs(hidden, *model.head, targets), rows
+    return target_logprobs(hidden, model.head, targets), rows
 
 
 def _target_hidden(model: HiddenModel, batch: TokenBatch, rows: Tensor, before: Tensor) -> Tensor:
@@ -380,9 +401,9 @@ def response_collisions(model: nn.Module, batch: TokenBatch) -> Tensor:
     rows, before, _ = select_targets(batch)
     outputs: Callable[[Tensor], Tensor]
     if has_hidden(model):
-        states, (weight, bias) = model.hidden(batch["tokens"])[rows, before], model.head
-        states, weight = (x.to(_accumulator(states.dtype)) for x in (states, weight))
-        outputs = partial(F.linear, weight=weight, bias=bias)
+        states, head = model.hidden(batch["tokens"])[rows, before], model.head
+        states, weight = (x.to(_accumulator(states.dtype)) for x in (states, head.weight))
+        outputs = head._replace(weight=weight).logits
     else:
         states = logits_of(model, batch["tokens"])[rows, before]
         states = states.to(_accumulator(states.dtype))

@@ -72,6 +72,8 @@ NAMES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "sft/huggingface": (["sft/huggingface"], rows("responses.jsonl")),  # with a PaLM here; as it is, in test_export
     "dpo/huggingface": (["dpo/huggingface"], rows("pairs.jsonl")),
     "spin/huggingface": (["spin/huggingface"], rows("responses.jsonl") | {"trainer": LOOP}),
+    "calm/huggingface": (["calm/huggingface"], rows("responses.jsonl") | {"model": COMPOSED}),
+    "retro/huggingface": (["retro/huggingface"], facts("huggingface")),
     "sft/markov": (["sft/markov"], rows(task("MarkovChain"))),
     "dpo/arithmetic": (["dpo/arithmetic"], rows("pairs.jsonl")),
     "dpo/jsonl": (["dpo/jsonl"], rows("pairs.jsonl")),

@@ -5,7 +5,12 @@ import json
 from pathlib import Path
 from types import ModuleType
 
+import lightning as L
 import pytest
+
+from lightning_align import ExportModel
+from lightning_align.models.formats import read_model
+from tests.toys import largest_difference
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 pytestmark = [
@@ -58,3 +63,21 @@ def test_self_play_of_a_model_of_x_transformers() -> None:
     trainer = load("x_transformers_spin").main("rows.jsonl")
     assert trainer.global_step == 3 + 6  # the second iteration has the answers of both
     assert Path("generations/iteration_1/train/manifest.json").is_file()
+
+
+def test_our_callbacks_on_a_module_of_somebody_else() -> None:
+    trainer = load("own_module").main(steps=4)
+    assert {"train/loss", "val/solved"} <= trainer.callback_metrics.keys()
+    samples = [json.loads(line) for line in Path("samples.jsonl").read_text().splitlines()]
+    assert {"step", "prompt", "chosen", "generated"} == samples[0].keys()
+    weights = read_model("export").state_dict()
+    assert largest_difference(weights, dict(trainer.lightning_module.policy.state_dict())) == 0  # type: ignore[arg-type]
+    module = L.LightningModule()
+    with pytest.raises(ValueError, match="LightningModule has no model as `policy`"):
+        ExportModel().on_fit_start(trainer, module)
+
+
+def test_preferences_of_a_model_of_litgpt() -> None:
+    pytest.importorskip("litgpt", reason="its pins exclude those of transformers 5: pip install --no-deps litgpt")
+    trainer = load("litgpt_dpo").main("pairs.jsonl")
+    assert float(trainer.callback_metrics["train/loss"]) < 0.6

@@ -1,6 +1,8 @@
 """From a model of transformers and rows, by the command line, to a folder that transformers reads: each method takes it."""
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,12 @@ import pytest
 import torch
 import yaml
 
+from lightning_align import PaLM, PretrainedLM
 from lightning_align.cli import run
+from lightning_align.export import model_card
+from lightning_align.models.language_model import has_cache
 from tests.models.test_pretrained import make
+from tests.toys import largest_difference
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "What comes after "
@@ -54,6 +60,18 @@ def small(**model: Any) -> str:
     return "small.yaml"
 
 
+def start(config: str, *words: str, **changes: dict[str, Any]) -> Any:
+    """Run a configuration as it is, but for what makes it small."""
+    small()
+    content = yaml.safe_load(Path("small.yaml").read_text())
+    content["model"]["init_args"] |= changes.pop("model")
+    content["data"]["init_args"] = changes.pop("data", content["data"]["init_args"])
+    Path("small.yaml").write_text(yaml.safe_dump(content))
+    cli = run(["fit", "--config", str(ROOT / "configs" / config), "--config", "small.yaml", *words])
+    assert cli is not None
+    return cli
+
+
 def fit(method: str, rows: str, **model: Any) -> Any:
     # With a dot: of a bare name that is gone one would ask the hub.
     words = ["--data.train", rows, "--data.validation", rows, "--model.init_args.backbone.init_args.name", "./base"]
@@ -81,6 +99,7 @@ def test_in_and_out_by_the_command_line(method: str, rows: str) -> None:
     assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
     card = (out / "README.md").read_text()
     assert "base_model: ./base" in card and f"{method.upper()}Module" in card and rows in card and "val/loss" in card
+    assert "library_name: transformers" in card and "AutoModelForCausalLM.from_pretrained" in card
 
     # The same from the checkpoint, where the folder that the run began from is gone.
     checkpoint = str(cli.trainer.checkpoint_callback.last_model_path)
@@ -108,15 +127,62 @@ def test_adapters_alone() -> None:
         assert float((logits_of(out, tokens) - cli.model(tokens).detach()).abs().max()) < 1e-5
 
 
+def test_the_card_of_a_model_of_this_package_sends_nobody_to_transformers() -> None:
+    card = model_card(PaLM(num_tokens=8, dim=8, depth=1, heads=1, dim_head=8), "SFTModule", {}, {}, {})
+    assert "library_name: lightning-align" in card and "transformers" not in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(code, "card", "exec")
+    assert "read_model(folder)" in code
+
+
 def test_self_play_on_a_model_of_transformers() -> None:
     cli = fit("spin", "rows.jsonl", lr_scheduler=None)
     assert cli.trainer.global_step > 0
     assert (Path(str(cli.trainer.log_dir)) / "export" / "model.safetensors").is_file()
 
 
+def test_a_model_with_fewer_tokens_than_its_tokenizer_is_named_before_training() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    few = PretrainedLM(config={"model_type": "llama", "vocab_size": 200, **sizes})
+    few.model.save_pretrained("base")
+    with pytest.raises(SystemExit, match=r"the model knows 200 tokens, the tokenizer has \d+: give the model at least"):
+        fit("sft", "rows.jsonl")
+
+
+def test_composition_by_the_command_line() -> None:
+    shutil.copytree("base", "augment")
+    cli = start(
+        "calm/huggingface.yaml",
+        *("--data.train", "rows.jsonl", "--data.validation", "rows.jsonl"),
+        # Two layers of the augment; by name, each would ask the hub once.
+        model={
+            "anchor": {"class_path": "PretrainedLM", "init_args": {"name": "./base"}},
+            "augments": [{"model": {"class_path": "PretrainedLM", "init_args": {"name": "./augment"}}, "every": 1}],
+        },
+    )
+    base = PretrainedLM("base").state_dict()
+    assert largest_difference({n: p for n, p in cli.model.policy.anchor.state_dict().items() if n in base}, base) == 0
+    assert cli.trainer.global_step == 2 and bool(cli.trainer.callback_metrics["val/loss"].isfinite())
+
+
+def test_retrofit_by_the_command_line() -> None:
+    Path("texts").mkdir()
+    for number in range(20):
+        Path(f"texts/{number}.txt").write_text(f"text {number}: " + " ".join(str(number * i) for i in range(40)))
+    decoder = {"class_path": "lightning_align.PretrainedLM", "init_args": {"name": "./base"}}
+    cli = start(
+        "retro/huggingface.yaml",
+        model={"backbone": {"init_args": {"decoder": decoder, "heads": 2, "dim_head": 8}}},
+        data={"num_chunks": 2, "batch_size": 4},
+    )
+    base = PretrainedLM("base").state_dict()
+    assert largest_difference(dict(cli.model.policy.decoder.state_dict()), base) == 0
+    assert cli.trainer.global_step == 2 and cli.trainer.callback_metrics["val/bits_per_byte"].isfinite()
+
+
 def test_retrofit_and_composition() -> None:
     """RETRO reads between the layers of a model of transformers; CALM composes two."""
-    from lightning_align import CALM, RETRO, Augment, PretrainedLM
+    from lightning_align import CALM, RETRO, Augment, GenerationConfig, generate
     from lightning_align.calm.connections import ConnectionConfig
     from lightning_align.retro.model import NeighborTokens
 
@@ -132,3 +198,17 @@ def test_retrofit_and_composition() -> None:
 
     composed = CALM(base, [Augment(make("gpt2"), every=1, tokens="shared")], connection=ConnectionConfig(heads=2))
     assert torch.equal(composed(tokens), PretrainedLM("base")(tokens))
+
+    # Decoding, in which the augment has a cache as well, goes on as if the text so far were read anew.
+    composed = CALM(PretrainedLM("base"), [Augment(PretrainedLM("base"), every=1)], connection=ConnectionConfig(heads=2))
+    assert has_cache(composed)
+    with torch.no_grad():
+        for connection in composed.connections:
+            connection.to_out.weight.normal_(std=0.5)  # type: ignore[union-attr, operator]
+    prompts = [[5, 6, 7, 8], [9, 3]]
+    greedy = GenerationConfig(max_new_tokens=6, temperature=0.0)
+    for prompt, (found,) in zip(prompts, generate(composed.eval(), prompts, greedy, eos_id=None), strict=True):
+        ids = list(prompt)
+        for _ in range(6):
+            ids.append(int(composed(torch.tensor([ids]))[0, -1].argmax()))
+        assert found.tokens == ids[len(prompt) :]

@@ -85,15 +85,18 @@ CHUNKS = [1, 100, 10_000]
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS)
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 20])
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradients_are_the_derivatives(bias: bool, keep_bytes: int, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bias", "softcap"), [(True, None), (False, None), (True, 1.5), (False, 1.5)])
+def test_gradients_are_the_derivatives(
+    bias: bool, softcap: float | None, keep_bytes: int, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logprobs, "KEEP_BYTES", keep_bytes)
     hidden, weight, b, targets = inputs(bias)
 
     def function(h: Tensor, w: Tensor, v: Tensor | None) -> Tensor:
-        return head_logprobs(h, w, v, targets, chunk_bytes=chunk_bytes)
+        return head_logprobs(h, w, v, targets, softcap=softcap, chunk_bytes=chunk_bytes)
 
     logits = hidden @ weight.T + (0 if b is None else b)
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
     expected = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(function(hidden, weight, b), expected, rtol=0, atol=1e-12)
     # A second pass computes again what the first had kept, and differs in the last bit.

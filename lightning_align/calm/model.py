@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -149,7 +148,8 @@ class CALM(nn.Module):
         """Logits (B, N, V); the arguments are those of `hidden`."""
         if has_hidden(self.anchor):
             head: Any = self.head
-            return F.linear(self.hidden(tokens, mask=mask, positions=positions, cache=cache, inputs=inputs), *head)
+            logits: Tensor = head.logits(self.hidden(tokens, mask=mask, positions=positions, cache=cache, inputs=inputs))
+            return logits
         if cache is not None or positions is not None:
             raise ValueError(f"the anchor {type(self.anchor).__name__} takes neither positions nor a cache")
         if mask is not None and bool((mask[:, 1:] & ~mask[:, :-1]).any()):

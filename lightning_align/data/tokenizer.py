@@ -6,6 +6,7 @@ that was not asked for. Who builds rows adds the beginning and the end of a sequ
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a pa
 
 from lightning_align.data.rows import SUFFIXES, read_rows
 from lightning_align.distributed import publish_text
+from lightning_align.hub import out_of_reach
 
 Message = Mapping[str, Any]
 """One turn of a conversation: ``{"role": ..., "content": ...}``."""
@@ -215,9 +217,14 @@ class TransformersTokenizer(FileTokenizer):
                 " pip install 'lightning-align[hf]'"
             ) from error
         try:
-            source: Any = AutoTokenizer.from_pretrained(name)
+            away = not Path(name).is_dir() and out_of_reach(name)
+            source: Any = AutoTokenizer.from_pretrained(name, local_files_only=away)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"tokenizer {name!r} cannot be loaded by transformers ({error})") from error
+            reason = str(error).partition("\n")[0]  # what follows is advice about a network
+            raise ValueError(
+                f"tokenizer {name!r} cannot be loaded by transformers ({reason}). Without a network give the path of a folder"
+                " that save_pretrained wrote, as ./my-model"
+            ) from error
         if not getattr(source, "is_fast", False):
             raise ValueError(f"tokenizer {name!r} has no fast version, which is what tells the characters of each token")
         if source.eos_token_id is None:
@@ -231,6 +238,35 @@ class TransformersTokenizer(FileTokenizer):
         self.pad_id = self.eos_id if source.pad_token_id is None else int(source.pad_token_id)
         template = str(source.chat_template or "")
         self.fingerprint = _hash(self._model.to_str(), str((self.bos_id, self.eos_id, self.pad_id)), template)
+        if faults := self._template_faults():
+            warnings.warn(f"the chat template of {name} {'; it '.join(faults)}", stacklevel=2)
+
+    def _template_faults(self) -> list[str]:
+        """What the chat template does with the ends of a sequence that other software may do otherwise."""
+        if not self._source.chat_template:
+            return []
+        turns: list[Message] = [
+            {"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)
+        ]
+        try:
+            segments = self.render(turns, add_generation_prompt=False)
+        except ValueError:
+            return []  # said of the row that it cannot write
+        bos, eos = str(self._source.bos_token), str(self._source.eos_token)
+        text = "".join(segment.text for segment in segments)
+        faults = []
+        if self._source.bos_token and text.startswith(bos * 2):
+            faults.append(f"begins with {bos} twice, where once is meant")
+        if self.bos_id is not None and not text.startswith(bos):
+            faults.append(f"does not begin with {bos}: it is added here, and must be added where the model is served")
+        for segment, following in zip(segments, [*segments[1:], None], strict=True):
+            if segment.trained and not segment.text.endswith(eos):
+                faults.append(f"ends what the assistant says without {eos}: it is added here behind the last turn alone")
+                break
+            if segment.trained and following is not None and following.text.lstrip().startswith(eos):
+                faults.append(f"ends what the assistant says with {eos} twice: the first is learned")
+                break
+        return faults
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer, its chat template included."""

@@ -177,6 +177,8 @@ class DPOModule(AlignModule):
             return
         if self.lora is not None:
             self._reference = AdaptersOff(), None
+        elif self.init_from is None and (disabled := getattr(policy, "adapters_off", None)) is not None:
+            self._reference = AdaptersOff(disabled), None  # new adapters of another library
         elif self._awaits_weights:
             return  # `reference` says so to whoever asks for it
         else:

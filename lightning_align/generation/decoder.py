@@ -3,7 +3,6 @@
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_align.generation.packing import pack
@@ -70,7 +69,7 @@ class _CachedDecoder:
         # Without padding there is nothing to mask but the future, which the cache's own layout does.
         self.exists = columns >= starts if len(set(map(len, prompts))) > 1 else None
         self.cache = model.make_cache(len(prompts), len(columns)) if cache is None else cache
-        self.linear = pack(*model.head)
+        self.linear = pack(model.head.weight, model.head.bias)
 
     def start(self, copies: int) -> Tensor:
         logits = self._forward(self.prompts, 0)
@@ -88,9 +87,8 @@ class _CachedDecoder:
         mask = None if self.exists is None else self.exists[:, : self.stop]
         positions = self.positions[:, start : self.stop]
         hidden = self.model.hidden(tokens, mask=mask, positions=positions, cache=self.cache)
-        if self.linear is not None:
-            return self.linear(hidden[:, -1])
-        return F.linear(hidden[:, -1], *self.model.head)
+        head = self.model.head
+        return head.logits(hidden[:, -1]) if self.linear is None else head.capped(self.linear(hidden[:, -1]))
 
     def select(self, rows: Tensor) -> bool:
         if not hasattr(self.cache, "select"):

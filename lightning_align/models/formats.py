@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,10 @@ from torch.distributed.tensor import DTensor
 from lightning_align.distributed import publish, publish_text
 from lightning_align.models.checkpoint import backbone_spec, build_backbone, load_weights
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_layers, use_lora
+from lightning_align.models.peft_adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, has_peft, merge_peft
 from lightning_align.models.pretrained import PretrainedLM
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def write_model(
     becomes a ``config.json`` with ``class_path`` and ``init_args``, and a safetensors file, which `read_model` reads.
 
     Args:
-        model: whose weights these are; adapters must be merged into them.
+        model: whose weights these are; our own adapters must be merged into them, those of PEFT are merged here.
         weights: from `merged_weights`.
         folder: is made, with the folders above it; must be empty or hold an earlier export.
         tokenizer: of this package; one of transformers is written in its own form.
@@ -74,6 +74,12 @@ def write_model(
     folder = Path(folder)
     _check_folder(folder, CONFIG)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PretrainedLM) and has_peft(model.model):
+        # In a copy of its own, since the one that trained may be sharded.
+        copied = PretrainedLM(**model.init_args)
+        load_weights(copied, dict(weights), folder)
+        merge_peft(copied.model)
+        model, weights = copied, whole_weights(copied)
     if isinstance(model, PretrainedLM):
         state = {name.removeprefix("model."): value for name, value in weights.items()}
         model.model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
@@ -90,6 +96,7 @@ def write_model(
         tokenizer.save(folder)
     if card is not None:
         publish_text(folder / CARD, card)
+    _open_like(folder / CONFIG)
 
 
 def read_model(folder: str | Path) -> nn.Module:
@@ -109,6 +116,12 @@ def read_model(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
+def _open_like(config: Path) -> None:
+    """Let whoever may read the configuration read the weights beside it: safetensors writes them for their owner alone."""
+    for file in config.parent.glob("*.safetensors"):
+        shutil.copymode(config, file)
+
+
 def _check_folder(folder: Path, mark: str) -> None:
     if folder.is_file():
         raise ValueError(f"{folder}: is a file, expected a folder to write to")
@@ -126,24 +139,30 @@ def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str |
         model: that has the scope.
         weights: its weights, from `whole_weights`.
         folder: is made; must be empty or hold an earlier adapter.
-        scope: which adapters.
+        scope: which adapters, where they are our own and not PEFT's.
 
     Raises:
         ValueError: if the model has no such scope, or something else is in the folder.
     """
     layers = lora_layers(model, scope)
-    if not layers:
+    of_peft = isinstance(model, PretrainedLM) and has_peft(model.model)
+    if not layers and not of_peft:
         raise ValueError(f"the model has no adapters of scope {scope!r} to write")
     folder = Path(folder)
     _check_folder(folder, ADAPTER_CONFIG)
     folder.mkdir(parents=True, exist_ok=True)
+    if of_peft:
+        inner: Any = model.model
+        inner.save_pretrained(folder, state_dict={name.removeprefix("model."): value for name, value in weights.items()})
+        _open_like(folder / ADAPTER_CONFIG)
+        return
     inside = "model." if isinstance(model, PretrainedLM) else ""
     ranks = {int(weights[f"{name}.lora.{scope}.A"].shape[1]) for name, _ in layers}
     assert len(ranks) == 1, "a scope has one rank"
     rank = ranks.pop()
     state: dict[str, Tensor] = {}
     for name, _ in layers:
-        theirs = f"{_PEFT_PREFIX}{name.removeprefix(inside)}"
+        theirs = f"{PREFIX}{name.removeprefix(inside)}"
         state[f"{theirs}.lora_A.weight"] = weights[f"{name}.lora.{scope}.A"].T.contiguous()
         state[f"{theirs}.lora_B.weight"] = weights[f"{name}.lora.{scope}.B"].T.contiguous()
     first: Any = layers[0][1].lora[scope]
@@ -162,6 +181,7 @@ def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str |
     }
     publish(folder / ADAPTER_WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     publish_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    _open_like(folder / ADAPTER_CONFIG)
 
 
 def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default") -> list[str]:
@@ -195,7 +215,7 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
     inside = "model." if isinstance(model, PretrainedLM) else ""
     halves: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(folder / ADAPTER_WEIGHTS).items():
-        match = re.fullmatch(re.escape(_PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
             raise ValueError(f"adapter {folder}: holds {key}, which is no part of a linear layer's adapter")
         halves.setdefault(inside + match[1], {})[match[2]] = value

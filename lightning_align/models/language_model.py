@@ -4,7 +4,7 @@ A plain module ``model(tokens_BN) -> logits_BNV`` works everywhere (an output ob
 offers
 more is found by capability, never by type:
 
-- ``hidden(tokens, mask=, positions=, cache=) -> (B, N, D)`` and ``head`` (weight, bias): log-probs in chunks;
+- ``hidden(tokens, mask=, positions=, cache=) -> (B, N, D)`` and ``head`` (a `Head`): log-probs in chunks;
 - ``packed_hidden(tokens, mask) -> (T, D)``: no work at pads;
 - ``make_cache(batch, length)``: decoding in constant time a token;
 - ``blocks``: a list of layers to tap.
@@ -12,16 +12,27 @@ more is found by capability, never by type:
 
 from typing import Any, NamedTuple, TypeGuard, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Head(NamedTuple):
-    """The output layer: ``linear(hidden, weight, bias)`` are the logits."""
+    """The output layer: ``linear(hidden, weight, bias)`` are the logits, perhaps capped."""
 
     weight: Tensor
     """(V, D)."""
     bias: Tensor | None
     """(V,) or None."""
+    softcap: float | None = None
+    """C of C tanh(logits / C), as Gemma 2 has it; None leaves them as they are."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return self.capped(F.linear(hidden, self.weight, self.bias))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """What becomes of the linear layer's output."""
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
 
 class HiddenModel(nn.Module):
@@ -40,6 +51,24 @@ class HiddenModel(nn.Module):
     def make_cache(self, batch: int, length: int) -> Any:
         """See `PaLM.make_cache`."""
         raise AssertionError("only a shape for the type checker")
+
+
+def policy_of(module: nn.Module) -> nn.Module:
+    """The language model of a LightningModule, which callbacks look for as ``policy``.
+
+    Args:
+        module: of this package, or somebody else's.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    policy = getattr(module, "policy", None)
+    if not isinstance(policy, nn.Module):
+        raise ValueError(
+            f"{type(module).__name__} has no model as `policy`, which is where callbacks look for it: give it that name "
+            "(`self.policy = model`), or a property of that name"
+        )
+    return policy
 
 
 def has_hidden(model: nn.Module) -> TypeGuard[HiddenModel]:

@@ -5,6 +5,7 @@ Rotary positions: Su et al. 2021, arXiv 2104.09864; with decay (xPos): Sun et al
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from lightning_align.models.attention import (
     attention_mask,
 )
 from lightning_align.models.language_model import Head
+from lightning_align.models.parallelize import compile_blocks, uncompiled
 
 # xPos scales a query by s^(t/b - c) and a key by its inverse. The centre c cancels in q.k, so any constant is right, but
 # it must be one constant for cached keys and new queries alike. A positive one halves the range that the factors span.
@@ -158,6 +160,7 @@ class PaLM(nn.Module):
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         tie_embeddings: bool = True,
+        compile: str | None = None,
     ) -> None:
         """Build and initialise.
 
@@ -180,13 +183,16 @@ class PaLM(nn.Module):
             attn_dropout: dropout on the attention weights.
             ff_dropout: dropout inside the feed-forward layer.
             tie_embeddings: whether the output head is the embedding.
+            compile: backend of `torch.compile` for the layers, as `inductor`; by default they run as they are, as they always
+                do when decoding. Not within CALM or RETRO, which read between layers.
 
         Raises:
             ValueError: if a size is not positive or `dim_head` is odd.
         """
         super().__init__()
-        # What a checkpoint needs to build this model again.
+        # What a checkpoint needs to build this model again; whether it is compiled is a matter of the machine.
         self.init_args: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        del self.init_args["compile"]
         sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "heads": heads, "ff_mult": ff_mult}
         for name, size in sizes.items():
             if size < 1:
@@ -215,6 +221,15 @@ class PaLM(nn.Module):
         self.norm = LayerNorm(dim)
         self.to_logits = None if tie_embeddings else nn.Linear(dim, num_tokens, bias=False)
         self.reset_parameters()
+        self.compile_backend = compile
+        if compile is not None:
+            compile_blocks(self.blocks, compile)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Compile the layers of a copy, which torch forgets."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        if self.compile_backend is not None:
+            compile_blocks(self.blocks, self.compile_backend)
 
     def reset_parameters(self) -> None:
         """Initialise every parameter by the variant; call it again after ``to_empty`` if the model was made on meta."""
@@ -293,8 +308,9 @@ class PaLM(nn.Module):
         padded = PaddedAttention(self.causal, allowed)
         table = rotary(positions, self.dim_head, xpos_scale_base=self.xpos_scale_base)
         x = self.token_emb(tokens)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, table, padded if cache is None else CachedAttention(cache, layer, allowed))
+        with nullcontext() if cache is None else uncompiled(self):
+            for layer, block in enumerate(self.blocks):
+                x = block(x, table, padded if cache is None else CachedAttention(cache, layer, allowed))
         if cache is not None:
             cache.length += new
         return self._finish(x)
@@ -338,4 +354,4 @@ class PaLM(nn.Module):
     ) -> Tensor:
         """Logits (B, N, V); the arguments are those of `hidden`."""
         hidden = self.hidden(tokens, mask=mask, positions=positions, cache=cache)
-        return F.linear(hidden, *self.head)
+        return self.head.logits(hidden)

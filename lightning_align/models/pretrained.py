@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,19 +11,24 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_align.hub import out_of_reach
 from lightning_align.models.language_model import Head
+from lightning_align.models.parallelize import compile_blocks, uncompiled
+from lightning_align.models.peft_adapters import add_peft, has_peft, peft_disabled
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TOLERANCE = 1e-3
 """Difference of probe logits, over their spread, up to which an output layer is said to have made them."""
+SCALES, SOFTCAPS = ("logit_scale", "logits_scaling", "lm_head_multiplier"), ("final_logit_softcapping", "logits_soft_cap")
+"""What configurations call what logits are multiplied with, or divided by, and what they are softly capped at."""
 
 
 class PretrainedLM(nn.Module):
     """Any causal language model of transformers.
 
     Where logits are the output layer applied to the hidden states, perhaps scaled, as in nearly all models, log-probs are
-    computed from these two, and logits never exist as a whole. Where they are not (capped logits, as of Gemma 2) it says so,
-    and goes by the logits. The model of transformers is ``model``.
+    computed from these two, and logits never exist as a whole; so they are where logits are softly capped, as of Gemma 2.
+    Where logits are something else it says so, and goes by them. The model of transformers is ``model``.
     """
 
     def __init__(
@@ -34,6 +40,8 @@ class PretrainedLM(nn.Module):
         attention: str | None = None,
         revision: str | None = None,
         gradient_checkpointing: bool = False,
+        compile: str | None = None,
+        adapter: str | dict[str, Any] | None = None,
     ) -> None:
         """Read a model, or make one with random weights.
 
@@ -46,9 +54,16 @@ class PretrainedLM(nn.Module):
             attention: implementation: `sdpa`, `eager`, `flash_attention_2`, ...; by default the one that suits the model best.
             revision: branch, tag or commit on the hub.
             gradient_checkpointing: whether to compute activations again in the backward pass, to save memory.
+            compile: backend of `torch.compile` for the layers, as `inductor`; by default they run as they are, as they always
+                do when decoding. Not within CALM or RETRO, which read between layers.
+
+            adapter: adapters of PEFT (LoRA, DoRA, ...), which then train alone: a folder with some that are trained, or a
+                configuration for new ones, as `{r: 8, use_dora: true}`. What the model was with new ones is a reference that
+                costs no memory.
 
         Raises:
-            ValueError: if there is no such model, it has no output layer, or its weights are no safetensors.
+            ValueError: if there is no such model, it has no output layer, its weights are no safetensors, or the adapters are
+                of another.
         """
         super().__init__()
         if importlib.util.find_spec("transformers") is None:
@@ -71,6 +86,9 @@ class PretrainedLM(nn.Module):
                 # A checkpoint is being read whose model came from a folder that is gone: its own weights follow.
                 self._missing = str(error)
                 self.model = _make(config, options)
+        described_adapter = None if adapter is None else add_peft(self.model, adapter)
+        self.adapters_off = peft_disabled if isinstance(adapter, dict) else None
+        """Context in which the model is what it was without its new adapters."""
         if gradient_checkpointing:
             # Renamed in transformers 5.
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
@@ -84,11 +102,22 @@ class PretrainedLM(nn.Module):
             "attention": attention,
             "revision": revision,
             "gradient_checkpointing": gradient_checkpointing,
+            "adapter": described_adapter,  # without its folder: a checkpoint has the weights
         }
         self.model.eval()
+        self._softcap: float | None = None
         self._scale = self._probe()
         self.model.train()  # as any module begins
+        self.compile_backend = compile
+        if compile is not None:
+            compile_blocks(self.blocks, compile)
         self.register_load_state_dict_post_hook(_weights_came)  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Compile the layers of a copy, which torch forgets."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        if self.compile_backend is not None:
+            compile_blocks(self.blocks, self.compile_backend)
 
     # -- what a language model offers
 
@@ -112,17 +141,22 @@ class PretrainedLM(nn.Module):
             tokens: (B, N) int64; with a cache, the tokens after those that it holds.
             mask: (B, M) bool, true at tokens that exist; M counts the cached columns and the new ones. None if all exist, or if
                 what does not stands on the right.
-            positions: (B, N) int64; by default counted from the first column.
+            positions: (N,) or (B, N) int64; by default counted from the first column.
             cache: from `make_cache`; extended in place.
 
         Returns:
             (B, N, D).
         """
         self._check()
+        if positions is not None and positions.ndim == 1:
+            positions = positions.expand(len(tokens), -1)
         past = None if cache is None else cache.past
-        out = self.decoder(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=past is not None
-        )
+        with nullcontext() if cache is None else uncompiled(self):
+            out = self.decoder(
+                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=past is not None
+            )
+        if cache is not None:
+            cache.length += tokens.shape[1]
         hidden: Tensor = out.last_hidden_state
         return hidden if self._scale in (None, 1.0) else hidden * self._scale
 
@@ -132,7 +166,7 @@ class PretrainedLM(nn.Module):
         if self._scale is None:
             return None
         layer = self.model.get_output_embeddings()
-        return Head(layer.weight, layer.bias)
+        return Head(layer.weight, layer.bias, self._softcap)
 
     @property
     def decoder(self) -> Any:
@@ -168,26 +202,28 @@ class PretrainedLM(nn.Module):
         Found by trying, with the weights that are there, since configurations have many names for what they do to logits.
         """
         layer = self.model.get_output_embeddings()
-        if layer is None or not isinstance(layer, nn.Linear):
+        if has_peft(self.model) and not isinstance(layer, nn.Linear):
+            return None  # an adapter on the output layer
+        if not isinstance(layer, nn.Linear):
             raise ValueError(f"{type(self.model).__name__} has no linear output layer, expected a causal language model")
         if layer.weight.is_meta:
             return 1.0
         tokens = torch.arange(min(8, layer.weight.shape[0]), device=layer.weight.device)[None]
         logits = self.model(input_ids=tokens, use_cache=False).logits.float()
         made = F.linear(self.decoder(input_ids=tokens, use_cache=False).last_hidden_state, layer.weight, layer.bias).float()
+        said = {key: float(value) for key, value in self.config.to_dict().items() if key in (*SCALES, *SOFTCAPS) and value}
         scale = 1.0 if layer.bias is not None else float((logits * made).sum() / made.square().sum().clamp(min=1e-30))
-        named = [
-            factor
-            for key, value in self.config.to_dict().items()
-            if key in ("logit_scale", "logits_scaling", "lm_head_multiplier") and value
-            for factor in (float(value), 1 / float(value))
-        ]
+        named = [factor for key in SCALES if key in said for factor in (said[key], 1 / said[key])]
         # What the configuration says is exact, what was measured is not.
         scale = min((1.0, *named), key=lambda factor: abs(factor - scale))
-        error = (logits - made * scale).abs().max() / logits.std().clamp(min=1e-6)
+        found: list[tuple[float, float | None]] = [(scale, None), *((1.0, said[key]) for key in SOFTCAPS if key in said)]
         tolerance = TOLERANCE if logits.dtype is layer.weight.dtype else 30 * TOLERANCE
-        if float(error) <= tolerance:
-            return scale
+        for factor, softcap in found:
+            again = Head(layer.weight, layer.bias, softcap).capped(made * factor)
+            error = (logits - again).abs().max() / logits.std().clamp(min=1e-6)
+            if float(error) <= tolerance:
+                self._softcap = softcap
+                return factor
         rank_zero_info(
             f"{type(self.model).__name__}: its logits are not its output layer applied to its hidden states (they differ by "
             f"{float(error):.1e} of their spread): log-probs are computed from whole logits, which takes more memory and time"
@@ -205,6 +241,8 @@ class PretrainedCache:
             past: a cache of transformers.
         """
         self.past = past
+        self.length = 0
+        """Columns so far."""
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows (int64), which may repeat."""
@@ -242,12 +280,17 @@ def _read(name: str, config: dict[str, Any] | None, options: dict[str, Any]) -> 
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model {name!r}: there is no such folder (looked from {Path.cwd()})")
     overrides = {key: value for key, value in (config or {}).items() if key != "model_type"}
+    revision = options["revision"] or "main"
+    source = {
+        "revision": revision,
+        "trust_remote_code": False,
+        "local_files_only": not folder.is_dir() and out_of_reach(name, revision),
+    }
     try:
-        read = AutoConfig.from_pretrained(name, revision=options["revision"] or "main", trust_remote_code=False)
+        read = AutoConfig.from_pretrained(name, **source)
         for key, value in overrides.items():
             setattr(read, key, value)
-        options = {**options, "revision": options["revision"] or "main"}
-        return AutoModelForCausalLM.from_pretrained(name, config=read, use_safetensors=True, trust_remote_code=False, **options)
+        return AutoModelForCausalLM.from_pretrained(name, config=read, use_safetensors=True, **{**options, **source})
     except OSError as error:
         if folder.is_dir():
             raise ValueError(
@@ -256,7 +299,7 @@ def _read(name: str, config: dict[str, Any] | None, options: dict[str, Any]) -> 
             ) from error
         raise ValueError(
             f"model {name!r}: is no folder here, and the Hugging Face hub did not give it ({_first(error)}). Without a network "
-            "give the path of a folder with config.json and *.safetensors"
+            "give the path of a folder with config.json and *.safetensors, as ./my-model"
         ) from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"model {name!r}: cannot be built as a causal language model ({_first(error)})") from error

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -228,7 +227,7 @@ class RETRO(nn.Module):
 
     def forward(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """Logits (B, N, V); the arguments are those of `hidden`."""
-        return F.linear(self.hidden(tokens, **kwargs), *self.head)
+        return self.head.logits(self.hidden(tokens, **kwargs))
 
 
 class _WholeRows:

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_align.generation.sampler import GenerationConfig, generate
-from lightning_align.logprobs import head_logprobs, select_targets
+from lightning_align.logprobs import select_targets, target_logprobs
 from lightning_align.models.checkpoint import Backbone, load_weights, policy_state, read_checkpoint
 from lightning_align.module import AlignModule
 from lightning_align.retrieval.search import Found
@@ -115,7 +115,7 @@ class RETROModule(AlignModule):
         """
         rows, before, targets = select_targets(batch)
         hidden = self._retro.hidden(batch["tokens"][:, :-1], neighbors=neighbors)
-        return head_logprobs(hidden[rows, before], *self._retro.head, targets)
+        return target_logprobs(hidden[rows, before], self._retro.head, targets)
 
     # -- training
 

@@ -1,9 +1,12 @@
 import sys
+from contextlib import nullcontext
 
 import pytest
+import tokenizers
 
 from lightning_align.data.tokenizer import load_tokenizer
-from tests.data.helpers import encode, small_bpe, spell
+from lightning_align.sft.datamodule import SFTDataModule
+from tests.data.helpers import encode, small_bpe, spell, write_jsonl
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
@@ -33,10 +36,12 @@ def make(tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
     small_bpe(tmp_path)
 
-    def make(template: str, **options: str):
-        source = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(tmp_path / "bpe.json"), eos_token="<eos>", pad_token="<pad>", **options
-        )
+    def make(template: str, *, adds_bos: bool = False, **options: str | None):
+        file = tokenizers.Tokenizer.from_file(str(tmp_path / "bpe.json"))
+        if adds_bos:
+            file.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+        specials = {"eos_token": "<eos>", "pad_token": "<pad>", **options}
+        source = transformers.PreTrainedTokenizerFast(tokenizer_object=file, **specials)
         source.chat_template = template
         source.save_pretrained(str(tmp_path / "saved"))
         return load_tokenizer(str(tmp_path / "saved"))
@@ -57,7 +62,8 @@ def test_masks_follow_the_template(make):
 
 
 def test_a_template_that_begins_and_does_not_end(make):
-    tokenizer = make(NO_EOS, bos_token="<bos>")
+    with pytest.warns(UserWarning, match="saved ends what the assistant says without <eos>: it is added here behind the last"):
+        tokenizer = make(NO_EOS, bos_token="<bos>")
     (row,), ledger = encode({"messages": CHAT}, tokenizer=tokenizer)
     text, trained = spell(tokenizer, row)
     assert text == "<bos>[user]the dog[assistant]a fox[user]the[assistant]dog<eos>"
@@ -65,9 +71,50 @@ def test_a_template_that_begins_and_does_not_end(make):
     assert ledger.notes["double_bos"] == 0
 
 
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("<bos>" + CHATML, None),
+        ("<bos><bos>" + CHATML, "begins with <bos> twice"),
+        (CHATML, "does not begin with <bos>: it is added here"),
+        ("<bos>" + CHATML.replace("<eos>", "<eos><eos>"), "says with <eos> twice: the first is learned"),
+        (CHATML.replace("<eos>", ""), r"not begin with <bos>.*; it ends what the assistant says without <eos>"),
+    ],
+)
+def test_templates_that_drop_or_repeat_the_ends_are_noticed(make, template, fault):
+    with nullcontext() if fault is None else pytest.warns(UserWarning, match=f"the chat template of .*{fault}"):
+        tokenizer = make(template, bos_token="<bos>", adds_bos=True)
+    (row,), _ = encode({"messages": CHAT}, tokenizer=tokenizer)
+    text, trained = spell(tokenizer, row)
+    assert text.count("<bos>") == 1 and text.startswith("<bos>")
+    assert trained.replace("\n", "") == "dog<eos>"
+
+
 def test_a_template_that_rewrites_the_past_is_refused_by_name(make):
     with pytest.raises(ValueError, match=r"test:1 .*writes message 2 differently"):
         encode({"messages": CHAT}, tokenizer=make(FORGETFUL))
+
+
+def test_a_template_that_refuses_a_row_names_the_row(make):
+    refusing = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no systems here') }}{% endif %}"
+    tokenizer = make(refusing + CHATML.partition("%}")[2])
+    row = {"messages": [{"role": "system", "content": "be brief"}, *CHAT]}
+    with pytest.raises(ValueError, match=r"test:1 .*the chat template of .*saved refuses the messages \(no systems here"):
+        encode(row, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_the_end_which_is_still_learned(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make(CHATML, pad_token=None)
+    assert tokenizer.pad_id == tokenizer.eos_id
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}, {"messages": CHAT[:2]}])
+    data = SFTDataModule(rows, tokenizer=str(tmp_path / "saved"), batch_size=2, max_length=256)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    ends = (batch["tokens"] == tokenizer.eos_id) & batch["targets"]
+    assert ends.sum(dim=1).tolist() == [1, 1]
+    short = batch["mask"].sum(dim=1).argmin()
+    assert not batch["mask"][short].all() and not batch["targets"][short][~batch["mask"][short]].any()
 
 
 def test_a_name_that_does_not_exist(make):

@@ -36,6 +36,8 @@ def test_peft_reads_our_adapters(rslora: bool, tmp_path: Path) -> None:
     add_lora(model, LoRAConfig(rank=3, alpha=5, rslora=rslora, targets=["q_proj", "down_proj"]))
     randomise(model)
     write_adapter(model, whole_weights(model), tmp_path / "adapter")
+    modes = {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()}
+    assert len(modes) == 1, "who may read the configuration may read the weights"
     theirs = peft.PeftModel.from_pretrained(base.model, tmp_path / "adapter")
     difference = (theirs(input_ids=TOKENS).logits - model(TOKENS)).detach().abs().max()
     assert float(difference) < 1e-5

@@ -1,0 +1,75 @@
+"""Compiled layers compute what they compute as they are, under the same names."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_align import GenerationConfig, PaLM, PretrainedLM, SFTModule, generate
+from lightning_align.logprobs import response_logprobs
+from tests.models.test_pretrained import FAMILIES, V, batch
+from tests.toys import largest_difference
+
+# A backend that only traces: what a real one makes of the graphs is torch's own concern.
+BACKEND = "eager"
+# Where warnings are errors, what torch hides of its own looks becomes one.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+def make(kind: str, compile: str | None) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "palm":
+        return PaLM(num_tokens=V, dim=32, depth=3, heads=2, dim_head=16, compile=compile)
+    return PretrainedLM(config={"model_type": kind, **FAMILIES[kind]}, compile=compile)
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each function was compiled."""
+    import torch._dynamo.convert_frame as convert
+
+    torch._dynamo.reset()
+    counts: Counter[str] = Counter()
+    compile_frame = convert._compile
+
+    def counted(code: Any, *args: Any, **kwargs: Any) -> Any:
+        counts[code.co_name] += 1
+        return compile_frame(code, *args, **kwargs)
+
+    monkeypatch.setattr(convert, "_compile", counted)
+    return counts
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    response_logprobs(model, batch()).sums.sum().backward()  # type: ignore[arg-type]
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["palm", "llama"])
+def test_the_same_numbers_under_the_same_names(kind: str, graphs: Counter[str]) -> None:
+    plain, compiled = make(kind, None), make(kind, BACKEND)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    assert largest_difference(gradients(compiled), gradients(plain)) < 1e-6
+    once = graphs.total()
+    assert 0 < once <= 3, "alike layers share their compilations: of the first shape, of the second, of any"
+    # Decoding runs the layers as they are.
+    sampled = generate(compiled.eval(), [[5, 6, 7], [8]], GenerationConfig(max_new_tokens=4, temperature=0.0), eos_id=None)
+    assert sampled == generate(plain.eval(), [[5, 6, 7], [8]], GenerationConfig(max_new_tokens=4, temperature=0.0), eos_id=None)
+    assert graphs.total() == once
+
+
+def test_a_copy_is_compiled_and_a_checkpoint_is_not(graphs: Counter[str]) -> None:
+    model = make("palm", BACKEND)
+    copied = copy.deepcopy(model)
+    copied(torch.arange(5)[None])
+    assert graphs.total() > 0
+    module = SFTModule(model)
+    assert "compile" not in module.hparams["backbone"]["init_args"]
+
+
+def test_a_backend_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"compile is 'inducktor'; expected a backend .* inductor"):
+        make("palm", "inducktor")
