@@ -53,8 +53,7 @@ def main() -> None:
                 encoding.ids  # noqa: B018  # Python's numbers, without which nobody has the ids
 
     def chunks() -> None:
-        shutil.rmtree(folder / "db", ignore_errors=True)
-        build_chunks(folder / "db", source, ours, chunk_size=64, team=Team(), verify=0.0)
+        build_chunks(Path(tempfile.mkdtemp(dir=folder)), source, ours, chunk_size=64, team=Team(), verify=0.0)
 
     def peer() -> None:
         paths = {f"{name}_memmap_path": str(folder / f"peer.{name}") for name in ("chunks", "seqs", "doc_ids")}

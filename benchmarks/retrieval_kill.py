@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs over the four stages, then the hashes of all files against those of a build that nobody disturbed."""
+"""Twenty SIGKILLs, five in each stage, then the hashes of all files against those of a build that nobody disturbed."""
 
 import argparse
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 import _common as common
 import torch
 
-from lightning_align.data.documents import StandardLibrary
+from lightning_align.data.documents import FolderDocuments, StandardLibrary
 from lightning_align.models.palm import PaLM
 from lightning_align.retrieval import chunks, encoders, neighbors
 from lightning_align.retrieval.encoders import LMEncoder
@@ -24,13 +24,12 @@ from lightning_align.retro.indexing import build_database
 STAGES = ("chunks", "vectors", "index", "neighbors")
 
 
-def build(folder: Path, verify: float) -> None:
-    """A database of a part of the standard library, by a small untrained model."""
+def build(folder: Path, texts: Path) -> None:
+    """A database of a folder, by a small untrained model."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = PaLM(num_tokens=259, dim=32, depth=1, heads=2, dim_head=16).requires_grad_(False)
-    source = StandardLibrary(part="held_out", held_out=0.1)
-    build_database(folder, source, encoder=LMEncoder(model, fingerprint="fixed"), k=4, verify=verify)
+    build_database(folder, FolderDocuments(str(texts)), encoder=LMEncoder(model, fingerprint="fixed"), k=4)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -39,10 +38,26 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def where(folder: Path) -> str:
-    """The stage that was at work: the first that has not come to its end."""
-    done = {path.parent.name.split("-")[0] for path in folder.glob("*/manifest.json")}
-    return next((stage for stage in STAGES if stage not in done), "head")
+def begun(folder: Path) -> int:
+    """How many stages have begun: one leaves its folder when it writes its first block."""
+    names = {path.name.split("-")[0] for path in folder.glob("*-*")}
+    return sum(stage in names for stage in STAGES)
+
+
+def start(folder: Path, texts: Path) -> int:
+    """The process that builds."""
+    child = os.fork()
+    if child == 0:
+        build(folder, texts)
+        os._exit(0)
+    return child
+
+
+def finish(folder: Path, texts: Path) -> None:
+    """Build to the end."""
+    _, status = os.waitpid(start(folder, texts), 0)
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit("a build that was not killed failed")
 
 
 def main() -> None:
@@ -54,32 +69,35 @@ def main() -> None:
     warnings.simplefilter("ignore")
     chunks.BLOCK_BYTES, encoders.BLOCK_CHUNKS, neighbors.BLOCK_CHUNKS = 100_000, 1024, 1024
     root = Path(tempfile.mkdtemp())
+    texts, whole, killed = (root / name for name in ("texts", "whole", "killed"))
+    for document in StandardLibrary(part="held_out", held_out=0.1).documents():
+        path = texts / document.id
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document.text, encoding="utf-8")
+    finish(whole, texts)
     draw, met = random.Random(arguments.seed), Counter[str]()
-    for number in range(-1, arguments.kills + 1):
-        # -1 is the undisturbed build, the last one brings the killed build to its end.
-        target = root / ("whole" if number < 0 else "killed")
-        child = os.fork()
-        if child == 0:
-            build(target, 0.01)
-            os._exit(0)
-        if 0 <= number < arguments.kills:
-            time.sleep(draw.uniform(0.1, 1.2))
+    while (number := met.total()) < arguments.kills:
+        stage = number * len(STAGES) // arguments.kills
+        child, ended = start(killed, texts), 0
+        while begun(killed) <= stage and not ended:
+            time.sleep(0.005)
+            ended, _ = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            time.sleep(draw.uniform(0, 0.3))
             os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if 0 <= number < arguments.kills:
-            stage = where(target)
-            met[stage if os.WIFSIGNALED(status) else "finished before"] += 1
-            if stage == "head" and number < arguments.kills - 1:
-                shutil.rmtree(target)  # all done before the kills were used up: from the start
-        elif os.waitstatus_to_exitcode(status):
-            raise SystemExit("a build that was not killed failed")
-    same = hashes(root / "whole") == hashes(root / "killed")
+            _, status = os.waitpid(child, 0)
+            if os.WIFSIGNALED(status):
+                met[STAGES[begun(killed) - 1]] += 1
+                continue
+        shutil.rmtree(killed)  # it was faster: from the start
+    finish(killed, texts)
+    same = hashes(whole) == hashes(killed)
     common.heading(
         "A database whose build is killed",
-        f"{arguments.kills} SIGKILLs at random moments, seed {arguments.seed}: {dict(met)}; then to the end.",
+        f"{arguments.kills} SIGKILLs at random moments of the stages, seed {arguments.seed}: {dict(met)}; then to the end.",
     )
     claim = common.claim("SHA-256 of all files", "equal", "equal" if same else "different", same)
-    print(common.table([claim | {"files": str(len(hashes(root / "whole")))}]))
+    print(common.table([claim | {"files": str(len(hashes(whole)))}]))
     shutil.rmtree(root)
     raise SystemExit(not same)
 

@@ -29,14 +29,15 @@ CONFIG = Path(__file__).parent.parent / "configs" / "retro" / "facts.yaml"
 @torch.no_grad()
 def value_bits(module: RETROModule, folder: Path) -> dict[str, float]:
     """Bits of a held-out value, a mean over the questions, by arm."""
-    data = RETRODataModule(str(folder), num_neighbors=2, num_chunks=2, eval_batch_size=100)
+    data = RETRODataModule(str(folder), num_neighbors=module.num_neighbors, num_chunks=2, eval_batch_size=100)
+    size = data.database.chunks.chunk_size
     totals: dict[str, float] = {}
     count = 0
     for batch in data.val_dataloader():
         before = batch["targets"].clone()
         # The value stands after the first chunk, and the end of the document after it.
         columns = torch.arange(before.shape[1])
-        batch["targets"] = before & (columns >= 32) & (columns < 32 + VALUE_DIGITS)
+        batch["targets"] = before & (columns >= size) & (columns < size + VALUE_DIGITS)
         count += len(batch["tokens"])
         arms = {"on": batch["neighbors"], "off": None, **batch["controls"]}
         for name, neighbors in arms.items():
@@ -46,9 +47,9 @@ def value_bits(module: RETROModule, folder: Path) -> dict[str, float]:
 
 def answer(module: RETROModule, folder: Path, task: Facts, key: str) -> tuple[str, list[str]]:
     """What is answered about a key, and the documents that were found for it."""
-    data = RETRODataModule(str(folder), num_neighbors=2)
+    data = RETRODataModule(str(folder))
     tokenizer = data.tokenizer
-    decoder = RetrievalDecoder(module._retro, open_retriever(folder), num_neighbors=2)
+    decoder = RetrievalDecoder(module._retro, open_retriever(folder), num_neighbors=module.num_neighbors)
     (encoding,) = tokenizer.encode_batch([task.prompt(key)])
     prompt = [tokenizer.bos_id or 0, *encoding.ids]
     config = GenerationConfig(max_new_tokens=VALUE_DIGITS, temperature=0.0)
@@ -79,15 +80,13 @@ def main() -> None:
         module = cli.model.eval()
         bits = value_bits(module, folder)
 
-        edited = root / "edited"
-        build_database(
-            edited, Facts(edition=1), encoder="bm25", queries={"validation": Facts("questions", edition=1)}, chunk_size=32, k=2
-        )
+        edited, task, changed = root / "edited", Facts(), Facts(edition=1)
+        questions = {"validation": Facts("validation", edition=1)}
+        build_database(edited, changed, encoder="bm25", queries=questions, chunk_size=changed.chunk_size, k=2)
         after = value_bits(module, edited)
 
-        task = Facts()
         key, value = task.facts()[-1]
-        other = dict(Facts(edition=1).facts())[key]
+        other = dict(changed.facts())[key]
         said, found = answer(module, folder, task, key)
         said_after, _ = answer(module, edited, task, key)
         delete_documents(folder, [f"fact/{key}"])

@@ -5,6 +5,8 @@ Neighbours are random chunks on both sides, so the time of a search is in neithe
 """
 
 import argparse
+import contextlib
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -96,6 +98,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of training steps")
     parser.add_argument("--generations", type=int, default=1, help="of 512 tokens by each side")
     arguments = parser.parse_args()
+    torch.set_num_threads(2)
     torch.manual_seed(0)
     model, other = ours(), peer()
     tokens = torch.randint(4, VOCABULARY, (BATCH, LENGTH + 1))
@@ -147,10 +150,12 @@ def main() -> None:
     with torch.no_grad():
         # An end-of-sequence token would end the peer early.
         other.to_logits.bias[retro_pytorch.retrieval.EOS_ID] = -1e9  # type: ignore[union-attr, index, operator]
-    runs = {
-        "ours": lambda: generate(decoder, prompt.tolist(), config),
-        PEER: lambda: TrainingWrapper.generate(generator, prompt),
-    }
+
+    def peers() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints at each retrieval
+            TrainingWrapper.generate(generator, prompt)
+
+    runs = {"ours": lambda: generate(decoder, prompt.tolist(), config), PEER: peers}
     generations = common.alternate(runs, arguments.generations)
     common.heading(
         "RETRO: generation", f"One prompt of one token to {LENGTH} tokens, a retrieval every {CHUNK}; batch 1, top-k."

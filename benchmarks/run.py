@@ -40,7 +40,7 @@ SECTIONS = (
     ("retrieval_kill.py",),
     ("retro_model_step.py",),
     ("retro_model_facts.py",),
-    ("retro_stdlib.py", "--seeds", "0"),
+    ("retro_stdlib.py",),
 )
 
 OF_PAIRS = ("dpo_step.py", "trl_dpo.py", "trl_sft.py")

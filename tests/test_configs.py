@@ -31,9 +31,10 @@ def task(name: str) -> dict[str, Any]:
 
 
 def indexing(database: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {"num_facts": 40, "num_held_out": 8}
-    sources = {role: {"class_path": "Facts", "init_args": {**facts, "role": role}} for role in ("database", "questions")}
-    arguments = {"database": database, "documents": sources["database"], "queries": {"validation": sources["questions"]}}
+    facts: dict[str, Any] = {"num_facts": 40, "num_held_out": 8, "num_notes": 8}
+    roles = ("database", "train", "validation")
+    sources = {role: {"class_path": "Facts", "init_args": {**facts, "role": role}} for role in roles}
+    arguments = {"database": database, "documents": sources.pop("database"), "queries": sources}
     return {"class_path": "RetrievalIndexing", "init_args": {**arguments, "encoder": "bm25", "chunk_size": 32, "k": 2}}
 
 

@@ -33,7 +33,7 @@ def commands(block: str) -> list[list[str]]:
 
 
 def facts(role: str) -> dict[str, object]:
-    return {"class_path": "Facts", "init_args": {"role": role, "num_facts": 24, "num_held_out": 8}}
+    return {"class_path": "Facts", "init_args": {"role": role, "num_facts": 24, "num_held_out": 8, "num_notes": 8}}
 
 
 def small(words: list[str]) -> dict[str, object]:
@@ -55,8 +55,10 @@ def small(words: list[str]) -> dict[str, object]:
     if "configs/retro/" in config:
         model["backbone"] = {"init_args": {"decoder": {"init_args": {"dim": 16, "dim_head": 8}}, "dim_head": 8}}
         data |= {"batch_size": 8, "eval_batch_size": 8}
-        sources = {"documents": facts("database"), "queries": {"validation": facts("questions")}}
-        settings = {"database": ".cache/retro/facts", "encoder": "bm25", "chunk_size": 32, "k": 2, **sources}
+        queries = {"train": facts("train"), "validation": facts("validation")}
+        sources = {"documents": facts("database"), "queries": queries}
+        size = 16 if "facts" in config else 32
+        settings = {"database": ".cache/retro/facts", "encoder": "bm25", "chunk_size": size, "k": 2, **sources}
         callbacks += [{"class_path": "RetrievalIndexing", "init_args": settings}, {"class_path": "NeighborPanel"}]
     if words[0] == "fit":
         keep = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}

@@ -16,6 +16,8 @@ from lightning_align.data.tokenizer import ByteTokenizer, FileTokenizer, Tokeniz
 from lightning_align.types import Document, MarkedText
 
 Part = Literal["all", "train", "held_out"]
+BATCH = 64
+"""Documents that a tokenizer is given together."""
 
 
 class DocumentSource(ABC):
@@ -199,10 +201,12 @@ class DocumentTokenizer:
         if isinstance(self.tokenizer, ByteTokenizer):
             yield from (self._bytes(text, start, step) for text in texts)
         elif isinstance(self.tokenizer, FileTokenizer):
-            for encoding in self.tokenizer.raw_batch(texts):
-                ids = np.array(encoding.ids, dtype=np.int64)
-                spans = (encoding.token_to_chars(place) for place in range(start, len(ids), step))
-                yield MarkedText(ids, [span[0] for span in spans if span is not None])
+            # Few at a time: a token of the library takes fifty times the room of its id.
+            for first in range(0, len(texts), BATCH):
+                for encoding in self.tokenizer.raw_batch(texts[first : first + BATCH]):
+                    ids = np.array(encoding.ids, dtype=np.int64)
+                    spans = (encoding.token_to_chars(place) for place in range(start, len(ids), step))
+                    yield MarkedText(ids, [span[0] for span in spans if span is not None])
         else:
             for plain in self.tokenizer.encode_batch(texts):
                 marks = [plain.offsets[place][0] for place in range(start, len(plain.ids), step)]

@@ -1,20 +1,24 @@
 """Stage 1: documents become a `ChunkTable`."""
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from lightning_align.retrieval.duplicates import group_documents, shingles, signature
-from lightning_align.retrieval.stages import Stage, Team, write_bytes, write_rows
+from lightning_align.retrieval.stages import Arrays, Stage, Team, write_bytes, write_rows
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.types import Document, MarkedText
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 FORMAT = 1
 """Raise it when the same settings come to mean other bytes."""
@@ -76,18 +80,22 @@ def build_chunks(
     counts = {"empty_documents": 0}
     with team.together():
         num_blocks = 0
-        bar = tqdm(
-            _blocks(source, counts), desc="chunks", unit=" blocks", disable=None if team.rank == 0 else True, leave=False
-        )
-        for number, documents in enumerate(bar):
-            num_blocks = number + 1
-            if number % team.size != team.rank:
-                continue
-            found = stage.has_block(number)
-            if not found:
-                stage.write_block(number, _chunk(documents, tokenizer, chunk_size))
-            if stage.is_sampled(number, verify):
-                stage.check_block(number, _chunk(documents, tokenizer, chunk_size))
+
+        def work() -> Iterator[tuple[Callable[[int, Arrays], None], int, list[Document]]]:
+            nonlocal num_blocks
+            for number, documents in enumerate(_blocks(source, counts)):
+                num_blocks = number + 1
+                if number % team.size == team.rank:
+                    if not stage.has_block(number):
+                        yield stage.write_block, number, documents
+                    if stage.is_sampled(number, verify):
+                        yield stage.check_block, number, documents
+
+        chunked = _ahead(lambda task: (task[0], task[1], _chunk(task[2], tokenizer, chunk_size)), work())
+        for put, number, arrays in tqdm(
+            chunked, desc="chunks", unit=" blocks", disable=None if team.rank == 0 else True, leave=False
+        ):
+            put(number, arrays)
         if num_blocks == 0:
             raise ValueError(
                 f"there is no document with text in it ({counts['empty_documents']} are empty): give a folder or file with some"
@@ -96,6 +104,18 @@ def build_chunks(
         if team.rank == 0:
             _merge(stage, num_blocks, tokenizer, chunk_size, counts)
     return stage
+
+
+def _ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
+    """The results in order, with the next two items in work: tokenizers leave Python to others, and disks the processor."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _blocks(source: DocumentSource, counts: dict[str, int]) -> Iterator[list[Document]]:

@@ -14,7 +14,7 @@ HEAD = "database.json"
 
 @dataclass(frozen=True)
 class QuerySet:
-    """Documents that are not in the database (held-out ones), with their neighbors in it."""
+    """Documents that are not in the database, such as held-out ones, with their neighbors in it."""
 
     chunks: ChunkTable
     neighbors: Neighbors
@@ -51,7 +51,7 @@ class RetrievalDatabase:
 
     @cached_property
     def chunks(self) -> ChunkTable:
-        """The chunks that can be neighbors, which are also those to train on."""
+        """The chunks that can be neighbors."""
         return ChunkTable(self.folder / self.manifest["stages"]["chunks"])
 
     @cached_property

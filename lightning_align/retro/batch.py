@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_align.generation.noise import uniforms
 from lightning_align.retrieval.tables import Bools, ChunkTable, Ints, Neighbors
 from lightning_align.retro.model import NeighborTokens
 from lightning_align.retro.overlap import overlaps
@@ -68,6 +69,7 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         database: the chunks that the neighbours are.
         num_chunks: chunks of a window.
         num_neighbors: J, neighbours of a chunk.
+        random_neighbors: share of the neighbours, always the same ones, in whose place random chunks stand.
         seed: of the random and shuffled neighbours of evaluation; None: training, which needs none.
 
     Raises:
@@ -82,6 +84,7 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         *,
         num_chunks: int,
         num_neighbors: int,
+        random_neighbors: float = 0.0,
         seed: int | None = None,
     ) -> None:
         if num_neighbors > neighbors.k:
@@ -91,7 +94,7 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
             )
         self.table, self.neighbors, self.database = table, neighbors, database
         self.windows = Windows(table, num_chunks)
-        self.num_chunks, self.num_neighbors, self.seed = num_chunks, num_neighbors, seed
+        self.num_chunks, self.num_neighbors, self.random_neighbors = num_chunks, num_neighbors, random_neighbors
         self.batches: list[list[int]] | None = None
         """Lists of windows that a plain sampler may ask for by their number; None where the sampler yields the lists."""
         self.controls: dict[str, tuple[Ints, Bools]] = {}
@@ -127,10 +130,12 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
             "mask": torch.from_numpy(mask),
             "targets": torch.from_numpy(targets),
             "rows": torch.from_numpy(chosen),
-            "neighbors": self._gather(self.neighbors.ids, self.neighbors.mask, chunks, exists),
+            "neighbors": self._gather(*self._found(chunks), exists),
         }
         if self.overlap is not None:
-            batch["controls"] = {name: self._gather(*table, chunks, exists) for name, table in self.controls.items()}
+            batch["controls"] = {
+                name: self._gather(ids[chunks], mask[chunks], exists) for name, (ids, mask) in self.controls.items()
+            }
             batch["documents"] = torch.from_numpy(self.windows.document[chosen])
             ends = self.table.chunk_offsets[self.windows.document[chosen] + 1][:, None]
             own = first[:, None] + np.arange((width - 1) // size + 1)
@@ -140,8 +145,20 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
             batch["chunk_bytes"] = torch.from_numpy(np.where(here, self.table.num_bytes[own], 0).astype(np.int64))
         return batch  # type: ignore[return-value]  # its keys are those of the type
 
-    def _gather(self, ids: Ints, mask: Bools, chunks: Ints, exists: Bools) -> NeighborTokens:
-        """Tokens of the neighbours of chunks (B, U), none of those that do not exist."""
-        found, there = ids[chunks, : self.num_neighbors], mask[chunks, : self.num_neighbors] & exists[..., None]
-        tokens = self.database.gather(np.where(there, found, 0), 2 * self.table.chunk_size)
+    def _found(self, chunks: Ints) -> tuple[Ints, Bools]:
+        """Neighbours of chunks (B, U), some of them random ones: (B, U, J)."""
+        count = self.num_neighbors
+        ids, mask = self.neighbors.ids[chunks, :count], self.neighbors.mask[chunks, :count]
+        if self.random_neighbors:
+            drawn = uniforms([(chunk,) for chunk in chunks.ravel().tolist()], positions=count, draws=2)
+            numbers = drawn.double().numpy().reshape(*chunks.shape, count, 2)
+            random = numbers[..., 0] < self.random_neighbors
+            ids = np.where(random, (numbers[..., 1] * len(self.database)).astype(np.int64), ids)
+            mask = mask | random
+        return ids, mask
+
+    def _gather(self, ids: Ints, mask: Bools, exists: Bools) -> NeighborTokens:
+        """Tokens of neighbours (B, U, J), none of chunks that do not exist."""
+        there = mask & exists[..., None]
+        tokens = self.database.gather(np.where(there, ids, 0), 2 * self.table.chunk_size)
         return NeighborTokens(torch.from_numpy(tokens.ids), torch.from_numpy(tokens.mask & there[..., None]))

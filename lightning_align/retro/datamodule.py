@@ -1,4 +1,4 @@
-"""Rows for RETRO: windows of a retrieval database's own documents, and of held-out ones, with their neighbours."""
+"""Rows for RETRO: windows of a retrieval database's own documents, or of others, with their neighbours in it."""
 
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ class RETRODataModule(L.LightningDataModule):
         database: Folder of the retrieval database.
         tokenizer: What the database was built with: bytes, the path of a tokenizer.json, or a folder or hub name of a
             transformers tokenizer.
+        train: Query set of the database to train on; by default the documents of the database themselves.
         validation: Query set of the database to validate on.
         test: Query set of the database to test on.
         predict: Rows with a prompt to continue: a file, a dataset of the hub, or a task.
         num_chunks: Chunks of a window; a longer document is cut into several.
         num_neighbors: Neighbours of each chunk in training.
+        random_neighbors: Share of the neighbours in training, always the same ones, in whose place random chunks of the
+            database are read, so that the model learns to look at what was found before it believes it.
         eval_num_neighbors: In evaluation, at least as many as the module compares; as num_neighbors where it is not given.
         batch_size: Windows of a training batch of each device.
         eval_batch_size: Windows of an evaluation batch, or prompts; as batch_size where it is not given.
@@ -48,11 +51,13 @@ class RETRODataModule(L.LightningDataModule):
         database: str,
         *,
         tokenizer: str = "bytes",
+        train: str | None = None,
         validation: str | None = "validation",
         test: str | None = None,
         predict: str | RowTask | None = None,
         num_chunks: int = 8,
         num_neighbors: int = 2,
+        random_neighbors: float = 0.0,
         eval_num_neighbors: int | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -73,12 +78,15 @@ class RETRODataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}, expected {least} or more")
+        if not 0 <= random_neighbors <= 1:
+            raise ValueError(f"random_neighbors is {random_neighbors}, expected a share from 0 to 1")
         if on_leak not in ("fail", "warn"):
             raise ValueError(f"on_leak is {on_leak!r}, expected fail or warn")
         self.folder, self.tokenizer_name = Path(database), tokenizer
-        self.sets = {"validation": validation, "test": test}
+        self.sets = {"train": train, "validation": validation, "test": test}
         self.prompts = predict
         self.num_chunks, self.num_neighbors, self.batch_size = num_chunks, num_neighbors, batch_size
+        self.random_neighbors = random_neighbors
         self.on_leak, self.num_workers, self.seed = on_leak, num_workers, seed
         self._tokenizer: Tokenizer | None = None
         self._retriever: tuple[Any, Retriever] | None = None
@@ -141,16 +149,18 @@ class RETRODataModule(L.LightningDataModule):
     # -- batches
 
     def train_dataloader(self) -> DataLoader[RetrievalBatch]:
-        """Windows of the database's own documents, in an order of each epoch's own; resumes where a checkpoint was taken."""
-        database = self.database
+        """Windows of the documents to train on, in an order of each epoch's own; resumes where a checkpoint was taken."""
+        database, name = self.database, self.sets["train"]
+        documents = database if name is None else database.queries(name)
         rows = RetrievalWindows(
-            database.chunks,
-            database.neighbors,
+            documents.chunks,
+            documents.neighbors,
             database.chunks,
             num_chunks=self.num_chunks,
             num_neighbors=self.num_neighbors,
+            random_neighbors=self.random_neighbors,
         )
-        rank_zero_info(f"train: {_size(database.chunks)}, {len(rows)} windows")
+        rank_zero_info(f"train: {_size(documents.chunks)}, {len(rows)} windows")
         return self._loader(rows, self.batch_size, train=True)
 
     def val_dataloader(self) -> DataLoader[RetrievalBatch]:

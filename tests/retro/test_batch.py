@@ -13,9 +13,16 @@ from lightning_align.retro.batch import RetrievalWindows
 from tests.retro.conftest import HELD_OUT, SIZE
 
 
-def training(database: RetrievalDatabase, *, num_chunks: int = 3, num_neighbors: int = 2) -> RetrievalWindows:
+def training(
+    database: RetrievalDatabase, *, num_chunks: int = 3, num_neighbors: int = 2, random: float = 0
+) -> RetrievalWindows:
     return RetrievalWindows(
-        database.chunks, database.neighbors, database.chunks, num_chunks=num_chunks, num_neighbors=num_neighbors
+        database.chunks,
+        database.neighbors,
+        database.chunks,
+        num_chunks=num_chunks,
+        num_neighbors=num_neighbors,
+        random_neighbors=random,
     )
 
 
@@ -57,6 +64,19 @@ def test_neighbors_are_those_of_the_chunks_that_the_window_fills(database: Retri
                     want = both.ids[both.mask].tolist()
                 assert got == want
     assert bool(batch["neighbors"].mask.any())
+
+
+def test_a_share_of_the_neighbors_is_random_whatever_the_batch(database: RetrievalDatabase) -> None:
+    rows = list(range(len(training(database))))
+    right, some, all_ = (training(database, random=share)[rows]["neighbors"] for share in (0, 0.5, 1))
+    chunks = training(database)[rows]["mask"][:, :-1].unflatten(1, (-1, SIZE)).any(-1)  # those that exist
+    replaced = (some.tokens != right.tokens).any(-1)
+    assert 0 < int(replaced[chunks].sum()) < replaced[chunks].numel()
+    assert torch.equal(some.tokens[replaced], all_.tokens[replaced])
+    # Where a chunk is left without neighbours, random ones are there nevertheless; past the end of a row there are none.
+    assert bool(all_.mask[chunks][..., 0].all()) and not bool(all_.mask[~chunks].any())
+    alone = training(database, random=1)[rows[2:3]]["neighbors"]
+    assert torch.equal(alone.tokens[0], all_.tokens[2, : alone.tokens.shape[1]])
 
 
 def test_evaluation_does_not_depend_on_how_it_is_batched(database: RetrievalDatabase) -> None:

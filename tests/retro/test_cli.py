@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_align.cli import AlignCLI, run
+from lightning_align.data.tasks.facts import Facts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "retro"
 SMALL = [
@@ -25,9 +26,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def config_of_few_facts(folder: Path) -> str:
     """The configuration of the facts, with fewer of them."""
-    text = (CONFIGS / "facts.yaml").read_text().replace("{role: ", "{num_facts: 24, num_held_out: 6, role: ")
+    text = (CONFIGS / "facts.yaml").read_text().replace("{role: ", "{num_facts: 24, num_held_out: 6, num_notes: 9, role: ")
     path = folder / "facts.yaml"
-    path.write_text(text.replace("batch_size: 16", "batch_size: 8").replace("val_check_interval: 500", "val_check_interval: 4"))
+    path.write_text(text.replace("batch_size: 16", "batch_size: 8").replace("val_check_interval: 250", "val_check_interval: 4"))
     return str(path)
 
 
@@ -47,11 +48,13 @@ def test_fit_validate_predict(folder: Path) -> None:
     assert {f"val/{arm}/bits_per_byte" for arm in ("on", "off", "random", "shuffled")} <= set(again)
     assert float(again["val/off/bits_per_byte"]) == pytest.approx(float(metrics["val/off/bits_per_byte"]), abs=1e-5)
 
-    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "Code of abcde fgh is           "}) + "\n")
+    task = Facts(num_facts=24, num_held_out=6)
+    key, _ = task.facts()[-1]
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": task.prompt(key)}) + "\n")
     run(["predict", *common, "--data.init_args.predict", "prompts.jsonl", "--output", "out.jsonl"])
     (row,) = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert len(row["responses"]) == 1 and len(row["neighbors"][0]) == 1
-    assert row["neighbors"][0][0]["read"][0]["document"].startswith(("fact/", "question/"))
+    assert row["neighbors"][0][0]["read"][0]["document"] == f"fact/{key}"
 
 
 @pytest.mark.parametrize("names", [["facts"], ["stdlib"], ["stdlib", "folder"]])

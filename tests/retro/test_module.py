@@ -112,6 +112,17 @@ def test_a_step_descends_the_mean_over_targets(database: RetrievalDatabase, tmp_
         assert gap(parameter - 0.1 * parameter.grad, new) < 1e-5
 
 
+def test_trains_on_a_query_set_where_one_is_named(database: RetrievalDatabase, tmp_path: Path) -> None:
+    source = data(database, train="validation", random_neighbors=1.0)
+    trainer(tmp_path, limit_val_batches=0).fit(module(), source)
+    rows: Any = source.train_dataloader().dataset
+    assert rows.table.document_ids == ["v.txt", "w.txt"] and rows.database is not rows.table
+    with pytest.raises(ValueError, match="no query set 'other'"):
+        data(database, train="other").train_dataloader()
+    with pytest.raises(ValueError, match="random_neighbors is 2"):
+        data(database, random_neighbors=2.0)
+
+
 def test_the_number_of_neighbors_is_drawn_from_the_step(database: RetrievalDatabase, tmp_path: Path) -> None:
     tuned, frozen = module(), module(backbone=tiny_retro(decoder=decoder(), chunk_size=SIZE, train_decoder=False))
     seen: dict[str, set[int]] = {}
