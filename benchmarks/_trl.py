@@ -22,8 +22,7 @@ from lightning_align.types import PreferenceBatch
 WIDTH, DEPTH, HEADS = 256, 4, 4
 LEARNING_RATE, CLIP = 1e-4, 1.0
 PEER = f"TRL {importlib.metadata.version('trl')}"
-# Later ones differ by what Adam makes of rounding: an entry whose gradient is nothing else moves by a whole learning rate.
-FIRST_LOSSES = 2
+FIRST_LOSSES = 3
 
 Step = Callable[[int], float]
 """The training step of a number: its loss."""

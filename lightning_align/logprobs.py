@@ -384,7 +384,9 @@ def sum_logprobs(logps: Tensor, rows: Tensor, targets: Tensor, weights: Tensor |
     """
     if weights is not None:
         logps = logps * weights[:, 1:][targets[:, 1:]]
-    return LogProbs(logps.new_zeros(targets.shape[0]).index_add(0, rows, logps), targets.sum(dim=1))
+    # One after the other in float32, hundreds of terms lose a digit that the difference of two such sums would have.
+    wide = logps if logps.device.type == "mps" else logps.double()
+    return LogProbs(wide.new_zeros(targets.shape[0]).index_add(0, rows, wide).to(logps.dtype), targets.sum(dim=1))
 
 
 @torch.no_grad()

@@ -135,6 +135,16 @@ def test_the_card_of_a_model_of_this_package_sends_nobody_to_transformers() -> N
     assert "read_model(folder)" in code
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which torch hides from others
+def test_compiled_layers_train_and_leave_under_their_own_names() -> None:
+    cli = fit("sft", "rows.jsonl", backbone={"init_args": {"compile": "eager", "gradient_checkpointing": True}})
+    assert cli.model.policy.compile_backend == "eager"
+    assert list(cli.model.policy.state_dict()) == list(PretrainedLM("base").state_dict())
+    tokens = torch.arange(12)[None]
+    out = Path(str(cli.trainer.log_dir)) / "export"
+    assert float((logits_of(out, tokens) - cli.model(tokens).detach()).abs().max()) < 1e-6
+
+
 def test_self_play_on_a_model_of_transformers() -> None:
     cli = fit("spin", "rows.jsonl", lr_scheduler=None)
     assert cli.trainer.global_step > 0

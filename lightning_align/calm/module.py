@@ -20,7 +20,7 @@ from lightning_align.calm.probe import check_frozen
 from lightning_align.calm.spec import Augment, AugmentInput
 from lightning_align.calm.states import StateStore
 from lightning_align.generation.sampler import GenerationConfig
-from lightning_align.logprobs import logits_logprobs, select_targets, target_logprobs
+from lightning_align.logprobs import logits_logprobs, select_targets, sum_logprobs, target_logprobs
 from lightning_align.metrics import TokenNLL
 from lightning_align.models.checkpoint import Backbone, build_backbone, load_policy
 from lightning_align.models.language_model import has_hidden
@@ -45,8 +45,7 @@ def composed_logprobs(model: CALM, batch: CALMBatch, inputs: Sequence[AugmentInp
         logps = target_logprobs(hidden, model.head, targets)
     else:
         logps = logits_logprobs(model(batch["tokens"], inputs=inputs), rows, before, targets)
-    sums = logps.new_zeros(batch["tokens"].shape[0]).index_add(0, rows, logps)
-    return LogProbs(sums, batch["targets"].sum(dim=1))
+    return sum_logprobs(logps, rows, batch["targets"])
 
 
 class CALMModule(AlignModule):

@@ -36,7 +36,9 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(adapter, dict):
         described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **adapter}
         try:
-            model.add_adapter(peft.get_peft_config(dict(described)))
+            config = peft.get_peft_config(dict(described))
+            config.inference_mode = False  # as a file of trained ones says
+            model.add_adapter(config)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"PretrainedLM: adapter {adapter} makes no adapters of PEFT ({error})") from error
         return described

@@ -56,7 +56,6 @@ class PretrainedLM(nn.Module):
             gradient_checkpointing: whether to compute activations again in the backward pass, to save memory.
             compile: backend of `torch.compile` for the layers, as `inductor`; by default they run as they are, as they always
                 do when decoding. Not within CALM or RETRO, which read between layers.
-
             adapter: adapters of PEFT (LoRA, DoRA, ...), which then train alone: a folder with some that are trained, or a
                 configuration for new ones, as `{r: 8, use_dora: true}`. What the model was with new ones is a reference that
                 costs no memory.

@@ -9,6 +9,7 @@ import torch
 from lightning_align import DPODataModule, DPOModule, ExportModel, PretrainedLM
 from lightning_align.cli import run
 from lightning_align.logprobs import response_logprobs
+from lightning_align.models.checkpoint import backbone_spec, build_backbone
 from lightning_align.models.language_model import has_hidden
 from lightning_align.reference import AdaptersOff, FrozenCopy
 from tests.models.test_pretrained import FAMILIES, batch
@@ -77,6 +78,12 @@ def test_what_trained_adapters_began_as_is_not_the_bare_model(base: str) -> None
     assert isinstance(module.reference, FrozenCopy)
     expected = response_logprobs(policy.eval(), batch()).sums.detach()  # type: ignore[arg-type]
     torch.testing.assert_close(module.reference.logprobs(module.policy, batch()).sums, expected)  # type: ignore[arg-type]
+    # A checkpoint builds it again without the folder, from what the folder said, and gives it its weights.
+    again = build_backbone(backbone_spec(module.policy))  # type: ignore[arg-type]
+    trains = {name for name, p in module.policy.named_parameters() if p.requires_grad}
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == trains
+    again.load_state_dict(module.policy.state_dict())
+    torch.testing.assert_close(response_logprobs(again.eval(), batch()).sums, expected)  # type: ignore[arg-type]
 
 
 def test_bad_adapters_are_named(base: str) -> None:
