@@ -21,6 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e '.[cpu,dev]'
+# Its pins exclude releases that others here need, and the model that an example trains needs none of them.
+	$(PIP) --no-deps litgpt
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
