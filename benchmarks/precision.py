@@ -35,7 +35,7 @@ def cases() -> dict[str, tuple[dict[str, Any], list[TokenBatch]]]:
     config = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
     data = config["data"]["init_args"]
     module = SFTDataModule(
-        train=Arithmetic(num_rows=16 * data["batch_size"], forget_borrow=0.75, seed=0, split="train"),
+        train=Arithmetic(**{**data["train"]["init_args"], "num_rows": 16 * data["batch_size"]}),
         **{name: data[name] for name in ("batch_size", "max_length", "group_by_length")},
     )
     module.prepare_data()

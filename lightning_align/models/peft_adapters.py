@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TRAINED = "inference_mode"
+"""What PEFT says of adapters that it wrote; without it a configuration is that of new ones."""
 PREFIX = "base_model.model."
 """What stands before the names of a model's layers in such a file."""
 
@@ -61,7 +63,7 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
     if wrong := sorted({*found.unexpected_keys, *own & set(found.missing_keys)}):
         raise ValueError(f"adapter {adapter}: is of another base than this {type(model).__name__}: {', '.join(wrong[:3])}")
     content: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return content
+    return content | {TRAINED: True}
 
 
 def has_peft(model: nn.Module) -> bool:

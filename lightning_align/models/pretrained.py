@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_align.hub import out_of_reach
 from lightning_align.models.language_model import Head
 from lightning_align.models.parallelize import compile_blocks, uncompiled
-from lightning_align.models.peft_adapters import add_peft, has_peft, peft_disabled
+from lightning_align.models.peft_adapters import TRAINED, add_peft, has_peft, peft_disabled
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TOLERANCE = 1e-3
@@ -86,7 +86,8 @@ class PretrainedLM(nn.Module):
                 self._missing = str(error)
                 self.model = _make(config, options)
         described_adapter = None if adapter is None else add_peft(self.model, adapter)
-        self.adapters_off = peft_disabled if isinstance(adapter, dict) else None
+        # Not for trained ones, those that a checkpoint describes included: what they began as is not the bare model.
+        self.adapters_off = peft_disabled if isinstance(adapter, dict) and not adapter.get(TRAINED) else None
         """Context in which the model is what it was without its new adapters."""
         if gradient_checkpointing:
             # Renamed in transformers 5.

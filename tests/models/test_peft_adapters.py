@@ -80,6 +80,7 @@ def test_what_trained_adapters_began_as_is_not_the_bare_model(base: str) -> None
     torch.testing.assert_close(module.reference.logprobs(module.policy, batch()).sums, expected)  # type: ignore[arg-type]
     # A checkpoint builds it again without the folder, from what the folder said, and gives it its weights.
     again = build_backbone(backbone_spec(module.policy))  # type: ignore[arg-type]
+    assert again.adapters_off is None, "without its adapters it is not the reference"
     trains = {name for name, p in module.policy.named_parameters() if p.requires_grad}
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trains
     again.load_state_dict(module.policy.state_dict())
