@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types layers test demo notebooks bench clean
+.PHONY: help install check lint types layers test demo notebooks bench studies clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,11 @@ demo: $(VENV)/.installed ## Train, judge and align a small model on arithmetic, 
 notebooks: $(VENV)/.installed ## Execute every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -o timeout=1200 notebooks
 
-bench: $(VENV)/.installed-bench ## Run every benchmark beside its peer
+bench: $(VENV)/.installed-bench ## Time every method beside its peers, under an hour on a quiet machine (benchmarks/RESULTS.md)
 	$(BIN)/python benchmarks/run.py
+
+studies: $(VENV)/.installed-bench ## Train what the results in benchmarks/RESULTS.md were learned from; hours
+	$(BIN)/python benchmarks/run.py --studies
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Run every benchmark, or those that are named, and write RESULTS.md beside this file; the others' sections stay."""
+"""Run what is timed, the studies, or what is named, and write RESULTS.md beside this file; the others' sections stay."""
 
 import argparse
 import datetime
@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-# What runs in which order, with which arguments.
-SECTIONS = (
+# What runs in which order, with which arguments: first what is timed, beside a peer or alone, which wants a quiet machine.
+TIMED = (
     ("logprobs.py",),
     ("dpo_step.py",),
     ("dpo_step.py", "--thp"),
     ("stored_step.py",),
     ("reference_facts.py",),
-    ("frontier.py",),
     ("trainer_overhead.py",),
     ("precision.py",),
     ("trl_dpo.py",),
@@ -29,19 +28,25 @@ SECTIONS = (
     ("trl_sft.py", "--thp"),
     ("generation.py", "--peer-length", "160", "--rounds", "2"),
     ("spin_step.py",),
-    ("spin_kill.py",),
-    ("spin_markov.py",),
-    ("spin_arithmetic.py",),
     ("calm_step.py",),
-    ("calm_key_value.py", "--table"),
     ("retrieval_chunks.py",),
     ("retrieval_vectors.py",),
     ("retrieval_search.py", "--queries", "8192"),
-    ("retrieval_kill.py",),
     ("retro_model_step.py",),
+)
+# Then what is learned, or survives: hours of training on two cores, on however busy a machine. Those with a .json beside
+# them keep each run's result there and do what is missing.
+STUDIES = (
+    ("frontier.py",),
+    ("spin_kill.py",),
+    ("spin_markov.py",),
+    ("spin_arithmetic.py",),
+    ("calm_key_value.py", "--seeds", "0", "1", "2"),
+    ("retrieval_kill.py",),
     ("retro_model_facts.py",),
     ("retro_stdlib.py",),
 )
+SECTIONS = TIMED + STUDIES
 
 OF_PAIRS = ("dpo_step.py", "trl_dpo.py", "trl_sft.py")
 
@@ -74,7 +79,8 @@ def marker(script: str, options: tuple[str, ...]) -> str:
 def main() -> None:
     """Parse the command line, run, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scripts", nargs="*", help="what to measure again, as dpo_step.py; all where nothing is named")
+    parser.add_argument("scripts", nargs="*", help="what to measure, as dpo_step.py; where nothing is named, all that is timed")
+    parser.add_argument("--studies", action="store_true", help="run what trains models for a result, which takes hours")
     parser.add_argument("--pairs", metavar="FILE", help=f"for {', '.join(OF_PAIRS)}: JSONL with prompt, chosen and rejected")
     parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md")
     arguments = parser.parse_args()
@@ -91,19 +97,27 @@ def main() -> None:
                 done[script, *options] = section
     # Measured with other arguments than the list's: nothing here can make them again, so they stay, behind the others.
     others = [section for section in kept.values() if section not in done.values()]
-    for script, *options in SECTIONS:
-        if arguments.scripts and script not in arguments.scripts:
-            continue
+    failed = []
+    todo = [section for section in SECTIONS if section[0] in arguments.scripts] or (STUDIES if arguments.studies else TIMED)
+    for number, (script, *options) in enumerate(todo, 1):
         extra = ["--pairs", arguments.pairs] if script in OF_PAIRS and arguments.pairs else []
-        print(shlex.join([script, *options, *extra]), file=sys.stderr, flush=True)
+        print(f"[{number}/{len(todo)}] {shlex.join([script, *options, *extra])}", file=sys.stderr, flush=True)
         command = [sys.executable, str(HERE / script), *options, *extra]
-        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        ran = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        if ran.returncode:  # Its old section stays, and the others are measured all the same.
+            failed.append(shlex.join([script, *options]))
+            print(f"failed with exit status {ran.returncode}", file=sys.stderr, flush=True)
+            continue
         # A path says nothing to a reader elsewhere.
         shown = f"{marker(script, tuple(options))}`" + (" with `--pairs FILE`" if extra else "")
-        done[script, *options] = f"{text.rstrip()}\n\n{shown}, {datetime.date.today().isoformat()}\n"
+        done[script, *options] = f"{ran.stdout.rstrip()}\n\n{shown}, {datetime.date.today().isoformat()}\n"
         # After every section, so that an interrupted run leaves what it has.
         page = [head(), *(done[script, *options] for script, *options in SECTIONS if (script, *options) in done), *others]
-        arguments.output.write_text("\n".join(page), encoding="utf-8")
+        temporary = arguments.output.with_suffix(".tmp")
+        temporary.write_text("\n".join(page), encoding="utf-8")
+        temporary.replace(arguments.output)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; the messages stand above")
 
 
 if __name__ == "__main__":
