@@ -1,7 +1,7 @@
 """A DPO training step on one Llama: this library against `DPOTrainer` of TRL 1.16.
 
 Both sides get the same initial weights, the same batches with the same padding, optimizer and clipping; TRL runs its own
-`training_step`. ``stored`` sides have the reference's log-probs beforehand.
+`training_step`. ``stored`` sides have the reference's log-probs beforehand, ``recomputed`` is ours with gradient checkpointing.
 """
 
 from functools import partial
@@ -57,9 +57,9 @@ def peer(vocabulary: int, batches: list[PreferenceBatch], stored: bool) -> _trl.
     return step
 
 
-def ours(vocabulary: int, batches: list[PreferenceBatch], stored: bool) -> _trl.Step:
+def ours(vocabulary: int, batches: list[PreferenceBatch], stored: bool, recompute: bool = False) -> _trl.Step:
     """Our loss, and the metrics that `DPOModule` logs, on the same model."""
-    policy = _trl.ours(vocabulary)
+    policy = _trl.ours(vocabulary, recompute)
     reference = frozen_copy(policy)
     policy.train()
     kept: list[LogProbs] = []
@@ -86,6 +86,7 @@ def ours(vocabulary: int, batches: list[PreferenceBatch], stored: bool) -> _trl.
 SIDES = {
     "peer": partial(peer, stored=False),
     "ours": partial(ours, stored=False),
+    "ours, recomputed": partial(ours, stored=False, recompute=True),
     "peer, stored": partial(peer, stored=True),
     "ours, stored": partial(ours, stored=True),
 }
