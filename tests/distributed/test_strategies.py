@@ -8,12 +8,23 @@ import pytest
 import torch
 
 from lightning_align.models.checkpoint import main
+from lightning_align.models.pretrained import PretrainedLM
 from tests.distributed.harness import launch
 from tests.distributed.train import CASES, RESUMED, build, checkpoint_of, full, measure, run
-from tests.toys import largest_difference, tiny_palm
+from tests.toys import VOCABULARY, largest_difference, tiny_palm
 
 pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).parent / "train.py"
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -23,6 +34,8 @@ def test_two_processes_are_one(strategy: str, tmp_path: Path, monkeypatch: pytes
     Checkpoints of either layout are gone on from in both.
     """
     torch.save(tiny_palm().state_dict(), tmp_path / "base.pt")
+    torch.manual_seed(0)
+    PretrainedLM(config={**LLAMA}).model.save_pretrained(tmp_path / "llama")
     for case in RESUMED:
         run(case, lambda _: "auto", 1, tmp_path, resumed=True)
     launch(SCRIPT, strategy, str(tmp_path))
@@ -42,7 +55,7 @@ def test_two_processes_are_one(strategy: str, tmp_path: Path, monkeypatch: pytes
         results = {(rank, how): ranks[rank][case, how] for rank in range(2) for name, how in ranks[rank] if name == case}
         if case in RESUMED:
             path = checkpoint_of(case, tmp_path, 2)
-            assert path.is_dir() == (strategy == "fsdp2" and "lora" not in case)
+            assert path.is_dir() == (strategy == "fsdp2" and case in ("dpo", "pretrained", "moving"))
             if path.is_dir():
                 monkeypatch.setattr("sys.argv", ["checkpoint", str(path), str(tmp_path / "whole.ckpt")])
                 main()
@@ -59,6 +72,6 @@ def test_two_processes_are_one(strategy: str, tmp_path: Path, monkeypatch: pytes
                 assert result["sharded"] == (strategy == "fsdp2")
             if case in ("dpo", "moving_lora"):
                 assert abs(result["metrics"]["val/kl/reference"]) > 1e-4  # of a few samples; of either sign
-            if case == "dpo":
+            if case in ("dpo", "pretrained"):
                 assert largest_difference(result["reference"], start) == 0
                 assert result["sharded"] == (strategy == "fsdp2")

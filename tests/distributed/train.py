@@ -19,6 +19,7 @@ from lightning_align.dpo.module import DPOModule
 from lightning_align.dpo.monitor import PreferenceMonitor
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.lora import LoRAConfig
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.reference import ReferenceUpdate
 from lightning_align.sft.module import SFTModule
 from tests.toys import preference_batch, split, tiny_palm, token_batch
@@ -46,6 +47,10 @@ def build(case: str, folder: Path) -> Any:
     if case == "moving_lora":
         lora = LoRAConfig(rank=2)
         return DPOModule(tiny_palm, init_from=str(base), reference="moving", lora=lora, optimizer=SGD), DPO_BATCH
+    if case == "pretrained":
+        return DPOModule(PretrainedLM(str(folder / "llama")), optimizer=SGD), DPO_BATCH
+    if case == "peft":
+        return DPOModule(PretrainedLM(str(folder / "llama"), adapter={"r": 2, "use_dora": True}), optimizer=SGD), DPO_BATCH
     assert case == "lora"
     return DPOModule(tiny_palm, init_from=str(base), lora=LoRAConfig(rank=2), optimizer=SGD), DPO_BATCH
 
@@ -69,7 +74,7 @@ def run(
     """Train two epochs of one optimizer step each; the rows of a rank are its part of the eight.
 
     Args:
-        case: `sft`, `dpo` or `lora`.
+        case: one of `CASES`.
         strategy: from the case; a fresh one for each Trainer.
         devices: number of ranks.
         folder: for checkpoints.
@@ -122,7 +127,7 @@ def run(
     if case.startswith("moving"):
         result["average"] = full(module.reference_average)
         result["sharded"] = all(isinstance(p, DTensor) for p in module.reference_average.parameters())
-    if case == "dpo":
+    if case in ("dpo", "pretrained"):
         reference = module.reference.model
         result["reference"] = full(reference)
         result["sharded"] = all(isinstance(p, DTensor) for p in reference.parameters())
@@ -153,15 +158,15 @@ def measure(size: int, strategy: Any, devices: int, folder: Path) -> dict[str, f
     return dict(values)
 
 
-CASES = ("sft", "dpo", "lora", "stored", "moving", "moving_lora")
-RESUMED = ("dpo", "lora", "moving", "moving_lora")
+CASES = ("sft", "dpo", "pretrained", "lora", "peft", "stored", "moving", "moving_lora")
+RESUMED = ("dpo", "pretrained", "lora", "peft", "moving", "moving_lora")
 LIMIT = timedelta(seconds=40)
 STRATEGIES: dict[str, Any] = {
     "ddp": lambda case: DDPStrategy(process_group_backend="gloo", timeout=LIMIT),
     "fsdp2": lambda case: ModelParallelStrategy(
         data_parallel_size=2,
         tensor_parallel_size=1,
-        save_distributed_checkpoint=case not in ("lora", "moving_lora"),  # both kinds of checkpoint
+        save_distributed_checkpoint=case not in ("lora", "peft", "moving_lora"),  # both kinds of checkpoint
         process_group_backend="gloo",
         timeout=LIMIT,
     ),
