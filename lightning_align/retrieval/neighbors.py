@@ -14,7 +14,7 @@ from lightning_align.retrieval.duplicates import Pair, find_copies
 from lightning_align.retrieval.stages import Stage, Team, write_bytes, write_rows
 from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same settings come to mean other bytes."""
 BLOCK_CHUNKS = 8192
 """Chunks of a block: whose neighbors are looked for together, and what a kill costs at most."""
