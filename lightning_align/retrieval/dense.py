@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_align.retrieval.encoders import Encoder
-from lightning_align.retrieval.exact import ExactSearch
+from lightning_align.retrieval.exact import ExactSearch, beside
 from lightning_align.retrieval.faiss_seam import flat_vectors, free_neighbors, load_faiss, max_effort, search_parameters
-from lightning_align.retrieval.neighbors import Forbidden, Nearest, is_forbidden, pick
+from lightning_align.retrieval.neighbors import DELETED, Forbidden, Nearest, pick
 from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints
 
 MARGIN = 14
@@ -64,20 +64,27 @@ class DenseSearcher:
         struck = len(self.groups) - available
         fetch = k + np.minimum(np.exp2(np.ceil(np.log2(np.maximum(struck, 1)))).astype(np.int64), MOST)
         fetch = np.minimum(np.maximum(fetch, max(k + MARGIN, self._free)), len(self.groups))
+        order = np.argsort(forbidden.rows, kind="stable")
+        nothing = np.empty((len(queries), 0), dtype=np.int64)
+        by_row = beside(nothing, forbidden.rows[order], forbidden.groups[order], DELETED)
         starved = []
         for number in np.unique(fetch[wanted > 0]):
             rows = np.flatnonzero((fetch == number) & (wanted > 0))
             distances, ids = self.index.search(queries[rows], int(number))
-            found = pick(ids, distances, self._allowed(rows, ids, forbidden), k)
+            found = pick(ids, distances, self._allowed(ids, by_row[rows]), k)
             starved.append(_fill(result, rows, found, wanted))
         rows = np.sort(np.concatenate(starved)) if starved else np.array([], dtype=np.int64)
         for some, groups in _by_groups(rows, forbidden):
             self._search_selected(queries, some, groups, wanted, result)
         return result
 
-    def _allowed(self, rows: Ints, ids: Ints, forbidden: Forbidden) -> Bools:
+    def _allowed(self, ids: Ints, forbidden: Ints) -> Bools:
+        """(n, found) of ids (n, found) and forbidden groups (n, most)."""
         groups = self.groups[np.maximum(ids, 0)]
-        return (ids >= 0) & ~is_forbidden(np.broadcast_to(rows[:, None], ids.shape), groups, forbidden, self._num_groups)
+        allowed: Bools = (ids >= 0) & (groups != DELETED)
+        for column in forbidden.T:
+            allowed &= groups != column[:, None]
+        return allowed
 
     def _search_selected(self, queries: Floats, rows: Ints, groups: Ints, wanted: Ints, result: Nearest) -> None:
         """Search only what is allowed, looking at more and more of the index until there is enough."""

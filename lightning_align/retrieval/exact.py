@@ -122,7 +122,7 @@ class ExactSearch:
             some, inverse = _distinct(row)
             near = self._distances(queries, (column + place)[:, None], row)[:, 0]
             ids[some], distances[some] = _sorted(
-                _beside(ids[some], inverse, column + place, 0), _beside(distances[some], inverse, near, np.inf), width
+                beside(ids[some], inverse, column + place, 0), beside(distances[some], inverse, near, np.inf), width
             )
             # Vectors come by their numbers, so nothing takes the place of copies of the query.
             needed[distances[:, -1] == 0] = np.inf
@@ -208,8 +208,8 @@ class _Best(NamedTuple):
         better = np.flatnonzero(values > worst[row, None])
         which, place = np.divmod(better, width)
         some, inverse = _distinct(row[which])
-        found = _beside(self.ids[some], inverse, column + over[which] % highest.shape[1] * width + place, 0)
-        values = _beside(self.scores[some], inverse, values.reshape(-1)[better], -np.inf)
+        found = beside(self.ids[some], inverse, column + over[which] % highest.shape[1] * width + place, 0)
+        values = beside(self.scores[some], inverse, values.reshape(-1)[better], -np.inf)
         order = np.argsort(-values, axis=1, kind="stable")[:, :wanted]
         self.ids[some], self.scores[some] = np.take_along_axis(found, order, 1), np.take_along_axis(values, order, 1)
 
@@ -232,7 +232,7 @@ def _distinct(rows: Ints) -> tuple[Ints, Ints]:
     return rows[first], np.cumsum(first) - 1
 
 
-def _beside(left: NDArray[Any], rows: Ints, values: NDArray[Any], fill: float) -> NDArray[Any]:
+def beside(left: NDArray[Any], rows: Ints, values: NDArray[Any], fill: float) -> NDArray[Any]:
     """(n, w + most) rows with further values behind, as many as each has; `rows`, ascending, says whose they are."""
     counts = np.bincount(rows, minlength=len(left))
     place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)

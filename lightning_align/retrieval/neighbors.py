@@ -65,15 +65,6 @@ def group_of_chunks(table: ChunkTable, deleted: Ints) -> Ints:
     return np.repeat(groups, np.diff(table.chunk_offsets))
 
 
-def is_forbidden(rows: Ints, groups: Ints, forbidden: Forbidden, num_groups: int) -> Bools:
-    """(...) whether a row must not find a group, for rows and groups (...)."""
-    keys = np.sort(forbidden.rows * num_groups + forbidden.groups)
-    wanted = rows * num_groups + groups
-    place = np.searchsorted(keys, wanted)
-    deleted: Bools = groups == DELETED
-    return deleted | (keys[np.minimum(place, len(keys) - 1)] == wanted) if len(keys) else deleted
-
-
 def pick(ids: Ints, distances: Floats, allowed: Bools, k: int) -> Nearest:
     """The first k allowed of (n, found) candidates, which are in order."""
     place = np.argsort(~allowed, axis=1, kind="stable")[:, :k]
