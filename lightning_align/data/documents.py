@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_align.data.rows import read_rows, source_fingerprint
 from lightning_align.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
@@ -211,6 +212,17 @@ class DocumentTokenizer:
             for plain in self.tokenizer.encode_batch(texts):
                 marks = [plain.offsets[place][0] for place in range(start, len(plain.ids), step)]
                 yield MarkedText(np.array(plain.ids, dtype=np.int64), marks)
+
+    def ids(self, texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+        """The ids of each text alone."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            yield from (np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) + 3 for text in texts)
+        elif isinstance(self.tokenizer, FileTokenizer):
+            for first in range(0, len(texts), BATCH):
+                for encoding in self.tokenizer.raw_batch(texts[first : first + BATCH], offsets=False):
+                    yield np.array(encoding.ids, dtype=np.int64)
+        else:
+            yield from (np.array(plain.ids, dtype=np.int64) for plain in self.tokenizer.encode_batch(texts))
 
     @staticmethod
     def _bytes(text: str, start: int, step: int) -> MarkedText:

@@ -85,7 +85,7 @@ class Builder:
         Raises:
             ValueError: if anything that the user gave cannot be used; what is finished by then is kept.
         """
-        base = build_chunks(self.root, source, self.tools.tokenizer, chunk_size=chunk_size, **self._shared)
+        base = self._chunks(source, chunk_size)
         head = self._head()
         if head is None or head["base"] != base.folder.name:
             head = {"base": base.folder.name, "generation": 0, "deleted": [], "stages": {"chunks": base.folder.name}}
@@ -108,7 +108,7 @@ class Builder:
         head = self._existing_head()
         previous = self._previous(head)
         before = ChunkTable(previous.chunks.folder)
-        added = build_chunks(self.root, source, self.tools.tokenizer, chunk_size=before.chunk_size, **self._shared)
+        added = self._chunks(source, before.chunk_size)
         chunks = append_chunks(self.root, previous.chunks, added, deleted=head["deleted"], team=self.team)
         return self._finish(
             {**head, "generation": head["generation"] + 1}, self._parts(chunks, previous=previous), self._query_stages(head)
@@ -138,6 +138,10 @@ class Builder:
         )
 
     # -- stages
+
+    def _chunks(self, source: DocumentSource, chunk_size: int) -> Stage:
+        """Chunks that can be neighbors."""
+        return build_chunks(self.root, source, self.tools.tokenizer, chunk_size=chunk_size, byte_counts=False, **self._shared)
 
     def _parts(self, chunks: Stage, *, previous: Parts) -> Parts:
         """Everything that searching some chunks needs; what a former generation has of it is used again."""

@@ -20,9 +20,9 @@ from lightning_align.types import Document, MarkedText
 T = TypeVar("T")
 R = TypeVar("R")
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same settings come to mean other bytes."""
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 """Characters of text that a block of documents has at least, if there are as many: what a kill costs at most."""
 
 
@@ -52,9 +52,20 @@ class ChunkTokenizer(Protocol):
         """Encode each text, marking its tokens number start, start + step and so on."""
         ...
 
+    def ids(self, texts: Sequence[str]) -> Iterable[NDArray[Any]]:
+        """The same ids without marks, which may be much less work."""
+        ...
+
 
 def build_chunks(
-    root: Path, source: DocumentSource, tokenizer: ChunkTokenizer, *, chunk_size: int, team: Team, verify: float
+    root: Path,
+    source: DocumentSource,
+    tokenizer: ChunkTokenizer,
+    *,
+    chunk_size: int,
+    team: Team,
+    verify: float,
+    byte_counts: bool = True,
 ) -> Stage:
     """Cut documents into chunks, unless that is done already.
 
@@ -65,6 +76,8 @@ def build_chunks(
         chunk_size: tokens a chunk (m).
         team: the ranks that share the work.
         verify: share of the blocks that are made twice and compared.
+        byte_counts: whether to count the bytes of each chunk, as bits per byte are of documents that a model is evaluated on;
+            without them the tokenizer need not say where in a text its tokens stand, which takes it a third of its time.
 
     Raises:
         ValueError: if there is no document with text in it, two have one name, or the disk is full.
@@ -72,7 +85,7 @@ def build_chunks(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected 1 or more")
     inputs = {"format": FORMAT, "source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "chunk_size": chunk_size}
-    stage = Stage(root, "chunks", inputs)
+    stage = Stage(root, "chunks", {**inputs, "byte_counts": byte_counts})
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
     if team.tell(done):
@@ -91,7 +104,7 @@ def build_chunks(
                     if stage.is_sampled(number, verify):
                         yield stage.check_block, number, documents
 
-        chunked = _ahead(lambda task: (task[0], task[1], _chunk(task[2], tokenizer, chunk_size)), work())
+        chunked = _ahead(lambda task: (task[0], task[1], _chunk(task[2], tokenizer, chunk_size, byte_counts)), work())
         for put, number, arrays in tqdm(
             chunked, desc="chunks", unit=" blocks", disable=None if team.rank == 0 else True, leave=False
         ):
@@ -134,23 +147,31 @@ def _blocks(source: DocumentSource, counts: dict[str, int]) -> Iterator[list[Doc
         yield block
 
 
-def _chunk(documents: Sequence[Document], tokenizer: ChunkTokenizer, chunk_size: int) -> dict[str, NDArray[Any]]:
+def _chunk(
+    documents: Sequence[Document], tokenizer: ChunkTokenizer, chunk_size: int, byte_counts: bool
+) -> dict[str, NDArray[Any]]:
     dtype = token_dtype(tokenizer.vocab_size)
     bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=np.int64)
     tokens: list[NDArray[Any]] = []
     num_bytes: list[int] = []
     signatures: list[NDArray[Any]] = []
-    # The first token of the second chunk is the text's token number chunk_size - 1 where a bos stands before it.
-    encoded = tokenizer.encode([document.text for document in documents], start=chunk_size - len(bos), step=chunk_size)
+    texts = [document.text for document in documents]
+    encoded: Iterable[tuple[NDArray[Any], list[int]]]
+    if byte_counts:
+        # The first token of the second chunk is the text's token number chunk_size - 1 where a bos stands before it.
+        encoded = tokenizer.encode(texts, start=chunk_size - len(bos), step=chunk_size)
+    else:
+        encoded = ((ids, []) for ids in tokenizer.ids(texts))
     for document, (ids, marks) in zip(documents, encoded, strict=True):
         if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
             raise ValueError(f"{document.id}: the tokenizer gives id {ids.max()}, but says that it has {tokenizer.vocab_size}")
         tokens.append(np.concatenate([bos, ids, [tokenizer.eos_id]]).astype(dtype))
-        num_chunks = -(-len(tokens[-1]) // chunk_size)
-        # A last chunk of the end-of-sequence token alone begins where the text ends.
-        marks = [*[0, *marks, len(document.text)][:num_chunks], len(document.text)]
-        num_bytes += _byte_counts(document.text, marks)
         signatures.append(signature(ids))
+        if byte_counts:
+            num_chunks = -(-len(tokens[-1]) // chunk_size)
+            # A last chunk of the end-of-sequence token alone begins where the text ends.
+            marks = [*[0, *marks, len(document.text)][:num_chunks], len(document.text)]
+            num_bytes += _byte_counts(document.text, marks)
     return {
         "tokens": np.concatenate(tokens),
         "lengths": np.array([len(run) for run in tokens], dtype=np.int64),
@@ -189,7 +210,7 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
     with team.together():
         if team.rank == 0 and not stage.is_finished():
             first, second = ChunkTable(before.folder), ChunkTable(added.folder)
-            gone = set(deleted)
+            gone, both = set(deleted), first.has_byte_counts and second.has_byte_counts
             names = {name for number, name in enumerate(first.document_ids) if number not in gone}
             if twice := [name for name in second.document_ids if name in names]:
                 raise ValueError(
@@ -198,7 +219,7 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
                 )
             content = Content(
                 tokens=lambda: iter([first.tokens, second.tokens]),
-                num_bytes=lambda: iter([first.num_bytes, second.num_bytes]),
+                num_bytes=(lambda: iter([first.num_bytes, second.num_bytes])) if both else None,
                 lengths=np.concatenate([np.diff(first.token_offsets), np.diff(second.token_offsets)]),
                 signatures=np.concatenate([first.signatures, second.signatures]),
                 names=[*first.document_ids, *second.document_ids],
@@ -212,8 +233,8 @@ class Content(NamedTuple):
 
     tokens: Callable[[], Iterator[NDArray[Any]]]
     """All tokens, in parts."""
-    num_bytes: Callable[[], Iterator[NDArray[Any]]]
-    """Of all chunks, in parts."""
+    num_bytes: Callable[[], Iterator[NDArray[Any]]] | None
+    """Of all chunks, in parts; None where they were not counted."""
     lengths: NDArray[np.int64]
     """(D,) tokens of each document."""
     signatures: NDArray[np.uint64]
@@ -230,7 +251,7 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
         raise ValueError(f"two documents have the name {twice!r}: names must differ, they are what documents are deleted by")
     content = Content(
         tokens=lambda: parts("tokens"),
-        num_bytes=lambda: parts("num_bytes"),
+        num_bytes=(lambda: parts("num_bytes")) if stage.inputs["byte_counts"] else None,
         lengths=np.concatenate(list(parts("lengths"))),
         signatures=np.concatenate(list(parts("signatures"))),
         names=names,
@@ -252,7 +273,9 @@ def _write(stage: Stage, content: Content, settings: Mapping[str, Any], counts: 
     num_tokens, num_chunks = int(token_offsets[-1]), int(chunk_offsets[-1])
     folder = stage.folder
     write_rows(folder / "tokens.npy", content.tokens(), dtype=token_dtype(settings["vocab_size"]), shape=(num_tokens,))
-    write_rows(folder / "num_bytes.npy", content.num_bytes(), dtype=np.uint32, shape=(num_chunks,))
+    files = [name for name in FILES if content.num_bytes is not None or name != "num_bytes.npy"]
+    if content.num_bytes is not None:
+        write_rows(folder / "num_bytes.npy", content.num_bytes(), dtype=np.uint32, shape=(num_chunks,))
     write_bytes(folder / "document_ids.jsonl", "".join(json.dumps(name) + "\n" for name in content.names).encode())
     arrays = {"token_offsets": token_offsets, "chunk_offsets": chunk_offsets, "signatures": content.signatures}
     for name, values in arrays.items():
@@ -262,7 +285,8 @@ def _write(stage: Stage, content: Content, settings: Mapping[str, Any], counts: 
     write_rows(folder / "groups.npy", [groups], dtype=np.int64, shape=groups.shape)
     num_copies = int((groups != np.arange(len(groups))).sum())
     sizes = {"documents": len(content.names), "chunks": num_chunks, "tokens": num_tokens, "near_duplicates": num_copies}
-    stage.finish(table=settings, counts={**counts, **sizes}, files=FILES)
+    settings = {**settings, "byte_counts": content.num_bytes is not None}
+    stage.finish(table=settings, counts={**counts, **sizes}, files=files)
 
 
 FILES = (

@@ -7,18 +7,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_align.retrieval.encoders import Encoder
-from lightning_align.retrieval.faiss_seam import load_faiss, max_effort, search_parameters
-from lightning_align.retrieval.neighbors import Forbidden, Nearest, is_forbidden, pick
+from lightning_align.retrieval.exact import ExactSearch, beside
+from lightning_align.retrieval.faiss_seam import flat_vectors, free_neighbors, load_faiss, max_effort, search_parameters
+from lightning_align.retrieval.neighbors import DELETED, Forbidden, Nearest, pick
 from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints
 
 MARGIN = 14
-"""Neighbors that are asked for beyond k at first; most of those that are left out are of the query's own document."""
-WIDER = 4
-"""Factor on how many are asked for the second time; whoever still has too few gets a search of its own kind."""
+"""Neighbors that are asked for beyond k at least."""
+MOST = 256
+"""And at most: whoever then has too few, as the own document was nearest throughout, gets a search that leaves it out."""
 
 
 class DenseSearcher:
     """Searches a faiss index, leaves out what must not be found, and asks again where too little is left.
+
+    An exact index (Flat) is searched by `ExactSearch`.
 
     Args:
         index: over the vectors of all chunks of a database, set to its effort.
@@ -29,6 +32,9 @@ class DenseSearcher:
 
     def __init__(self, index: Any, groups: Ints, *, effort: int, vectors: NDArray[np.float16] | None = None) -> None:
         self.index, self.groups, self.effort, self.vectors = index, groups, effort, vectors
+        flat = flat_vectors(index)
+        self._exact = None if flat is None else ExactSearch(flat, groups)
+        self._free = free_neighbors(index, effort)
         self._num_groups = int(groups.max(initial=0)) + 1
         # Chunks by group, so that those of a group are a slice.
         self._order = np.argsort(groups, kind="stable")
@@ -42,6 +48,8 @@ class DenseSearcher:
 
     def nearest(self, queries: Floats, k: int, forbidden: Forbidden) -> Nearest:
         """See `Searcher`."""
+        if self._exact is not None:
+            return self._exact.nearest(queries, k, forbidden)
         there = forbidden.groups < self._num_groups  # all of a group may have been deleted
         forbidden = Forbidden(forbidden.rows[there], forbidden.groups[there])
         available = np.full(len(queries), len(self.groups) - self._starts[0])
@@ -52,19 +60,31 @@ class DenseSearcher:
             np.zeros((len(queries), k), dtype=bool),
             np.full((len(queries), k), np.inf, dtype=np.float32),
         )
-        rows = np.flatnonzero(wanted)
-        for fetch in (k + MARGIN, WIDER * (k + MARGIN)):
-            if len(rows):
-                distances, ids = self.index.search(queries[rows], min(fetch, len(self.groups)))
-                found = pick(ids, distances, self._allowed(rows, ids, forbidden), k)
-                rows = _fill(result, rows, found, wanted)
+        # No more than k and all that is left out, in powers of two, so that as many are asked for with few searches.
+        struck = len(self.groups) - available
+        fetch = k + np.minimum(np.exp2(np.ceil(np.log2(np.maximum(struck, 1)))).astype(np.int64), MOST)
+        fetch = np.minimum(np.maximum(fetch, max(k + MARGIN, self._free)), len(self.groups))
+        order = np.argsort(forbidden.rows, kind="stable")
+        nothing = np.empty((len(queries), 0), dtype=np.int64)
+        by_row = beside(nothing, forbidden.rows[order], forbidden.groups[order], DELETED)
+        starved = []
+        for number in np.unique(fetch[wanted > 0]):
+            rows = np.flatnonzero((fetch == number) & (wanted > 0))
+            distances, ids = self.index.search(queries[rows], int(number))
+            found = pick(ids, distances, self._allowed(ids, by_row[rows]), k)
+            starved.append(_fill(result, rows, found, wanted))
+        rows = np.sort(np.concatenate(starved)) if starved else np.array([], dtype=np.int64)
         for some, groups in _by_groups(rows, forbidden):
             self._search_selected(queries, some, groups, wanted, result)
         return result
 
-    def _allowed(self, rows: Ints, ids: Ints, forbidden: Forbidden) -> Bools:
+    def _allowed(self, ids: Ints, forbidden: Ints) -> Bools:
+        """(n, found) of ids (n, found) and forbidden groups (n, most)."""
         groups = self.groups[np.maximum(ids, 0)]
-        return (ids >= 0) & ~is_forbidden(np.broadcast_to(rows[:, None], ids.shape), groups, forbidden, self._num_groups)
+        allowed: Bools = (ids >= 0) & (groups != DELETED)
+        for column in forbidden.T:
+            allowed &= groups != column[:, None]
+        return allowed
 
     def _search_selected(self, queries: Floats, rows: Ints, groups: Ints, wanted: Ints, result: Nearest) -> None:
         """Search only what is allowed, looking at more and more of the index until there is enough."""

@@ -7,6 +7,9 @@ a loader: the threads that it has started do not survive a fork.
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 MAX_EFFORT = 1 << 16
 """Candidates of a graph search; no recall worth having needs more."""
 
@@ -63,6 +66,21 @@ def inner(index: Any) -> Any:
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def flat_vectors(index: Any) -> NDArray[np.float32] | None:
+    """(C, d) the vectors of an index that keeps them as they are and compares all of them by Euclidean distance, else None."""
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    if type(index) not in (faiss.IndexFlat, faiss.IndexFlatL2) or index.metric_type != faiss.METRIC_L2 or not index.ntotal:
+        return None
+    vectors: NDArray[np.float32] = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d)
+    return vectors
+
+
+def free_neighbors(index: Any, effort: int) -> int:
+    """How many neighbors a search may be asked for at no cost: the candidates of a graph, which it keeps anyway."""
+    return max(16, effort) if isinstance(inner(index), load_faiss().IndexHNSW) else 0
 
 
 def search_parameters(index: Any, selector: Any, effort: int) -> Any:

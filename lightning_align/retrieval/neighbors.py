@@ -14,7 +14,7 @@ from lightning_align.retrieval.duplicates import Pair, find_copies
 from lightning_align.retrieval.stages import Stage, Team, write_bytes, write_rows
 from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same settings come to mean other bytes."""
 BLOCK_CHUNKS = 8192
 """Chunks of a block: whose neighbors are looked for together, and what a kill costs at most."""
@@ -63,15 +63,6 @@ def group_of_chunks(table: ChunkTable, deleted: Ints) -> Ints:
     groups = np.array(table.groups)
     groups[deleted] = DELETED
     return np.repeat(groups, np.diff(table.chunk_offsets))
-
-
-def is_forbidden(rows: Ints, groups: Ints, forbidden: Forbidden, num_groups: int) -> Bools:
-    """(...) whether a row must not find a group, for rows and groups (...)."""
-    keys = np.sort(forbidden.rows * num_groups + forbidden.groups)
-    wanted = rows * num_groups + groups
-    place = np.searchsorted(keys, wanted)
-    deleted: Bools = groups == DELETED
-    return deleted | (keys[np.minimum(place, len(keys) - 1)] == wanted) if len(keys) else deleted
 
 
 def pick(ids: Ints, distances: Floats, allowed: Bools, k: int) -> Nearest:

@@ -108,9 +108,14 @@ class ChunkTable(_Folder):
         """(D + 1,) each document's first chunk, and the number of all chunks."""
         return self._map("chunk_offsets")  # type: ignore[no-any-return]
 
+    @property
+    def has_byte_counts(self) -> bool:
+        """Whether there are `num_bytes`: in query sets, which models are evaluated on, but not in what they retrieve from."""
+        return bool(self.settings["byte_counts"])
+
     @cached_property
     def num_bytes(self) -> NDArray[np.uint32]:
-        """(C,) UTF-8 bytes of the text of each chunk; over a document they add up to its size."""
+        """(C,) UTF-8 bytes of the text of each chunk; over a document they add up to its size. See `has_byte_counts`."""
         return self._map("num_bytes")  # type: ignore[no-any-return]
 
     @cached_property

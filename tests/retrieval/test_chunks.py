@@ -66,6 +66,17 @@ def test_bytes_are_counted_where_their_characters_begin(tmp_path):
     assert table.num_bytes.tolist() == [1, 4, 0]
 
 
+def test_without_byte_counts_everything_else_is_the_same(tmp_path, bpe):
+    for number, tokenizer in enumerate((BYTES, DocumentTokenizer(bpe))):
+        options = {"chunk_size": 7, "team": Team(), "verify": 1.0}
+        counted = build_chunks(tmp_path / str(number), Listed(ODD), tokenizer, **options)
+        stage = build_chunks(tmp_path / str(number), Listed(ODD), tokenizer, byte_counts=False, **options)
+        first, second = ChunkTable(counted.folder), ChunkTable(stage.folder)
+        assert first.has_byte_counts and not second.has_byte_counts and not (stage.folder / "num_bytes.npy").exists()
+        for name in ("tokens", "token_offsets", "chunk_offsets", "groups", "signatures"):
+            assert np.array_equal(getattr(first, name), getattr(second, name))
+
+
 def test_gather_takes_any_shape_and_stays_in_the_document(tmp_path):
     table = ChunkTable(chunk(tmp_path, {"x": "a" * 10, "y": "b" * 3}, size=4).folder)
     ids, mask = table.gather(np.array([[0, 2], [1, 3]]), 8)
