@@ -50,21 +50,35 @@ LOOP: dict[str, Any] = {"iterations": 3, "epochs": [4, 2, 2], "replay": 1}
 """With replay the later iterations have twice the pairs, so each of the three takes a third of the steps."""
 # Settings that were tried, for each family of arms.
 GRIDS: dict[str, list[dict[str, Any]]] = {
-    "continued SFT": [{"lr": 3e-4}, {"lr": 2e-3}],
+    "continued SFT": [{"lr": 1e-4}, {"lr": 3e-4}, {"lr": 2e-3}],
+    # The population's minimiser reaches the data in one iteration at beta 1, goes part of the way at 2 and beyond it at 0.5.
     "SPIN": [
-        {"lr": 3e-5, "beta": 0.1},
+        *({"lr": lr, "beta": beta} for beta in (0.5, 1.0, 2.0) for lr in (1e-4, 3e-4, 1e-3)),
         {"lr": 1e-4, "beta": 0.1},
-        {"lr": 1e-4, "beta": 1.0},
-        {"lr": 3e-4, "beta": 0.3},
-        {"lr": 1e-4, "beta": 0.1, "opponent": "mixture"},
+        {"lr": 1e-3, "beta": 0.3},
+        {"lr": 3e-4, "beta": 1.0, "opponent": "mixture"},
     ],
     "SPIN, with an SFT term": [
-        {"lr": 1e-4, "beta": 1.0, "sft_weight": 1.0},
         {"lr": 3e-4, "beta": 0.1, "sft_weight": 1.0},
-        {"lr": 1e-3, "beta": 0.1, "sft_weight": 1.0},
+        {"lr": 3e-4, "beta": 1.0, "sft_weight": 1.0},
+        {"lr": 1e-3, "beta": 1.0, "sft_weight": 1.0},
     ],
-    # Tried once, and no arm of the study: it goes far from the base and comes back.
-    "SPIN, mean log-probs": [{"lr": 3e-4, "beta": 2.0, "loss": "sigmoid_norm"}],
+    # Tried as remedies, and no arms of the study: fresh opponents each epoch, four answers a prompt in place of four epochs,
+    # answers of the policy as it is, a loss that does not saturate, mean log-probs.
+    "SPIN, otherwise": [
+        {"lr": 3e-4, "beta": 1.0, "loop": {"iterations": 12, "epochs": 1, "replay": 0}},
+        {"lr": 1e-3, "beta": 0.1, "loop": {"iterations": 12, "epochs": 1, "replay": 0}},
+        {"lr": 3e-4, "beta": 0.1, "sft_weight": 1.0, "loop": {"iterations": 12, "epochs": 1, "replay": 0}},
+        {"lr": 3e-4, "beta": 1.0, "num_samples": 4, "loop": {"iterations": 3, "epochs": 1, "replay": 0}},
+        {"lr": 3e-5, "beta": 1.0, "num_samples": 4, "loop": {"iterations": 3, "epochs": 1, "replay": 0}},
+        {"lr": 3e-5, "beta": 0.1, "num_samples": 4, "loop": {"iterations": 3, "epochs": 1, "replay": 0}},
+        {
+            **{"lr": 1e-4, "beta": 0.1, "opponent": "ema", "ema_decay": 0.9, "generate": "per_step"},
+            "loop": {"iterations": 1, "epochs": 12},
+        },
+        {"lr": 1e-4, "beta": 0.5, "loss": "ipo"},
+        {"lr": 3e-4, "beta": 2.0, "loss": "sigmoid_norm"},
+    ],
 }
 # Arms of the study: whose settings, and the loop; none for fine-tuning.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -163,7 +177,9 @@ class Seed:
 
     def data(self, kind: type[SFTDataModule] | type[SPINDataModule]) -> Any:
         """The demonstrations."""
-        return kind(self.task, batch_size=BATCH, max_length=LENGTH, cache_dir=str(self.folder / "cache"))
+        # The loss of fine-tuning is a mean over a batch's tokens, in which rows of one length would outweigh those of another.
+        options: dict[str, Any] = {"batch_size": BATCH, "max_length": LENGTH, "group_by_length": False}
+        return kind(self.task, **options, cache_dir=str(self.folder / "cache"))
 
     def start(self) -> Point:
         """Fine-tune, if that has not been done, and measure."""
@@ -195,8 +211,10 @@ class Seed:
         player = SPINModule(
             init_from=str(self.base),
             optimizer=optimizer,
-            generation=GenerationConfig(max_new_tokens=LENGTH, batch_size=250, seed=self.seed),
-            **{name: value for name, value in settings.items() if name != "lr"},
+            generation=GenerationConfig(
+                max_new_tokens=LENGTH, batch_size=250, seed=self.seed, num_samples=settings.get("num_samples", 1)
+            ),
+            **{name: value for name, value in settings.items() if name not in ("lr", "num_samples", "loop")},
         )
         with tempfile.TemporaryDirectory(dir=self.folder) as sets:
             play = SelfPlayGeneration(**loop, folder=sets)
@@ -219,7 +237,8 @@ def tune(results: dict[str, Any], output: Path, folder: Path) -> dict[str, dict[
     for trial in trials:
         if trial not in done:
             start = time.perf_counter()
-            trial["points"] = [study.start(), *study.run(trial["settings"], {} if trial["arm"] == "continued SFT" else LOOP)]
+            loop = {} if trial["arm"] == "continued SFT" else trial["settings"].get("loop", LOOP)
+            trial["points"] = [study.start(), *study.run(trial["settings"], loop)]
             tried.append(trial)
             keep(output, results)
             told = ", ".join(f"{point['validity']:.3f} ({point['divergence']:.3f})" for point in trial["points"])

@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 
@@ -47,11 +46,15 @@ def attention_mask(mask: Tensor, num_queries: int, *, causal: bool) -> Tensor:
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
     """(B, N, H, K), (B, M, K), (B, M, K) -> (B, N, H, K)."""
-    q = rearrange(q, "b n h k -> b h n k")
+    if q.shape[1] == 1 and not causal:
+        # One query of each head, and one key head: as well H queries of one head, for which keys are read once, not H times.
+        return F.scaled_dot_product_attention(q, k.unsqueeze(1), v.unsqueeze(1), attn_mask=mask, dropout_p=dropout, scale=scale)
     # The one key head is expanded (a view, stride 0) rather than passed with enable_gqa, which is slower on CPU.
-    k, v = (rearrange(t, "b m k -> b 1 m k").expand(-1, q.shape[1], -1, -1) for t in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
-    return rearrange(out, "b h n k -> b n h k")
+    k, v = (t.unsqueeze(1).expand(-1, q.shape[2], -1, -1) for t in (k, v))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
+    )
+    return out.transpose(1, 2)
 
 
 @dataclass

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_align.models.attention import (
@@ -31,7 +30,10 @@ ROTARY_BASE = 10_000.0
 
 
 class Rotary(NamedTuple):
-    """Rotation (and xPos scale) of queries and keys at given positions, each (..., 1, K) or (..., K), float32."""
+    """Rotation (and xPos scale) of queries and keys at given positions, each (..., 1, K) or (..., K), float32.
+
+    The first half of a sine is negated, which saves `rotate` a pass.
+    """
 
     q_cos: Tensor
     q_sin: Tensor
@@ -53,7 +55,7 @@ def rotary(positions: Tensor, dim_head: int, *, xpos_scale_base: float | None) -
     half = torch.arange(0, dim_head, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * ROTARY_BASE ** (-half / dim_head)
     cos, sin = angles.cos(), angles.sin()
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
     if xpos_scale_base is None:
         return Rotary(cos.unsqueeze(-2), sin.unsqueeze(-2), cos, sin)
     power = positions.float()[..., None] / xpos_scale_base - XPOS_CENTRE
@@ -64,8 +66,7 @@ def rotary(positions: Tensor, dim_head: int, *, xpos_scale_base: float | None) -
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of the last dimension against each other, in float32, and return to the dtype of ``x``."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -105,7 +106,7 @@ class PaLMBlock(nn.Module):
         self.heads, self.attn_dropout = heads, attn_dropout
         self.qk_rmsnorm = qk_rmsnorm
         self.scale = qk_scale if qk_rmsnorm else dim_head**-0.5
-        self.splits = (heads * dim_head, dim_head, dim_head, 2 * ff_mult * dim)
+        self.splits = (heads * dim_head, dim_head, dim_head, ff_mult * dim, ff_mult * dim)
         self.norm = LayerNorm(dim)
         self.in_proj = nn.Linear(dim, sum(self.splits), bias=False)
         self.attn_out = nn.Linear(heads * dim_head, dim, bias=False)
@@ -123,13 +124,12 @@ class PaLMBlock(nn.Module):
             positions: rotations for the leading dimensions of ``x``.
             attend: attention in the layout of ``x``.
         """
-        q, k, v, ff = self.in_proj(self.norm(x)).split(self.splits, dim=-1)
-        q = rearrange(q, "... (h k) -> ... h k", h=self.heads)
+        q, k, v, value, gate = self.in_proj(self.norm(x)).split(self.splits, dim=-1)
+        q = q.unflatten(-1, (self.heads, -1))
         if self.qk_rmsnorm:
             q, k = F.normalize(q, dim=-1) * self.q_gain, F.normalize(k, dim=-1) * self.k_gain
         q, k = rotate(q, positions.q_cos, positions.q_sin), rotate(k, positions.k_cos, positions.k_sin)
         mixed = attend(q, k, v, scale=self.scale, dropout=self.attn_dropout if self.training else 0.0)
-        value, gate = ff.chunk(2, dim=-1)
         attention: Tensor = self.attn_out(mixed.flatten(-2))
         feed_forward: Tensor = self.ff_out(self.ff_dropout(F.silu(gate) * value))
         return x + attention + feed_forward

@@ -240,15 +240,25 @@ def join_pairs(
         prompts: how many ids of each are the prompt.
         pad_id: the id that fills up.
     """
-    rows = [*real, *generated]
-    wanted = [*targets, *(torch.arange(len(row), device=row.device) >= n for row, n in zip(generated, prompts, strict=True))]
+    wanted = [torch.arange(len(row), device=row.device) >= n for row, n in zip(generated, prompts, strict=True)]
+    return join_rows([*real, *generated], [*targets, *wanted], pad_id=pad_id)
+
+
+def join_rows(rows: Sequence[Tensor], targets: Sequence[Tensor], *, pad_id: int) -> TokenBatch:
+    """Rows padded on the right to one width, (B, N).
+
+    Args:
+        rows: (N_i,) int64 ids.
+        targets: (N_i,) bool.
+        pad_id: the id that fills up.
+    """
     width = max(map(len, rows))
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     return {
         "tokens": torch.stack([F.pad(row, (0, width - len(row)), value=pad_id) for row in rows]),
         # From the lengths: a pad may have the id of a real token.
         "mask": torch.arange(width, device=lengths.device) < lengths[:, None],
-        "targets": torch.stack([F.pad(target, (0, width - len(target))) for target in wanted]),
+        "targets": torch.stack([F.pad(target, (0, width - len(target))) for target in targets]),
     }
 
 

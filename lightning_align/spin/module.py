@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
+from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.logprobs import response_logprobs
 from lightning_align.metrics import PairMeans, TokenNLL
 from lightning_align.models.checkpoint import Backbone, weights_hash
@@ -28,7 +28,7 @@ from lightning_align.pairwise import LOSSES, LossName, Ratios, check_loss, log_r
 from lightning_align.reference import frozen_copy, moving_reference
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import answer_ids, join_pairs
-from lightning_align.spin.opponent import Opponent, OpponentKind
+from lightning_align.spin.opponent import Opponent, OpponentKind, score
 from lightning_align.types import LogProbs, SelfPlayBatch, TokenBatch
 
 Generate = Literal["per_iteration", "per_step"]
@@ -260,9 +260,7 @@ class SPINModule(AlignModule):
         ]
         targets = [target[:length] for target, length in zip(batch["targets"], lengths, strict=True)]
         pairs = join_pairs(rows, targets, generated, prompts, pad_id=tokenizer.pad_id)
-        player = self.opponent.player(self.policy)
-        with evaluating(player):
-            return {"pairs": pairs, "opponent": response_logprobs(player, pairs).sums}
+        return {"pairs": pairs, "opponent": score(self.opponent.player(self.policy), pairs)}
 
     # -- evaluation
 

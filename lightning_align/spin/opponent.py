@@ -15,11 +15,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_align.distributed import is_sharded
+from lightning_align.generation.sampler import evaluating
+from lightning_align.logprobs import response_logprobs
 from lightning_align.models.language_model import Head, has_cache, has_hidden, logits_of
 from lightning_align.models.lora import using_lora
 from lightning_align.reference import REFERENCE_SCOPE, MovingAdapters, MovingCopy, MovingReference
+from lightning_align.types import TokenBatch
 
 OpponentKind = Literal["iterate", "ema", "base", "mixture"]
+
+SCORED_TOKENS = 4096
+"""At a time on a CPU: what a layer makes of many more leaves the last-level cache, and is paged in anew for every layer."""
 
 
 class Scoped(nn.Module):
@@ -108,6 +115,21 @@ class GeometricMixture(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits, (B, N) -> (B, N, V), up to a constant of each position."""
         return (1 - self.weight) * logits_of(self.first, tokens) + self.weight * logits_of(self.second, tokens)
+
+
+def score(model: nn.Module, pairs: TokenBatch) -> Tensor:
+    """Log-probs (B,) of responses under a model that does not train.
+
+    Args:
+        model: any language model; one that is sharded takes them in one forward pass, as every rank must.
+        pairs: (B, N), padded on the right.
+    """
+    tokens = pairs["tokens"]
+    count = 1 if tokens.is_cuda or is_sharded(model) else -(-tokens.numel() // SCORED_TOKENS)
+    parts = zip(*(part.chunk(count) for part in (tokens, pairs["mask"], pairs["targets"])), strict=True)
+    with evaluating(model):
+        sums = [response_logprobs(model, {"tokens": t, "mask": m, "targets": w}).sums for t, m, w in parts]
+    return torch.cat(sums)
 
 
 class Opponent:

@@ -1,7 +1,8 @@
 """One iteration's play: the opponent answers the prompts of a set and scores both answers, part by part."""
 
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -10,10 +11,10 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a pa
 
 from lightning_align.data.store import TokenStore
 from lightning_align.distributed import is_sharded, largest, world
-from lightning_align.generation.sampler import Generation, evaluating
-from lightning_align.logprobs import response_logprobs
-from lightning_align.spin.generations import GeneratedSet, Row, answer_ids, join_pairs
-from lightning_align.spin.opponent import Opponent
+from lightning_align.generation.sampler import Generation
+from lightning_align.spin.generations import GeneratedSet, Row, answer_ids, join_rows
+from lightning_align.spin.opponent import Opponent, score
+from lightning_align.types import TokenBatch
 
 
 class Play:
@@ -117,36 +118,39 @@ class Play:
                     "generated": [*new, *older.get(index, [])],
                 }
             )
-        chosen = [(row, answer) for row in rows for answer in row["generated"]]
-        size = self.module.generation.batch_size
-        batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        answers_of = [(row["row"], answer) for row in rows for answer in row["generated"]]
+        # A real response is scored once, however many answers stand against it; the base is asked about answers alone.
+        for row, value in zip(rows, self._score(self.player, [(row["row"], None) for row in rows]), strict=True):
+            row["real_logprob"] = value
+        responses = [(index, answer_ids(answer, eos_id)) for index, answer in answers_of]
+        logprobs = self._score(self.player, responses)
+        based = [None] * len(responses) if self.base is None else self._score(self.base, responses)
+        for (_, answer), own, base in zip(answers_of, logprobs, based, strict=True):
+            answer["logprob"], answer["base_logprob"] = own, base
+        return rows
+
+    def _score(self, model: nn.Module, responses: Sequence[tuple[int, list[int] | None]]) -> list[float]:
+        """Log-probs of responses to prompts of the store; None is the real one."""
+        size = 2 * self.module.generation.batch_size
+        batches = [responses[start : start + size] for start in range(0, len(responses), size)]
         if is_sharded(self.player):
             # Every rank makes as many forward passes; the one too many gives what is there already.
             batches += batches[:1] * (largest(len(batches), self.module.device) - len(batches))
-        for some in batches:
-            batch = self._batch([(row["row"], answer_ids(answer, eos_id)) for row, answer in some])
-            real, generated = self._score(self.player, batch)
-            based = self._score(self.base, batch)[1] if self.base is not None else [None] * len(some)
-            for (row, answer), one, two, three in zip(some, real, generated, based, strict=True):
-                row["real_logprob"], answer["logprob"], answer["base_logprob"] = one, two, three
-        return rows
+        sums = torch.cat([score(model, self._batch(some)) for some in batches])
+        return cast(list[float], sums[: len(responses)].tolist())
 
-    def _batch(self, answers: list[tuple[int, list[int]]]) -> Any:
-        device = self.module.device
-        stored = [self.store[index] for index, _ in answers]
-        real = [torch.from_numpy(row.sides[0].tokens.astype("int64")).to(device) for row in stored]
-        targets = [torch.from_numpy(row.sides[0].targets.copy()).to(device) for row in stored]
-        generated = [
-            torch.cat((tokens[: row.num_prompt], tokens.new_tensor(ids)))
-            for row, tokens, (_, ids) in zip(stored, real, answers, strict=True)
-        ]
-        return join_pairs(real, targets, generated, [row.num_prompt for row in stored], pad_id=self.data.tokenizer.pad_id)
-
-    @staticmethod
-    def _score(model: nn.Module, batch: Any) -> tuple[list[float], list[float]]:
-        with evaluating(model):
-            real, generated = response_logprobs(model, batch).sums.chunk(2)
-        return real.tolist(), generated.tolist()
+    def _batch(self, responses: Sequence[tuple[int, list[int] | None]]) -> TokenBatch:
+        rows, targets = [], []
+        for index, ids in responses:
+            stored = self.store[index]
+            row = torch.from_numpy(stored.sides[0].tokens.astype("int64")).to(self.module.device)
+            target = torch.from_numpy(stored.sides[0].targets.copy()).to(self.module.device)
+            if ids is not None:
+                row = torch.cat((row[: stored.num_prompt], row.new_tensor(ids)))
+                target = torch.arange(len(row), device=row.device) >= stored.num_prompt
+            rows.append(row)
+            targets.append(target)
+        return join_rows(rows, targets, pad_id=self.data.tokenizer.pad_id)
 
 
 def real_ids(store: TokenStore, index: int) -> list[int]:

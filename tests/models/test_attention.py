@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_align.models.attention import attention_mask
+from lightning_align.models.attention import PaddedAttention, attention_mask
 
 
 def rows(mask: torch.Tensor) -> list[str]:
@@ -31,3 +31,13 @@ def test_who_sees_whom_is_taken_as_it_is() -> None:
     table = torch.tensor([[[True, True, False], [True, False, False], [False, False, False]]])
     assert rows(attention_mask(table, 3, causal=False)) == ["xx.", "x..", "..x"]
     assert rows(attention_mask(table, 3, causal=True)) == ["x..", "x..", "..x"]
+
+
+def test_one_query_is_mixed_as_one_of_many() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    padded = torch.tensor([[False, False, True, True, True], [True] * 5])
+    for mask in (None, attention_mask(padded, 5, causal=False)):
+        whole = PaddedAttention(causal=False, mask=mask)(q, k, v, scale=0.5, dropout=0.0)
+        last = PaddedAttention(causal=False, mask=None if mask is None else mask[:, :, -1:])
+        torch.testing.assert_close(last(q[:, -1:], k, v, scale=0.5, dropout=0.0), whole[:, -1:], rtol=1e-5, atol=1e-6)

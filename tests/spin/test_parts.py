@@ -13,6 +13,7 @@ from lightning_align.generation.sampler import GenerationConfig, evaluating, gen
 from lightning_align.logprobs import response_logprobs
 from lightning_align.models.formats import merged_weights, whole_weights
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
+from lightning_align.spin import opponent
 from lightning_align.spin.generations import join_pairs, statistics
 from lightning_align.spin.module import SPINModule, tied
 from lightning_align.spin.opponent import GeometricMixture, Scoped
@@ -74,6 +75,18 @@ def test_a_mixture_is_the_normalised_geometric_mean(plain: bool) -> None:
     config = GenerationConfig(max_new_tokens=9, num_samples=2, seed=1)
     prompts = [[1, 2, 3], [4]]
     assert generate(mixture, prompts, config) == generate(GeometricMixture(Plain(first), Plain(second), 0.3), prompts, config)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_rows_are_scored_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch, plain: bool) -> None:
+    policy: nn.Module = Plain(tiny_palm()) if plain else tiny_palm()
+    batch = token_batch([2, 3, 1, 4, 2], [6, 4, 9, 5, 3])
+    with evaluating(policy):
+        whole = response_logprobs(policy, batch).sums
+    for tokens in (1, 25, 4096):
+        monkeypatch.setattr(opponent, "SCORED_TOKENS", tokens)
+        torch.testing.assert_close(opponent.score(policy, batch), whole, rtol=1e-5, atol=1e-4)
+    assert policy.training and not opponent.score(policy, batch).requires_grad
 
 
 def test_scopes_play_without_touching_what_trains() -> None:
