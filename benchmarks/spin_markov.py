@@ -42,12 +42,17 @@ from lightning_align import (
 from lightning_align.data.tasks.markov import END
 from lightning_align.data.tokenizer import ByteTokenizer
 from lightning_align.generation.sampler import evaluating
+from lightning_align.pairwise import Ratios, log_ratios
+from lightning_align.spin.module import tied
+from lightning_align.types import LogProbs, SelfPlayBatch
 
 ROWS, BATCH, BASE_EPOCHS, LENGTH = 1000, 32, 30, 28
 EPOCHS = (4, 8, 12)
 """Over the demonstrations, at which arms are measured."""
 LOOP: dict[str, Any] = {"iterations": 3, "epochs": [4, 2, 2], "replay": 1}
 """With replay the later iterations have twice the pairs, so each of the three takes a third of the steps."""
+FRESH: dict[str, Any] = {"iterations": 3, "epochs": 4, "replay": 0}
+"""Without replay, in as many steps."""
 # Settings that were tried, for each family of arms.
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "continued SFT": [{"lr": 1e-4}, {"lr": 3e-4}, {"lr": 2e-3}],
@@ -62,6 +67,10 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"lr": 3e-4, "beta": 0.1, "sft_weight": 1.0},
         {"lr": 3e-4, "beta": 1.0, "sft_weight": 1.0},
         {"lr": 1e-3, "beta": 1.0, "sft_weight": 1.0},
+    ],
+    "unshifted means": [
+        {"lr": 1e-4, "beta": 0.1, "generate": "per_step", "unshifted": True, "loop": FRESH},
+        {"lr": 1e-3, "beta": 0.1, "generate": "per_step", "unshifted": True, "loop": FRESH},
     ],
     # Tried as remedies, and no arms of the study: fresh opponents each epoch, four answers a prompt in place of four epochs,
     # answers of the policy as it is, a loss that does not saturate, mean log-probs.
@@ -86,6 +95,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "SPIN": ("SPIN", LOOP),
     "SPIN, with an SFT term": ("SPIN, with an SFT term", LOOP),
     "SPIN, one long iteration": ("SPIN", {"iterations": 1, "epochs": 12}),
+    "SPIN, no replay": ("SPIN", FRESH),
+    "unshifted means, online": ("unshifted means", FRESH),
 }
 TUNING = 100
 """Seed of the chain that settings are chosen on."""
@@ -151,6 +162,25 @@ class Measure(Callback):
             self.points.append({"steps": trainer.global_step, **self.ruler.measure(policy)})
 
 
+class Unshifted(SPINModule):
+    """What some published code does: the logits at each token score that token itself, and means take the place of sums."""
+
+    def score(self, batch: SelfPlayBatch) -> tuple[LogProbs, Ratios, torch.Tensor]:
+        """See `SPINModule`."""
+        pairs = batch["pairs"]
+
+        def means(model: nn.Module) -> LogProbs:
+            logps = model(pairs["tokens"]).log_softmax(-1).gather(2, pairs["tokens"][..., None])[..., 0]
+            counts = pairs["targets"].sum(dim=1)
+            return LogProbs((logps * pairs["targets"]).sum(dim=1) / counts, counts)
+
+        player = self.opponent.player(self.policy)
+        with evaluating(player):
+            expected = means(player)
+        policy = means(self.policy)
+        return policy, log_ratios(policy, expected), tied(pairs)
+
+
 class Seed:
     """A chain, its demonstrations, and the model that was fine-tuned on them."""
 
@@ -208,13 +238,15 @@ class Seed:
         each = epochs if isinstance(epochs, list) else [epochs] * loop["iterations"]
         ends = {sum(each[: number + 1]) for number in range(len(each))} if len(each) > 1 else set(EPOCHS)
         measure = Measure(self.ruler, ends)
-        player = SPINModule(
+        # The published code samples from less than the whole distribution.
+        sampled = {"temperature": 0.7, "top_p": 0.9} if settings.get("unshifted") else {}
+        player = (Unshifted if settings.get("unshifted") else SPINModule)(
             init_from=str(self.base),
             optimizer=optimizer,
             generation=GenerationConfig(
-                max_new_tokens=LENGTH, batch_size=250, seed=self.seed, num_samples=settings.get("num_samples", 1)
+                max_new_tokens=LENGTH, batch_size=250, seed=self.seed, num_samples=settings.get("num_samples", 1), **sampled
             ),
-            **{name: value for name, value in settings.items() if name not in ("lr", "num_samples", "loop")},
+            **{name: value for name, value in settings.items() if name not in ("lr", "num_samples", "loop", "unshifted")},
         )
         with tempfile.TemporaryDirectory(dir=self.folder) as sets:
             play = SelfPlayGeneration(**loop, folder=sets)
@@ -257,7 +289,7 @@ def report(results: dict[str, Any]) -> None:
     """Print the section."""
     seeds = results["seeds"]
     settings = "; ".join(
-        f"{family}: " + ", ".join(f"{name} {value}" for name, value in results["settings"][family].items())
+        f"{family}: " + ", ".join(f"{name} {value}" for name, value in results["settings"][family].items() if name != "loop")
         for family in {family: None for family, _ in ARMS.values()}
     )
     common.heading(
