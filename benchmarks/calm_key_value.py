@@ -62,6 +62,12 @@ def words(step: str, seed: int) -> list[str]:
     return found
 
 
+def needs(step: str) -> tuple[str, ...]:
+    """Steps whose checkpoints a step begins with; where these are gone, their results do not help."""
+    both = ("augment", "anchor")
+    return () if step in both else (*both, "calm") if step == "validate" else both
+
+
 def measure(step: str, seed: int, folder: Path) -> dict[str, float]:
     """Run a step, and return what it logged and how long it took."""
     from lightning_align.cli import run
@@ -118,6 +124,9 @@ def main() -> None:
     for seed in () if options.table else options.seeds:
         for step in options.steps:
             if step not in results.get(str(seed), {}):
+                for needed in needs(step):
+                    if not (folder / f"seed_{seed}" / CHECKPOINT.format(STEPS[needed][3])).exists():
+                        measure(needed, seed, folder)
                 found = measure(step, seed, folder)
                 results = json.loads(output.read_text()) if output.exists() else {}  # another process may have written
                 results.setdefault(str(seed), {})[step] = found

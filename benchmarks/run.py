@@ -76,6 +76,16 @@ def marker(script: str, options: tuple[str, ...]) -> str:
     return f"`python benchmarks/{shlex.join([script, *options])}"
 
 
+def sections(page: str) -> dict[str, str]:
+    """What a page has, by the line that each section ends with; a section may have several headings."""
+    found, lines = {}, list[str]()
+    for line in page[page.find("\n## ") + 1 :].splitlines() if "\n## " in page else ():
+        lines.append(line)
+        if line.startswith("`python benchmarks/"):
+            found[line], lines = "\n".join(lines).strip() + "\n", []
+    return found
+
+
 def main() -> None:
     """Parse the command line, run, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -88,8 +98,7 @@ def main() -> None:
     if unknown := set(arguments.scripts) - names:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
     old = arguments.output.read_text(encoding="utf-8") if arguments.output.exists() else ""
-    sections = ["## " + section.rstrip() + "\n" for section in old.split("\n## ")[1:]]
-    kept = {line: section for section in sections for line in [section.rstrip().rsplit("\n", 1)[-1]]}
+    kept = sections(old)
     done: dict[tuple[str, ...], str] = {}
     for script, *options in SECTIONS:
         for line, section in kept.items():
@@ -110,7 +119,9 @@ def main() -> None:
             continue
         # A path says nothing to a reader elsewhere.
         shown = f"{marker(script, tuple(options))}`" + (" with `--pairs FILE`" if extra else "")
-        done[script, *options] = f"{ran.stdout.rstrip()}\n\n{shown}, {datetime.date.today().isoformat()}\n"
+        # What Trainers print comes before the section's heading.
+        told = ran.stdout[max(0, ran.stdout.find("## ")) :].rstrip()
+        done[script, *options] = f"{told}\n\n{shown}, {datetime.date.today().isoformat()}\n"
         # After every section, so that an interrupted run leaves what it has.
         page = [head(), *(done[script, *options] for script, *options in SECTIONS if (script, *options) in done), *others]
         temporary = arguments.output.with_suffix(".tmp")
