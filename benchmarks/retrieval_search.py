@@ -32,12 +32,13 @@ def corpus() -> tuple[np.ndarray, np.ndarray]:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16), documents
 
 
-def search(searcher: DenseSearcher, data: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Neighbors of all rows of the data as stage 4 finds them: (n, k) whether there are any."""
+def search(searcher: DenseSearcher, data: np.ndarray, documents: np.ndarray | None) -> np.ndarray:
+    """Neighbors of all rows of the data as stage 4 finds them, or without documents any: (n, k) whether there are any."""
+    nothing = Forbidden(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
     masks = []
     for start in range(0, len(data), BLOCK):
         part = data[start : start + BLOCK].astype(np.float32)
-        forbidden = Forbidden(np.arange(len(part)), documents[start : start + BLOCK])
+        forbidden = nothing if documents is None else Forbidden(np.arange(len(part)), documents[start : start + BLOCK])
         masks.append(searcher.nearest(part, K, forbidden).mask)
     return np.concatenate(masks)
 
@@ -89,7 +90,10 @@ def main() -> None:
     lists.add(data.astype(np.float32))
     rows, approximate = [], {}
     sample = np.random.default_rng(1).choice(NUM, 500, replace=False)
-    for name, index in (("IVF1024,Flat", lists), ("HNSW32", graph)):
+    packed = faiss.index_factory(DIM, "IVF1024,PQ96x4fs,RFlat")
+    packed.train(data[:65536].astype(np.float32))
+    packed.add(data.astype(np.float32))
+    for name, index in (("IVF1024,Flat", lists), ("HNSW32", graph), ("IVF1024,PQ96x4fs,RFlat", packed)):
         effort = tune(index, data, IndexConfig(min_recall=0.95, recall_at=K), factory=name)["effort"]
         while recall(DenseSearcher(index, documents, effort=effort), data, documents, sample) < 0.95:
             effort *= 2
@@ -98,13 +102,15 @@ def main() -> None:
     common.heading(
         "Neighbors: `DenseSearcher` against raw faiss",
         f"{len(part):,} of {NUM:,} chunks, {DIM} dimensions, k {K}, the own document left out, {arguments.threads} threads; "
-        f"raw faiss is asked for k and leaves nothing out. {arguments.rounds} rounds, alternating.",
+        "raw faiss is asked for k and leaves nothing out; nor does what is not called filtered, as when a model generates. "
+        f"{arguments.rounds} rounds, alternating.",
     )
     exact = DenseSearcher(flat, documents, effort=1)
     sides = {"raw Flat": lambda: raw(flat, part), "exact, filtered": lambda: search(exact, part, documents)}
     for name, (index, effort) in approximate.items():
         searcher = DenseSearcher(index, documents, effort=effort)
         sides[f"raw {name}"] = lambda index=index: raw(index, part)
+        sides[name] = lambda searcher=searcher: search(searcher, part, None)
         sides[f"{name}, filtered"] = lambda searcher=searcher: search(searcher, part, documents)
     timings = common.alternate(sides, arguments.rounds)
     for name, timing in timings.items():
@@ -122,13 +128,18 @@ def main() -> None:
             "the same by the rule of RETRO-pytorch 0.3.9", "", f"{starved_by_peer(flat, part[:BLOCK], documents):.1%}", True
         ),
     ]
+    fastest = 0.0
     for name, (index, effort) in approximate.items():
         found = recall(DenseSearcher(index, documents, effort=effort), data, documents, sample)
         faster = common.ratio(timings["exact, filtered"], timings[f"{name}, filtered"])
-        share = common.ratio(timings[f"raw {name}"], timings[f"{name}, filtered"])
-        what = f"{name}, effort {effort}, recall@{K} {found:.3f}"
-        claims.append(common.claim(f"{what}: over exact", "≥ 5", f"{faster:.1f}", faster >= 5 and found >= 0.95))
-        claims.append(common.claim(f"{what}: speed of raw faiss", "", f"{share:.2f}", True))
+        fastest = max(fastest, faster if found >= 0.95 else 0.0)
+        share = common.ratio(timings[f"raw {name}"], timings[name])
+        filtered = common.ratio(timings[f"raw {name}"], timings[f"{name}, filtered"])
+        claims.append(common.claim(f"{name}, speed of raw faiss", "≥ 0.95", f"{share:.2f}", share >= 0.95))
+        claims.append(common.claim(f"{name}, filtered", "", f"{filtered:.2f}", True))
+        what = f"{name}, filtered, effort {effort}, recall@{K} {found:.3f}: over exact"
+        claims.append(common.claim(what, "", f"{faster:.1f}", found >= 0.95))
+    claims.append(common.claim("the fastest of these over exact", "≥ 5", f"{fastest:.1f}", fastest >= 5))
     print(common.table(claims))
 
 

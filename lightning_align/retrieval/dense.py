@@ -8,7 +8,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_align.retrieval.encoders import Encoder
 from lightning_align.retrieval.exact import ExactSearch, beside
-from lightning_align.retrieval.faiss_seam import flat_vectors, free_neighbors, load_faiss, max_effort, search_parameters
+from lightning_align.retrieval.faiss_seam import (
+    REFINED,
+    flat_vectors,
+    free_neighbors,
+    load_faiss,
+    max_effort,
+    pair_distances,
+    refines,
+    search_parameters,
+)
 from lightning_align.retrieval.neighbors import DELETED, Forbidden, Nearest, pick
 from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints
 
@@ -21,7 +30,8 @@ MOST = 256
 class DenseSearcher:
     """Searches a faiss index, leaves out what must not be found, and asks again where too little is left.
 
-    An exact index (Flat) is searched by `ExactSearch`.
+    An exact index (Flat) is searched by `ExactSearch`. Of one that refines, what must not be found is left out before the
+    candidates are compared, so that these are all of use.
 
     Args:
         index: over the vectors of all chunks of a database, set to its effort.
@@ -32,7 +42,11 @@ class DenseSearcher:
 
     def __init__(self, index: Any, groups: Ints, *, effort: int, vectors: NDArray[np.float16] | None = None) -> None:
         self.index, self.groups, self.effort, self.vectors = index, groups, effort, vectors
-        flat = flat_vectors(index)
+        # What candidates come from, and what compares them if that is another.
+        refined = load_faiss().downcast_index(index) if refines(index) else None
+        self._base = index if refined is None else refined.base_index
+        self._refine: Any = None if refined is None else refined.refine_index
+        flat = flat_vectors(index if refined is None else refined.refine_index)
         self._exact = None if flat is None else ExactSearch(flat, groups)
         self._free = free_neighbors(index, effort)
         self._num_groups = int(groups.max(initial=0)) + 1
@@ -48,7 +62,7 @@ class DenseSearcher:
 
     def nearest(self, queries: Floats, k: int, forbidden: Forbidden) -> Nearest:
         """See `Searcher`."""
-        if self._exact is not None:
+        if self._exact is not None and self._refine is None:
             return self._exact.nearest(queries, k, forbidden)
         there = forbidden.groups < self._num_groups  # all of a group may have been deleted
         forbidden = Forbidden(forbidden.rows[there], forbidden.groups[there])
@@ -60,23 +74,39 @@ class DenseSearcher:
             np.zeros((len(queries), k), dtype=bool),
             np.full((len(queries), k), np.inf, dtype=np.float32),
         )
-        # No more than k and all that is left out, in powers of two, so that as many are asked for with few searches.
-        struck = len(self.groups) - available
-        fetch = k + np.minimum(np.exp2(np.ceil(np.log2(np.maximum(struck, 1)))).astype(np.int64), MOST)
-        fetch = np.minimum(np.maximum(fetch, max(k + MARGIN, self._free)), len(self.groups))
+        # No more than wanted and all that is left out, in powers of two, so that as many are asked for with few searches.
+        struck, candidates = len(self.groups) - available, k if self._refine is None else REFINED * k
+        fetch = candidates + np.minimum(np.exp2(np.ceil(np.log2(np.maximum(struck, 1)))).astype(np.int64), MOST)
+        fetch = np.maximum(fetch, max(candidates + MARGIN, self._free))
+        fetch = np.minimum(np.where(struck > 0, fetch, k), len(self.groups))
         order = np.argsort(forbidden.rows, kind="stable")
         nothing = np.empty((len(queries), 0), dtype=np.int64)
         by_row = beside(nothing, forbidden.rows[order], forbidden.groups[order], DELETED)
         starved = []
         for number in np.unique(fetch[wanted > 0]):
             rows = np.flatnonzero((fetch == number) & (wanted > 0))
-            distances, ids = self.index.search(queries[rows], int(number))
-            found = pick(ids, distances, self._allowed(ids, by_row[rows]), k)
-            starved.append(_fill(result, rows, found, wanted))
+            index, most = (self.index, k) if number <= k else (self._base, candidates)
+            distances, ids = index.search(queries[rows], int(number))
+            found = pick(ids, distances, self._allowed(ids, by_row[rows]), most)
+            starved.append(_fill(result, rows, found if number <= k else self._refined(queries[rows], found, k), wanted))
         rows = np.sort(np.concatenate(starved)) if starved else np.array([], dtype=np.int64)
+        if self._exact is not None and len(rows):  # it has the vectors as they are, and few queries need them all
+            there = np.isin(forbidden.rows, rows)
+            left_out = Forbidden(np.searchsorted(rows, forbidden.rows[there]), forbidden.groups[there])
+            _fill(result, rows, self._exact.nearest(queries[rows], k, left_out), wanted)
+            return result
         for some, groups in _by_groups(rows, forbidden):
             self._search_selected(queries, some, groups, wanted, result)
         return result
+
+    def _refined(self, queries: Floats, found: Nearest, k: int) -> Nearest:
+        """The k nearest of (n, candidates), by the vectors of the index that refines, if there is one."""
+        if self._refine is None:
+            return found
+        distances = np.where(found.mask, pair_distances(self._refine, queries, found.ids), np.float32(np.inf))
+        order = np.lexsort((found.ids, distances), axis=1)[:, :k]
+        ids, mask, distances = (np.take_along_axis(part, order, 1) for part in (found.ids, found.mask, distances))
+        return Nearest(ids, mask, distances)
 
     def _allowed(self, ids: Ints, forbidden: Ints) -> Bools:
         """(n, found) of ids (n, found) and forbidden groups (n, most)."""
@@ -95,8 +125,13 @@ class DenseSearcher:
         effort = self.effort
         while len(rows):
             parameters = search_parameters(self.index, faiss.IDSelectorNot(batch), effort)
-            distances, ids = self.index.search(queries[rows], k, params=parameters)
-            rows = _fill(result, rows, pick(ids, distances, ids >= 0, k), wanted)
+            if parameters is None:  # it can only be asked for all
+                distances, ids = self.index.search(queries[rows], len(self.groups))
+                allowed = (ids >= 0) & ~np.isin(ids, np.concatenate(left_out))
+            else:
+                distances, ids = self.index.search(queries[rows], k, params=parameters)
+                allowed = ids >= 0
+            rows = _fill(result, rows, pick(ids, distances, allowed, k), wanted)
             if effort >= max_effort(self.index):
                 break
             effort *= 2

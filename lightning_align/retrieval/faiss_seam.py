@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 MAX_EFFORT = 1 << 16
 """Candidates of a graph search; no recall worth having needs more."""
+REFINED = 8
+"""Candidates for each neighbor wanted, whose distances an index that refines (RFlat, Refine) computes from better copies."""
 
 
 def load_faiss() -> ModuleType:
@@ -45,6 +47,8 @@ def set_effort(index: Any, effort: int) -> None:
     """Have searches look at more of an index: lists of an IVF, candidates of a graph. Exact ones know no effort."""
     faiss = load_faiss()
     space = faiss.ParameterSpace()
+    if refines(index):
+        faiss.downcast_index(index).k_factor = REFINED  # at 1, what faiss sets, nothing is gained by refining
     if is_ivf(index):
         space.set_index_parameter(index, "nprobe", effort)
         if isinstance(faiss.downcast_index(faiss.extract_index_ivf(index).quantizer), faiss.IndexHNSW):
@@ -62,10 +66,34 @@ def max_effort(index: Any) -> int:
 
 
 def inner(index: Any) -> Any:
-    """The index behind a pre-transform, if there is one."""
+    """The index behind a refinement and a pre-transform, if there are any."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
-    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    if isinstance(index, faiss.IndexRefine):
+        return inner(index.base_index)
+    return inner(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def refines(index: Any) -> bool:
+    """Whether candidates of one index are compared by the vectors of another, which keeps them better."""
+    faiss = load_faiss()
+    return isinstance(faiss.downcast_index(index), faiss.IndexRefine)
+
+
+def merge(index: Any, shard: Any) -> None:
+    """Move the vectors of an index to the end of another that was trained alike.
+
+    Raises:
+        RuntimeError: if its kind cannot be put together, as graphs (HNSW).
+    """
+    if not refines(index):
+        index.merge_from(shard, index.ntotal if is_ivf(index) else 0)
+        return
+    # Under names of their own: what downcast_index returns does not keep its argument alive.
+    both, other = load_faiss().downcast_index(index), load_faiss().downcast_index(shard)
+    merge(both.base_index, other.base_index)
+    merge(both.refine_index, other.refine_index)
+    both.ntotal = both.base_index.ntotal
 
 
 def flat_vectors(index: Any) -> NDArray[np.float32] | None:
@@ -78,19 +106,38 @@ def flat_vectors(index: Any) -> NDArray[np.float32] | None:
     return vectors
 
 
+def pair_distances(index: Any, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(n, k) squared distances of queries (n, d) to the vectors (n, k) of an index, as it keeps them."""
+    faiss = load_faiss()
+    if flat_vectors(index) is None:
+        vectors = index.reconstruct_batch(ids.reshape(-1)).reshape(*ids.shape, -1)
+        vectors -= queries[:, None]
+        squares: NDArray[np.float32] = np.einsum("nkd,nkd->nk", vectors, vectors)
+        return squares
+    distances = np.empty(ids.shape, dtype=np.float32)
+    points, numbers = np.ascontiguousarray(queries), np.ascontiguousarray(ids)
+    x, result, labels = (faiss.swig_ptr(array) for array in (points, distances, numbers))
+    faiss.downcast_index(index).compute_distance_subset(len(ids), x, ids.shape[1], result, labels)
+    return distances
+
+
 def free_neighbors(index: Any, effort: int) -> int:
     """How many neighbors a search may be asked for at no cost: the candidates of a graph, which it keeps anyway."""
     return max(16, effort) if isinstance(inner(index), load_faiss().IndexHNSW) else 0
 
 
 def search_parameters(index: Any, selector: Any, effort: int) -> Any:
-    """Parameters of one search that returns only what a selector allows."""
+    """Parameters of one search that returns only what a selector allows; None if the index knows no such searches."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=search_parameters(index.index, selector, effort))
+        inside = search_parameters(index.index, selector, effort)
+        return inside and faiss.SearchParametersPreTransform(index_params=inside)
+    if isinstance(index, faiss.IndexRefine):
+        inside = search_parameters(index.base_index, selector, effort)
+        return inside and faiss.IndexRefineSearchParameters(k_factor=REFINED, base_index_params=inside)
     if is_ivf(index):
         return faiss.SearchParametersIVF(sel=selector, nprobe=effort)
     if isinstance(index, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(sel=selector, efSearch=max(16, effort))
-    return faiss.SearchParameters(sel=selector)
+    return None if isinstance(index, faiss.IndexFastScan) else faiss.SearchParameters(sel=selector)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a pa
 from lightning_align.distributed import publish
 from lightning_align.retrieval.advisor import advise, check_training, needed_to_train
 from lightning_align.retrieval.encoders import read_vectors
-from lightning_align.retrieval.faiss_seam import is_ivf, load_faiss, max_effort, num_gpus, set_effort
+from lightning_align.retrieval.faiss_seam import is_ivf, load_faiss, max_effort, merge, num_gpus, set_effort
 from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.retrieval.tables import Floats, Ints
 
@@ -94,7 +94,7 @@ def build_index(root: Path, vectors: Stage, config: IndexConfig, *, team: Team, 
             for number, start in enumerate(starts, start=1):
                 if mergeable:
                     shard = _load(stage.read_block(number)["index"])
-                    index.merge_from(shard, index.ntotal if is_ivf(index) else 0)
+                    merge(index, shard)
                 else:
                     index.add(data[start : start + config.shard_size].astype(np.float32))
             _write(stage, index, data, config, factory)
@@ -195,7 +195,7 @@ def _load(packed: NDArray[np.uint8]) -> Any:
 def _is_mergeable(trained: NDArray[np.uint8]) -> bool:
     """Whether shards can be put together; graphs (HNSW) cannot, and are filled at once."""
     try:
-        _load(trained).merge_from(_load(trained), 0)
+        merge(_load(trained), _load(trained))
     except RuntimeError:
         return False
     return True

@@ -43,7 +43,7 @@ def brute_force(data, queries, k, allowed):
     return result
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16,SQ8", "PCA8,IVF16,PQ4x4"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16,SQ8", "PCA8,IVF16,PQ4x4", "IVF16,PQ8x4fs,RFlat"])
 def test_shards_that_are_merged_are_one_index(tmp_path, factory):
     data = vectors_of(3000)
     one = build(tmp_path / "one", data, factory=factory, min_recall=0.0)
@@ -102,7 +102,18 @@ def test_an_index_that_cannot_be_trained_is_refused_with_the_one_to_take(tmp_pat
 
 @pytest.mark.parametrize(
     "factory",
-    ["Flat", "SQ8", "SQfp16", "HNSW32", "IVF64,Flat", "IVF64,SQ8", "IVF16_HNSW8,PQ4x4", "OPQ4_16,IVF64,PQ4x4", "PQ4x4"],
+    [
+        "Flat",
+        "SQ8",
+        "SQfp16",
+        "HNSW32",
+        "IVF64,Flat",
+        "IVF64,SQ8",
+        "IVF16_HNSW8,PQ4x4",
+        "OPQ4_16,IVF64,PQ4x4",
+        "PQ4x4",
+        "IVF64,PQ8x4fs,RFlat",
+    ],
 )
 def test_bytes_are_foretold_within_5_percent(tmp_path, factory):
     data = vectors_of(10_000, dim=32).astype(np.float32)
@@ -154,7 +165,9 @@ def test_appended_vectors_are_found_without_training(tmp_path):
 # -- search that leaves out
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW16", "PCA16,IVF16,Flat"])
+@pytest.mark.parametrize(
+    "factory", ["Flat", "IVF16,Flat", "HNSW16", "PCA16,IVF16,Flat", "PCA16,IVF16,Flat,RFlat", "HNSW16,Refine(SQfp16)"]
+)
 @pytest.mark.parametrize("sizes", [[1] * 300, [1500, 700, 1, 1, 300], [2000]], ids=["many", "few", "giant"])
 def test_search_finds_the_nearest_that_are_allowed(factory, sizes):
     num = sum(sizes)
@@ -183,10 +196,12 @@ def test_search_finds_the_nearest_that_are_allowed(factory, sizes):
     assert np.allclose(found.distances[found.mask], truth[found.mask], atol=2e-3)
 
 
-def test_a_search_that_looks_at_little_still_fills_every_row():
+# The last but one refines, but not from exact vectors; the last knows no search that leaves out.
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,PQ8x4fs,RFlat", "IVF16,PQ8x4fs,Refine(SQ8)", "PQ8x4fs"])
+def test_a_search_that_looks_at_little_still_fills_every_row(factory):
     groups = np.arange(1000) // 50
     data = vectors_of(1000)
-    index = faiss.index_factory(DIM, "IVF16,Flat")
+    index = faiss.index_factory(DIM, factory)
     index.train(data.astype(np.float32))
     index.add(data.astype(np.float32))
     set_effort(index, 1)
@@ -195,6 +210,26 @@ def test_a_search_that_looks_at_little_still_fills_every_row():
     assert found.mask.all()
     assert all(len(set(row.tolist())) == 300 for row in found.ids)
     assert (groups[found.ids] != groups[:, None]).all()
+
+
+def test_what_refines_compares_by_its_better_vectors():
+    groups = np.arange(3000) // 10
+    data = vectors_of(3000).astype(np.float32)
+    index = faiss.index_factory(DIM, "IVF16,PQ8x4fs,RFlat")
+    index.train(data)
+    index.add(data)
+    set_effort(index, 16)
+    base = faiss.downcast_index(index).base_index
+    forbidden = Forbidden(np.arange(200), groups[:200])
+    found = DenseSearcher(index, groups, effort=16).nearest(data[:200], 4, forbidden)
+    coarse = DenseSearcher(base, groups, effort=16).nearest(data[:200], 4, forbidden)
+    truth = brute_force(data, data[:200], 4, groups[None] != groups[:200, None])
+    true = np.square(data[found.ids] - data[:200, None]).sum(-1)
+    assert np.allclose(found.distances, true, rtol=1e-5, atol=1e-5) and (np.diff(found.distances) >= 0).all()
+    refined, without = (
+        (np.square(data[some.ids] - data[:200, None]).sum(-1) <= truth[:, -1:] + 1e-4).mean() for some in (found, coarse)
+    )
+    assert refined > 0.9 > without + 0.2
 
 
 def test_exact_neighbors_in_blocks_are_those_of_one_search():
