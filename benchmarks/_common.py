@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from lightning_align.types import PreferenceBatch, TokenBatch
+from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
 
 MIB = 2**20
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -176,6 +176,13 @@ def table(rows: Sequence[dict[str, str]]) -> str:
 def claim(what: str, required: str, measured: str, met: bool) -> dict[str, str]:
     """A row of the table of what is required."""
     return {"what": what, "required": required, "measured": measured, "": "met" if met else "**missed**"}
+
+
+def unshifted_means(model: torch.nn.Module, batch: TokenBatch) -> LogProbs:
+    """What some published code trains on: the logits at each token score that token itself, and means replace sums."""
+    logps = model(batch["tokens"]).log_softmax(-1).gather(2, batch["tokens"][..., None])[..., 0]
+    counts = batch["targets"].sum(dim=1)
+    return LogProbs((logps * batch["targets"]).sum(dim=1) / counts, counts)
 
 
 class Pair(NamedTuple):

@@ -114,21 +114,15 @@ def distribution(model: nn.Module) -> Tensor:
 
 
 class Unshifted(DPOModule):
-    """What some published code does: the logits at each token score that token itself, and means take the place of sums."""
+    """DPO on what `unshifted_means` returns."""
 
     def score(self, batch: PreferenceBatch) -> tuple[LogProbs, Ratios]:
         """See `DPOModule`."""
         both = concatenate(batch)
         reference: Any = self.reference
-
-        def means(model: nn.Module) -> LogProbs:
-            logps = model(both["tokens"]).log_softmax(-1).gather(2, both["tokens"][..., None])[..., 0]
-            counts = both["targets"].sum(dim=1)
-            return LogProbs((logps * both["targets"]).sum(dim=1) / counts, counts)
-
         with torch.no_grad():
-            expected = means(reference.model)
-        policy = means(self.policy)
+            expected = common.unshifted_means(reference.model, both)
+        policy = common.unshifted_means(self.policy, both)
         return policy, log_ratios(policy, expected)
 
 

@@ -163,21 +163,15 @@ class Measure(Callback):
 
 
 class Unshifted(SPINModule):
-    """What some published code does: the logits at each token score that token itself, and means take the place of sums."""
+    """SPIN on what `unshifted_means` returns."""
 
     def score(self, batch: SelfPlayBatch) -> tuple[LogProbs, Ratios, torch.Tensor]:
         """See `SPINModule`."""
         pairs = batch["pairs"]
-
-        def means(model: nn.Module) -> LogProbs:
-            logps = model(pairs["tokens"]).log_softmax(-1).gather(2, pairs["tokens"][..., None])[..., 0]
-            counts = pairs["targets"].sum(dim=1)
-            return LogProbs((logps * pairs["targets"]).sum(dim=1) / counts, counts)
-
         player = self.opponent.player(self.policy)
         with evaluating(player):
-            expected = means(player)
-        policy = means(self.policy)
+            expected = common.unshifted_means(player, pairs)
+        policy = common.unshifted_means(self.policy, pairs)
         return policy, log_ratios(policy, expected), tied(pairs)
 
 
