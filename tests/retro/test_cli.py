@@ -28,7 +28,7 @@ def config_of_few_facts(folder: Path) -> str:
     """The configuration of the facts, with fewer of them."""
     text = (CONFIGS / "facts.yaml").read_text().replace("{role: ", "{num_facts: 24, num_held_out: 6, num_notes: 9, role: ")
     path = folder / "facts.yaml"
-    path.write_text(text.replace("batch_size: 16", "batch_size: 8").replace("val_check_interval: 250", "val_check_interval: 4"))
+    path.write_text(text.replace("batch_size: 16", "batch_size: 8").replace("val_check_interval: 500", "val_check_interval: 4"))
     return str(path)
 
 
