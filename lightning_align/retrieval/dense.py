@@ -9,12 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 from lightning_align.retrieval.encoders import Encoder
 from lightning_align.retrieval.exact import ExactSearch, beside
 from lightning_align.retrieval.faiss_seam import (
-    REFINED,
     flat_vectors,
     free_neighbors,
     load_faiss,
     max_effort,
     pair_distances,
+    refined,
     refines,
     search_parameters,
 )
@@ -43,10 +43,11 @@ class DenseSearcher:
     def __init__(self, index: Any, groups: Ints, *, effort: int, vectors: NDArray[np.float16] | None = None) -> None:
         self.index, self.groups, self.effort, self.vectors = index, groups, effort, vectors
         # What candidates come from, and what compares them if that is another.
-        refined = load_faiss().downcast_index(index) if refines(index) else None
-        self._base = index if refined is None else refined.base_index
-        self._refine: Any = None if refined is None else refined.refine_index
-        flat = flat_vectors(index if refined is None else refined.refine_index)
+        both = load_faiss().downcast_index(index) if refines(index) else None
+        self._base = index if both is None else both.base_index
+        self._refine: Any = None if both is None else both.refine_index
+        self._candidates = 1 if both is None else refined(index, effort)
+        flat = flat_vectors(index if both is None else both.refine_index)
         self._exact = None if flat is None else ExactSearch(flat, groups)
         self._free = free_neighbors(index, effort)
         self._num_groups = int(groups.max(initial=0)) + 1
@@ -75,7 +76,7 @@ class DenseSearcher:
             np.full((len(queries), k), np.inf, dtype=np.float32),
         )
         # No more than wanted and all that is left out, in powers of two, so that as many are asked for with few searches.
-        struck, candidates = len(self.groups) - available, k if self._refine is None else REFINED * k
+        struck, candidates = len(self.groups) - available, min(self._candidates * k, len(self.groups))
         fetch = candidates + np.minimum(np.exp2(np.ceil(np.log2(np.maximum(struck, 1)))).astype(np.int64), MOST)
         fetch = np.maximum(fetch, max(candidates + MARGIN, self._free))
         fetch = np.minimum(np.where(struck > 0, fetch, k), len(self.groups))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 MAX_EFFORT = 1 << 16
 """Candidates of a graph search; no recall worth having needs more."""
 REFINED = 8
-"""Candidates for each neighbor wanted, whose distances an index that refines (RFlat, Refine) computes from better copies."""
+"""Candidates for each neighbor wanted, at least, whose distances an index that refines (RFlat) computes from better copies."""
 
 
 def load_faiss() -> ModuleType:
@@ -48,9 +48,9 @@ def set_effort(index: Any, effort: int) -> None:
     faiss = load_faiss()
     space = faiss.ParameterSpace()
     if refines(index):
-        faiss.downcast_index(index).k_factor = REFINED  # at 1, what faiss sets, nothing is gained by refining
+        faiss.downcast_index(index).k_factor = refined(index, effort)  # at 1, what faiss sets, nothing is gained by refining
     if is_ivf(index):
-        space.set_index_parameter(index, "nprobe", effort)
+        space.set_index_parameter(index, "nprobe", min(effort, faiss.extract_index_ivf(index).nlist))
         if isinstance(faiss.downcast_index(faiss.extract_index_ivf(index).quantizer), faiss.IndexHNSW):
             space.set_index_parameter(index, "quantizer_efSearch", max(16, 2 * effort))
     elif isinstance(inner(index), faiss.IndexHNSW):
@@ -61,7 +61,7 @@ def max_effort(index: Any) -> int:
     """The effort from which on more of it changes nothing."""
     faiss = load_faiss()
     if is_ivf(index):
-        return int(faiss.extract_index_ivf(index).nlist)
+        return int(faiss.extract_index_ivf(index).nlist) * (16 if refines(index) else 1)
     return min(int(index.ntotal), MAX_EFFORT) if isinstance(inner(index), faiss.IndexHNSW) else 1
 
 
@@ -78,6 +78,12 @@ def refines(index: Any) -> bool:
     """Whether candidates of one index are compared by the vectors of another, which keeps them better."""
     faiss = load_faiss()
     return isinstance(faiss.downcast_index(index), faiss.IndexRefine)
+
+
+def refined(index: Any, effort: int) -> int:
+    """Candidates for each neighbor that an index which refines compares: more and more from a quarter of all lists on."""
+    faiss = load_faiss()
+    return REFINED * max(1, 4 * effort // faiss.extract_index_ivf(index).nlist) if is_ivf(index) else REFINED
 
 
 def merge(index: Any, shard: Any) -> None:
@@ -135,9 +141,9 @@ def search_parameters(index: Any, selector: Any, effort: int) -> Any:
         return inside and faiss.SearchParametersPreTransform(index_params=inside)
     if isinstance(index, faiss.IndexRefine):
         inside = search_parameters(index.base_index, selector, effort)
-        return inside and faiss.IndexRefineSearchParameters(k_factor=REFINED, base_index_params=inside)
+        return inside and faiss.IndexRefineSearchParameters(k_factor=refined(index, effort), base_index_params=inside)
     if is_ivf(index):
-        return faiss.SearchParametersIVF(sel=selector, nprobe=effort)
+        return faiss.SearchParametersIVF(sel=selector, nprobe=min(effort, faiss.extract_index_ivf(index).nlist))
     if isinstance(index, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(sel=selector, efSearch=max(16, effort))
     return None if isinstance(index, faiss.IndexFastScan) else faiss.SearchParameters(sel=selector)

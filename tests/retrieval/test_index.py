@@ -69,6 +69,17 @@ def test_effort_is_raised_until_the_recall_is_reached(tmp_path):
     assert low["recall"] >= 0.3 and high["recall"] >= 0.99 and high["effort"] > low["effort"]
 
 
+def test_an_index_that_refines_compares_more_until_the_recall_is_reached(tmp_path):
+    data = vectors_of(4000, dim=32)
+    stage = build(tmp_path, data, factory="IVF16,PQ8x4fs,RFlat", min_recall=0.95)
+    table, groups = stage.manifest()["table"], np.arange(4000) // 10
+    assert table["recall"] >= 0.95 and table["effort"] > 16  # all lists were not enough
+    searcher = DenseSearcher(open_index(stage), groups, effort=table["effort"])
+    found = searcher.nearest(data[:200].astype(np.float32), 2, Forbidden(np.arange(200), groups[:200]))
+    truth = brute_force(data, data[:200], 2, groups[None] != groups[:200, None])
+    assert (found.distances <= truth[:, -1:] + 1e-3).mean() > 0.93
+
+
 def test_recall_is_the_share_of_true_neighbors():
     data = vectors_of(500)
     index = faiss.IndexFlatL2(DIM)
