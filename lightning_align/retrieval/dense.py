@@ -13,8 +13,8 @@ from lightning_align.retrieval.faiss_seam import (
     free_neighbors,
     load_faiss,
     max_effort,
+    num_candidates,
     pair_distances,
-    refined,
     refines,
     search_parameters,
 )
@@ -46,7 +46,7 @@ class DenseSearcher:
         both = load_faiss().downcast_index(index) if refines(index) else None
         self._base = index if both is None else both.base_index
         self._refine: Any = None if both is None else both.refine_index
-        self._candidates = 1 if both is None else refined(index, effort)
+        self._candidates = 1 if both is None else num_candidates(index, effort)
         flat = flat_vectors(index if both is None else both.refine_index)
         self._exact = None if flat is None else ExactSearch(flat, groups)
         self._free = free_neighbors(index, effort)
@@ -121,18 +121,22 @@ class DenseSearcher:
         """Search only what is allowed, looking at more and more of the index until there is enough."""
         faiss = load_faiss()
         k = result.ids.shape[1]
-        left_out = [self._order[: self._starts[0]], *(self._order[self._starts[g] : self._starts[g + 1]] for g in groups)]
-        batch = faiss.IDSelectorBatch(np.concatenate(left_out))
+        parts = [self._order[: self._starts[0]], *(self._order[self._starts[g] : self._starts[g + 1]] for g in groups)]
+        left_out = np.concatenate(parts)
+        batch = faiss.IDSelectorBatch(left_out)
         effort = self.effort
         while len(rows):
             parameters = search_parameters(self.index, faiss.IDSelectorNot(batch), effort)
-            if parameters is None:  # it can only be asked for all
-                distances, ids = self.index.search(queries[rows], len(self.groups))
-                allowed = (ids >= 0) & ~np.isin(ids, np.concatenate(left_out))
-            else:
-                distances, ids = self.index.search(queries[rows], k, params=parameters)
-                allowed = ids >= 0
-            rows = _fill(result, rows, pick(ids, distances, allowed, k), wanted)
+            if parameters is None:
+                # It can only be asked for as many as may be left out besides; a query at a time, for these may be nearly all.
+                number = min(k + len(left_out), len(self.groups))
+                for row in rows:
+                    distances, ids = self.index.search(queries[row : row + 1], number)
+                    allowed = (ids >= 0) & ~np.isin(ids, left_out)
+                    _fill(result, np.array([row]), pick(ids, distances, allowed, k), wanted)
+                break
+            distances, ids = self.index.search(queries[rows], k, params=parameters)
+            rows = _fill(result, rows, pick(ids, distances, ids >= 0, k), wanted)
             if effort >= max_effort(self.index):
                 break
             effort *= 2

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 MAX_EFFORT = 1 << 16
 """Candidates of a graph search; no recall worth having needs more."""
-REFINED = 8
+CANDIDATES = 8
 """Candidates for each neighbor wanted, at least, whose distances an index that refines (RFlat) computes from better copies."""
 
 
@@ -48,7 +48,9 @@ def set_effort(index: Any, effort: int) -> None:
     faiss = load_faiss()
     space = faiss.ParameterSpace()
     if refines(index):
-        faiss.downcast_index(index).k_factor = refined(index, effort)  # at 1, what faiss sets, nothing is gained by refining
+        faiss.downcast_index(index).k_factor = num_candidates(
+            index, effort
+        )  # at 1, what faiss sets, nothing is gained by refining
     if is_ivf(index):
         space.set_index_parameter(index, "nprobe", min(effort, faiss.extract_index_ivf(index).nlist))
         if isinstance(faiss.downcast_index(faiss.extract_index_ivf(index).quantizer), faiss.IndexHNSW):
@@ -80,10 +82,10 @@ def refines(index: Any) -> bool:
     return isinstance(faiss.downcast_index(index), faiss.IndexRefine)
 
 
-def refined(index: Any, effort: int) -> int:
+def num_candidates(index: Any, effort: int) -> int:
     """Candidates for each neighbor that an index which refines compares: more and more from a quarter of all lists on."""
     faiss = load_faiss()
-    return REFINED * max(1, 4 * effort // faiss.extract_index_ivf(index).nlist) if is_ivf(index) else REFINED
+    return CANDIDATES * max(1, 4 * effort // faiss.extract_index_ivf(index).nlist) if is_ivf(index) else CANDIDATES
 
 
 def merge(index: Any, shard: Any) -> None:
@@ -141,7 +143,7 @@ def search_parameters(index: Any, selector: Any, effort: int) -> Any:
         return inside and faiss.SearchParametersPreTransform(index_params=inside)
     if isinstance(index, faiss.IndexRefine):
         inside = search_parameters(index.base_index, selector, effort)
-        return inside and faiss.IndexRefineSearchParameters(k_factor=refined(index, effort), base_index_params=inside)
+        return inside and faiss.IndexRefineSearchParameters(k_factor=num_candidates(index, effort), base_index_params=inside)
     if is_ivf(index):
         return faiss.SearchParametersIVF(sel=selector, nprobe=min(effort, faiss.extract_index_ivf(index).nlist))
     if isinstance(index, faiss.IndexHNSW):

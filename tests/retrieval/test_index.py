@@ -77,6 +77,7 @@ def test_an_index_that_refines_compares_more_until_the_recall_is_reached(tmp_pat
     searcher = DenseSearcher(open_index(stage), groups, effort=table["effort"])
     found = searcher.nearest(data[:200].astype(np.float32), 2, Forbidden(np.arange(200), groups[:200]))
     truth = brute_force(data, data[:200], 2, groups[None] != groups[:200, None])
+    # The recall was measured without leaving anything out, so that of these 400 neighbors may be a little lower.
     assert (found.distances <= truth[:, -1:] + 1e-3).mean() > 0.93
 
 
