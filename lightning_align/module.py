@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.memory import keep_freed_memory
 from lightning_align.models.checkpoint import (
     PREFIX,
     Backbone,
@@ -91,6 +92,11 @@ class AlignModule(L.LightningModule):
         self._weight: Tensor | float = 0.0
         self._tokens = self._cells = torch.zeros((), dtype=torch.long)
         self._clock, self._timed_step = math.nan, 0
+
+    def setup(self, stage: str) -> None:
+        """Settle how memory is allocated before the first of it is."""
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
 
     # -- the policy
 

@@ -16,7 +16,7 @@ PACKAGE = "lightning_align"
 ROOT = Path(__file__).parent.parent / PACKAGE
 MAX_LINES = 500
 LAYERS = (
-    ("types", "distributed", "hub"),
+    ("types", "distributed", "hub", "memory"),
     ("models", "data", "retrieval", "metrics"),
     ("logprobs", "generation"),
     ("reference", "stored", "pairwise", "module", "datamodule", "callbacks", "export", "schedules"),
