@@ -2,7 +2,8 @@
 
 The peer trains x-transformers' TransformerWrapper, since it has no model of its own; ours trains a PaLM of the same width,
 depth and heads under Lightning's Trainer. Both answer the prompts of a batch with temperature 0.7 and top-p 0.9 and score both
-answers under policy and opponent.
+answers under policy and opponent. The peer runs in a process of its own, with the allocator as it finds it: a fit of ours
+on a CPU tells it to keep what is freed.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import contextlib
 import functools
 import importlib.metadata
 import io
+import json
 import sys
 import warnings
 from types import SimpleNamespace
@@ -84,7 +86,7 @@ def ours(rows: Tensor, vocabulary: int, steps: int) -> list[common.Timing]:
     return clock.timings[1:]
 
 
-def peer(rows: Tensor, vocabulary: int) -> list[common.Timing]:
+def peer(rows: Tensor, vocabulary: int) -> common.Timing:
     """One step of the peer, as its trainer takes it."""
     from self_rewarding_lm_pytorch import SPINTrainer
     from x_transformers import Decoder, TransformerWrapper
@@ -103,7 +105,13 @@ def peer(rows: Tensor, vocabulary: int) -> list[common.Timing]:
     )
     with common.Meter() as meter, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         trainer()
-    return [common.Timing(meter.seconds, meter.others)]
+    return common.Timing(meter.seconds, meter.others)
+
+
+def batch(vocabulary: int, length: int) -> Tensor:
+    """The rows of both sides."""
+    torch.manual_seed(0)
+    return torch.randint(2, vocabulary, (BATCH, length))
 
 
 def report(steps: int, cases: list[int]) -> None:
@@ -116,12 +124,13 @@ def report(steps: int, cases: list[int]) -> None:
         f"{torch.get_num_threads()} threads, random weights. One step of the peer, between two halves of {2 * steps} of ours.",
     )
     rows, claims = [], []
-    for vocabulary, length, least in (CASES[number] for number in cases):
-        torch.manual_seed(0)
-        batch = torch.randint(2, vocabulary, (BATCH, length))
-        mine = ours(batch, vocabulary, steps)
-        theirs = peer(batch, vocabulary)
-        mine += ours(batch, vocabulary, steps)
+    for number in cases:
+        vocabulary, length, least = CASES[number]
+        rows_of_both = batch(vocabulary, length)
+        mine = ours(rows_of_both, vocabulary, steps)
+        threads = str(torch.get_num_threads())
+        theirs = [common.Timing(**common.in_subprocess(__file__, "--peer", str(number), "--threads", threads))]
+        mine += ours(rows_of_both, vocabulary, steps)
         seconds, other = common.median(t.seconds for t in mine), theirs[0].seconds
         cells = {"vocabulary": f"{vocabulary:,}", "tokens": str(length), "peer, s/step": f"{other:.2f}"}
         rows.append(
@@ -146,10 +155,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--cases", type=int, nargs="+", default=[0, 1], help=f"of {CASES}")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer", type=int, help="of the same: print the peer's one step as JSON")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    report(arguments.steps, arguments.cases)
+    if arguments.peer is None:
+        report(arguments.steps, arguments.cases)
+    else:
+        vocabulary, length, _ = CASES[arguments.peer]
+        print(json.dumps(peer(batch(vocabulary, length), vocabulary)._asdict()))
 
 
 if __name__ == "__main__":

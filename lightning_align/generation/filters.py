@@ -67,6 +67,10 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
         (B,) int64. Without a synchronisation with the device.
     """
     rows, vocabulary = weights.shape
+    if vocabulary <= BLOCK:
+        reached = weights.cumsum(dim=-1)
+        bound = (uniforms[:, None] * reached[:, -1:]).minimum(reached[:, -1:] * BELOW_ONE)
+        return (reached <= bound).sum(dim=-1)
     if vocabulary % BLOCK:
         weights = F.pad(weights, (0, BLOCK - vocabulary % BLOCK))
     blocks = weights.view(rows, -1, BLOCK)

@@ -1,7 +1,8 @@
 """Weights in the layout that oneDNN multiplies fastest with, for the few rows of a decoding step on a CPU.
 
 A matrix product with a handful of rows is as fast as its weights come from memory, which the general routine, made for
-many rows, is two to four times short of. Packing is a copy of the weights, so it is done once for many steps.
+many rows, is two to four times short of. Packing is a copy of the weights, so it is done once for many steps, and not at all
+for a single row: a row by a matrix is faster from the weights as they are.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,21 +17,27 @@ LEAST = 2**15
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """`F.linear` with a weight that is packed now, or None where packing is of no use or not possible.
+    """`F.linear` with a weight that is packed when it is first of use, or None where it is of none or not possible.
 
     Args:
-        weight: (V, D); later changes to it are not seen.
+        weight: (V, D), which must not change from now on.
         bias: (V,) or None.
     """
     usable = weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter) and _packs(weight.dtype)
     if not usable or weight.numel() < LEAST or not torch._C._has_mkldnn or torch.is_autocast_enabled("cpu"):
         return None
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    plain, packed = weight.detach(), None
 
     def linear(x: Tensor) -> Tensor:
+        nonlocal packed
         if x.dtype is not weight.dtype:
             return F.linear(x, weight, bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        rows = x.numel() // x.shape[-1]
+        # A step appends one column; what appends more is the prompt, read once.
+        step = rows > 1 and (x.ndim == 2 or x.shape[-2] == 1)
+        if step and packed is None:
+            packed = torch.ops.mkldnn._reorder_linear_weight(plain)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed if step else plain, bias, "none", [], "")
         return product
 
     return linear

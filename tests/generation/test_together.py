@@ -154,6 +154,10 @@ def test_packed_products_are_products(bias: bool) -> None:
         with packed_linears(model):
             assert "forward" in vars(linear) and "forward" not in vars(model[2])
             torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+            # One row, a prompt and a head are each multiplied in a way of their own.
+            for other in (x[:1], x.view(1, 3, 200), x.view(3, 200)):
+                rows = other.numel() // 200
+                torch.testing.assert_close(model(other).view(rows, 1, 5), expected[:rows], rtol=1e-5, atol=1e-5)
         assert "forward" not in vars(linear)
         linear.weight.add_(1)
         assert not torch.allclose(model(x), expected)  # not the packed weights of before
