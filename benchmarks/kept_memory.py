@@ -1,0 +1,108 @@
+"""A fit on a CPU that keeps freed memory, as it does by itself, against one that hands it back to the system.
+
+Each run is a process of its own. The second has an empty LD_PRELOAD, whose one effect is that the allocator is left alone.
+"""
+
+import argparse
+import json
+import logging
+import os
+import warnings
+from typing import Any
+
+import _common as common
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_align import PaLM, SFTModule
+from lightning_align.memory import CHOSEN
+
+VOCABULARY, WIDTH, DEPTH, ROWS, STEPS = 256, 256, 4, 16, 6
+LENGTHS = (128, 512)
+
+
+class Clock(L.Callback):
+    """Times each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start."""
+        self.meter = common.Meter().__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop."""
+        self.meter.__exit__()
+        self.seconds.append(self.meter.seconds)
+
+
+def fit(length: int) -> dict[str, float]:
+    """The median step, and the most memory that the process had."""
+    torch.manual_seed(0)
+    rows = torch.randint(2, VOCABULARY, (ROWS, length))
+    targets = (torch.arange(length) > 0).expand_as(rows)
+    batch = {"tokens": rows, "mask": torch.ones_like(targets), "targets": targets}
+    clock = Clock()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=STEPS + 1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    )
+    module = SFTModule(PaLM(num_tokens=VOCABULARY, dim=WIDTH, depth=DEPTH, heads=4, dim_head=64))
+    trainer.fit(module, DataLoader([batch] * (STEPS + 1), batch_size=None))  # type: ignore[arg-type]
+    return {"seconds": common.median(clock.seconds[1:]), "peak": common.peak()}
+
+
+def report(rounds: int, threads: int) -> None:
+    """Print the section."""
+    common.heading(
+        "Freed memory that is kept",
+        f"A step of SFT under the Trainer on a CPU: {ROWS} rows, width {WIDTH}, depth {DEPTH}, vocabulary {VOCABULARY}, "
+        f"float32, {threads} threads. Runs of {STEPS} steps, a process each; {rounds} of each kind, alternating; medians.",
+    )
+    for name in CHOSEN:
+        os.environ.pop(name, None)
+    table = []
+    for length in LENGTHS:
+        runs: dict[str, list[dict[str, float]]] = {"kept": [], "handed back": []}
+        for _ in range(rounds):
+            for side, found in runs.items():
+                if side == "handed back":
+                    os.environ["LD_PRELOAD"] = ""
+                found.append(common.in_subprocess(__file__, "--length", str(length), "--threads", str(threads)))
+                os.environ.pop("LD_PRELOAD", None)
+        cells: dict[str, str] = {"tokens a row": str(length)}
+        for side, found in runs.items():
+            cells[f"{side}, s/step"] = f"{common.median(run['seconds'] for run in found):.3f}"
+            cells[f"{side}, MiB"] = f"{common.median(run['peak'] for run in found) / 2**20:,.0f}"
+        pairs = list(zip(runs["kept"], runs["handed back"], strict=True))
+        for what, key in (("time", "seconds"), ("memory", "peak")):
+            cells[f"ratio of {what}"] = f"{common.median(kept[key] / back[key] for kept, back in pairs):.2f}"
+        table.append(cells)
+    print(common.table(table))
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--length", type=int, help="print one run of rows of this length as JSON")
+    arguments = parser.parse_args()
+    if arguments.length is None:
+        report(arguments.rounds, arguments.threads)
+        return
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(arguments.threads)
+    print(json.dumps(fit(arguments.length)))
+
+
+if __name__ == "__main__":
+    main()
