@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_align.models.language_model import Head
+
 
 @dataclass
 class LoRAConfig:
@@ -26,7 +28,8 @@ class LoRAConfig:
         rank: r, the rank of the term.
         alpha: the term is scaled by alpha / rank (or alpha / sqrt(rank)).
         dropout: dropout on the input of the term.
-        targets: names of linear layers, as shell patterns that match the last part or the whole of the dotted name.
+        targets: names of linear layers, as shell patterns that match the last part or the whole of the dotted name. `*` leaves
+            the output layer out, whose name has to be given.
         rslora: whether to divide by sqrt(rank) in place of rank.
         scope: name of this set of adapters.
     """
@@ -98,6 +101,11 @@ class LoRALinear(nn.Linear):
         return y
 
 
+def is_adapted(layer: nn.Module | None) -> bool:
+    """Whether adapters take part in a layer's output beyond what its weight says."""
+    return isinstance(layer, LoRALinear) and any(scope not in layer.merged for scope in layer.active)
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name.rpartition(".")[2], p) for p in patterns)
 
@@ -132,10 +140,14 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> li
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = [name for name in linears if _matches(name, config.targets) and ".lora." not in f".{name}."]
+    # With an adapter on it, the output layer is no longer a weight from which log-probs come in pieces.
+    named, head = [pattern for pattern in config.targets if pattern != "*"], getattr(model, "head", None)
+    if isinstance(head, Head):
+        names = [name for name in names if linears[name].weight is not head.weight or _matches(name, named)]
     if not names:
         raise ValueError(
             f"LoRA: targets {list(config.targets)} match none of the linear layers "
-            f"{sorted({name.rpartition('.')[2] for name in linears})}"
+            f"{sorted({name.rpartition('.')[2] for name in linears})} (`*` does not stand for the output layer)"
         )
     for name in names:
         layer = linears[name]

@@ -21,6 +21,7 @@ from lightning_align.models.attention import (
     attention_mask,
 )
 from lightning_align.models.language_model import Head
+from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 
 # xPos scales a query by s^(t/b - c) and a key by its inverse. The centre c cancels in q.k, so any constant is right, but
@@ -248,12 +249,14 @@ class PaLM(nn.Module):
                     nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
 
     @property
-    def head(self) -> Head:
-        """Weight and bias such that ``linear(hidden, weight, bias)`` are the logits.
+    def head(self) -> Head | None:
+        """Weight and bias such that ``linear(hidden, weight, bias)`` are the logits; None where an adapter adds to them.
 
         A property and not a module: a second name for the embedding's weight would come apart from it on the way from
         the meta device, and would stand twice in every checkpoint.
         """
+        if is_adapted(self.to_logits):
+            return None
         return Head(self.token_emb.weight if self.to_logits is None else self.to_logits.weight, None)
 
     def make_cache(self, batch: int, length: int) -> KVCache:
@@ -354,4 +357,4 @@ class PaLM(nn.Module):
     ) -> Tensor:
         """Logits (B, N, V); the arguments are those of `hidden`."""
         hidden = self.hidden(tokens, mask=mask, positions=positions, cache=cache)
-        return self.head.logits(hidden)
+        return F.linear(hidden, self.token_emb.weight) if self.to_logits is None else self.to_logits(hidden)

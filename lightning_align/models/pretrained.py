@@ -1,6 +1,7 @@
 """Causal language models of transformers, with the fast paths of this package. Needs the extra `hf`."""
 
 import importlib.util
+import inspect
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_align.hub import out_of_reach
 from lightning_align.models.language_model import Head
+from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 from lightning_align.models.peft_adapters import TRAINED, add_peft, has_peft, peft_disabled
 
@@ -105,6 +107,9 @@ class PretrainedLM(nn.Module):
             "adapter": described_adapter,  # without its folder: a checkpoint has the weights
         }
         self.model.eval()
+        if not _keeps_keys(self.decoder, self.config):
+            # Found by capability: without it, decoding reads the rows again at every step, which is slower and right.
+            self.make_cache = None  # type: ignore[method-assign,assignment]
         self._softcap: float | None = None
         self._scale = self._probe()
         self.model.train()  # as any module begins
@@ -166,6 +171,8 @@ class PretrainedLM(nn.Module):
         if self._scale is None:
             return None
         layer = self.model.get_output_embeddings()
+        if is_adapted(layer):
+            return None
         return Head(layer.weight, layer.bias, self._softcap)
 
     @property
@@ -247,6 +254,18 @@ class PretrainedCache:
     def select(self, rows: Tensor) -> None:
         """Go on with these rows (int64), which may repeat."""
         self.past.batch_select_indices(rows)
+
+
+def _keeps_keys(decoder: nn.Module, config: Any) -> bool:
+    """Whether all that a model remembers are keys and values a column, of which rows can be chosen.
+
+    Recurrent models keep a state, in a cache of their own or in layers that rows cannot be chosen from.
+    """
+    from transformers import DynamicCache
+
+    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+        return False
+    return all(hasattr(layer, "batch_select_indices") for layer in DynamicCache(config=config).layers)
 
 
 def _weights_came(module: nn.Module, _: Any) -> None:

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.logprobs import response_logprobs
+from lightning_align.models.language_model import has_hidden
 from lightning_align.models.lora import (
     LoRAConfig,
     LoRALinear,
@@ -21,7 +24,7 @@ from lightning_align.models.lora import (
     use_lora,
     using_lora,
 )
-from tests.toys import VOCABULARY, gap, state_of, tiny_palm
+from tests.toys import VOCABULARY, gap, slow_logprobs, state_of, tiny_palm, token_batch
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
@@ -160,6 +163,38 @@ def test_patterns_match_the_last_part_or_the_whole(targets: list[str], count: in
     model = tiny_palm()
     assert len(add_lora(model, LoRAConfig(targets=targets))) == count
     assert len(lora_layers(model)) == count
+
+
+def test_the_output_layer_has_to_be_named_and_then_counts() -> None:
+    model = tiny_palm(tie_embeddings=False)
+    assert len(add_lora(model, LoRAConfig(rank=2))) == 6  # all but the output layer
+    assert has_hidden(model)
+    names = add_lora(model, LoRAConfig(rank=2, targets=["*", "to_logits"], scope="all"))
+    assert len(names) == 7 and not has_hidden(model)  # log-probs from whole logits
+    train_only(model, "all")
+    with torch.no_grad():
+        for parameter in lora_parameters(model, "all"):
+            parameter.normal_(std=0.3)
+    batch = token_batch([2, 3], [4, 2])
+    sums = response_logprobs(model, batch).sums
+    assert sums.tolist() == pytest.approx(slow_logprobs(model, batch)[0], rel=1e-5)
+    sums.sum().backward()
+    assert all(bool(parameter.grad is not None and parameter.grad.any()) for parameter in lora_parameters(model, "all"))
+    (answer,) = generate(model, [[1, 2, 3]], GenerationConfig(max_new_tokens=3, temperature=0))[0]
+    tokens = torch.tensor([[1, 2, 3, *answer.tokens]])
+    assert model(tokens)[0, 2:-1].argmax(-1).tolist() == answer.tokens
+    with using_lora(model, "default"):
+        assert has_hidden(model)
+    merge_lora(model, "all")
+    assert has_hidden(model)  # now its weight says all
+    torch.testing.assert_close(response_logprobs(model, batch).sums, sums, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_of_an_output_layer_alone_is_refused() -> None:
+    model = tiny_palm(tie_embeddings=False)
+    model.blocks = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match="does not stand for the output layer"):
+        add_lora(model, LoRAConfig())
 
 
 def test_only_a_scope_trains() -> None:

@@ -100,6 +100,27 @@ def test_decoding_together_is_what_transformers_decodes_alone(family: str) -> No
             assert sample.tokens == theirs[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("mamba", {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+        ("lfm2", {**SIZES, "num_key_value_heads": 2, "full_attn_idxs": [1]}),
+    ],
+)
+def test_models_that_keep_a_state_decode_without_a_cache(family: str, config: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = PretrainedLM(config={"model_type": family, **config}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3 if parameter.ndim > 1 else 1)
+    assert has_hidden(model) and not has_cache(model)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    answers = generate(model, prompts, GenerationConfig(max_new_tokens=6, temperature=0))
+    for prompt, (answer,) in zip(prompts, answers, strict=True):
+        tokens = torch.tensor([prompt + answer.tokens])
+        assert model(tokens)[0, len(prompt) - 1 : -1].argmax(-1).tolist() == answer.tokens
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_out_and_in_again(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
