@@ -146,7 +146,7 @@ def _digest(text: str) -> str:
 
 def _read_responses(path: Path, requests: list[dict[str, Any]], eos_id: int) -> list[list[Generation]]:
     found: dict[int, list[Generation]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
             answers = [

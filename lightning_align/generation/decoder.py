@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.generation.packing import pack
-from lightning_align.models.language_model import HiddenModel, has_cache, logits_of
+from lightning_align.models.language_model import HiddenModel, context_length, has_cache, logits_of
 
 
 class Decoder(Protocol):
@@ -65,7 +65,9 @@ class _CachedDecoder:
         self.prompts = torch.tensor([[0] * (self.stop - len(p)) + p for p in prompts], device=device)
         starts = torch.tensor([self.stop - len(p) for p in prompts], device=device)[:, None]
         columns = torch.arange(self.stop + limit, device=device)
-        self.positions = (columns - starts).clamp(min=0)
+        # A row that has reached the end of the context stays until others are done; what it is given then is not read.
+        last = (context_length(model) or len(columns)) - 1
+        self.positions = (columns - starts).clamp(min=0, max=last)
         # Without padding there is nothing to mask but the future, which the cache's own layout does.
         self.exists = columns >= starts if len(set(map(len, prompts))) > 1 else None
         self.cache = model.make_cache(len(prompts), len(columns)) if cache is None else cache
@@ -104,7 +106,9 @@ class _PlainDecoder:
 
     def __init__(self, model: nn.Module, prompts: list[list[int]], limit: int, device: torch.device) -> None:
         self.model, self.width = model, max(map(len, prompts))
-        self.tokens = torch.zeros(len(prompts), self.width + limit, dtype=torch.long, device=device)
+        # No longer than the context: a row that fills it stays until others are done, and what it is given then is not read.
+        self.most = min(self.width + limit, context_length(model) or self.width + limit)
+        self.tokens = torch.zeros(len(prompts), self.most, dtype=torch.long, device=device)
         for row, prompt in zip(self.tokens, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt, device=device)
         self.places = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -118,8 +122,8 @@ class _PlainDecoder:
         return logits.index_select(0, rows)
 
     def step(self, tokens: Tensor) -> Tensor:
-        self.tokens.scatter_(1, self.places[:, None], tokens[:, None])
-        self.places, self.width = self.places + 1, self.width + 1
+        self.tokens.scatter_(1, self.places.clamp(max=self.most - 1)[:, None], tokens[:, None])
+        self.places, self.width = (self.places + 1).clamp(max=self.most), min(self.width + 1, self.most)
         return self._forward()
 
     def _forward(self) -> Tensor:

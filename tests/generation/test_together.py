@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from lightning_align.generation.packing import pack, packed_linears
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, using_lora
+from lightning_align.models.pretrained import PretrainedLM
 from tests.toys import VOCABULARY, Plain, tiny_palm
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5], [7], [2, 7, 1, 8], [2, 8]]
@@ -165,6 +166,38 @@ def test_packed_products_are_products(bias: bool) -> None:
     halves, packed = linear.bfloat16(), pack(linear.weight.bfloat16(), linear.bias)
     if packed is not None:  # on processors that multiply bfloat16
         torch.testing.assert_close(packed(x.bfloat16()), halves(x.bfloat16()), rtol=0.02, atol=0.02)
+
+
+class Bounded(nn.Module):
+    """Learned positions, of which there are sixteen; each token reads the one before."""
+
+    max_seq_len = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.places, self.out = nn.Embedding(11, 8), nn.Embedding(16, 8), nn.Linear(8, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.places(torch.arange(tokens.shape[1]))
+        logits: Tensor = self.out(x + x.roll(1, 1))
+        return logits
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_row_of_a_batch_goes_past_the_context(cached: bool) -> None:
+    if cached:
+        pytest.importorskip("transformers")
+        config = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 16}
+        model: nn.Module = PretrainedLM(config=config).eval()
+    else:
+        model = Bounded()
+    # Too few are done when the long one is for it to leave the others.
+    prompts = [[1 + i, 2, 3] for i in range(7)] + [[4] * 14]
+    together = generate(model, prompts, GenerationConfig(max_new_tokens=12, temperature=0))
+    assert [len(answer.tokens) for (answer,) in together] == [12] * 7 + [2]
+    for prompt, answers in zip(prompts, together, strict=True):
+        assert generate(model, [prompt], GenerationConfig(max_new_tokens=12, temperature=0))[0] == answers
 
 
 def test_packing_steps_aside_when_a_block_fails() -> None:
