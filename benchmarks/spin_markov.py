@@ -199,10 +199,13 @@ class Seed:
         trainer.fit(module, data)
         return trainer
 
-    def data(self, kind: type[SFTDataModule] | type[SPINDataModule]) -> Any:
-        """The demonstrations."""
-        # The loss of fine-tuning is a mean over a batch's tokens, in which rows of one length would outweigh those of another.
-        options: dict[str, Any] = {"batch_size": BATCH, "max_length": LENGTH, "group_by_length": False}
+    def data(self, kind: type[SFTDataModule] | type[SPINDataModule], *, grouped: bool = False) -> Any:
+        """The demonstrations.
+
+        The loss of fine-tuning is a mean over a batch's tokens, in which rows of one length would outweigh those of another, so
+        its rows are not grouped by length; that of pairs is a mean over pairs.
+        """
+        options: dict[str, Any] = {"batch_size": BATCH, "max_length": LENGTH, "group_by_length": grouped}
         return kind(self.task, **options, cache_dir=str(self.folder / "cache"))
 
     def start(self) -> Point:
@@ -244,7 +247,9 @@ class Seed:
         )
         with tempfile.TemporaryDirectory(dir=self.folder) as sets:
             play = SelfPlayGeneration(**loop, folder=sets)
-            self.fit(player, self.data(SPINDataModule), play, measure, epochs=-1)
+            self.fit(
+                player, self.data(SPINDataModule, grouped=settings.get("generate") != "per_step"), play, measure, epochs=-1
+            )
         return measure.points
 
 

@@ -131,8 +131,8 @@ class ChunkTable(_Folder):
     @cached_property
     def document_ids(self) -> list[str]:
         """(D,) the names that the documents came with."""
-        lines = (self.folder / "document_ids.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        with (self.folder / "document_ids.jsonl").open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
 
     def __len__(self) -> int:
         return int(self.chunk_offsets[-1])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -301,8 +302,8 @@ class SelfPlayGeneration(Callback):
         if not trainer.is_global_zero or not played:
             return
         stage = "validation" if "validation" in played else "train"
-        lines = (self._root / stage / "part-00000.jsonl").read_text(encoding="utf-8").splitlines()[:SHOWN]
-        rows = [json.loads(line) for line in lines]
+        with (self._root / stage / "part-00000.jsonl").open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in islice(lines, SHOWN)]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("spin/generations", _table(rows), self.iteration)

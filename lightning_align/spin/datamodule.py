@@ -33,7 +33,7 @@ class SPINDataModule(AlignDataModule):
             return super().train_dataloader()
         if "validation" in self.sources:
             self._pairs("validation")  # now, while the opponent is what it will be compared with
-        sampler = self._sampler(store, self.batch_size, shuffle=True)
+        sampler = self._sampler(store, self.batch_size, shuffle=True, grouped=self.group_by_length)
         return self._loader(store, sampler, self._collate_pairs(), resumable=True)
 
     def val_dataloader(self) -> Loader:

@@ -97,11 +97,12 @@ class GeneratedSet:
         if manifest.exists() and _read_json(manifest)["sha256"].get(path.name) != _digest(path):
             raise ValueError(f"{path}: is not what was generated (another SHA-256 than in {manifest.name}). {remedy}")
         rows: list[Row] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: is not JSON ({error}). {remedy}") from error
+        with path.open(encoding="utf-8") as lines:  # not `splitlines`, which also parts at U+2028 and the like
+            for number, line in enumerate(lines, start=1):
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}:{number}: is not JSON ({error}). {remedy}") from error
         found, expected = [row.get("row") for row in rows], self.parts[part]
         if found != expected:
             lost = [row for row in expected if row not in found][:3]

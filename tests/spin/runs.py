@@ -23,7 +23,8 @@ GENERATION = GenerationConfig(max_new_tokens=5, batch_size=4, seed=3)
 def write_rows(folder: Path) -> str:
     path = folder / "rows.jsonl"
     rows = [{"prompt": f"{i}{'+' * (i % 3)}1=", "response": str(i + 1)} for i in range(ROWS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not path.exists():
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 

@@ -1,5 +1,6 @@
 """The loop: what is generated when and by whom, and a run that is cut off anywhere."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,32 @@ def test_a_folder_of_other_weights_or_settings_is_named(tmp_path: Path) -> None:
 def test_impossible_loops_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         start(tmp_path, loop=arguments)
+
+
+def test_texts_may_have_characters_that_part_lines(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}\u2028\x85", "response": "\u2029b"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer, _ = finish(tmp_path, loop={"iterations": 1, "epochs": 1})
+    assert trainer.global_step == 1
+
+
+def test_rows_are_grouped_by_length_only_where_asked(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "response": "a" * n} for n in range(1, 13)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spreads = {}
+    for grouped in (True, False):
+        trainer, module, data = start(tmp_path, loop={"iterations": 1, "epochs": 1, "folder": str(tmp_path / str(grouped))})
+        data.group_by_length, data.batch_size, seen = grouped, 4, []
+
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+                counts = batch["pairs"]["targets"].sum(1)
+                seen.append(counts[: len(counts) // 2])  # noqa: B023  # called within this round
+
+        trainer.callbacks.append(Watch())
+        trainer.fit(module, data)
+        spreads[grouped] = sum(int(counts.max() - counts.min()) for counts in seen)
+    assert spreads[True] < spreads[False]
 
 
 def test_the_callback_comes_with_the_module(tmp_path: Path) -> None:
