@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +19,7 @@ from lightning_align.calm.model import CALM
 from lightning_align.calm.probe import check_frozen
 from lightning_align.calm.spec import Augment, AugmentInput
 from lightning_align.calm.states import StateStore
-from lightning_align.generation.sampler import GenerationConfig
+from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.logprobs import logits_logprobs, select_targets, sum_logprobs, target_logprobs
 from lightning_align.metrics import TokenNLL
 from lightning_align.models.checkpoint import Backbone, build_backbone, load_policy
@@ -241,29 +241,35 @@ class CALMModule(AlignModule):
 
     # -- prediction
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Continue prompts; see `AlignModule.predict_step`.
+    def continue_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        eos_id: int | None = None,
+        ids: Sequence[int] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> list[list[Generation]]:
+        """Continue prompts; see `AlignModule.continue_prompts`.
 
         An augment with its own tokenizer reads the text so far at every step, and one that reads a prefix without a cache
         has to be given it: then prompts are continued one by one.
         """
         readers = self.policy.readers
         if not any(r.own or (r.prefix and self.policy.make_cache is None) for r in readers):
-            return super().predict_step(batch, batch_idx)
+            return super().continue_prompts(prompts, config, eos_id=eos_id, ids=ids, decode=decode)
+        realign = getattr(getattr(self._trainer, "datamodule", None), "augment_inputs", None)
         results = []
-        for number, prompt in enumerate(batch["prompts"]):
-            one = {"prompts": [prompt], "rows": batch["rows"][number : number + 1]}
+        for number, prompt in zip(range(len(prompts)) if ids is None else ids, prompts, strict=True):
             start = torch.tensor([prompt], device=self.device)
 
             def inputs(tokens: Tensor, start: Tensor = start) -> list[AugmentInput | None]:
-                mask = torch.ones_like(tokens, dtype=torch.bool)
-                realign = getattr(getattr(self.trainer, "datamodule", None), "augment_inputs", None)
-                given = realign(tokens, mask) if realign else []
+                given = realign(tokens, torch.ones_like(tokens, dtype=torch.bool)) if realign else []
                 given = given or [None] * len(readers)
                 return [AugmentInput(start) if reader.prefix else own for reader, own in zip(readers, given, strict=True)]
 
             with self.policy.given(inputs):
-                results += super().predict_step(one, hash((batch_idx, number)))
+                results += super().continue_prompts([prompt], config, eos_id=eos_id, ids=[number], decode=decode)
         return results
 
     # -- checkpoints

@@ -14,13 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_align.callbacks import SampleLogger, SolveRate
 from lightning_align.calm.datamodule import CALMDataModule
 from lightning_align.calm.module import CALMModule, composed_logprobs
 from lightning_align.calm.spec import Augment
 from lightning_align.cli import run
 from lightning_align.data.tasks.key_value import KeyValue
+from lightning_align.generation.sampler import GenerationConfig
 from tests.calm.toys import MAKERS, SMALL, composed, palms
-from tests.toys import gap, largest_difference, slow_logprobs, split, state_of, tiny_palm, token_batch
+from tests.toys import Plain, gap, largest_difference, slow_logprobs, split, state_of, tiny_palm, token_batch
 
 SGD = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)
 ADAM = functools.partial(torch.optim.AdamW, lr=0.01)
@@ -163,6 +165,25 @@ def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
     assert "val/bits_per_byte" in fit.callback_metrics
     rows = [row for part in fit.predict(subject, data) or [] for row in part]
     assert [row["prompt"] for row in rows] == [f"{i} and" for i in range(6)]
+
+
+@pytest.mark.parametrize("spec", [{"tokens": "own"}, {"alignment": "prefix"}, {}], ids=["own tokenizer", "prefix", "aligned"])
+def test_callbacks_decode_what_predict_does(spec: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} and", "response": f" {i + 1}"}) + "\n" for i in range(3)))
+    realigned = {"augment_tokenizers": ["bytes"]} if "tokens" in spec else {}
+    data = CALMDataModule(str(path), validation=str(path), predict=str(path), cache_dir=str(tmp_path), **realigned)
+    # A module that maps tokens to logits and no more: the prefix has no cache to be kept in.
+    anchor = Plain(tiny_palm(num_tokens=259)) if "alignment" in spec else tiny_palm(num_tokens=259)
+    augment = Augment(tiny_palm(num_tokens=259, seed=1), num_connections=1, **spec)
+    subject = module(anchor=anchor, augments=[augment], anchor_layers="model.blocks.*" if "alignment" in spec else None)
+    subject.generation = GenerationConfig(max_new_tokens=3, temperature=0)
+    callbacks: list[Any] = [SampleLogger(num_samples=3, max_new_tokens=3), SolveRate(KeyValue(2), max_new_tokens=3)]
+    fit = trainer(tmp_path, max_epochs=1, enable_checkpointing=False, callbacks=callbacks)
+    fit.fit(subject, data)
+    assert "val/solved" in fit.callback_metrics
+    samples = [json.loads(line)["generated"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples == [row["responses"][0] for part in fit.predict(subject, data) or [] for row in part]
 
 
 @pytest.fixture
