@@ -22,7 +22,7 @@ from lightning_align.calm.connections import Connection, ConnectionConfig, Visib
 from lightning_align.calm.layers import Position, Tap, find_layers, visiting
 from lightning_align.calm.probe import check_finite, check_frozen, probe_width
 from lightning_align.calm.reading import Reader
-from lightning_align.calm.spec import Augment, AugmentInput, Inputs, Spot, augment_model, pairs_of
+from lightning_align.calm.spec import Augment, AugmentInput, Inputs, Spot, augment_model, check_realigned, pairs_of
 from lightning_align.distributed import publish
 from lightning_align.models.attention import attention_mask
 from lightning_align.models.checkpoint import load_weights, weights_hash
@@ -312,6 +312,8 @@ class CALM(nn.Module):
         cache: CALMCache | None,
     ) -> tuple[AugmentInput, Visible]:
         """What an augment reads now, and which of it each position of the anchor may see."""
+        if given is not None and given.ends is not None:
+            check_realigned(index, prefix=reader.prefix, own=reader.own)
         if reader.prefix:
             if given is None and cache is not None:
                 given = AugmentInput(tokens, mask)  # the prompt, of which the anchor makes its first columns

@@ -17,7 +17,7 @@ from lightning_align.calm.datamodule import CALMBatch
 from lightning_align.calm.layers import Position
 from lightning_align.calm.model import CALM
 from lightning_align.calm.probe import check_frozen
-from lightning_align.calm.spec import Augment, AugmentInput
+from lightning_align.calm.spec import Augment, AugmentInput, check_realigned
 from lightning_align.calm.states import StateStore
 from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.logprobs import logits_logprobs, select_targets, sum_logprobs, target_logprobs
@@ -140,6 +140,23 @@ class CALMModule(AlignModule):
         rank_zero_info(policy.describe())
         return policy
 
+    def setup(self, stage: str) -> None:
+        """Find out now, not at the first batch, whether the data module's tokenizers are of use to the augments.
+
+        Raises:
+            ValueError: if one is not.
+        """
+        super().setup(stage)
+        tokenizers = getattr(getattr(self.trainer, "datamodule", None), "augment_tokenizers", ())
+        if tokenizers and len(tokenizers) != len(self._augments):
+            raise ValueError(
+                f"augment_tokenizers are {len(tokenizers)}, expected {len(self._augments)}, one for each augment in order: "
+                "null for one that reads the anchor's ids"
+            )
+        for index, (tokenizer, augment) in enumerate(zip(tokenizers, self._augments, strict=False)):
+            if tokenizer is not None:
+                check_realigned(index, prefix=augment.alignment == "prefix", own=augment.tokens == "own")
+
     # -- training
 
     def on_fit_start(self) -> None:
@@ -152,6 +169,8 @@ class CALMModule(AlignModule):
         inputs: list[AugmentInput | None] = list(batch.get("augments", [None] * len(readers)))
         for index, reader in enumerate(readers):
             given = inputs[index]
+            if given is not None and given.ends is not None:
+                check_realigned(index, prefix=reader.prefix, own=reader.own)  # before it is read, perhaps from the disk
             if given is None and reader.prefix:
                 prompt = batch["mask"] & (batch["targets"].cumsum(dim=1) == 0)
                 inputs[index] = given = AugmentInput(batch["tokens"], prompt)

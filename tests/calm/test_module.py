@@ -167,6 +167,29 @@ def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
     assert [row["prompt"] for row in rows] == [f"{i} and" for i in range(6)]
 
 
+@pytest.mark.parametrize(
+    ("tokenizers", "spec", "message"),
+    [
+        (["bytes"], {}, r"augment 0 reads the anchor's ids, and augment_tokenizers\[0\] gives it others: set `tokens: own`"),
+        (["bytes"], {"alignment": "prefix"}, r"augment 0 reads a prefix"),
+        ([None, "bytes"], {}, r"augment_tokenizers are 2, expected 1"),
+    ],
+)
+def test_tokenizers_of_no_use_are_refused_at_set_up(tokenizers: Any, spec: Any, message: str, tmp_path: Path) -> None:
+    data = CALMDataModule(KeyValue(4), batch_size=2, augment_tokenizers=tokenizers, cache_dir=str(tmp_path))
+    augment = Augment(tiny_palm(num_tokens=259, seed=1), num_connections=1, **spec)
+    subject = module(anchor=tiny_palm(num_tokens=259), augments=[augment], store_states=str(tmp_path / "states"))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, enable_checkpointing=False).fit(subject, data)
+    assert subject.policy is None
+    if len(tokenizers) == 1:  # and where batches come from elsewhere, before states of them are kept
+        data.setup("fit")
+        batches = DataLoader([next(iter(data.train_dataloader()))], batch_size=None)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, enable_checkpointing=False, num_sanity_val_steps=0).fit(subject, batches, batches)
+        assert not list(tmp_path.glob("states/*"))
+
+
 @pytest.mark.parametrize("spec", [{"tokens": "own"}, {"alignment": "prefix"}, {}], ids=["own tokenizer", "prefix", "aligned"])
 def test_callbacks_decode_what_predict_does(spec: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
