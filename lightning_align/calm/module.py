@@ -82,7 +82,8 @@ class CALMModule(AlignModule):
                 all see the layer's own state (`sum`).
             anchor_layers: names of the anchor's layers, such as `model.layers.*`; by default they are found.
             anchor_position: whether connections are added to a layer's input or to its output.
-            loss_on: whether to train on the responses, or on `all` tokens.
+            loss_on: whether to train on the responses, or on `all` tokens; not on all where an augment reads the prompt as a
+                prefix, which every position of the prompt would see the end of.
             connections_from: safetensors file of connections to begin with, as `CALM.save_connections` writes it.
             store_states: folder in which the augments' hidden states of training rows are kept, to be computed once and not in
                 every epoch.
@@ -92,7 +93,7 @@ class CALMModule(AlignModule):
             generation: how `predict` and the sample logger decode.
 
         Raises:
-            ValueError: if an option is none of its choices.
+            ValueError: if an option is none of its choices, or two do not go together.
         """
         for name, value, choices in (("loss_on", loss_on, ("response", "all")), ("combine", combine, ("sequence", "sum"))):
             if value not in choices:
@@ -106,6 +107,13 @@ class CALMModule(AlignModule):
             Augment(**a) if isinstance(a, Mapping) and "model" in a else a if isinstance(a, Augment) else Augment(a)
             for a in sources
         ]
+        prefix = next((index for index, augment in enumerate(self._augments) if augment.alignment == "prefix"), None)
+        if loss_on == "all" and prefix is not None:
+            raise ValueError(
+                f"CALMModule: loss_on is 'all', and augment {prefix} reads the prompt as a prefix, which every position sees "
+                "all of: the loss would be on tokens that are seen before they are predicted. Set loss_on to 'response', or "
+                "the augment's alignment to 'aligned'"
+            )
         self.connection = ConnectionConfig(**connection) if isinstance(connection, Mapping) else connection
         if not given:
             self.hparams.pop("backbone", None)

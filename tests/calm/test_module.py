@@ -141,6 +141,14 @@ def test_the_loss_can_be_on_all_tokens(tmp_path: Path) -> None:
         module(loss_on="some")
 
 
+def test_the_loss_is_not_on_a_prefix_that_is_seen_whole() -> None:
+    anchor, augment = palms(torch.float32)
+    augments = [Augment(augment, num_connections=2), Augment(anchor, alignment="prefix", num_connections=2)]
+    with pytest.raises(ValueError, match="loss_on is 'all', and augment 1 reads the prompt as a prefix"):
+        module(augments=augments, loss_on="all")
+    module(augments=augments)
+
+
 def test_a_prefix_is_the_prompt(tmp_path: Path) -> None:
     subject = module(augments=[Augment(palms(torch.float32)[1], alignment="prefix", num_connections=2)])
     trainer(tmp_path, max_epochs=1).fit(subject, loader(), loader())
