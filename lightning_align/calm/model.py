@@ -319,6 +319,12 @@ class CALM(nn.Module):
                 given = AugmentInput(tokens, mask)  # the prompt, of which the anchor makes its first columns
             if given is None:
                 raise ValueError(f"augment {index} reads a prefix: give it as inputs[{index}]")
+            if given.mask is not None and given.states is None:
+                # Sampling pads on the left, and a model that learned its positions would count the pads. In which order a
+                # prefix is seen makes no difference: keys of a prefix have no positions.
+                order = (~given.mask).int().argsort(dim=1, stable=True)
+                rows = torch.arange(len(order), device=order.device)[:, None]
+                given = given._replace(tokens=given.tokens[rows, order], mask=given.mask[rows, order])
             return given, Visible(None) if given.mask is None else visible_where(given.mask.unsqueeze(1))
         if reader.own:
             if given is None or given.ends is None or given.anchor_ends is None:
