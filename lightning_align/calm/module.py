@@ -185,7 +185,9 @@ class CALMModule(AlignModule):
             if stored and self.store_states is not None and not reader.prefix:
                 tokens, mask = (batch["tokens"], batch["mask"]) if given is None else (given.tokens, given.mask)
                 if index not in self._stores:
-                    key = f"{self.policy.identity[f'augments.{index}']} {reader.depths} {self._augments[index].position}"
+                    dtypes = sorted({str(parameter.dtype) for parameter in reader.model.parameters()})
+                    place = f"{reader.depths} {self._augments[index].position}"
+                    key = f"{self.policy.identity[f'augments.{index}']} {place} {dtypes} {self.trainer.precision}"
                     self._stores[index] = StateStore(self.store_states, key)
                 states = self._stores[index].fetch(reader, tokens, torch.ones_like(tokens) > 0 if mask is None else mask)
                 inputs[index] = (given or AugmentInput(tokens))._replace(states=states)

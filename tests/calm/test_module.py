@@ -18,11 +18,12 @@ from lightning_align.callbacks import SampleLogger, SolveRate
 from lightning_align.calm.datamodule import CALMDataModule
 from lightning_align.calm.module import CALMModule, composed_logprobs
 from lightning_align.calm.spec import Augment
+from lightning_align.calm.states import StateStore
 from lightning_align.cli import run
 from lightning_align.data.tasks.key_value import KeyValue
 from lightning_align.generation.sampler import GenerationConfig
 from tests.calm.toys import MAKERS, SMALL, composed, palms
-from tests.toys import Plain, gap, largest_difference, slow_logprobs, split, state_of, tiny_palm, token_batch
+from tests.toys import Plain, gap, largest_difference, rows_of, slow_logprobs, split, state_of, tiny_palm, token_batch
 
 SGD = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)
 ADAM = functools.partial(torch.optim.AdamW, lr=0.01)
@@ -128,6 +129,41 @@ def test_stored_states_are_computed_once_and_change_nothing(tmp_path: Path) -> N
     calls.clear()
     trainer(tmp_path, max_epochs=1).fit(stored, loader(), loader())
     assert sum(calls) == 4 + 8, "another run finds them"
+
+
+@pytest.mark.parametrize("other", ["bf16-true", "bf16-mixed"])
+def test_stored_states_are_of_one_precision(other: str, tmp_path: Path) -> None:
+    composed(torch.float32).save_connections(tmp_path / "c.safetensors")
+
+    def losses(precision: Any, batches: DataLoader[Any], store: str | None) -> list[float]:
+        values: list[float] = []
+
+        class Keep(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                values.append(float(trainer.callback_metrics["train/loss"]))
+
+        subject = module(connections_from=str(tmp_path / "c.safetensors"), store_states=store)
+        fit = trainer(tmp_path, precision=precision, callbacks=[Keep()], num_sanity_val_steps=0, limit_val_batches=0)
+        fit.fit(subject, batches, batches)
+        return values
+
+    store = str(tmp_path / "states")
+    some = DataLoader(split(rows_of(BATCH, 0, 4), 2), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+    want = losses(other, loader(), None)
+    losses("32-true", some, store)
+    assert losses(other, loader(), store) == pytest.approx(want, rel=0.02)
+    assert losses("32-true", loader(), store) == pytest.approx(losses("32-true", loader(), None), abs=1e-5)
+    assert len(list(Path(store).glob("*.bin"))) == 2
+
+
+def test_stored_states_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    tokens = BATCH["tokens"][:2, :3]
+    single, double = composed(torch.float32), composed(torch.float64)
+    store = StateStore(tmp_path, "key")
+    store.fetch(single.readers[0], tokens, tokens > 0)
+    with pytest.raises(ValueError, match=r"\(16, 'float32'\), and the augment's are now of \(16, 'float64'\)"):
+        store.fetch(double.readers[0], tokens + 1, tokens > 0)
+    store.close()
 
 
 def test_the_loss_can_be_on_all_tokens(tmp_path: Path) -> None:
