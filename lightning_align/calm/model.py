@@ -26,7 +26,7 @@ from lightning_align.calm.spec import Augment, AugmentInput, Inputs, Spot, augme
 from lightning_align.distributed import publish
 from lightning_align.models.attention import attention_mask
 from lightning_align.models.checkpoint import load_weights, weights_hash
-from lightning_align.models.language_model import Head, has_cache, has_hidden, logits_of, vocabulary_size
+from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of, vocabulary_size
 
 
 class Trace(NamedTuple):
@@ -198,6 +198,12 @@ class CALM(nn.Module):
     def num_tokens(self) -> int | None:
         """V, of the anchor."""
         return vocabulary_size(self.anchor)
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The most tokens that the anchor and all augments that read them along can read; None if none of them says."""
+        along = [reader.model for reader in self.readers if not (reader.prefix or reader.own)]
+        return min((size for model in (self.anchor, *along) if (size := context_length(model)) is not None), default=None)
 
     @property
     def make_cache(self) -> Callable[[int, int], CALMCache] | None:

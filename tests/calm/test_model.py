@@ -14,6 +14,7 @@ from lightning_align.calm.connections import Connection, ConnectionConfig, Visib
 from lightning_align.calm.model import CALM
 from lightning_align.calm.spec import Augment, AugmentInput
 from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.models.language_model import context_length
 from lightning_align.models.pretrained import PretrainedLM
 from tests.calm.toys import MAKERS, NAMED, SMALL, composed, connect, gpt2, logits, palms, random_tokens
 from tests.toys import VOCABULARY, Plain, gap, tiny_palm
@@ -117,6 +118,22 @@ def test_a_prefix_with_learned_positions_is_read_alike_in_any_batch(wrapped: boo
     alone = [generate(model, [prompt], config)[0] for prompt in prompts]
     assert together == alone
     assert together[1][0].logprobs == pytest.approx(alone[1][0].logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [({}, 12), ({"alignment": "prefix"}, 32), ({"tokens": "own"}, 32)],
+    ids=["aligned", "prefix", "own tokenizer"],
+)
+def test_responses_end_where_the_shorter_context_does(spec: dict[str, Any], most: int) -> None:
+    model = CALM(gpt2(), Augment(gpt2(12), num_connections=2, **spec), connection=SMALL)
+    assert context_length(model) == most
+    if "tokens" not in spec:
+        with model.given([AugmentInput(torch.tensor([[1, 2, 3]])) if spec else None]):
+            ((response,),) = generate(model, [[1, 2, 3]], GenerationConfig(max_new_tokens=40, temperature=0))
+        assert (len(response.tokens), response.reason) == (most - 3, "length")
+    assert context_length(composed()) is None
+    assert context_length(CALM(palms()[0], gpt2(12), connection=SMALL)) == 12
 
 
 def test_pads_of_a_prefix_on_either_side_change_nothing() -> None:
