@@ -1,6 +1,7 @@
 """Callbacks that decode: samples to look at, problems to solve, predictions to keep. None of them changes what is learned."""
 
 import json
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from textwrap import wrap
@@ -19,6 +20,13 @@ from lightning_align.generation.sampler import Generation, GenerationConfig, gen
 from lightning_align.models.language_model import policy_of
 
 
+def _continue(module: Any, prompts: list[list[int]], config: GenerationConfig, **options: Any) -> list[list[Generation]]:
+    """Continue prompts as the module does it, or with the `policy` of one that is not of this package."""
+    own = getattr(module, "continue_prompts", None)
+    results: list[list[Generation]] = (own or partial(generate, policy_of(module)))(prompts, config, **options)
+    return results
+
+
 def _decode_shared(
     trainer: L.Trainer, module: Any, prompts: list[list[int]], config: GenerationConfig
 ) -> list[tuple[int, Generation]]:
@@ -33,7 +41,7 @@ def _decode_shared(
     eos_id = trainer.datamodule.tokenizer.eos_id  # type: ignore[attr-defined]  # set by the Trainer when there is one
     with trainer.precision_plugin.forward_context():
         # By their numbers, so that what is drawn does not depend on the number of ranks.
-        results = generate(policy_of(module), [prompts[i] for i in padded], config, eos_id=eos_id, ids=padded)
+        results = _continue(module, [prompts[i] for i in padded], config, eos_id=eos_id, ids=padded)
     return [(index, responses[0]) for index, responses in zip(mine, results, strict=False)]
 
 
@@ -82,7 +90,7 @@ class SampleLogger(Callback):
             return
         # All ranks decode all of them: they are few, and nothing need be gathered.
         with trainer.precision_plugin.forward_context():
-            results = generate(policy_of(pl_module), [t[0] for t in triples], self.config, eos_id=data.tokenizer.eos_id)
+            results = _continue(pl_module, [t[0] for t in triples], self.config, eos_id=data.tokenizer.eos_id)
         samples = [
             {"prompt": prompt, "chosen": chosen, "generated": data.tokenizer.decode(responses[0].tokens)}
             for (_, prompt, chosen), responses in zip(triples, results, strict=True)

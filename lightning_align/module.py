@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.tensorboard.summary import hparams
 
-from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.memory import keep_freed_memory
 from lightning_align.models.checkpoint import (
     PREFIX,
@@ -349,6 +349,21 @@ class AlignModule(L.LightningModule):
 
     # -- prediction
 
+    def continue_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        eos_id: int | None = None,
+        ids: Sequence[int] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> list[list[Generation]]:
+        """Continue prompts with the policy, as `predict_step` and the callbacks do; see `generate` for the arguments.
+
+        A module whose policy needs more than the prompts' tokens gives it here.
+        """
+        return generate(self.policy, prompts, config, eos_id=eos_id, ids=ids, decode=decode)
+
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Continue prompts.
 
@@ -361,8 +376,7 @@ class AlignModule(L.LightningModule):
             and ``finished``.
         """
         tokenizer = self._tokenizer
-        results = generate(
-            self.policy,
+        results = self.continue_prompts(
             batch["prompts"],
             self.generation,
             eos_id=None if tokenizer is None else tokenizer.eos_id,

@@ -27,7 +27,8 @@ class CALMDataModule(AlignDataModule):
     """Rows of prompt and response, of messages, or of text (which is packed), for the anchor and its augments.
 
     Args:
-        augment_tokenizers: Tokenizer of each augment, null where it reads the anchor's ids; left out if all do.
+        augment_tokenizers: Tokenizer of each augment, null where it reads the anchor's ids or a prefix; left out if all
+            do. An augment that has one is set to `tokens: own`.
     """
 
     kind: ClassVar[str] = "calm"

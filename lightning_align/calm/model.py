@@ -22,11 +22,11 @@ from lightning_align.calm.connections import Connection, ConnectionConfig, Visib
 from lightning_align.calm.layers import Position, Tap, find_layers, visiting
 from lightning_align.calm.probe import check_finite, check_frozen, probe_width
 from lightning_align.calm.reading import Reader
-from lightning_align.calm.spec import Augment, AugmentInput, Inputs, Spot, augment_model, pairs_of
+from lightning_align.calm.spec import Augment, AugmentInput, Inputs, Spot, augment_model, check_realigned, pairs_of
 from lightning_align.distributed import publish
 from lightning_align.models.attention import attention_mask
 from lightning_align.models.checkpoint import load_weights, weights_hash
-from lightning_align.models.language_model import Head, has_cache, has_hidden, logits_of, vocabulary_size
+from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of, vocabulary_size
 
 
 class Trace(NamedTuple):
@@ -200,6 +200,12 @@ class CALM(nn.Module):
         return vocabulary_size(self.anchor)
 
     @property
+    def max_seq_len(self) -> int | None:
+        """The most tokens that the anchor and all augments that read them along can read; None if none of them says."""
+        along = [reader.model for reader in self.readers if not (reader.prefix or reader.own)]
+        return min((size for model in (self.anchor, *along) if (size := context_length(model)) is not None), default=None)
+
+    @property
     def make_cache(self) -> Callable[[int, int], CALMCache] | None:
         """Room for the past of ``batch`` rows and ``length`` columns; None if a model that reads along has no cache."""
         along = [reader for reader in self.readers if not reader.prefix]
@@ -312,11 +318,19 @@ class CALM(nn.Module):
         cache: CALMCache | None,
     ) -> tuple[AugmentInput, Visible]:
         """What an augment reads now, and which of it each position of the anchor may see."""
+        if given is not None and given.ends is not None:
+            check_realigned(index, prefix=reader.prefix, own=reader.own)
         if reader.prefix:
             if given is None and cache is not None:
                 given = AugmentInput(tokens, mask)  # the prompt, of which the anchor makes its first columns
             if given is None:
                 raise ValueError(f"augment {index} reads a prefix: give it as inputs[{index}]")
+            if given.mask is not None and given.states is None:
+                # Sampling pads on the left, and a model that learned its positions would count the pads. In which order a
+                # prefix is seen makes no difference: keys of a prefix have no positions.
+                order = (~given.mask).int().argsort(dim=1, stable=True)
+                rows = torch.arange(len(order), device=order.device)[:, None]
+                given = given._replace(tokens=given.tokens[rows, order], mask=given.mask[rows, order])
             return given, Visible(None) if given.mask is None else visible_where(given.mask.unsqueeze(1))
         if reader.own:
             if given is None or given.ends is None or given.anchor_ends is None:

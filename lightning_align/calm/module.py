@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -17,9 +17,9 @@ from lightning_align.calm.datamodule import CALMBatch
 from lightning_align.calm.layers import Position
 from lightning_align.calm.model import CALM
 from lightning_align.calm.probe import check_frozen
-from lightning_align.calm.spec import Augment, AugmentInput
+from lightning_align.calm.spec import Augment, AugmentInput, check_realigned
 from lightning_align.calm.states import StateStore
-from lightning_align.generation.sampler import GenerationConfig
+from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.logprobs import logits_logprobs, select_targets, sum_logprobs, target_logprobs
 from lightning_align.metrics import TokenNLL
 from lightning_align.models.checkpoint import Backbone, build_backbone, load_policy
@@ -82,7 +82,8 @@ class CALMModule(AlignModule):
                 all see the layer's own state (`sum`).
             anchor_layers: names of the anchor's layers, such as `model.layers.*`; by default they are found.
             anchor_position: whether connections are added to a layer's input or to its output.
-            loss_on: whether to train on the responses, or on `all` tokens.
+            loss_on: whether to train on the responses, or on `all` tokens; not on all where an augment reads the prompt as a
+                prefix, which every position of the prompt would see the end of.
             connections_from: safetensors file of connections to begin with, as `CALM.save_connections` writes it.
             store_states: folder in which the augments' hidden states of training rows are kept, to be computed once and not in
                 every epoch.
@@ -92,7 +93,7 @@ class CALMModule(AlignModule):
             generation: how `predict` and the sample logger decode.
 
         Raises:
-            ValueError: if an option is none of its choices.
+            ValueError: if an option is none of its choices, or two do not go together.
         """
         for name, value, choices in (("loss_on", loss_on, ("response", "all")), ("combine", combine, ("sequence", "sum"))):
             if value not in choices:
@@ -106,6 +107,13 @@ class CALMModule(AlignModule):
             Augment(**a) if isinstance(a, Mapping) and "model" in a else a if isinstance(a, Augment) else Augment(a)
             for a in sources
         ]
+        prefix = next((index for index, augment in enumerate(self._augments) if augment.alignment == "prefix"), None)
+        if loss_on == "all" and prefix is not None:
+            raise ValueError(
+                f"CALMModule: loss_on is 'all', and augment {prefix} reads the prompt as a prefix, which every position sees "
+                "all of: the loss would be on tokens that are seen before they are predicted. Set loss_on to 'response', or "
+                "the augment's alignment to 'aligned'"
+            )
         self.connection = ConnectionConfig(**connection) if isinstance(connection, Mapping) else connection
         if not given:
             self.hparams.pop("backbone", None)
@@ -140,6 +148,23 @@ class CALMModule(AlignModule):
         rank_zero_info(policy.describe())
         return policy
 
+    def setup(self, stage: str) -> None:
+        """Find out now, not at the first batch, whether the data module's tokenizers are of use to the augments.
+
+        Raises:
+            ValueError: if one is not.
+        """
+        super().setup(stage)
+        tokenizers = getattr(getattr(self.trainer, "datamodule", None), "augment_tokenizers", ())
+        if tokenizers and len(tokenizers) != len(self._augments):
+            raise ValueError(
+                f"augment_tokenizers are {len(tokenizers)}, expected {len(self._augments)}, one for each augment in order: "
+                "null for one that reads the anchor's ids"
+            )
+        for index, (tokenizer, augment) in enumerate(zip(tokenizers, self._augments, strict=False)):
+            if tokenizer is not None:
+                check_realigned(index, prefix=augment.alignment == "prefix", own=augment.tokens == "own")
+
     # -- training
 
     def on_fit_start(self) -> None:
@@ -152,13 +177,17 @@ class CALMModule(AlignModule):
         inputs: list[AugmentInput | None] = list(batch.get("augments", [None] * len(readers)))
         for index, reader in enumerate(readers):
             given = inputs[index]
+            if given is not None and given.ends is not None:
+                check_realigned(index, prefix=reader.prefix, own=reader.own)  # before it is read, perhaps from the disk
             if given is None and reader.prefix:
                 prompt = batch["mask"] & (batch["targets"].cumsum(dim=1) == 0)
                 inputs[index] = given = AugmentInput(batch["tokens"], prompt)
             if stored and self.store_states is not None and not reader.prefix:
                 tokens, mask = (batch["tokens"], batch["mask"]) if given is None else (given.tokens, given.mask)
                 if index not in self._stores:
-                    key = f"{self.policy.identity[f'augments.{index}']} {reader.depths} {self._augments[index].position}"
+                    dtypes = sorted({str(parameter.dtype) for parameter in reader.model.parameters()})
+                    place = f"{reader.depths} {self._augments[index].position}"
+                    key = f"{self.policy.identity[f'augments.{index}']} {place} {dtypes} {self.trainer.precision}"
                     self._stores[index] = StateStore(self.store_states, key)
                 states = self._stores[index].fetch(reader, tokens, torch.ones_like(tokens) > 0 if mask is None else mask)
                 inputs[index] = (given or AugmentInput(tokens))._replace(states=states)
@@ -241,29 +270,35 @@ class CALMModule(AlignModule):
 
     # -- prediction
 
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Continue prompts; see `AlignModule.predict_step`.
+    def continue_prompts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        eos_id: int | None = None,
+        ids: Sequence[int] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> list[list[Generation]]:
+        """Continue prompts; see `AlignModule.continue_prompts`.
 
         An augment with its own tokenizer reads the text so far at every step, and one that reads a prefix without a cache
         has to be given it: then prompts are continued one by one.
         """
         readers = self.policy.readers
         if not any(r.own or (r.prefix and self.policy.make_cache is None) for r in readers):
-            return super().predict_step(batch, batch_idx)
+            return super().continue_prompts(prompts, config, eos_id=eos_id, ids=ids, decode=decode)
+        realign = getattr(getattr(self._trainer, "datamodule", None), "augment_inputs", None)
         results = []
-        for number, prompt in enumerate(batch["prompts"]):
-            one = {"prompts": [prompt], "rows": batch["rows"][number : number + 1]}
+        for number, prompt in zip(range(len(prompts)) if ids is None else ids, prompts, strict=True):
             start = torch.tensor([prompt], device=self.device)
 
             def inputs(tokens: Tensor, start: Tensor = start) -> list[AugmentInput | None]:
-                mask = torch.ones_like(tokens, dtype=torch.bool)
-                realign = getattr(getattr(self.trainer, "datamodule", None), "augment_inputs", None)
-                given = realign(tokens, mask) if realign else []
+                given = realign(tokens, torch.ones_like(tokens, dtype=torch.bool)) if realign else []
                 given = given or [None] * len(readers)
                 return [AugmentInput(start) if reader.prefix else own for reader, own in zip(readers, given, strict=True)]
 
             with self.policy.given(inputs):
-                results += super().predict_step(one, hash((batch_idx, number)))
+                results += super().continue_prompts([prompt], config, eos_id=eos_id, ids=[number], decode=decode)
         return results
 
     # -- checkpoints

@@ -74,6 +74,29 @@ class Spot(NamedTuple):
         return f"augment{self.augment}_layer{self.augment_layer}_to_layer{self.anchor_layer}"
 
 
+def check_realigned(index: int, *, prefix: bool, own: bool) -> None:
+    """Refuse a text that was encoded again for an augment that does not read it by characters.
+
+    Args:
+        index: of the augment.
+        prefix: whether it reads something of its own, once.
+        own: whether it has a tokenizer of its own.
+
+    Raises:
+        ValueError: if it would read other ids than these or, as a prefix, the response as well.
+    """
+    if prefix:
+        raise ValueError(
+            f"augment {index} reads a prefix, and augment_tokenizers[{index}] encodes whole rows for it, responses and all: "
+            "make that null, and it reads the prompt in the anchor's ids, or put an AugmentInput without ends into the batches"
+        )
+    if not own:
+        raise ValueError(
+            f"augment {index} reads the anchor's ids, and augment_tokenizers[{index}] gives it others: set `tokens: own` if "
+            "this is its own tokenizer, or make that null if both models have one"
+        )
+
+
 def augment_model(spec: Augment) -> nn.Module:
     """The module of an augment; a ValueError if it is none, but something to build one from."""
     if not isinstance(spec.model, nn.Module):

@@ -20,7 +20,8 @@ class StateStore:
 
     Args:
         folder: where the files are.
-        key: all that the states depend on besides the row: the model's hash and the layers that are read.
+        key: all that the states depend on besides the row: the model's hash, the layers that are read, the dtypes of the model
+            and the precision that it is computed in.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
@@ -45,6 +46,9 @@ class StateStore:
             reader: of the model.
             tokens: (B, M) ids, padded on the right.
             mask: (B, M) bool.
+
+        Raises:
+            ValueError: if the states of new rows have another width or dtype than those that are stored.
         """
         lengths = mask.sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(tokens.cpu(), lengths, strict=True)]
@@ -65,7 +69,13 @@ class StateStore:
     def _append(self, reader: Reader, tokens: Tensor, mask: Tensor, names: list[str]) -> None:
         states = reader.read(tokens, None if bool(mask.all()) else mask, None, None)
         stacked = torch.stack([states[depth] for depth in reader.depths], dim=1).cpu()
-        self._shape = (stacked.shape[-1], str(stacked.dtype).removeprefix("torch."))
+        shape = (stacked.shape[-1], str(stacked.dtype).removeprefix("torch."))
+        if self._shape not in (None, shape):
+            raise ValueError(
+                f"{self.data}: holds hidden states of {self._shape}, and the augment's are now of {shape} (width, dtype): give "
+                "another folder as store_states, or remove this one"
+            )
+        self._shape = shape
         for name, state, length in zip(names, stacked, mask.sum(dim=1).tolist(), strict=True):
             data = state[:, :length].contiguous().view(torch.uint8).numpy().tobytes()
             self._file.write(data)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,24 @@ def test_one_tokenizer_by_characters_is_one_tokenizer_by_position() -> None:
         outputs.append(model(tokens, inputs=[given if spec.tokens == "own" else None]))
         model.release()
     assert gap(*outputs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({}, r"augment 0 reads the anchor's ids, and augment_tokenizers\[0\] gives it others: set `tokens: own`"),
+        (
+            {"alignment": "prefix"},
+            r"augment 0 reads a prefix, and augment_tokenizers\[0\] encodes whole rows .*responses and all",
+        ),
+    ],
+)
+def test_a_tokenizer_that_would_not_be_used_is_refused(spec: dict[str, Any], message: str) -> None:
+    anchor, augment = tiny_palm(num_tokens=259), tiny_palm(num_tokens=259, seed=1)
+    model = CALM(anchor, Augment(augment, num_connections=2, **spec), connection=SMALL)
+    tokens = torch.tensor([ids_of("alpha beta")])
+    with pytest.raises(ValueError, match=message):
+        model(tokens, inputs=[realign_batch(tokens, torch.ones_like(tokens, dtype=torch.bool), BYTES, BYTES)])
 
 
 def test_a_batch_may_name_states_in_place_of_tokens() -> None:

@@ -14,7 +14,9 @@ from lightning_align.calm.connections import Connection, ConnectionConfig, Visib
 from lightning_align.calm.model import CALM
 from lightning_align.calm.spec import Augment, AugmentInput
 from lightning_align.generation.sampler import GenerationConfig, generate
-from tests.calm.toys import MAKERS, NAMED, SMALL, composed, connect, logits, palms, random_tokens
+from lightning_align.models.language_model import context_length
+from lightning_align.models.pretrained import PretrainedLM
+from tests.calm.toys import MAKERS, NAMED, SMALL, composed, connect, gpt2, logits, palms, random_tokens
 from tests.toys import VOCABULARY, Plain, gap, tiny_palm
 
 TOKENS = random_tokens()
@@ -103,6 +105,52 @@ def test_sampling_with_caches_is_sampling_without(alignment: str) -> None:
     for prompt, responses in zip(prompts, fast, strict=True):
         with model.given([AugmentInput(torch.tensor([prompt])) if alignment == "prefix" else None]):
             assert generate(Plain(model), [prompt], config, eos_id=4) == [responses]
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["with hidden states", "as it is"])
+def test_a_prefix_with_learned_positions_is_read_alike_in_any_batch(wrapped: bool) -> None:
+    augment = PretrainedLM(config=gpt2().config.to_dict()) if wrapped else gpt2()
+    spec = Augment(augment.double(), alignment="prefix", num_connections=2)
+    model = connect(CALM(palms()[0], spec, connection=SMALL))
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11]]
+    config = GenerationConfig(max_new_tokens=6, temperature=0)
+    together = generate(model, prompts, config)
+    alone = [generate(model, [prompt], config)[0] for prompt in prompts]
+    assert together == alone
+    assert together[1][0].logprobs == pytest.approx(alone[1][0].logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"),
+    [({}, 12), ({"alignment": "prefix"}, 32), ({"tokens": "own"}, 32)],
+    ids=["aligned", "prefix", "own tokenizer"],
+)
+def test_responses_end_where_the_shorter_context_does(spec: dict[str, Any], most: int) -> None:
+    model = CALM(gpt2(), Augment(gpt2(12), num_connections=2, **spec), connection=SMALL)
+    assert context_length(model) == most
+    if "tokens" not in spec:
+        with model.given([AugmentInput(torch.tensor([[1, 2, 3]])) if spec else None]):
+            ((response,),) = generate(model, [[1, 2, 3]], GenerationConfig(max_new_tokens=40, temperature=0))
+        assert (len(response.tokens), response.reason) == (most - 3, "length")
+    assert context_length(composed()) is None
+    assert context_length(CALM(palms()[0], gpt2(12), connection=SMALL)) == 12
+
+
+def test_pads_of_a_prefix_on_either_side_change_nothing() -> None:
+    model = connect(CALM(palms()[0], Augment(gpt2().double(), alignment="prefix", num_connections=2), connection=SMALL))
+    prefix, pads = random_tokens(2, 5), torch.zeros(2, 3, dtype=torch.long)
+    seen = []
+
+    def keep(_: Any, args: Any, kwargs: Any) -> None:
+        seen.append(args[0])
+
+    model.augments[0].register_forward_pre_hook(keep, with_kwargs=True)
+    want = model(TOKENS, inputs=[AugmentInput(prefix)])
+    mask = torch.tensor([[True] * 5 + [False] * 3] * 2)
+    right, left = torch.cat([prefix, pads], dim=1), torch.cat([pads, prefix], dim=1)
+    assert gap(model(TOKENS, inputs=[AugmentInput(right, mask)]), want) < 1e-12
+    assert gap(model(TOKENS, inputs=[AugmentInput(left, mask.flip(1))]), want) < 1e-12
+    assert torch.equal(seen[1], right), "what is padded on the right is read as it stands"
 
 
 def test_a_prefix_is_seen_by_all_and_read_once() -> None:

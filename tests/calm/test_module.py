@@ -14,13 +14,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_align.callbacks import SampleLogger, SolveRate
 from lightning_align.calm.datamodule import CALMDataModule
 from lightning_align.calm.module import CALMModule, composed_logprobs
 from lightning_align.calm.spec import Augment
+from lightning_align.calm.states import StateStore
 from lightning_align.cli import run
 from lightning_align.data.tasks.key_value import KeyValue
+from lightning_align.generation.sampler import GenerationConfig
 from tests.calm.toys import MAKERS, SMALL, composed, palms
-from tests.toys import gap, largest_difference, slow_logprobs, split, state_of, tiny_palm, token_batch
+from tests.toys import Plain, gap, largest_difference, rows_of, slow_logprobs, split, state_of, tiny_palm, token_batch
 
 SGD = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)
 ADAM = functools.partial(torch.optim.AdamW, lr=0.01)
@@ -128,6 +131,41 @@ def test_stored_states_are_computed_once_and_change_nothing(tmp_path: Path) -> N
     assert sum(calls) == 4 + 8, "another run finds them"
 
 
+@pytest.mark.parametrize("other", ["bf16-true", "bf16-mixed"])
+def test_stored_states_are_of_one_precision(other: str, tmp_path: Path) -> None:
+    composed(torch.float32).save_connections(tmp_path / "c.safetensors")
+
+    def losses(precision: Any, batches: DataLoader[Any], store: str | None) -> list[float]:
+        values: list[float] = []
+
+        class Keep(L.Callback):
+            def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+                values.append(float(trainer.callback_metrics["train/loss"]))
+
+        subject = module(connections_from=str(tmp_path / "c.safetensors"), store_states=store)
+        fit = trainer(tmp_path, precision=precision, callbacks=[Keep()], num_sanity_val_steps=0, limit_val_batches=0)
+        fit.fit(subject, batches, batches)
+        return values
+
+    store = str(tmp_path / "states")
+    some = DataLoader(split(rows_of(BATCH, 0, 4), 2), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+    want = losses(other, loader(), None)
+    losses("32-true", some, store)
+    assert losses(other, loader(), store) == pytest.approx(want, rel=0.02)
+    assert losses("32-true", loader(), store) == pytest.approx(losses("32-true", loader(), None), abs=1e-5)
+    assert len(list(Path(store).glob("*.bin"))) == 2
+
+
+def test_stored_states_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    tokens = BATCH["tokens"][:2, :3]
+    single, double = composed(torch.float32), composed(torch.float64)
+    store = StateStore(tmp_path, "key")
+    store.fetch(single.readers[0], tokens, tokens > 0)
+    with pytest.raises(ValueError, match=r"\(16, 'float32'\), and the augment's are now of \(16, 'float64'\)"):
+        store.fetch(double.readers[0], tokens + 1, tokens > 0)
+    store.close()
+
+
 def test_the_loss_can_be_on_all_tokens(tmp_path: Path) -> None:
     subject = module(loss_on="all")
     fit = trainer(tmp_path)
@@ -137,6 +175,14 @@ def test_the_loss_can_be_on_all_tokens(tmp_path: Path) -> None:
     assert float(fit.callback_metrics["val/loss"]) == pytest.approx(-sum(sums) / sum(counts), rel=1e-5)
     with pytest.raises(ValueError, match="loss_on is 'some'"):
         module(loss_on="some")
+
+
+def test_the_loss_is_not_on_a_prefix_that_is_seen_whole() -> None:
+    anchor, augment = palms(torch.float32)
+    augments = [Augment(augment, num_connections=2), Augment(anchor, alignment="prefix", num_connections=2)]
+    with pytest.raises(ValueError, match="loss_on is 'all', and augment 1 reads the prompt as a prefix"):
+        module(augments=augments, loss_on="all")
+    module(augments=augments)
 
 
 def test_a_prefix_is_the_prompt(tmp_path: Path) -> None:
@@ -163,6 +209,48 @@ def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
     assert "val/bits_per_byte" in fit.callback_metrics
     rows = [row for part in fit.predict(subject, data) or [] for row in part]
     assert [row["prompt"] for row in rows] == [f"{i} and" for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("tokenizers", "spec", "message"),
+    [
+        (["bytes"], {}, r"augment 0 reads the anchor's ids, and augment_tokenizers\[0\] gives it others: set `tokens: own`"),
+        (["bytes"], {"alignment": "prefix"}, r"augment 0 reads a prefix"),
+        ([None, "bytes"], {}, r"augment_tokenizers are 2, expected 1"),
+    ],
+)
+def test_tokenizers_of_no_use_are_refused_at_set_up(tokenizers: Any, spec: Any, message: str, tmp_path: Path) -> None:
+    data = CALMDataModule(KeyValue(4), batch_size=2, augment_tokenizers=tokenizers, cache_dir=str(tmp_path))
+    augment = Augment(tiny_palm(num_tokens=259, seed=1), num_connections=1, **spec)
+    subject = module(anchor=tiny_palm(num_tokens=259), augments=[augment], store_states=str(tmp_path / "states"))
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, enable_checkpointing=False).fit(subject, data)
+    assert subject.policy is None
+    if len(tokenizers) == 1:  # and where batches come from elsewhere, before states of them are kept
+        data.setup("fit")
+        batches = DataLoader([next(iter(data.train_dataloader()))], batch_size=None)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, enable_checkpointing=False, num_sanity_val_steps=0).fit(subject, batches, batches)
+        assert not list(tmp_path.glob("states/*"))
+
+
+@pytest.mark.parametrize("spec", [{"tokens": "own"}, {"alignment": "prefix"}, {}], ids=["own tokenizer", "prefix", "aligned"])
+def test_callbacks_decode_what_predict_does(spec: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i} and", "response": f" {i + 1}"}) + "\n" for i in range(3)))
+    realigned = {"augment_tokenizers": ["bytes"]} if "tokens" in spec else {}
+    data = CALMDataModule(str(path), validation=str(path), predict=str(path), cache_dir=str(tmp_path), **realigned)
+    # A module that maps tokens to logits and no more: the prefix has no cache to be kept in.
+    anchor = Plain(tiny_palm(num_tokens=259)) if "alignment" in spec else tiny_palm(num_tokens=259)
+    augment = Augment(tiny_palm(num_tokens=259, seed=1), num_connections=1, **spec)
+    subject = module(anchor=anchor, augments=[augment], anchor_layers="model.blocks.*" if "alignment" in spec else None)
+    subject.generation = GenerationConfig(max_new_tokens=3, temperature=0)
+    callbacks: list[Any] = [SampleLogger(num_samples=3, max_new_tokens=3), SolveRate(KeyValue(2), max_new_tokens=3)]
+    fit = trainer(tmp_path, max_epochs=1, enable_checkpointing=False, callbacks=callbacks)
+    fit.fit(subject, data)
+    assert "val/solved" in fit.callback_metrics
+    samples = [json.loads(line)["generated"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples == [row["responses"][0] for part in fit.predict(subject, data) or [] for row in part]
 
 
 @pytest.fixture

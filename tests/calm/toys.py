@@ -60,11 +60,11 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **sizes))
 
 
-def gpt2() -> nn.Module:
+def gpt2(context: int = 32) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=4, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=4, n_head=2, n_positions=context, bos_token_id=1, eos_token_id=2)
     )
 
 
