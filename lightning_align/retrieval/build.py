@@ -89,7 +89,9 @@ class Builder:
         head = self._head()
         if head is None or head["base"] != base.folder.name:
             head = {"base": base.folder.name, "generation": 0, "deleted": [], "stages": {"chunks": base.folder.name}}
-        parts = self._parts(open_stage(self.root / head["stages"]["chunks"]), previous=self._previous(head))
+        # Vectors of the same chunks are found by their key, and compared with their hashes, where they are made.
+        previous = self._previous(head, "index")
+        parts = self._parts(previous.chunks, previous=previous)
         sets = {
             name: build_chunks(self.root, documents, self.tools.tokenizer, chunk_size=chunk_size, **self._shared)
             for name, documents in queries.items()
@@ -106,7 +108,7 @@ class Builder:
             ValueError: if a name is there already.
         """
         head = self._existing_head()
-        previous = self._previous(head)
+        previous = self._previous(head, "vectors", "index")
         before = ChunkTable(previous.chunks.folder)
         added = self._chunks(source, before.chunk_size)
         chunks = append_chunks(self.root, previous.chunks, added, deleted=head["deleted"], team=self.team)
@@ -124,7 +126,7 @@ class Builder:
             ValueError: if there is no such document, or none would be left.
         """
         head = self._existing_head()
-        previous = self._previous(head)
+        previous = self._previous(head, "index")
         table = ChunkTable(previous.chunks.folder)
         gone = set(head["deleted"])
         there = {name: number for number, name in enumerate(table.document_ids) if number not in gone}
@@ -134,7 +136,9 @@ class Builder:
         if len(gone) == table.num_documents:
             raise ValueError(f"deleting {len(names)} documents would leave none: delete the folder {self.root} instead")
         return self._finish(
-            {**head, "generation": head["generation"] + 1, "deleted": sorted(gone)}, previous, self._query_stages(head)
+            {**head, "generation": head["generation"] + 1, "deleted": sorted(gone)},
+            self._parts(previous.chunks, previous=previous),
+            self._query_stages(head),
         )
 
     # -- stages
@@ -149,11 +153,11 @@ class Builder:
         vectors = index = lexical = None
         if tools.encoder is not None:
             vectors = self._vectors(chunks, previous=previous.vectors)
-            if previous.index is not None and previous.vectors is not None:
+            if previous.index is not None and previous.index.inputs["vectors"] == vectors.key:
+                index = previous.index
+            elif previous.index is not None and previous.vectors is not None:
                 same_encoder = previous.vectors.inputs["encoder"] == vectors.inputs["encoder"]
-                if previous.vectors.key == vectors.key:
-                    index = previous.index
-                elif same_encoder and chunks.inputs.get("base") == previous.chunks.key:
+                if same_encoder and chunks.inputs.get("base") == previous.chunks.key:
                     index = append_index(self.root, previous.index, previous.vectors, vectors, **self._shared)
             index = index or build_index(self.root, vectors, tools.index, **self._shared)
         if tools.kind != "dense":
@@ -222,8 +226,29 @@ class Builder:
         check_encoder(head, self.tools)
         return head
 
-    def _previous(self, head: Mapping[str, Any]) -> Parts:
-        return open_parts(self.root, head)
+    def _previous(self, head: Mapping[str, Any], *names: Literal["vectors", "index"]) -> Parts:
+        """The chunks of a generation and those of its further stages that are asked for and whole; others are made again.
+
+        Raises:
+            ValueError: if the chunks are not whole.
+        """
+        folders = {name: self.root / folder for name, folder in head["stages"].items() if name in ("chunks", *names)}
+        stages = {name: self._whole(folder) for name, folder in folders.items()}
+        chunks = stages.pop("chunks")
+        if chunks is None:
+            raise ValueError(f"the chunks {folders['chunks']} are damaged or gone: build the database again")
+        return Parts(chunks, **stages)
+
+    def _whole(self, folder: Path) -> Stage | None:
+        """A stage of a former generation; None where it is gone or damaged, which is announced."""
+        whole = False
+        with self.team.together():
+            if self.team.rank == 0:
+                try:
+                    whole = open_stage(folder).is_finished(verify=self.tools.verify > 0)
+                except ValueError:  # it has no manifest
+                    whole = False
+        return open_stage(folder) if self.team.tell(whole) else None
 
     def _query_stages(self, head: Mapping[str, Any]) -> dict[str, Stage]:
         return {name: open_stage(self.root / stages["chunks"]) for name, stages in head["queries"].items()}
