@@ -1,6 +1,7 @@
 """The stages in their order, the head that says which results belong together, and documents that come and go."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ class Builder:
     def __init__(self, root: Path, tools: Tools) -> None:
         self.root, self.tools, self.team = root, tools, Team()
         self._shared: dict[str, Any] = {"team": self.team, "verify": tools.verify}
+        self._seen: set[Path] = set()
+        """Folders of stages that were found whole, so that none is compared with its hashes twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +80,9 @@ class Builder:
     def build(self, source: DocumentSource, queries: Mapping[str, DocumentSource], *, chunk_size: int) -> RetrievalDatabase:
         """Build the database of some documents. Documents that were added to or deleted from it since stay so.
 
+        Where they, their chunk size or their tokenizer are others than before, what was deleted is left out by its name, and
+        what was added has to be added again, which is said.
+
         Args:
             source: the documents that can be neighbors.
             queries: further documents whose neighbors are wanted, each source by a name.
@@ -87,8 +93,10 @@ class Builder:
         """
         base = self._chunks(source, chunk_size)
         head = self._head()
-        if head is None or head["base"] != base.folder.name:
-            head = {"base": base.folder.name, "generation": 0, "deleted": [], "stages": {"chunks": base.folder.name}}
+        lost = head is not None and self._whole(self.root / head["stages"]["chunks"]) is None
+        if head is None or head["base"] != base.folder.name or lost:
+            deleted = [] if head is None else self._carried(head, base)
+            head = {"base": base.folder.name, "generation": 0, "deleted": deleted, "stages": {"chunks": base.folder.name}}
         # Vectors of the same chunks are found by their key, and compared with their hashes, where they are made.
         previous = self._previous(head, "index")
         parts = self._parts(previous.chunks, previous=previous)
@@ -145,7 +153,9 @@ class Builder:
 
     def _chunks(self, source: DocumentSource, chunk_size: int) -> Stage:
         """Chunks that can be neighbors."""
-        return build_chunks(self.root, source, self.tools.tokenizer, chunk_size=chunk_size, byte_counts=False, **self._shared)
+        chunks = build_chunks(self.root, source, self.tools.tokenizer, chunk_size=chunk_size, byte_counts=False, **self._shared)
+        self._seen.add(chunks.folder)
+        return chunks
 
     def _parts(self, chunks: Stage, *, previous: Parts) -> Parts:
         """Everything that searching some chunks needs; what a former generation has of it is used again."""
@@ -226,6 +236,49 @@ class Builder:
         check_encoder(head, self.tools)
         return head
 
+    def _carried(self, head: Mapping[str, Any], base: Stage) -> list[int]:
+        """The documents of new chunks that were deleted from the generation whose place they take; says what is lost of it.
+
+        Args:
+            head: of that generation.
+            base: the new chunks.
+
+        Returns:
+            Their numbers.
+
+        Raises:
+            ValueError: if it can no longer be told what was deleted, or nothing else is left.
+        """
+        before = {name: self._whole(self.root / name) for name in (head["stages"]["chunks"], head["base"])}
+        current, first = before[head["stages"]["chunks"]], before[head["base"]]
+        # The chunks that were built come first in all that were added to them, so that numbers of documents agree.
+        names = ChunkTable(stage.folder).document_ids if (stage := current or first) else []
+        known = [number for number in head["deleted"] if number < len(names)]
+        if head["deleted"] and not known:
+            raise ValueError(
+                f"{len(head['deleted'])} documents were deleted from {self.root}, and their names are gone with its chunks: "
+                f"delete {self.root / HEAD} to build it with all documents, and delete them again"
+            )
+        gone = {names[number] for number in known}
+        deleted = [number for number, name in enumerate(ChunkTable(base.folder).document_ids) if name in gone]
+        if len(deleted) == ChunkTable(base.folder).num_documents:
+            raise ValueError(
+                f"all {len(deleted)} documents were deleted from {self.root} before: expected others besides; delete "
+                f"{self.root / HEAD} to have them back"
+            )
+        said = []
+        if deleted:
+            example = ChunkTable(base.folder).document_ids[deleted[0]]
+            said.append(
+                f"{len(deleted)} documents that were deleted from it stay so, such as {example!r} (delete {HEAD} before to "
+                "have them back)"
+            )
+        if head["stages"]["chunks"] != head["base"]:
+            said.append("what was added to it is not in it any more: add it again")
+        if said and self.team.rank == 0:
+            warnings.warn(f"{self.root} is built anew: {'; '.join(said)}", stacklevel=3)
+        return deleted
+
     def _previous(self, head: Mapping[str, Any], *names: Literal["vectors", "index"]) -> Parts:
         """The chunks of a generation and those of its further stages that are asked for and whole; others are made again.
 
@@ -241,14 +294,17 @@ class Builder:
 
     def _whole(self, folder: Path) -> Stage | None:
         """A stage of a former generation; None where it is gone or damaged, which is announced."""
-        whole = False
+        whole = folder in self._seen
         with self.team.together():
-            if self.team.rank == 0:
+            if self.team.rank == 0 and not whole:
                 try:
                     whole = open_stage(folder).is_finished(verify=self.tools.verify > 0)
                 except ValueError:  # it has no manifest
                     whole = False
-        return open_stage(folder) if self.team.tell(whole) else None
+        if not self.team.tell(whole):
+            return None
+        self._seen.add(folder)
+        return open_stage(folder)
 
     def _query_stages(self, head: Mapping[str, Any]) -> dict[str, Stage]:
         return {name: open_stage(self.root / stages["chunks"]) for name, stages in head["queries"].items()}
