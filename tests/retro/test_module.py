@@ -123,15 +123,27 @@ def test_trains_on_a_query_set_where_one_is_named(database: RetrievalDatabase, t
         data(database, random_neighbors=2.0)
 
 
-def test_the_number_of_neighbors_is_drawn_from_the_step(database: RetrievalDatabase, tmp_path: Path) -> None:
-    tuned, frozen = module(), module(backbone=tiny_retro(decoder=decoder(), chunk_size=SIZE, train_decoder=False))
+def test_the_number_of_neighbors_is_drawn_from_the_step(
+    database: RetrievalDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, int]] = []
+    draw = RETROModule._draw
+
+    def recorded(one: RETROModule, most: int) -> int:
+        drawn.append((one.trainer.global_step, draw(one, most)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(RETROModule, "_draw", recorded)
     seen: dict[str, set[int]] = {}
-    for name, one in (("tuned", tuned), ("frozen", frozen)):
-        one.configure_model()
-        one.trainer = trainer(tmp_path)
-        drawn = [one._draw(2, index) for index in range(50)]
-        assert drawn == [one._draw(2, index) for index in range(50)]
-        seen[name] = set(drawn)
+    frozen = tiny_retro(decoder=decoder(), chunk_size=SIZE, train_decoder=False)
+    for name, options in (("tuned", {}), ("frozen", {"backbone": frozen})):
+        for _ in range(2):
+            settings = {"max_steps": 20, "limit_val_batches": 0, "accumulate_grad_batches": 2}
+            trainer(tmp_path, **settings).fit(module(**options), data(database, batch_size=2))
+        # Each of 20 steps cuts its batch in two (or one at the end of an epoch), and reads one number, the same in both runs.
+        assert len(drawn) > 60 and len(set(drawn)) == 20
+        seen[name] = {number for _, number in drawn}
+        drawn.clear()
     assert seen == {"tuned": {0, 1, 2}, "frozen": {1, 2}}
 
 
