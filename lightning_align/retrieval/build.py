@@ -223,7 +223,7 @@ class Builder:
         }
         with self.team.together():
             if self.team.rank == 0:
-                write_bytes(self.root / HEAD, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+                _write_head(self.root, content)
         return RetrievalDatabase(self.root, content)
 
     # -- the head
@@ -308,6 +308,37 @@ class Builder:
 
     def _query_stages(self, head: Mapping[str, Any]) -> dict[str, Stage]:
         return {name: open_stage(self.root / stages["chunks"]) for name, stages in head["queries"].items()}
+
+
+def publish_head(root: Path, head: Mapping[str, Any], *, verify: bool) -> bool:
+    """Make a former generation the current one again, if all that it names is there and whole; on all ranks together.
+
+    Args:
+        root: folder of the database.
+        head: what its manifest was.
+        verify: whether to compare files with their hashes.
+
+    Returns:
+        Whether it was.
+    """
+    names = [*head["stages"].values(), *(name for stages in head["queries"].values() for name in stages.values())]
+    team, done = Team(), False
+    try:
+        with team.together():
+            if team.rank == 0:
+                try:
+                    done = all(open_stage(root / name).is_finished(verify=verify) for name in names)
+                except ValueError:  # one has no manifest
+                    done = False
+                if done:
+                    _write_head(root, head)
+        return team.tell(done)
+    finally:
+        team.close()
+
+
+def _write_head(root: Path, head: Mapping[str, Any]) -> None:
+    write_bytes(root / HEAD, (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def open_parts(root: Path, head: Mapping[str, Any]) -> Parts:

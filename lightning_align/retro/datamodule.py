@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 from lightning_align.data.batching import LengthGroupedSampler, ResumableLoader
 from lightning_align.data.rows import RowTask, read_rows
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from lightning_align.models.checkpoint import weights_hash
 from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retrieval.encoders import LMEncoder
 from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows
@@ -142,9 +144,13 @@ class RETRODataModule(L.LightningDataModule):
         """Live retrieval, for generation; in the main process only."""
         from lightning_align.retro.indexing import open_retriever  # faiss comes with it, and training needs none
 
-        manifest = self.database.manifest
+        manifest, encoder = self.database.manifest, None
         if self._retriever is None or self._retriever[0] != manifest:
-            self._retriever = manifest, open_retriever(self.folder)
+            policy: Any = getattr(self.trainer and self.trainer.lightning_module, "policy", None)
+            if policy is not None and manifest["encoder"] is not None and manifest["made_with"]["encoder"] is None:
+                # A refresh built it with the policy, which no file has; another one is refused.
+                encoder = LMEncoder(policy, fingerprint=weights_hash(policy), borrowed=True)
+            self._retriever = manifest, open_retriever(self.folder, encoder=encoder)
         return self._retriever[1]
 
     # -- batches

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_align import RETRO, NeighborPanel, RETRODataModule, RETROModule, SFTModule
+from lightning_align import RETRO, NeighborPanel, RetrievalIndexing, RETRODataModule, RETROModule, SFTModule
 from lightning_align.callbacks import PredictionWriter
 from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.palm import PaLM
@@ -20,6 +20,7 @@ from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retro.batch import RetrievalBatch
 from lightning_align.retro.indexing import build_database
 from lightning_align.retro.model import NeighborTokens
+from tests.distributed.index import checkpoint
 from tests.retro.conftest import SIZE
 from tests.retro.toys import tiny_retro
 from tests.toys import gap, state_of, tiny_palm
@@ -261,3 +262,42 @@ def test_refuses(database: RetrievalDatabase, tmp_path: Path) -> None:
         trainer(tmp_path).predict(module(), data(database))
     with pytest.raises(ValueError, match="on_leak is 'no'"):
         data(database, on_leak="no")
+
+
+def test_a_refreshed_database_is_evaluated_and_continues_prompts(tmp_path: Path) -> None:
+    for name in ("documents", "held_out"):
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(("the quick brown fox", "a lazy dog sleeps", "they meet at noon")):
+            (tmp_path / name / f"{number}.txt").write_text(f"{text} {name}", encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "the quick brown"}) + "\n", encoding="utf-8")
+    folder = tmp_path / "db"
+    encoder = checkpoint(tmp_path / "encoder.ckpt")
+
+    def run(action: str, path: Path | None = None) -> Any:
+        indexing = RetrievalIndexing(
+            str(folder),
+            documents=str(tmp_path / "documents"),
+            queries={"validation": str(tmp_path / "held_out")},
+            encoder=encoder,
+            tokenizer="bytes",
+            chunk_size=SIZE,
+            k=3,
+            refresh_every_n_epochs=1,
+        )
+        saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        options = {"max_steps": -1, "max_epochs": 2, "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": True}
+        one = trainer(tmp_path, callbacks=[indexing, saving], **options)
+        source = RETRODataModule(str(folder), num_chunks=3, eval_num_neighbors=3, predict=str(tmp_path / "prompts.jsonl"))
+        tuned = module(generation=GenerationConfig(max_new_tokens=SIZE, temperature=0.0))
+        return getattr(one, action)(tuned, source, ckpt_path=path, **({"weights_only": False} if path else {}))
+
+    run("fit")
+    refreshed = RetrievalDatabase.open(folder).manifest
+    assert refreshed["made_with"]["encoder"] is None
+    last = tmp_path / "epoch=1.ckpt"
+    run("validate", last)
+    assert RetrievalDatabase.open(folder).manifest == refreshed
+    [[row]] = run("predict", last)
+    assert row["neighbors"][0][0]["read"], "the policy of the checkpoint encodes what is looked for"
+    run("validate", last)
+    assert RetrievalDatabase.open(folder).manifest == refreshed, "evaluation goes back to what it was trained on"
