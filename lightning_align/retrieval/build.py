@@ -1,6 +1,7 @@
 """The stages in their order, the head that says which results belong together, and documents that come and go."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ class Builder:
     def __init__(self, root: Path, tools: Tools) -> None:
         self.root, self.tools, self.team = root, tools, Team()
         self._shared: dict[str, Any] = {"team": self.team, "verify": tools.verify}
+        self._seen: set[Path] = set()
+        """Folders of stages that were found whole, so that none is compared with its hashes twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +80,9 @@ class Builder:
     def build(self, source: DocumentSource, queries: Mapping[str, DocumentSource], *, chunk_size: int) -> RetrievalDatabase:
         """Build the database of some documents. Documents that were added to or deleted from it since stay so.
 
+        Where they, their chunk size or their tokenizer are others than before, what was deleted is left out by its name, and
+        what was added has to be added again, which is said.
+
         Args:
             source: the documents that can be neighbors.
             queries: further documents whose neighbors are wanted, each source by a name.
@@ -87,9 +93,13 @@ class Builder:
         """
         base = self._chunks(source, chunk_size)
         head = self._head()
-        if head is None or head["base"] != base.folder.name:
-            head = {"base": base.folder.name, "generation": 0, "deleted": [], "stages": {"chunks": base.folder.name}}
-        parts = self._parts(open_stage(self.root / head["stages"]["chunks"]), previous=self._previous(head))
+        lost = head is not None and self._whole(self.root / head["stages"]["chunks"]) is None
+        if head is None or head["base"] != base.folder.name or lost:
+            deleted = [] if head is None else self._carried(head, base)
+            head = {"base": base.folder.name, "generation": 0, "deleted": deleted, "stages": {"chunks": base.folder.name}}
+        # Vectors of the same chunks are found by their key, and compared with their hashes, where they are made.
+        previous = self._previous(head, "index")
+        parts = self._parts(previous.chunks, previous=previous)
         sets = {
             name: build_chunks(self.root, documents, self.tools.tokenizer, chunk_size=chunk_size, **self._shared)
             for name, documents in queries.items()
@@ -106,7 +116,7 @@ class Builder:
             ValueError: if a name is there already.
         """
         head = self._existing_head()
-        previous = self._previous(head)
+        previous = self._previous(head, "vectors", "index")
         before = ChunkTable(previous.chunks.folder)
         added = self._chunks(source, before.chunk_size)
         chunks = append_chunks(self.root, previous.chunks, added, deleted=head["deleted"], team=self.team)
@@ -124,7 +134,7 @@ class Builder:
             ValueError: if there is no such document, or none would be left.
         """
         head = self._existing_head()
-        previous = self._previous(head)
+        previous = self._previous(head, "index")
         table = ChunkTable(previous.chunks.folder)
         gone = set(head["deleted"])
         there = {name: number for number, name in enumerate(table.document_ids) if number not in gone}
@@ -134,14 +144,18 @@ class Builder:
         if len(gone) == table.num_documents:
             raise ValueError(f"deleting {len(names)} documents would leave none: delete the folder {self.root} instead")
         return self._finish(
-            {**head, "generation": head["generation"] + 1, "deleted": sorted(gone)}, previous, self._query_stages(head)
+            {**head, "generation": head["generation"] + 1, "deleted": sorted(gone)},
+            self._parts(previous.chunks, previous=previous),
+            self._query_stages(head),
         )
 
     # -- stages
 
     def _chunks(self, source: DocumentSource, chunk_size: int) -> Stage:
         """Chunks that can be neighbors."""
-        return build_chunks(self.root, source, self.tools.tokenizer, chunk_size=chunk_size, byte_counts=False, **self._shared)
+        chunks = build_chunks(self.root, source, self.tools.tokenizer, chunk_size=chunk_size, byte_counts=False, **self._shared)
+        self._seen.add(chunks.folder)
+        return chunks
 
     def _parts(self, chunks: Stage, *, previous: Parts) -> Parts:
         """Everything that searching some chunks needs; what a former generation has of it is used again."""
@@ -149,11 +163,11 @@ class Builder:
         vectors = index = lexical = None
         if tools.encoder is not None:
             vectors = self._vectors(chunks, previous=previous.vectors)
-            if previous.index is not None and previous.vectors is not None:
+            if previous.index is not None and previous.index.inputs["vectors"] == vectors.key:
+                index = previous.index
+            elif previous.index is not None and previous.vectors is not None:
                 same_encoder = previous.vectors.inputs["encoder"] == vectors.inputs["encoder"]
-                if previous.vectors.key == vectors.key:
-                    index = previous.index
-                elif same_encoder and chunks.inputs.get("base") == previous.chunks.key:
+                if same_encoder and chunks.inputs.get("base") == previous.chunks.key:
                     index = append_index(self.root, previous.index, previous.vectors, vectors, **self._shared)
             index = index or build_index(self.root, vectors, tools.index, **self._shared)
         if tools.kind != "dense":
@@ -209,7 +223,7 @@ class Builder:
         }
         with self.team.together():
             if self.team.rank == 0:
-                write_bytes(self.root / HEAD, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+                _write_head(self.root, content)
         return RetrievalDatabase(self.root, content)
 
     # -- the head
@@ -222,11 +236,109 @@ class Builder:
         check_encoder(head, self.tools)
         return head
 
-    def _previous(self, head: Mapping[str, Any]) -> Parts:
-        return open_parts(self.root, head)
+    def _carried(self, head: Mapping[str, Any], base: Stage) -> list[int]:
+        """The documents of new chunks that were deleted from the generation whose place they take; says what is lost of it.
+
+        Args:
+            head: of that generation.
+            base: the new chunks.
+
+        Returns:
+            Their numbers.
+
+        Raises:
+            ValueError: if it can no longer be told what was deleted, or nothing else is left.
+        """
+        before = {name: self._whole(self.root / name) for name in (head["stages"]["chunks"], head["base"])}
+        current, first = before[head["stages"]["chunks"]], before[head["base"]]
+        # The chunks that were built come first in all that were added to them, so that numbers of documents agree.
+        names = ChunkTable(stage.folder).document_ids if (stage := current or first) else []
+        known = [number for number in head["deleted"] if number < len(names)]
+        if head["deleted"] and not known:
+            raise ValueError(
+                f"{len(head['deleted'])} documents were deleted from {self.root}, and their names are gone with its chunks: "
+                f"delete {self.root / HEAD} to build it with all documents, and delete them again"
+            )
+        gone = {names[number] for number in known}
+        deleted = [number for number, name in enumerate(ChunkTable(base.folder).document_ids) if name in gone]
+        if len(deleted) == ChunkTable(base.folder).num_documents:
+            raise ValueError(
+                f"all {len(deleted)} documents were deleted from {self.root} before: expected others besides; delete "
+                f"{self.root / HEAD} to have them back"
+            )
+        said = []
+        if deleted:
+            example = ChunkTable(base.folder).document_ids[deleted[0]]
+            said.append(
+                f"{len(deleted)} documents that were deleted from it stay so, such as {example!r} (delete {HEAD} before to "
+                "have them back)"
+            )
+        if head["stages"]["chunks"] != head["base"]:
+            said.append("what was added to it is not in it any more: add it again")
+        if said and self.team.rank == 0:
+            warnings.warn(f"{self.root} is built anew: {'; '.join(said)}", stacklevel=3)
+        return deleted
+
+    def _previous(self, head: Mapping[str, Any], *names: Literal["vectors", "index"]) -> Parts:
+        """The chunks of a generation and those of its further stages that are asked for and whole; others are made again.
+
+        Raises:
+            ValueError: if the chunks are not whole.
+        """
+        folders = {name: self.root / folder for name, folder in head["stages"].items() if name in ("chunks", *names)}
+        stages = {name: self._whole(folder) for name, folder in folders.items()}
+        chunks = stages.pop("chunks")
+        if chunks is None:
+            raise ValueError(f"the chunks {folders['chunks']} are damaged or gone: build the database again")
+        return Parts(chunks, **stages)
+
+    def _whole(self, folder: Path) -> Stage | None:
+        """A stage of a former generation; None where it is gone or damaged, which is announced."""
+        whole = folder in self._seen
+        with self.team.together():
+            if self.team.rank == 0 and not whole:
+                try:
+                    whole = open_stage(folder).is_finished(verify=self.tools.verify > 0)
+                except ValueError:  # it has no manifest
+                    whole = False
+        if not self.team.tell(whole):
+            return None
+        self._seen.add(folder)
+        return open_stage(folder)
 
     def _query_stages(self, head: Mapping[str, Any]) -> dict[str, Stage]:
         return {name: open_stage(self.root / stages["chunks"]) for name, stages in head["queries"].items()}
+
+
+def publish_head(root: Path, head: Mapping[str, Any], *, verify: bool) -> bool:
+    """Make a former generation the current one again, if all that it names is there and whole; on all ranks together.
+
+    Args:
+        root: folder of the database.
+        head: what its manifest was.
+        verify: whether to compare files with their hashes.
+
+    Returns:
+        Whether it was.
+    """
+    names = [*head["stages"].values(), *(name for stages in head["queries"].values() for name in stages.values())]
+    team, done = Team(), False
+    try:
+        with team.together():
+            if team.rank == 0:
+                try:
+                    done = all(open_stage(root / name).is_finished(verify=verify) for name in names)
+                except ValueError:  # one has no manifest
+                    done = False
+                if done:
+                    _write_head(root, head)
+        return team.tell(done)
+    finally:
+        team.close()
+
+
+def _write_head(root: Path, head: Mapping[str, Any]) -> None:
+    write_bytes(root / HEAD, (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def open_parts(root: Path, head: Mapping[str, Any]) -> Parts:

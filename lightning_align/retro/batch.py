@@ -37,12 +37,13 @@ class RetrievalBatch(TokenBatch):
 class Windows:
     """How documents are cut in windows of n chunks: a window never spans two documents, and the last may be shorter."""
 
-    def __init__(self, table: ChunkTable, chunks: int) -> None:
+    def __init__(self, table: ChunkTable, chunks: int, *, deleted: Sequence[int] = ()) -> None:
         """Cut.
 
         Args:
             table: of the documents.
             chunks: n.
+            deleted: numbers of documents that have no windows.
         """
         counts = np.diff(table.chunk_offsets)
         per_document = -(-counts // chunks)
@@ -52,12 +53,58 @@ class Windows:
         size = table.chunk_size
         rest = (table.token_offsets[document + 1] - table.token_offsets[document]) - number * chunks * size
         kept = rest >= 2  # one token alone is a target of the window before
+        if len(deleted):
+            there = np.ones(len(counts), np.bool_)
+            there[np.asarray(deleted)] = False
+            kept &= there[document]
         self.first: Ints = first[kept]
         self.document: Ints = document[kept]
         self.lengths: Ints = np.minimum(rest, chunks * size + 1)[kept]
 
     def __len__(self) -> int:
         return len(self.first)
+
+
+class LiveChunks:
+    """Chunks of the documents of a database that were not deleted. Pickled, it is a path and a number a document."""
+
+    def __init__(self, table: ChunkTable, deleted: Sequence[int]) -> None:
+        """Count them.
+
+        Args:
+            table: the database.
+            deleted: numbers of documents.
+        """
+        self.table = table
+        counts = np.diff(table.chunk_offsets)
+        counts[np.asarray(deleted, dtype=np.int64)] = 0
+        self.offsets: Ints = np.concatenate([[0], np.cumsum(counts)])
+        """(D + 1,) live chunks before each document, and all of them."""
+
+    def replace(self, ids: Ints, draws: NDArray[np.float64], own: Ints | None) -> tuple[Ints, Bools]:
+        """Random chunks, those of them drawn again that are not to be read: every other chunk is then as likely as before.
+
+        Args:
+            ids: (...) drawn from all chunks.
+            draws: (...) uniform in [0, 1), for those that are drawn again.
+            own: (...) documents of whoever reads, whose chunks are not for them; None where they are not of the database.
+
+        Returns:
+            (...) chunks, and whether there is one that may be read.
+        """
+        document = self.table.document_of(ids)
+        bad = self.offsets[document + 1] == self.offsets[document]
+        first = last = np.zeros(ids.shape, np.int64)
+        if own is not None:
+            bad |= document == own
+            first, last = self.offsets[own], self.offsets[own + 1]
+        count = self.offsets[-1] - (last - first)
+        rank = np.minimum((draws * count).astype(np.int64), np.maximum(count - 1, 0))
+        rank += np.where(rank >= first, last - first, 0)
+        rank = np.minimum(rank, self.offsets[-1] - 1)  # where there is none
+        found = np.searchsorted(self.offsets, rank, side="right") - 1
+        again = self.table.chunk_offsets[found] + rank - self.offsets[found]
+        return np.where(bad, again, ids), count > 0
 
 
 class RetrievalWindows(Dataset[RetrievalBatch]):
@@ -69,7 +116,9 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         database: the chunks that the neighbours are.
         num_chunks: chunks of a window.
         num_neighbors: J, neighbours of a chunk.
-        random_neighbors: share of the neighbours, always the same ones, in whose place random chunks stand.
+        random_neighbors: share of the neighbours, always the same ones, in whose place random chunks stand, which are of other
+            documents.
+        deleted: numbers of documents of the database that are not read: neither as windows nor as random neighbours.
         seed: of the random and shuffled neighbours of evaluation; None: training, which needs none.
 
     Raises:
@@ -85,6 +134,7 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         num_chunks: int,
         num_neighbors: int,
         random_neighbors: float = 0.0,
+        deleted: Sequence[int] = (),
         seed: int | None = None,
     ) -> None:
         if num_neighbors > neighbors.k:
@@ -93,7 +143,10 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
                 "fewer, or build it with more"
             )
         self.table, self.neighbors, self.database = table, neighbors, database
-        self.windows = Windows(table, num_chunks)
+        self.own = table.folder == database.folder
+        """Whether the documents are the database's, so that chunks must not read their own document."""
+        self.windows = Windows(table, num_chunks, deleted=deleted if self.own else ())
+        self.live = LiveChunks(database, deleted)
         self.num_chunks, self.num_neighbors, self.random_neighbors = num_chunks, num_neighbors, random_neighbors
         self.batches: list[list[int]] | None = None
         """Lists of windows that a plain sampler may ask for by their number; None where the sampler yields the lists."""
@@ -102,8 +155,10 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         if seed is not None:
             # Tables keyed by chunk: what is evaluated does not depend on how it is batched, nor on the number of ranks.
             random, shape = np.random.default_rng(seed), (len(table), num_neighbors)
-            self.controls["random"] = random.integers(0, len(database), shape), np.ones(shape, np.bool_)
+            drawn = random.integers(0, len(database), shape)
             order = random.permutation(len(table))
+            own = np.broadcast_to(table.document_of(np.arange(len(table)))[:, None], shape) if self.own else None
+            self.controls["random"] = self.live.replace(drawn, random.random(shape), own)
             self.controls["shuffled"] = neighbors.ids[order, :num_neighbors], neighbors.mask[order, :num_neighbors]
             self.overlap = overlaps(table, neighbors, database)
 
@@ -150,10 +205,16 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         count = self.num_neighbors
         ids, mask = self.neighbors.ids[chunks, :count], self.neighbors.mask[chunks, :count]
         if self.random_neighbors:
-            drawn = uniforms([(chunk,) for chunk in chunks.ravel().tolist()], positions=count, draws=2)
+            keys = chunks.ravel().tolist()
+            drawn = uniforms([(chunk,) for chunk in keys], positions=count, draws=2)
             numbers = drawn.double().numpy().reshape(*chunks.shape, count, 2)
-            random = numbers[..., 0] < self.random_neighbors
-            ids = np.where(random, (numbers[..., 1] * len(self.database)).astype(np.int64), ids)
+            again = uniforms([(chunk, 1) for chunk in keys], positions=count, draws=1)
+            own = np.broadcast_to(self.table.document_of(chunks)[..., None], ids.shape) if self.own else None
+            chosen, there = self.live.replace(
+                (numbers[..., 1] * len(self.database)).astype(np.int64), again.double().numpy().reshape(ids.shape), own
+            )
+            random = (numbers[..., 0] < self.random_neighbors) & there
+            ids = np.where(random, chosen, ids)
             mask = mask | random
         return ids, mask
 

@@ -8,12 +8,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_align.data.documents import DocumentSource
 from lightning_align.data.tokenizer import Tokenizer
 from lightning_align.models.checkpoint import weights_hash
+from lightning_align.retrieval.build import publish_head
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, LMEncoder
 from lightning_align.retrieval.index import IndexConfig
@@ -44,7 +45,9 @@ class RetrievalIndexing(Callback):
         verify: share of the blocks of each stage that are made twice and compared.
         precision: that the encoder runs in, by default the Trainer's; bf16-mixed is the fastest on most machines.
         refresh_every_n_epochs: build again with the current policy as encoder, every so many epochs; 0 never does.
-            The Trainer's reload_dataloaders_every_n_epochs must divide it.
+            The Trainer's reload_dataloaders_every_n_epochs must divide it. A checkpoint keeps which generation it was trained
+            on, so that a run that goes on from it, or evaluates it, finds the same neighbors; to `predict`, which encodes what
+            is written on the way, the database is built with the policy of the checkpoint.
     """
 
     def __init__(
@@ -79,9 +82,16 @@ class RetrievalIndexing(Callback):
             "hide_copies": hide_copies,
             "verify": verify,
         }
+        self._refreshed: dict[str, Any] | None = None
+        """What was built of the policy last: after how many ``epochs``, and the ``head`` of the database."""
+
+    @property
+    def state_key(self) -> str:
+        """Of its own for each database, of which a run may have several."""
+        return self._generate_state_key(database=self.database)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Build what is missing.
+        """Build what is missing. In evaluation a database that was refreshed stays as it is.
 
         Raises:
             ValueError: if there is nothing to encode with, or anything else that was given cannot be used.
@@ -94,16 +104,74 @@ class RetrievalIndexing(Callback):
                 "RetrievalIndexing needs something that turns chunks into vectors: give encoder, a checkpoint of a language "
                 "model (such as one that configs/sft trains), the name of a sentence-transformers model, or bm25"
             )
+        if stage != "fit" and self.refresh_every_n_epochs and self._is_refreshed():
+            return
+        self._refreshed = None
         self._build(trainer, encoder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which generation of the database the run is on, if the policy was its encoder."""
+        return {} if self._refreshed is None else dict(self._refreshed)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go back to the database that the checkpoint's run was on; if it is gone, build it with the checkpoint's policy."""
+        every = self.refresh_every_n_epochs
+        if not every:
+            return
+        state = checkpoint["callbacks"].get(self.state_key) or {"epochs": 0, "head": None}
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
+        # Epochs whose end has come: checkpoints are written after the refresh of an epoch's end, or else before the end.
+        done = progress.get("current", {}).get("processed", checkpoint.get("epoch", 0))
+        fits, due = trainer.state.fn == "fit", done - done % every
+        if not fits and state["head"] is None:
+            return
+        wanted = max(due, state["epochs"]) if fits else state["epochs"]
+        if trainer.state.fn == "predict":
+            self._refresh(trainer, pl_module, done)
+        elif wanted:
+            # What was built after the last epoch that a run was to have is not in its checkpoint: nothing was to read it.
+            kept = state["epochs"] == wanted and self._is_of_now(state["head"])
+            whole = kept and publish_head(Path(self.database), state["head"], verify=self._settings["verify"] > 0)
+            if whole:
+                self._refreshed = state
+                return
+            if wanted != done:
+                rank_zero_warn(
+                    f"{self.database} no longer has what was built of the policy after epoch {wanted}, or was changed: it "
+                    f"is built with the policy after epoch {done}, so the run does not go on to the bit"
+                )
+            self._refresh(trainer, pl_module, done)
+
+    def _is_of_now(self, head: Mapping[str, Any]) -> bool:
+        """Whether a former generation has the documents and settings of the present one: what was deleted stays deleted."""
+
+        def settings(one: Mapping[str, Any]) -> Any:
+            queries = {name: stages["chunks"] for name, stages in one["queries"].items()}
+            made_with = {name: value for name, value in one["made_with"].items() if name != "encoder"}
+            return one["stages"]["chunks"], one["deleted"], one["retriever"], made_with, queries
+
+        return bool(settings(head) == settings(RetrievalDatabase.open(self.database).manifest))
+
+    def _is_refreshed(self) -> bool:
+        """Whether the encoder of the database was an object, as a policy is."""
+        try:
+            head = RetrievalDatabase.open(self.database).manifest
+        except ValueError:
+            return False
+        return head["encoder"] is not None and head["made_with"]["encoder"] is None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Build again with the policy as it is now, if this is the epoch for it."""
         every = self.refresh_every_n_epochs
         last = trainer.current_epoch + 1 == trainer.max_epochs
         if every and (trainer.current_epoch + 1) % every == 0 and not last:
-            policy: nn.Module = pl_module.policy  # type: ignore[assignment]  # every module of the suite has one
-            # It trains on: the Trainer that encodes must neither move it nor take it into evaluation mode for good.
-            self._build(trainer, LMEncoder(policy, fingerprint=weights_hash(policy), borrowed=True))
+            self._refresh(trainer, pl_module, trainer.current_epoch + 1)
+
+    def _refresh(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
+        policy: nn.Module = pl_module.policy  # type: ignore[assignment]  # every module of the suite has one
+        # It trains on: the Trainer that encodes must neither move it nor take it into evaluation mode for good.
+        database = self._build(trainer, LMEncoder(policy, fingerprint=weights_hash(policy), borrowed=True))
+        self._refreshed = {"epochs": epochs, "head": database.manifest}
 
     def _build(self, trainer: L.Trainer, encoder: str | Encoder) -> RetrievalDatabase:
         data = getattr(trainer, "datamodule", None)

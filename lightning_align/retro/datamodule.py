@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 from lightning_align.data.batching import LengthGroupedSampler, ResumableLoader
 from lightning_align.data.rows import RowTask, read_rows
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from lightning_align.models.checkpoint import weights_hash
 from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retrieval.encoders import LMEncoder
 from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows
@@ -27,14 +29,15 @@ class RETRODataModule(L.LightningDataModule):
         database: Folder of the retrieval database.
         tokenizer: What the database was built with: bytes, the path of a tokenizer.json, or a folder or hub name of a
             transformers tokenizer.
-        train: Query set of the database to train on; by default the documents of the database themselves.
+        train: Query set of the database to train on; by default the documents of the database themselves, without those that
+            were deleted from it.
         validation: Query set of the database to validate on.
         test: Query set of the database to test on.
         predict: Rows with a prompt to continue: a file, a dataset of the hub, or a task.
         num_chunks: Chunks of a window; a longer document is cut into several.
         num_neighbors: Neighbours of each chunk in training.
-        random_neighbors: Share of the neighbours in training, always the same ones, in whose place random chunks of the
-            database are read, so that the model learns to look at what was found before it believes it.
+        random_neighbors: Share of the neighbours in training, always the same ones, in whose place random chunks of other
+            documents of the database are read, so that the model learns to look at what was found before it believes it.
         eval_num_neighbors: In evaluation, at least as many as the module compares; as num_neighbors where it is not given.
         batch_size: Windows of a training batch of each device.
         eval_batch_size: Windows of an evaluation batch, or prompts; as batch_size where it is not given.
@@ -141,9 +144,13 @@ class RETRODataModule(L.LightningDataModule):
         """Live retrieval, for generation; in the main process only."""
         from lightning_align.retro.indexing import open_retriever  # faiss comes with it, and training needs none
 
-        manifest = self.database.manifest
+        manifest, encoder = self.database.manifest, None
         if self._retriever is None or self._retriever[0] != manifest:
-            self._retriever = manifest, open_retriever(self.folder)
+            policy: Any = getattr(self.trainer and self.trainer.lightning_module, "policy", None)
+            if policy is not None and manifest["encoder"] is not None and manifest["made_with"]["encoder"] is None:
+                # A refresh built it with the policy, which no file has; another one is refused.
+                encoder = LMEncoder(policy, fingerprint=weights_hash(policy), borrowed=True)
+            self._retriever = manifest, open_retriever(self.folder, encoder=encoder)
         return self._retriever[1]
 
     # -- batches
@@ -159,6 +166,7 @@ class RETRODataModule(L.LightningDataModule):
             num_chunks=self.num_chunks,
             num_neighbors=self.num_neighbors,
             random_neighbors=self.random_neighbors,
+            deleted=database.manifest["deleted"],
         )
         rank_zero_info(f"train: {_size(documents.chunks)}, {len(rows)} windows")
         return self._loader(rows, self.batch_size, train=True)
@@ -219,6 +227,7 @@ class RETRODataModule(L.LightningDataModule):
             database.chunks,
             num_chunks=self.num_chunks,
             num_neighbors=self.eval_num_neighbors,
+            deleted=database.manifest["deleted"],
             seed=self.seed,
         )
         rank_zero_info(f"{name}: {_size(queries.chunks)}, {len(rows)} windows")

@@ -73,6 +73,11 @@ class RetrievalDecoder(nn.Module):
         """That of the model."""
         return self.model.head
 
+    @property
+    def max_seq_len(self) -> int | None:
+        """That of the model's decoder; None if it does not say."""
+        return self.model.max_seq_len
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits without neighbours."""
         logits: Tensor = self.model(tokens)

@@ -41,7 +41,9 @@ def build_database(
 ) -> RetrievalDatabase:
     """Build a retrieval database, or what is missing of it.
 
-    It may be killed at any moment and goes on where it was; equal inputs give equal bytes, on any number of ranks.
+    It may be killed at any moment and goes on where it was; equal inputs give equal bytes, on any number of ranks. Documents
+    that were deleted stay so, whatever is built in the same folder; those that were added do while the documents, the tokenizer
+    and the size of chunks are the same, and have to be added again otherwise.
 
     Args:
         folder: of the database.

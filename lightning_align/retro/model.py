@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_align.models.checkpoint import backbone_spec, build_backbone
-from lightning_align.models.language_model import Head, HiddenModel, has_cache, has_hidden
+from lightning_align.models.language_model import Head, HiddenModel, context_length, has_cache, has_hidden
 from lightning_align.retro.attention import ChunkedCrossAttention
 from lightning_align.retro.encoder import NeighborEncoder
 
@@ -137,6 +137,11 @@ class RETRO(nn.Module):
     def num_tokens(self) -> int:
         """V."""
         return self.head.weight.shape[0]
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The most tokens that the decoder can read; None if it does not say."""
+        return context_length(self.decoder)
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -160,6 +160,88 @@ def test_documents_come_and_go_without_building_again(tmp_path, monkeypatch):
         delete_documents(tmp_path, ["new"], encoder=encoder)
 
 
+@pytest.mark.parametrize(
+    ("stage", "changed"),
+    # Chunks that were added cannot be made of the documents of the build.
+    [("chunks", False), *((stage, changed) for stage in ("vectors", "index", "lexical", "neighbors") for changed in (0, 1))],
+)
+def test_whatever_is_damaged_or_gone_is_made_again(tmp_path, stage, changed):
+    encoder = Projection()
+
+    def make():
+        return build(tmp_path, texts(12), encoder=encoder, rerank=True)
+
+    def damage_end(folder):
+        file = max(folder.glob("*.*"), key=lambda path: (path.suffix != ".json", path.stat().st_size))
+        file.write_bytes(file.read_bytes()[:-8])
+
+    def damage_middle(folder):
+        file = max(folder.glob("*.*"), key=lambda path: (path.suffix != ".json", path.stat().st_size))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0x15
+        file.write_bytes(content)
+
+    database = make()
+    if changed:
+        database = add_documents(tmp_path, Listed(texts(2, seed=4, prefix="n")), encoder=encoder)
+    expected = np.array(database.neighbors.ids)
+    for harm in (damage_end, damage_middle, shutil.rmtree):
+        harm(tmp_path / database.manifest["stages"][stage])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*is damaged.*will be made again")
+            database = make()
+        assert np.array_equal(database.neighbors.ids, expected)
+        open_retriever(tmp_path, encoder=encoder).search([database.chunks.chunk(3)], 2)
+    if changed and stage == "index":
+        # What comes and goes makes it again too.
+        shutil.rmtree(tmp_path / database.manifest["stages"][stage])
+        gone = delete_documents(tmp_path, ["n0"], encoder=encoder)
+        shutil.rmtree(tmp_path / gone.manifest["stages"][stage])
+        add_documents(tmp_path, Listed(texts(1, seed=5, prefix="m")), encoder=encoder)
+        open_retriever(tmp_path, encoder=encoder).search([database.chunks.chunk(3)], 2)
+
+
+def test_chunks_that_cannot_be_made_again_are_named(tmp_path):
+    database = build(tmp_path, texts(6))
+    shutil.rmtree(tmp_path / database.manifest["stages"]["chunks"])
+    with pytest.raises(ValueError, match=r"chunks-.* are damaged or gone: build the database again"):
+        delete_documents(tmp_path, ["d0"], encoder=Projection())
+    build(tmp_path, texts(6))
+    delete_documents(tmp_path, ["d0"], encoder=Projection())
+
+
+def test_what_was_deleted_stays_so_when_the_database_is_built_anew(tmp_path):
+    encoder = Projection()
+
+    def live(database):
+        gone = set(database.manifest["deleted"])
+        return {name for number, name in enumerate(database.chunks.document_ids) if number not in gone}
+
+    build(tmp_path, texts(6), encoder=encoder)
+    add_documents(tmp_path, Listed({"new": "xylophone quartz " * 12}), encoder=encoder)
+    delete_documents(tmp_path, ["d3"], encoder=encoder)
+    # Other documents, d3 in another place.
+    with pytest.warns(UserWarning, match=r"1 documents .* stay so, such as 'd3' .*; what was added to it .* add it again"):
+        grown = build(tmp_path, {"first": "zebra " * 30} | texts(6), encoder=encoder)
+    assert live(grown) == {"first", *(f"d{i}" for i in range(6) if i != 3)}
+    assert "d3" not in document_names(grown, grown.neighbors.ids)
+    for size in (16, 32):
+        with pytest.warns(UserWarning, match="1 documents that were deleted from it stay so"):
+            assert "d3" not in live(build(tmp_path, texts(6), encoder=encoder, chunk_size=size))
+    with pytest.raises(ValueError, match="all 1 documents were deleted"):
+        build(tmp_path, {"d3": texts(6)["d3"]}, encoder=encoder, k=1)
+    # What was added cannot be made again of the documents of the build.
+    added = add_documents(tmp_path, Listed({"new": "xylophone quartz " * 12}), encoder=encoder)
+    shutil.rmtree(tmp_path / added.manifest["stages"]["chunks"])
+    with pytest.warns(UserWarning, match="what was added to it is not in it any more"):
+        assert live(build(tmp_path, texts(6), encoder=encoder)) == {f"d{i}" for i in range(6) if i != 3}
+    shutil.rmtree(tmp_path / added.manifest["base"])
+    with pytest.raises(ValueError, match=r"1 documents were deleted .* their names are gone"):
+        build(tmp_path, texts(7), encoder=encoder)
+    (tmp_path / "database.json").unlink()
+    assert "d3" in live(build(tmp_path, texts(7), encoder=encoder))
+
+
 def test_another_encoder_is_refused(tmp_path):
     build(tmp_path, texts(5))
     with pytest.raises(ValueError, match="built with the encoder projection-8-0, this one is projection-8-1"):

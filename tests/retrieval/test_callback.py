@@ -1,15 +1,19 @@
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_align.cli import run
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retro.callbacks import RetrievalIndexing
-from lightning_align.retro.indexing import open_retriever
+from lightning_align.retro.indexing import build_database, delete_documents, open_retriever
 from lightning_align.sft.module import SFTModule
 from tests.distributed.index import checkpoint
 from tests.retrieval.helpers import Listed, texts, write_folder
@@ -32,10 +36,10 @@ class Reads(L.LightningDataModule):
         return DataLoader([token_batch([2], [3])] * 2, batch_size=None)
 
 
-def trainer_of(indexing, **options):
+def trainer_of(indexing, *callbacks, **options):
     names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     quiet = dict.fromkeys(names, False) | {"limit_val_batches": 0}
-    return L.Trainer(accelerator="cpu", callbacks=[indexing], **(quiet | {"max_epochs": 1} | options))
+    return L.Trainer(accelerator="cpu", callbacks=[indexing, *callbacks], **(quiet | {"max_epochs": 1} | options))
 
 
 def indexing_of(folder, **options):
@@ -63,6 +67,76 @@ def test_it_is_refreshed_with_the_current_policy(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             trainer_of(indexing, **options).fit(SFTModule(tiny_palm(num_tokens=259)), data)
+
+
+class Stop(L.Callback):
+    """Ends a run as a kill would, at the beginning of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("how", ["stages kept", "stages gone", "ended before"])
+def test_a_resumed_run_has_the_neighbors_of_an_uninterrupted_one(tmp_path, every, how):
+    encoder = checkpoint(tmp_path / "e.ckpt")
+
+    def fit(name, *, epochs=4, stop=None, resume=None):
+        folder = tmp_path / name
+        data = Reads(folder / "db")
+        saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        indexing = indexing_of(folder / "db", encoder=encoder, refresh_every_n_epochs=every)
+        options = {"max_epochs": epochs, "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": True}
+        trainer = trainer_of(indexing, saving, *([] if stop is None else [Stop(stop)]), **options)
+        torch.manual_seed(0)
+        with contextlib.suppress(SystemExit):
+            trainer.fit(SFTModule(tiny_palm(num_tokens=259)), data, ckpt_path=resume, weights_only=resume and False)
+        return data.seen
+
+    whole = fit("whole")
+    if how == "ended before":
+        fit("cut", epochs=2)
+    else:
+        fit("cut", stop=2)
+        if how == "stages gone":
+            shutil.rmtree(tmp_path / "cut" / "db")
+    # The Trainer asks for the loader once more as it goes on.
+    again, *resumed = fit("cut", resume=tmp_path / "cut" / "epoch=1.ckpt")
+    assert again[0] == whole[2][0]
+    assert [encoder for encoder, _ in resumed] == [encoder for encoder, _ in whole[2:]]
+    for (_, ids), (_, expected) in zip(resumed, whole[2:], strict=True):
+        assert np.array_equal(ids, expected)
+    assert whole[0][0] != whole[2][0] and len(whole) == 4
+    # Evaluating a checkpoint leaves the database that it was trained on.
+    folder = tmp_path / "cut" / "db"
+    indexing = indexing_of(folder, encoder=encoder, refresh_every_n_epochs=every)
+    evaluation = trainer_of(indexing, ModelCheckpoint(folder.parent), enable_checkpointing=True, limit_val_batches=1)
+    evaluation.validate(
+        SFTModule(tiny_palm(num_tokens=259)), Reads(folder), ckpt_path=tmp_path / "cut" / "epoch=3.ckpt", weights_only=False
+    )
+    assert RetrievalDatabase.open(folder).manifest["encoder"] == whole[3][0]
+
+
+def test_what_was_deleted_since_a_checkpoint_stays_so(tmp_path):
+    encoder, folder = checkpoint(tmp_path / "e.ckpt"), tmp_path / "db"
+
+    def fit(resume=None):
+        indexing = indexing_of(folder, encoder=encoder, refresh_every_n_epochs=1)
+        options = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": True}
+        saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        trainer = trainer_of(indexing, saving, **options)
+        trainer.fit(SFTModule(tiny_palm(num_tokens=259)), Reads(folder), ckpt_path=resume, weights_only=resume and False)
+
+    fit()
+    build_database(folder, Listed(texts(6)), encoder=encoder, chunk_size=32, k=2)
+    delete_documents(folder, ["d2"])
+    fit(tmp_path / "epoch=1.ckpt")
+    head = RetrievalDatabase.open(folder).manifest
+    assert head["deleted"] == [2] and head["made_with"]["encoder"] is None
 
 
 def test_what_is_missing_is_named(tmp_path):

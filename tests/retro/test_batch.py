@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ import torch
 
 from lightning_align.data.tokenizer import ByteTokenizer
 from lightning_align.retrieval.database import RetrievalDatabase
-from lightning_align.retro.batch import RetrievalWindows
+from lightning_align.retro.batch import LiveChunks, RetrievalWindows
+from lightning_align.retro.datamodule import RETRODataModule
+from lightning_align.retro.indexing import build_database, delete_documents
+from tests.retrieval.helpers import Listed, texts
 from tests.retro.conftest import HELD_OUT, SIZE
 
 
@@ -122,3 +126,60 @@ def test_is_pickled_without_the_tables(database: RetrievalDatabase) -> None:
 def test_refuses_more_neighbors_than_are_kept(database: RetrievalDatabase) -> None:
     with pytest.raises(ValueError, match="keeps 3 neighbours"):
         training(database, num_neighbors=4)
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory: pytest.TempPathFactory) -> RetrievalDatabase:
+    """Twelve documents of 3 to 6 chunks, three of which were deleted."""
+    root = tmp_path_factory.mktemp("edited")
+    listed = Listed(texts(12, words=8))
+    build_database(root, listed, encoder="bm25", queries={"validation": Listed(texts(4, seed=3))}, chunk_size=SIZE, k=3)
+    return delete_documents(root, ["d0", "d5", "d11"])
+
+
+@pytest.mark.parametrize("deletes", [False, True])
+@pytest.mark.parametrize("own", [False, True], ids=["query set", "own documents"])
+def test_random_neighbors_are_live_and_of_other_documents(edited: RetrievalDatabase, own: bool, deletes: bool) -> None:
+    deleted = edited.manifest["deleted"] if deletes else []
+    documents = edited if own else edited.queries("validation")
+    table = edited.chunks
+    options: dict[str, Any] = {"num_chunks": 2, "num_neighbors": 3, "deleted": deleted}
+    windows = RetrievalWindows(documents.chunks, documents.neighbors, table, random_neighbors=1.0, **options)
+    chunks = np.arange(len(documents.chunks))[:, None]
+    found, mask = windows._found(chunks)
+    all_ids = found[:, 0]
+    assert mask.all() and not np.isin(table.document_of(all_ids), deleted).any()
+    if own:
+        assert not (table.document_of(all_ids) == table.document_of(chunks)).any()
+        assert not np.isin(windows.windows.document, deleted).any()
+        kept = set(range(table.num_documents)) - set(deleted)
+        assert set(windows.windows.document.tolist()) == kept
+    else:
+        assert set(windows.windows.document.tolist()) == {0, 1, 2, 3}
+        control, there = RetrievalWindows(documents.chunks, documents.neighbors, table, seed=0, **options).controls["random"]
+        assert there.all() and not np.isin(table.document_of(control), deleted).any()
+
+
+def test_what_is_drawn_again_is_any_other_chunk(edited: RetrievalDatabase) -> None:
+    table, deleted = edited.chunks, edited.manifest["deleted"]
+    live, own, random = LiveChunks(table, deleted), 3, np.random.default_rng(0)
+    ids = random.integers(0, len(table), 40_000)
+    replaced, there = live.replace(ids, random.random(ids.shape), np.full(ids.shape, own))
+    allowed = ~np.isin(table.document_of(np.arange(len(table))), [*deleted, own])
+    assert there.all() and np.array_equal(replaced[allowed[ids]], ids[allowed[ids]])
+    counts = np.bincount(replaced, minlength=len(table))
+    assert not counts[~allowed].any()
+    expected = len(ids) / allowed.sum()
+    assert np.abs(counts[allowed] - expected).max() < 6 * expected**0.5
+    only, there = LiveChunks(table, [i for i in range(12) if i != own]).replace(ids, random.random(ids.shape), np.array(own))
+    assert not there.any() and only.shape == ids.shape
+
+
+def test_no_window_is_of_a_deleted_document(edited: RetrievalDatabase) -> None:
+    source = RETRODataModule(str(edited.folder), num_chunks=2, num_neighbors=2, random_neighbors=0.5)
+    rows: Any = source.train_dataloader().dataset
+    assert not np.isin(rows.windows.document, edited.manifest["deleted"]).any()
+    again = pickle.loads(pickle.dumps(rows))
+    assert torch.equal(again[[0, 1]]["neighbors"].tokens, rows[[0, 1]]["neighbors"].tokens)
+    evaluated: Any = source.val_dataloader().dataset
+    assert not np.isin(edited.chunks.document_of(evaluated.controls["random"][0]), edited.manifest["deleted"]).any()

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.models.language_model import context_length
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.retro.decoding import RetrievalDecoder
 from lightning_align.retro.model import RETRO, NeighborTokens
 from tests.retro.toys import SIZE, ToyRetriever, tiny_retro
@@ -94,6 +96,18 @@ def test_without_a_retriever_it_decodes_as_its_decoder() -> None:
     model = tiny_retro()
     config = GenerationConfig(max_new_tokens=6, temperature=0.0)
     assert generate(model, PROMPTS, config) == generate(model.decoder, PROMPTS, config)
+
+
+def test_says_how_many_tokens_its_decoder_can_read() -> None:
+    pytest.importorskip("transformers")
+    config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16}
+    model = tiny_retro(decoder=PretrainedLM(config=config, dtype="float32")).eval()
+    reading = RetrievalDecoder(model, ToyRetriever(), num_neighbors=2)
+    for one in (model, reading):
+        assert context_length(one) == 16
+        [[response]] = generate(one, [[1, 2, 3]], GenerationConfig(max_new_tokens=30, temperature=0.0), eos_id=99)
+        assert len(response.tokens) == 13
+    assert context_length(tiny_retro()) is None
 
 
 def test_refuses_other_chunks() -> None:

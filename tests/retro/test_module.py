@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_align import RETRO, NeighborPanel, RETRODataModule, RETROModule, SFTModule
+from lightning_align import RETRO, NeighborPanel, RetrievalIndexing, RETRODataModule, RETROModule, SFTModule
 from lightning_align.callbacks import PredictionWriter
 from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.palm import PaLM
@@ -20,6 +20,7 @@ from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retro.batch import RetrievalBatch
 from lightning_align.retro.indexing import build_database
 from lightning_align.retro.model import NeighborTokens
+from tests.distributed.index import checkpoint
 from tests.retro.conftest import SIZE
 from tests.retro.toys import tiny_retro
 from tests.toys import gap, state_of, tiny_palm
@@ -123,15 +124,27 @@ def test_trains_on_a_query_set_where_one_is_named(database: RetrievalDatabase, t
         data(database, random_neighbors=2.0)
 
 
-def test_the_number_of_neighbors_is_drawn_from_the_step(database: RetrievalDatabase, tmp_path: Path) -> None:
-    tuned, frozen = module(), module(backbone=tiny_retro(decoder=decoder(), chunk_size=SIZE, train_decoder=False))
+def test_the_number_of_neighbors_is_drawn_from_the_step(
+    database: RetrievalDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, int]] = []
+    draw = RETROModule._draw
+
+    def recorded(one: RETROModule, most: int) -> int:
+        drawn.append((one.trainer.global_step, draw(one, most)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(RETROModule, "_draw", recorded)
     seen: dict[str, set[int]] = {}
-    for name, one in (("tuned", tuned), ("frozen", frozen)):
-        one.configure_model()
-        one.trainer = trainer(tmp_path)
-        drawn = [one._draw(2, index) for index in range(50)]
-        assert drawn == [one._draw(2, index) for index in range(50)]
-        seen[name] = set(drawn)
+    frozen = tiny_retro(decoder=decoder(), chunk_size=SIZE, train_decoder=False)
+    for name, options in (("tuned", {}), ("frozen", {"backbone": frozen})):
+        for _ in range(2):
+            settings = {"max_steps": 20, "limit_val_batches": 0, "accumulate_grad_batches": 2}
+            trainer(tmp_path, **settings).fit(module(**options), data(database, batch_size=2))
+        # Each of 20 steps cuts its batch in two (or one at the end of an epoch), and reads one number, the same in both runs.
+        assert len(drawn) > 60 and len(set(drawn)) == 20
+        seen[name] = {number for _, number in drawn}
+        drawn.clear()
     assert seen == {"tuned": {0, 1, 2}, "frozen": {1, 2}}
 
 
@@ -249,3 +262,42 @@ def test_refuses(database: RetrievalDatabase, tmp_path: Path) -> None:
         trainer(tmp_path).predict(module(), data(database))
     with pytest.raises(ValueError, match="on_leak is 'no'"):
         data(database, on_leak="no")
+
+
+def test_a_refreshed_database_is_evaluated_and_continues_prompts(tmp_path: Path) -> None:
+    for name in ("documents", "held_out"):
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(("the quick brown fox", "a lazy dog sleeps", "they meet at noon")):
+            (tmp_path / name / f"{number}.txt").write_text(f"{text} {name}", encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "the quick brown"}) + "\n", encoding="utf-8")
+    folder = tmp_path / "db"
+    encoder = checkpoint(tmp_path / "encoder.ckpt")
+
+    def run(action: str, path: Path | None = None) -> Any:
+        indexing = RetrievalIndexing(
+            str(folder),
+            documents=str(tmp_path / "documents"),
+            queries={"validation": str(tmp_path / "held_out")},
+            encoder=encoder,
+            tokenizer="bytes",
+            chunk_size=SIZE,
+            k=3,
+            refresh_every_n_epochs=1,
+        )
+        saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        options = {"max_steps": -1, "max_epochs": 2, "reload_dataloaders_every_n_epochs": 1, "enable_checkpointing": True}
+        one = trainer(tmp_path, callbacks=[indexing, saving], **options)
+        source = RETRODataModule(str(folder), num_chunks=3, eval_num_neighbors=3, predict=str(tmp_path / "prompts.jsonl"))
+        tuned = module(generation=GenerationConfig(max_new_tokens=SIZE, temperature=0.0))
+        return getattr(one, action)(tuned, source, ckpt_path=path, **({"weights_only": False} if path else {}))
+
+    run("fit")
+    refreshed = RetrievalDatabase.open(folder).manifest
+    assert refreshed["made_with"]["encoder"] is None
+    last = tmp_path / "epoch=1.ckpt"
+    run("validate", last)
+    assert RetrievalDatabase.open(folder).manifest == refreshed
+    [[row]] = run("predict", last)
+    assert row["neighbors"][0][0]["read"], "the policy of the checkpoint encodes what is looked for"
+    run("validate", last)
+    assert RetrievalDatabase.open(folder).manifest == refreshed, "evaluation goes back to what it was trained on"
