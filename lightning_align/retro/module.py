@@ -122,18 +122,18 @@ class RETROModule(AlignModule):
     def training_step(self, batch: RetrievalBatch, batch_idx: int) -> Tensor:
         """Sum of -log p over the targets of the micro-batch, to be divided by those of the optimizer batch."""
         neighbors = self._read(batch["neighbors"], self.num_neighbors)
-        k = self._draw(neighbors.tokens.shape[2])
+        k = self._draw(neighbors.tokens.shape[2], batch_idx // self.trainer.accumulate_grad_batches)
         loss, count = -self.logprobs(batch, neighbors.first(k)).sum(), batch["targets"].sum()
         self.count_tokens(batch)
         self.log_training({"loss": loss.detach() / count.clamp(min=1)}, progress_bar="loss", batch_size=len(batch["tokens"]))
         return self.weighted(loss, count)
 
-    def _draw(self, most: int) -> int:
+    def _draw(self, most: int, step: int) -> int:
         """How many neighbours this optimizer step reads: the same in all its micro-batches, on every rank, after a resume."""
         if not self.vary_neighbors:
             return most
         least = 0 if any(parameter.requires_grad for parameter in self._retro.decoder.parameters()) else 1
-        generator = torch.Generator().manual_seed(hash((self.trainer.global_step,)))
+        generator = torch.Generator().manual_seed(hash((self.trainer.global_step, step)))
         return int(torch.randint(least, most + 1, (), generator=generator))
 
     def _read(self, neighbors: NeighborTokens, count: int) -> NeighborTokens:

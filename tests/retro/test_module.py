@@ -130,8 +130,8 @@ def test_the_number_of_neighbors_is_drawn_from_the_step(
     drawn: list[tuple[int, int]] = []
     draw = RETROModule._draw
 
-    def recorded(one: RETROModule, most: int) -> int:
-        drawn.append((one.trainer.global_step, draw(one, most)))
+    def recorded(one: RETROModule, most: int, step: int) -> int:
+        drawn.append((one.trainer.global_step, draw(one, most, step)))
         return drawn[-1][1]
 
     monkeypatch.setattr(RETROModule, "_draw", recorded)
