@@ -63,6 +63,11 @@ class Scoped(nn.Module):
             return logits_of(self.model, tokens)
 
 
+def _whole(model: nn.Module) -> nn.Module:
+    """The model itself, of one with some scopes on."""
+    return model.model if isinstance(model, Scoped) else model
+
+
 class Caches(NamedTuple):
     """The key-value caches of two models that read the same tokens."""
 
@@ -78,7 +83,9 @@ class Caches(NamedTuple):
 class GeometricMixture(nn.Module):
     """Two models of one vocabulary, their logits added with weights 1 - w and w: a softmax makes it the normalised mean.
 
-    Of models with hidden states it is one with hidden states: both side by side, before both heads side by side.
+    Of models with hidden states it is one with hidden states: both side by side, before both heads side by side. Not where a
+    head caps its logits, for then their mean is no linear layer's output; nor of two sharded models, whose outermost weights
+    are never gathered at the same time.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, weight: float) -> None:
@@ -91,14 +98,17 @@ class GeometricMixture(nn.Module):
         """
         super().__init__()
         self.first, self.second, self.weight = first, second, weight
-        if has_hidden(first) and has_hidden(second):
-            self.hidden = self._hidden
+        if not (has_hidden(first) and has_hidden(second)) or first.head.softcap or second.head.softcap:
+            return
+        if _whole(first) is not _whole(second) and (is_sharded(first) or is_sharded(second)):
+            return
+        self.hidden = self._hidden
         if has_cache(first) and has_cache(second):
             self.make_cache = lambda batch, length: Caches(first.make_cache(batch, length), second.make_cache(batch, length))
 
     @property
     def head(self) -> Head:
-        """Both heads, (V, 2 D)."""
+        """Both heads, (V, 2 D), where there is `hidden`."""
         first, second = (getattr(model, "head") for model in (self.first, self.second))  # noqa: B009
         weight = torch.cat((first.weight, second.weight), dim=1)
         biases = [

@@ -15,10 +15,11 @@ from tests.spin.runs import start
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
-def run(folder: Path, rows: str, strategy: Any, devices: int) -> dict[str, Any]:
+def run(folder: Path, rows: str, strategy: Any, devices: int, **module_options: Any) -> dict[str, Any]:
     """Play and return the weights; the sets are in the folder."""
     loop = {"iterations": 2, "epochs": 1}
-    template, module, data = start(folder / f"rank_{os.environ.get('RANK', '0')}", optimizer=SGD, loop=loop)
+    place = folder / f"rank_{os.environ.get('RANK', '0')}"
+    template, module, data = start(place, optimizer=SGD, loop=loop, **module_options)
     play = template.callbacks[0]  # type: ignore[attr-defined]
     play.folder = folder / "sets"
     data.sources = {"train": rows, "validation": rows}
@@ -42,12 +43,12 @@ def run(folder: Path, rows: str, strategy: Any, devices: int) -> dict[str, Any]:
     return {"state": full(module.policy), "metrics": metrics}
 
 
-def main(name: str, folder: Path, rows: str) -> None:
+def main(name: str, opponent: str, folder: Path, rows: str) -> None:
     torch.set_num_threads(1)
-    result = run(folder, rows, STRATEGIES[name]("spin"), 2)
+    result = run(folder, rows, STRATEGIES[name]("spin"), 2, opponent=opponent)
     torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4])

@@ -14,13 +14,13 @@ from tests.toys import largest_difference, state_of, tiny_palm
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_play_as_one(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "opponent"), [("ddp", "iterate"), ("fsdp2", "iterate"), ("fsdp2", "mixture")])
+def test_two_processes_play_as_one(strategy: str, opponent: str, tmp_path: Path) -> None:
     rows = write_rows(tmp_path)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    launch(Path(__file__).parent / "spin.py", strategy, str(tmp_path / "two"), rows)
-    alone = run(tmp_path / "one", rows, "auto", 1)
+    launch(Path(__file__).parent / "spin.py", strategy, opponent, str(tmp_path / "two"), rows)
+    alone = run(tmp_path / "one", rows, "auto", 1, opponent=opponent)
     assert largest_difference(alone["state"], state_of(tiny_palm(num_tokens=259))) > 1e-3
     for rank in range(2):
         result: Any = torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True)

@@ -12,6 +12,7 @@ from lightning_align.generation.backend import FileBackend
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.logprobs import response_logprobs
 from lightning_align.models.formats import merged_weights, whole_weights
+from lightning_align.models.language_model import Head
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
 from lightning_align.spin import opponent
 from lightning_align.spin.generations import join_pairs, statistics
@@ -58,10 +59,27 @@ def test_ties_have_no_weight() -> None:
     assert all(p.grad is None or not p.grad.any() for p in module.policy.parameters())
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_a_mixture_is_the_normalised_geometric_mean(plain: bool) -> None:
-    first, second = tiny_palm(), tiny_palm(seed=1, tie_embeddings=False)
-    parts: list[nn.Module] = [Plain(first), Plain(second)] if plain else [first, second]
+class Capped(nn.Module):
+    """A model whose logits are softly capped, as Gemma 2's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.hidden, self.make_cache = self.model.hidden, self.model.make_cache
+
+    @property
+    def head(self) -> Head:
+        head: Head = self.model.head
+        return head._replace(softcap=1.0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head.logits(self.hidden(tokens))
+
+
+@pytest.mark.parametrize("kinds", [(None, None), (Plain, Plain), (Capped, Capped), (None, Capped)])
+def test_a_mixture_is_the_normalised_geometric_mean(kinds: tuple[type[Plain] | type[Capped] | None, ...]) -> None:
+    models = tiny_palm(), tiny_palm(seed=1, tie_embeddings=False)
+    first, second = parts = [model if kind is None else kind(model) for kind, model in zip(kinds, models, strict=True)]
     mixture, batch = GeometricMixture(*parts, 0.3), token_batch([2, 3], [6, 4])
     expected = []
     for row, mask, targets in zip(batch["tokens"], batch["mask"], batch["targets"], strict=True):
