@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_align.distributed import is_sharded
 from lightning_align.generation.sampler import evaluating
 from lightning_align.logprobs import response_logprobs
-from lightning_align.models.language_model import Head, has_cache, has_hidden, logits_of
+from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of
 from lightning_align.models.lora import using_lora
 from lightning_align.reference import REFERENCE_SCOPE, MovingAdapters, MovingCopy, MovingReference
 from lightning_align.types import TokenBatch
@@ -41,6 +41,7 @@ class Scoped(nn.Module):
         """
         super().__init__()
         self.model, self.scopes = model, scopes
+        self.max_seq_len = context_length(model)
         if has_hidden(model):
             self.hidden = self._hidden
         if has_cache(model):
@@ -98,6 +99,7 @@ class GeometricMixture(nn.Module):
         """
         super().__init__()
         self.first, self.second, self.weight = first, second, weight
+        self.max_seq_len = min((size for size in map(context_length, (first, second)) if size is not None), default=None)
         if not (has_hidden(first) and has_hidden(second)) or first.head.softcap or second.head.softcap:
             return
         if _whole(first) is not _whole(second) and (is_sharded(first) or is_sharded(second)):

@@ -12,7 +12,7 @@ from lightning_align.generation.backend import FileBackend
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.logprobs import response_logprobs
 from lightning_align.models.formats import merged_weights, whole_weights
-from lightning_align.models.language_model import Head
+from lightning_align.models.language_model import Head, context_length
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
 from lightning_align.spin import opponent
 from lightning_align.spin.generations import join_pairs, statistics
@@ -93,6 +93,16 @@ def test_a_mixture_is_the_normalised_geometric_mean(kinds: tuple[type[Plain] | t
     config = GenerationConfig(max_new_tokens=9, num_samples=2, seed=1)
     prompts = [[1, 2, 3], [4]]
     assert generate(mixture, prompts, config) == generate(GeometricMixture(Plain(first), Plain(second), 0.3), prompts, config)
+
+
+def test_opponents_read_no_more_than_their_models() -> None:
+    model = tiny_palm()
+    model.max_seq_len = 8  # type: ignore[assignment]  # what a model with learned positions says
+    add_lora(model, LoRAConfig(rank=2))
+    for player in (Scoped(model), GeometricMixture(model, Scoped(model), 0.3), GeometricMixture(tiny_palm(), model, 0.3)):
+        ((answer,),) = generate(player, [[1, 2, 3, 4, 5, 6]], GenerationConfig(max_new_tokens=9))
+        assert len(answer.tokens) == 2
+    assert context_length(GeometricMixture(tiny_palm(), tiny_palm(), 0.3)) is None
 
 
 @pytest.mark.parametrize("plain", [False, True])
