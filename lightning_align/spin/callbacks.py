@@ -21,8 +21,9 @@ from lightning_align.data.store import TokenStore
 from lightning_align.distributed import publish
 from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.models.checkpoint import state_hash
-from lightning_align.models.formats import merged_weights, whole_weights
+from lightning_align.models.formats import whole_weights
 from lightning_align.spin.generations import GeneratedSet, Pairs, Row, plan, statistics
+from lightning_align.spin.opponent import served_weights
 from lightning_align.spin.play import Play, real_ids
 
 SHOWN = 4
@@ -108,16 +109,32 @@ class SelfPlayGeneration(Callback):
         """Let the trainer ask for rows anew before each epoch, and end after the last iteration.
 
         Raises:
-            ValueError: if the module does not play against itself.
+            ValueError: if the module does not play against itself, or as the loop was not told to.
         """
         if stage != "fit":
             return
         if not hasattr(pl_module, "begin_iteration"):
             raise ValueError(f"SelfPlayGeneration: {type(pl_module).__name__} has no opponent; it is a callback of SPINModule")
+        self._check(pl_module)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         most = trainer.fit_loop.max_epochs
         if most is None or most < 0 or most > self._starts[-1]:
             trainer.fit_loop.max_epochs = self._starts[-1]
+
+    def _check(self, module: Any) -> None:
+        """Refuse what could not be done before anything is generated."""
+        name = type(self.backend).__name__
+        if not isinstance(self.backend, NativeBackend):
+            if module.generate_mode == "per_step":
+                raise ValueError(
+                    f"SelfPlayGeneration: backend is {name}, which would never be asked, since generate is 'per_step': "
+                    "expected the native one; leave `backend` out, or give SPINModule `generate: per_iteration`"
+                )
+            if module.opponent_kind == "mixture":
+                raise ValueError(
+                    f"SelfPlayGeneration: backend is {name}, and opponent 'mixture', two models that no other engine can serve "
+                    "as one: leave `backend` out for the native one, or give SPINModule the opponent iterate, ema or base"
+                )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin an iteration, where one begins: its optimizer, its learning rate, its numbers and texts in the log.
@@ -193,7 +210,9 @@ class SelfPlayGeneration(Callback):
         self._hash = trainer.strategy.broadcast(told if module.base_hash is None else f"{told[:32]}{module.base_hash[:32]}")
         if trainer.is_global_zero and (module.generate_mode == "per_iteration" or self.monitor is not None):
             self._keep(weights)
-        self.backend.sync_weights(merged_weights(module.policy, weights), iteration=iteration)
+        if not isinstance(self.backend, NativeBackend):
+            # The native one generates from the player itself, so no copy of its weights is made.
+            self.backend.sync_weights(served_weights(module.opponent.player(module.policy)), iteration=iteration)
 
     def _keep(self, weights: dict[str, Tensor]) -> None:
         """Save the policy that the iteration begins with, or find that it is there."""

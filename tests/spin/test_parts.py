@@ -6,18 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_align.generation.backend import FileBackend
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.logprobs import response_logprobs
-from lightning_align.models.formats import merged_weights, whole_weights
-from lightning_align.models.language_model import Head, context_length
+from lightning_align.models.formats import merged_weights, whole_weights, write_model
+from lightning_align.models.language_model import Head, context_length, logits_of
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.spin import opponent
 from lightning_align.spin.generations import join_pairs, statistics
 from lightning_align.spin.module import SPINModule, tied
-from lightning_align.spin.opponent import GeometricMixture, Scoped
+from lightning_align.spin.opponent import GeometricMixture, Scoped, served_weights
+from tests.models.test_pretrained import FAMILIES
 from tests.spin.runs import finish, set_rows
 from tests.toys import VOCABULARY, Plain, largest_difference, state_of, tiny_palm, token_batch
 
@@ -193,6 +196,55 @@ def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["spin/train/engine_gap"]) == pytest.approx(3, abs=1e-3)
     with pytest.raises(ValueError, match=r"weights.safetensors: has other weights .*than iteration 0 of this run"):
         finish(tmp_path / "other", loop=loop, backbone=tiny_palm(num_tokens=259, seed=1))
+
+
+class Outside:
+    """Another engine, in this process: it knows of the opponent only the weights that it was sent."""
+
+    whole = False
+
+    def __init__(self) -> None:
+        self.model = tiny_palm(num_tokens=259)
+        self.asked: list[int] = []
+
+    def sync_weights(self, weights: Any, *, iteration: int) -> None:
+        self.model.load_state_dict(weights)
+
+    def generate(self, model: nn.Module, prompts: Any, config: GenerationConfig, *, iteration: int, **options: Any) -> Any:
+        self.asked.append(iteration)
+        tokens = torch.tensor([prompts[0]])
+        with evaluating(model), evaluating(self.model):
+            torch.testing.assert_close(logits_of(self.model, tokens), logits_of(model, tokens), rtol=1e-4, atol=1e-4)
+        return generate(self.model, prompts, config, iteration=iteration, **options)
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)])
+@pytest.mark.parametrize("opponent", ["iterate", "ema", "base"])
+def test_another_engine_is_sent_the_opponent(opponent: str, lora: LoRAConfig | None, tmp_path: Path) -> None:
+    engine = Outside()
+    finish(tmp_path, loop={"iterations": 2, "epochs": 1, "backend": engine}, opponent=opponent, lora=lora, ema_decay=0.7)
+    assert set(engine.asked) == {0, 1}
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}])
+def test_another_engine_is_sent_what_an_export_holds(adapter: dict[str, Any] | None, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = PretrainedLM(config={"model_type": "llama", **FAMILIES["llama"]}, adapter=adapter)
+    write_model(model, whole_weights(model), tmp_path / "export")
+    assert largest_difference(served_weights(model), load_file(tmp_path / "export" / "model.safetensors")) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ({"opponent": "mixture"}, r"backend is FileBackend, and opponent 'mixture'"),
+        ({"generate": "per_step"}, r"backend is FileBackend, which would never be asked, since generate is 'per_step'"),
+    ],
+)
+def test_what_no_other_engine_can_do_is_refused(module: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        finish(tmp_path, loop={"backend": FileBackend(str(tmp_path / "engine"))}, **module)
+    assert not (tmp_path / "engine").exists()
 
 
 @pytest.mark.parametrize(
