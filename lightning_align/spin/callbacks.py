@@ -135,6 +135,12 @@ class SelfPlayGeneration(Callback):
                     f"SelfPlayGeneration: backend is {name}, and opponent 'mixture', two models that no other engine can serve "
                     "as one: leave `backend` out for the native one, or give SPINModule the opponent iterate, ema or base"
                 )
+        if self.lr_factors is not None and not self.reset_optimizer and module._lr_scheduler is not None:
+            raise ValueError(
+                f"SelfPlayGeneration: lr_factors is {list(self.lr_factors)}, with `lr_scheduler` and reset_optimizer false, "
+                "where one schedule runs through all iterations and alone says the rate: expected reset_optimizer true, or no "
+                "`lr_scheduler`, or no `lr_factors`"
+            )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin an iteration, where one begins: its optimizer, its learning rate, its numbers and texts in the log.

@@ -166,6 +166,12 @@ def test_betas_rates_and_optimizers_follow_the_iteration(tmp_path: Path) -> None
         assert mine == [(beta, pytest.approx(rate), step) for step in range(1, steps + 1)]
 
 
+def test_factors_on_a_rate_that_a_schedule_rules_are_refused(tmp_path: Path) -> None:
+    loop = {"lr_factors": [1.0, 0.5, 0.1], "reset_optimizer": False}
+    with pytest.raises(ValueError, match=r"lr_factors is \[1.0, 0.5, 0.1\], with `lr_scheduler` and reset_optimizer false"):
+        finish(tmp_path, loop=loop, lr_scheduler=lambda optimizer: WarmupDecay(optimizer, total_steps=10))
+
+
 def test_an_iteration_that_does_harm_ends_the_run_with_the_weights_of_the_best(tmp_path: Path) -> None:
     class Judge(Callback):
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
