@@ -65,9 +65,10 @@ class SelfPlayGeneration(Callback):
             folder: where generated sets are kept; by default `generations` in the run's folder. With several nodes, one that
                 all of them see.
             backend: who generates; by default the sampler of this package.
-            monitor: a logged metric. After an iteration that did not improve it, the run ends with the weights of the best one.
+            monitor: a logged metric. After an iteration that did not improve it, the run ends with the weights of the best one,
+                which are then in `best.ckpt` in the folder and in the trainer's `last.ckpt`.
             mode: whether that metric is to grow (`max`) or to fall (`min`).
-            patience: iterations without improvement that are borne.
+            patience: iterations without improvement that are borne; after the last one the weights are those of the best.
 
         Raises:
             ValueError: if a number is out of range.
@@ -168,7 +169,8 @@ class SelfPlayGeneration(Callback):
             )
         self._history[self.iteration] = float(trainer.callback_metrics[self.monitor])
         best = (max if self.mode == "max" else min)(self._history, key=lambda t: self._history[t])
-        if self.iteration - best <= self.patience:
+        last = self.iteration == self.iterations - 1
+        if best == self.iteration or (not last and self.iteration - best <= self.patience):
             return
         rank_zero_info(
             f"iteration {self.iteration}: {self.monitor} is {self._history[self.iteration]:.4g}, after "
@@ -333,7 +335,7 @@ class SelfPlayGeneration(Callback):
                 logger.experiment.add_text("spin/generations", _table(rows), self.iteration)
 
     def _roll_back(self, trainer: L.Trainer, iteration: int) -> None:
-        """Give the policy the weights that an iteration began with, and save it beside them."""
+        """Give the policy the weights that an iteration began with, and save it beside them and as the last checkpoint."""
         module: Any = trainer.lightning_module
         weights = load_file(self._root.parent / f"iteration_{iteration}" / "policy.safetensors")
         with torch.no_grad():
@@ -341,6 +343,12 @@ class SelfPlayGeneration(Callback):
                 value = weights[name].to(own.device)
                 own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
         trainer.save_checkpoint(self._root.parent / "best.ckpt")
+        # One that was written after the last step has the weights of before; one after the epoch is still to come.
+        for written in sorted({getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks} - {""}):
+            if trainer.is_global_zero and Path(written).is_symlink():
+                Path(written).unlink()  # else the checkpoint that it names would be written over
+            trainer.strategy.barrier("self-play rolled back")
+            trainer.save_checkpoint(written)
 
 
 def _table(rows: list[Row]) -> str:

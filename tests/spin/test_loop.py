@@ -187,6 +187,27 @@ def test_an_iteration_that_does_harm_ends_the_run_with_the_weights_of_the_best(t
         trainer.fit(module, data)
 
 
+@pytest.mark.parametrize(("patience", "link"), [(0, False), (1, False), (0, True)])
+def test_a_last_iteration_that_does_harm_leaves_the_best_weights_everywhere(patience: int, link: bool, tmp_path: Path) -> None:
+    class Judge(Callback):
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.log("val/solved", [0.4, 0.5, 0.3][pl_module.iteration])
+
+    loop = {"iterations": 3, "epochs": 1, "monitor": "val/solved", "patience": patience}
+    trainer, module, data = start(tmp_path, Judge(), loop=loop)
+    if link:
+        trainer.checkpoint_callbacks[-1].save_last = "link"  # type: ignore[attr-defined]
+    trainer.fit(module, data)
+    best = load_file(tmp_path / "sets" / "iteration_2" / "policy.safetensors")
+    assert largest_difference(state_of(module.policy), best) == 0
+    for path in (tmp_path / "sets" / "best.ckpt", tmp_path / "last.ckpt"):
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        assert all(torch.equal(saved[f"policy.{name}"], value) for name, value in best.items())
+    if link:  # what it pointed to is as it was
+        saved = torch.load(trainer.checkpoint_callbacks[-1].best_model_path, weights_only=True)["state_dict"]  # type: ignore[attr-defined]
+        assert not all(torch.equal(saved[f"policy.{name}"], value) for name, value in best.items())
+
+
 def test_what_was_altered_is_named_before_any_step(tmp_path: Path) -> None:
     with pytest.raises(Cut):
         finish(tmp_path, CutAfter(6))
