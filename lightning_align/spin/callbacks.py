@@ -35,7 +35,7 @@ class SelfPlayGeneration(Callback):
 
     An iteration is a number of epochs over its pairs. The trainer is told to end after the last one. All that an iteration
     trains on stands in ``<folder>/iteration_<t>/`` (see `lightning_align.spin.generations`), with the policy that it began
-    with; the state of a checkpoint names the folder, so a run that is resumed finds it.
+    with; the state of a checkpoint names the folder, so a run that is resumed finds it, unless it is told of another.
     """
 
     def __init__(
@@ -185,9 +185,11 @@ class SelfPlayGeneration(Callback):
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where that was."""
+        """Go on where that was, but in the folder that this run names, if it does: the other may have been moved there."""
         for name, value in state_dict.items():
             setattr(self, name, value)
+        if self.folder is not None:
+            self._folder = None
 
     # -- an iteration
 

@@ -93,6 +93,15 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(whole: Any, steps: int, tmp_path
     assert largest_difference(state_of(module.policy), expected) == 0
 
 
+def test_a_run_whose_folder_was_moved_goes_on_there(whole: Any, tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        finish(tmp_path, CutAfter(6))
+    (tmp_path / "sets").rename(tmp_path / "moved")
+    _, module = finish(tmp_path, resume=True, loop={"folder": str(tmp_path / "moved")})
+    assert largest_difference(state_of(module.policy), whole[0]) == 0
+    assert not (tmp_path / "sets").exists() and (tmp_path / "moved" / "iteration_2").is_dir()
+
+
 def test_a_run_that_was_cut_at_the_end_of_two_epochs_trains_neither_again(whole: Any, tmp_path: Path) -> None:
     for resume, steps in ((False, 3), (True, 8), (True, 13)):
         with pytest.raises(Cut):
