@@ -22,8 +22,9 @@ from lightning_align.data.store import TokenStore
 from lightning_align.distributed import publish
 from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.models.checkpoint import state_hash
-from lightning_align.models.formats import merged_weights, whole_weights
+from lightning_align.models.formats import whole_weights
 from lightning_align.spin.generations import GeneratedSet, Pairs, Row, plan, statistics
+from lightning_align.spin.opponent import served_weights
 from lightning_align.spin.play import Play, real_ids
 
 SHOWN = 4
@@ -35,7 +36,7 @@ class SelfPlayGeneration(Callback):
 
     An iteration is a number of epochs over its pairs. The trainer is told to end after the last one. All that an iteration
     trains on stands in ``<folder>/iteration_<t>/`` (see `lightning_align.spin.generations`), with the policy that it began
-    with; the state of a checkpoint names the folder, so a run that is resumed finds it.
+    with; the state of a checkpoint names the folder, so a run that is resumed finds it, unless it is told of another.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class SelfPlayGeneration(Callback):
             folder: where generated sets are kept; by default `generations` in the run's folder. With several nodes, one that
                 all of them see.
             backend: who generates; by default the sampler of this package.
-            monitor: a logged metric. After an iteration that did not improve it, the run ends with the weights of the best one.
+            monitor: a logged metric. After an iteration that did not improve it, the run ends with the weights of the best one,
+                which are then in `best.ckpt` in the folder and in the trainer's `last.ckpt`.
             mode: whether that metric is to grow (`max`) or to fall (`min`).
-            patience: iterations without improvement that are borne.
+            patience: iterations without improvement that are borne; after the last one the weights are those of the best.
 
         Raises:
             ValueError: if a number is out of range.
@@ -109,16 +111,38 @@ class SelfPlayGeneration(Callback):
         """Let the trainer ask for rows anew before each epoch, and end after the last iteration.
 
         Raises:
-            ValueError: if the module does not play against itself.
+            ValueError: if the module does not play against itself, or as the loop was not told to.
         """
         if stage != "fit":
             return
         if not hasattr(pl_module, "begin_iteration"):
             raise ValueError(f"SelfPlayGeneration: {type(pl_module).__name__} has no opponent; it is a callback of SPINModule")
+        self._check(pl_module)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         most = trainer.fit_loop.max_epochs
         if most is None or most < 0 or most > self._starts[-1]:
             trainer.fit_loop.max_epochs = self._starts[-1]
+
+    def _check(self, module: Any) -> None:
+        """Refuse what could not be done before anything is generated."""
+        name = type(self.backend).__name__
+        if not isinstance(self.backend, NativeBackend):
+            if module.generate_mode == "per_step":
+                raise ValueError(
+                    f"SelfPlayGeneration: backend is {name}, which would never be asked, since generate is 'per_step': "
+                    "expected the native one; leave `backend` out, or give SPINModule `generate: per_iteration`"
+                )
+            if module.opponent_kind == "mixture":
+                raise ValueError(
+                    f"SelfPlayGeneration: backend is {name}, and opponent 'mixture', two models that no other engine can serve "
+                    "as one: leave `backend` out for the native one, or give SPINModule the opponent iterate, ema or base"
+                )
+        if self.lr_factors is not None and not self.reset_optimizer and module._lr_scheduler is not None:
+            raise ValueError(
+                f"SelfPlayGeneration: lr_factors is {list(self.lr_factors)}, with `lr_scheduler` and reset_optimizer false, "
+                "where one schedule runs through all iterations and alone says the rate: expected reset_optimizer true, or no "
+                "`lr_scheduler`, or no `lr_factors`"
+            )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin an iteration, where one begins: its optimizer, its learning rate, its numbers and texts in the log.
@@ -146,7 +170,8 @@ class SelfPlayGeneration(Callback):
             )
         self._history[self.iteration] = float(trainer.callback_metrics[self.monitor])
         best = (max if self.mode == "max" else min)(self._history, key=lambda t: self._history[t])
-        if self.iteration - best <= self.patience:
+        last = self.iteration == self.iterations - 1
+        if best == self.iteration or (not last and self.iteration - best <= self.patience):
             return
         rank_zero_info(
             f"iteration {self.iteration}: {self.monitor} is {self._history[self.iteration]:.4g}, after "
@@ -161,9 +186,11 @@ class SelfPlayGeneration(Callback):
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where that was."""
+        """Go on where that was, but in the folder that this run names, if it does: the other may have been moved there."""
         for name, value in state_dict.items():
             setattr(self, name, value)
+        if self.folder is not None:
+            self._folder = None
 
     # -- an iteration
 
@@ -194,7 +221,9 @@ class SelfPlayGeneration(Callback):
         self._hash = trainer.strategy.broadcast(told if module.base_hash is None else f"{told[:32]}{module.base_hash[:32]}")
         if trainer.is_global_zero and (module.generate_mode == "per_iteration" or self.monitor is not None):
             self._keep(weights)
-        self.backend.sync_weights(merged_weights(module.policy, weights), iteration=iteration)
+        if not isinstance(self.backend, NativeBackend):
+            # The native one generates from the player itself, so no copy of its weights is made.
+            self.backend.sync_weights(served_weights(module.opponent.player(module.policy)), iteration=iteration)
 
     def _keep(self, weights: dict[str, Tensor]) -> None:
         """Save the policy that the iteration begins with, or find that it is there."""
@@ -309,7 +338,7 @@ class SelfPlayGeneration(Callback):
                 logger.experiment.add_text("spin/generations", _table(rows), self.iteration)
 
     def _roll_back(self, trainer: L.Trainer, iteration: int) -> None:
-        """Give the policy the weights that an iteration began with, and save it beside them."""
+        """Give the policy the weights that an iteration began with, and save it beside them and as the last checkpoint."""
         module: Any = trainer.lightning_module
         weights = load_file(self._root.parent / f"iteration_{iteration}" / "policy.safetensors")
         with torch.no_grad():
@@ -317,6 +346,12 @@ class SelfPlayGeneration(Callback):
                 value = weights[name].to(own.device)
                 own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
         trainer.save_checkpoint(self._root.parent / "best.ckpt")
+        # One that was written after the last step has the weights of before; one after the epoch is still to come.
+        for written in sorted({getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks} - {""}):
+            if trainer.is_global_zero and Path(written).is_symlink():
+                Path(written).unlink()  # else the checkpoint that it names would be written over
+            trainer.strategy.barrier("self-play rolled back")
+            trainer.save_checkpoint(written)
 
 
 def _table(rows: list[Row]) -> str:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.logprobs import response_logprobs
@@ -128,6 +129,7 @@ class SPINModule(AlignModule):
         self.opponent = cast(Opponent, None)
         self.base_hash: str | None = None
         """Of the base that is kept: generated sets remember whose they are."""
+        self._stepping = False
         self.val_means, self.test_means = PairMeans(METRICS), PairMeans(METRICS)
         self.val_nll, self.test_nll = TokenNLL(), TokenNLL()
 
@@ -197,11 +199,19 @@ class SPINModule(AlignModule):
         if self.opponent_kind == "ema" and moving is not None:
 
             def follow(*_: Any) -> None:
+                if not self._stepping:
+                    return
+                self._stepping = False
                 moving.update(self.policy, alpha=1 - self.ema_decay)
 
             # A hook of the optimizer: Lightning has none after its step, and checkpoints are written before the batch ends.
             optimizer.register_step_post_hook(follow)
         return cast(OptimizerLRScheduler, configured)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Expect a step: torch takes some of its own, with gradients of 0, to save or load the state of a sharded optimizer."""
+        super().on_before_optimizer_step(optimizer)
+        self._stepping = True
 
     # -- training
 

@@ -10,6 +10,7 @@ mixture    the normalised geometric mean  q(a|s) ~ p_iterate(a|s)^(1-w) p_base(a
 ========== ===================================================================================
 """
 
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,8 +19,12 @@ from torch import Tensor, nn
 from lightning_align.distributed import is_sharded
 from lightning_align.generation.sampler import evaluating
 from lightning_align.logprobs import response_logprobs
-from lightning_align.models.language_model import Head, has_cache, has_hidden, logits_of
+from lightning_align.models.checkpoint import load_weights
+from lightning_align.models.formats import merged_weights, whole_weights
+from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of
 from lightning_align.models.lora import using_lora
+from lightning_align.models.peft_adapters import has_peft, merge_peft
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.reference import REFERENCE_SCOPE, MovingAdapters, MovingCopy, MovingReference
 from lightning_align.types import TokenBatch
 
@@ -41,6 +46,7 @@ class Scoped(nn.Module):
         """
         super().__init__()
         self.model, self.scopes = model, scopes
+        self.max_seq_len = context_length(model)
         if has_hidden(model):
             self.hidden = self._hidden
         if has_cache(model):
@@ -63,6 +69,11 @@ class Scoped(nn.Module):
             return logits_of(self.model, tokens)
 
 
+def _whole(model: nn.Module) -> nn.Module:
+    """The model itself, of one with some scopes on."""
+    return model.model if isinstance(model, Scoped) else model
+
+
 class Caches(NamedTuple):
     """The key-value caches of two models that read the same tokens."""
 
@@ -78,7 +89,9 @@ class Caches(NamedTuple):
 class GeometricMixture(nn.Module):
     """Two models of one vocabulary, their logits added with weights 1 - w and w: a softmax makes it the normalised mean.
 
-    Of models with hidden states it is one with hidden states: both side by side, before both heads side by side.
+    Of models with hidden states it is one with hidden states: both side by side, before both heads side by side. Not where a
+    head caps its logits, for then their mean is no linear layer's output; nor of two sharded models, whose outermost weights
+    are never gathered at the same time.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, weight: float) -> None:
@@ -91,14 +104,18 @@ class GeometricMixture(nn.Module):
         """
         super().__init__()
         self.first, self.second, self.weight = first, second, weight
-        if has_hidden(first) and has_hidden(second):
-            self.hidden = self._hidden
+        self.max_seq_len = min((size for size in map(context_length, (first, second)) if size is not None), default=None)
+        if not (has_hidden(first) and has_hidden(second)) or first.head.softcap or second.head.softcap:
+            return
+        if _whole(first) is not _whole(second) and (is_sharded(first) or is_sharded(second)):
+            return
+        self.hidden = self._hidden
         if has_cache(first) and has_cache(second):
             self.make_cache = lambda batch, length: Caches(first.make_cache(batch, length), second.make_cache(batch, length))
 
     @property
     def head(self) -> Head:
-        """Both heads, (V, 2 D)."""
+        """Both heads, (V, 2 D), where there is `hidden`."""
         first, second = (getattr(model, "head") for model in (self.first, self.second))  # noqa: B009
         weight = torch.cat((first.weight, second.weight), dim=1)
         biases = [
@@ -182,3 +199,25 @@ class Opponent:
             assert base is not None
             return GeometricMixture(iterate, base, self.weight)
         return iterate
+
+
+def served_weights(player: nn.Module) -> dict[str, Tensor]:
+    """The weights of a player as another engine reads them: whole, adapters merged, under the names that an export gives.
+
+    A collective where they are sharded.
+
+    Args:
+        player: from `Opponent.player`, and no mixture: two models cannot be handed over as one.
+    """
+    model, scopes = (player.model, player.scopes) if isinstance(player, Scoped) else (player, None)
+    with nullcontext() if scopes is None else using_lora(model, *scopes):
+        weights = merged_weights(model, whole_weights(model))
+    if not isinstance(model, PretrainedLM):
+        return weights
+    if has_peft(model.model):
+        # In a copy of its own, since the one that trains may be sharded.
+        copied = PretrainedLM(**model.init_args)
+        load_weights(copied, weights, "the opponent")
+        merge_peft(copied.model)
+        weights = whole_weights(copied)
+    return {name.removeprefix("model."): value for name, value in weights.items()}

@@ -1,4 +1,4 @@
-"""Two processes play what one process plays: the same responses, the same training."""
+"""Two processes play what one process plays: the same responses, the same training, resumed or not."""
 
 from pathlib import Path
 from typing import Any
@@ -9,22 +9,27 @@ import torch
 from tests.distributed.harness import launch
 from tests.distributed.spin import run
 from tests.spin.runs import set_rows, write_rows
-from tests.toys import largest_difference, state_of, tiny_palm
+from tests.toys import gap, largest_difference, state_of, tiny_palm
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_play_as_one(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "opponent"), [("ddp", "iterate"), ("fsdp2", "iterate"), ("fsdp2", "mixture"), ("fsdp2", "ema")]
+)
+def test_two_processes_play_as_one(strategy: str, opponent: str, tmp_path: Path) -> None:
     rows = write_rows(tmp_path)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    launch(Path(__file__).parent / "spin.py", strategy, str(tmp_path / "two"), rows)
-    alone = run(tmp_path / "one", rows, "auto", 1)
+    launch(Path(__file__).parent / "spin.py", strategy, opponent, str(tmp_path / "two"), rows)
+    alone = run(tmp_path / "one", rows, lambda: "auto", 1, opponent=opponent)
     assert largest_difference(alone["state"], state_of(tiny_palm(num_tokens=259))) > 1e-3
     for rank in range(2):
         result: Any = torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True)
         assert largest_difference(result["state"], alone["state"]) < 1e-5
+        assert result["average"].keys() == alone["average"].keys()
+        for name, value in alone["average"].items():
+            assert gap(result["average"][name], value) < 1e-5
         assert result["metrics"] == pytest.approx(alone["metrics"], rel=1e-3, abs=1e-5)
     for iteration in range(2):
         ours, theirs = (

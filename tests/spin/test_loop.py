@@ -94,6 +94,15 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(whole: Any, steps: int, tmp_path
     assert largest_difference(state_of(module.policy), expected) == 0
 
 
+def test_a_run_whose_folder_was_moved_goes_on_there(whole: Any, tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        finish(tmp_path, CutAfter(6))
+    (tmp_path / "sets").rename(tmp_path / "moved")
+    _, module = finish(tmp_path, resume=True, loop={"folder": str(tmp_path / "moved")})
+    assert largest_difference(state_of(module.policy), whole[0]) == 0
+    assert not (tmp_path / "sets").exists() and (tmp_path / "moved" / "iteration_2").is_dir()
+
+
 def test_a_run_that_was_cut_at_the_end_of_two_epochs_trains_neither_again(whole: Any, tmp_path: Path) -> None:
     for resume, steps in ((False, 3), (True, 8), (True, 13)):
         with pytest.raises(Cut):
@@ -167,6 +176,12 @@ def test_betas_rates_and_optimizers_follow_the_iteration(tmp_path: Path) -> None
         assert mine == [(beta, pytest.approx(rate), step) for step in range(1, steps + 1)]
 
 
+def test_factors_on_a_rate_that_a_schedule_rules_are_refused(tmp_path: Path) -> None:
+    loop = {"lr_factors": [1.0, 0.5, 0.1], "reset_optimizer": False}
+    with pytest.raises(ValueError, match=r"lr_factors is \[1.0, 0.5, 0.1\], with `lr_scheduler` and reset_optimizer false"):
+        finish(tmp_path, loop=loop, lr_scheduler=lambda optimizer: WarmupDecay(optimizer, total_steps=10))
+
+
 def test_an_iteration_that_does_harm_ends_the_run_with_the_weights_of_the_best(tmp_path: Path) -> None:
     class Judge(Callback):
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -180,6 +195,27 @@ def test_an_iteration_that_does_harm_ends_the_run_with_the_weights_of_the_best(t
     trainer, module, data = start(tmp_path / "none", loop={"monitor": "val/absent"})
     with pytest.raises(ValueError, match=r"val/absent.*which nothing has logged.*val/loss"):
         trainer.fit(module, data)
+
+
+@pytest.mark.parametrize(("patience", "link"), [(0, False), (1, False), (0, True)])
+def test_a_last_iteration_that_does_harm_leaves_the_best_weights_everywhere(patience: int, link: bool, tmp_path: Path) -> None:
+    class Judge(Callback):
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.log("val/solved", [0.4, 0.5, 0.3][pl_module.iteration])
+
+    loop = {"iterations": 3, "epochs": 1, "monitor": "val/solved", "patience": patience}
+    trainer, module, data = start(tmp_path, Judge(), loop=loop)
+    if link:
+        trainer.checkpoint_callbacks[-1].save_last = "link"  # type: ignore[attr-defined]
+    trainer.fit(module, data)
+    best = load_file(tmp_path / "sets" / "iteration_2" / "policy.safetensors")
+    assert largest_difference(state_of(module.policy), best) == 0
+    for path in (tmp_path / "sets" / "best.ckpt", tmp_path / "last.ckpt"):
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        assert all(torch.equal(saved[f"policy.{name}"], value) for name, value in best.items())
+    if link:  # what it pointed to is as it was
+        saved = torch.load(trainer.checkpoint_callbacks[-1].best_model_path, weights_only=True)["state_dict"]  # type: ignore[attr-defined]
+        assert not all(torch.equal(saved[f"policy.{name}"], value) for name, value in best.items())
 
 
 def test_what_was_altered_is_named_before_any_step(tmp_path: Path) -> None:

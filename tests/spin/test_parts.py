@@ -6,17 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_align.generation.backend import FileBackend
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.logprobs import response_logprobs
-from lightning_align.models.formats import merged_weights, whole_weights
+from lightning_align.models.formats import merged_weights, whole_weights, write_model
+from lightning_align.models.language_model import Head, context_length, logits_of
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.spin import opponent
 from lightning_align.spin.generations import join_pairs, statistics
 from lightning_align.spin.module import SPINModule, tied
-from lightning_align.spin.opponent import GeometricMixture, Scoped
+from lightning_align.spin.opponent import GeometricMixture, Scoped, served_weights
+from tests.models.test_pretrained import FAMILIES
 from tests.spin.runs import finish, set_rows
 from tests.toys import VOCABULARY, Plain, largest_difference, state_of, tiny_palm, token_batch
 
@@ -58,10 +62,27 @@ def test_ties_have_no_weight() -> None:
     assert all(p.grad is None or not p.grad.any() for p in module.policy.parameters())
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_a_mixture_is_the_normalised_geometric_mean(plain: bool) -> None:
-    first, second = tiny_palm(), tiny_palm(seed=1, tie_embeddings=False)
-    parts: list[nn.Module] = [Plain(first), Plain(second)] if plain else [first, second]
+class Capped(nn.Module):
+    """A model whose logits are softly capped, as Gemma 2's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.hidden, self.make_cache = self.model.hidden, self.model.make_cache
+
+    @property
+    def head(self) -> Head:
+        head: Head = self.model.head
+        return head._replace(softcap=1.0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head.logits(self.hidden(tokens))
+
+
+@pytest.mark.parametrize("kinds", [(None, None), (Plain, Plain), (Capped, Capped), (None, Capped)])
+def test_a_mixture_is_the_normalised_geometric_mean(kinds: tuple[type[Plain] | type[Capped] | None, ...]) -> None:
+    models = tiny_palm(), tiny_palm(seed=1, tie_embeddings=False)
+    first, second = parts = [model if kind is None else kind(model) for kind, model in zip(kinds, models, strict=True)]
     mixture, batch = GeometricMixture(*parts, 0.3), token_batch([2, 3], [6, 4])
     expected = []
     for row, mask, targets in zip(batch["tokens"], batch["mask"], batch["targets"], strict=True):
@@ -75,6 +96,16 @@ def test_a_mixture_is_the_normalised_geometric_mean(plain: bool) -> None:
     config = GenerationConfig(max_new_tokens=9, num_samples=2, seed=1)
     prompts = [[1, 2, 3], [4]]
     assert generate(mixture, prompts, config) == generate(GeometricMixture(Plain(first), Plain(second), 0.3), prompts, config)
+
+
+def test_opponents_read_no_more_than_their_models() -> None:
+    model = tiny_palm()
+    model.max_seq_len = 8  # type: ignore[assignment]  # what a model with learned positions says
+    add_lora(model, LoRAConfig(rank=2))
+    for player in (Scoped(model), GeometricMixture(model, Scoped(model), 0.3), GeometricMixture(tiny_palm(), model, 0.3)):
+        ((answer,),) = generate(player, [[1, 2, 3, 4, 5, 6]], GenerationConfig(max_new_tokens=9))
+        assert len(answer.tokens) == 2
+    assert context_length(GeometricMixture(tiny_palm(), tiny_palm(), 0.3)) is None
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -165,6 +196,55 @@ def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["spin/train/engine_gap"]) == pytest.approx(3, abs=1e-3)
     with pytest.raises(ValueError, match=r"weights.safetensors: has other weights .*than iteration 0 of this run"):
         finish(tmp_path / "other", loop=loop, backbone=tiny_palm(num_tokens=259, seed=1))
+
+
+class Outside:
+    """Another engine, in this process: it knows of the opponent only the weights that it was sent."""
+
+    whole = False
+
+    def __init__(self) -> None:
+        self.model = tiny_palm(num_tokens=259)
+        self.asked: list[int] = []
+
+    def sync_weights(self, weights: Any, *, iteration: int) -> None:
+        self.model.load_state_dict(weights)
+
+    def generate(self, model: nn.Module, prompts: Any, config: GenerationConfig, *, iteration: int, **options: Any) -> Any:
+        self.asked.append(iteration)
+        tokens = torch.tensor([prompts[0]])
+        with evaluating(model), evaluating(self.model):
+            torch.testing.assert_close(logits_of(self.model, tokens), logits_of(model, tokens), rtol=1e-4, atol=1e-4)
+        return generate(self.model, prompts, config, iteration=iteration, **options)
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)])
+@pytest.mark.parametrize("opponent", ["iterate", "ema", "base"])
+def test_another_engine_is_sent_the_opponent(opponent: str, lora: LoRAConfig | None, tmp_path: Path) -> None:
+    engine = Outside()
+    finish(tmp_path, loop={"iterations": 2, "epochs": 1, "backend": engine}, opponent=opponent, lora=lora, ema_decay=0.7)
+    assert set(engine.asked) == {0, 1}
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}])
+def test_another_engine_is_sent_what_an_export_holds(adapter: dict[str, Any] | None, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = PretrainedLM(config={"model_type": "llama", **FAMILIES["llama"]}, adapter=adapter)
+    write_model(model, whole_weights(model), tmp_path / "export")
+    assert largest_difference(served_weights(model), load_file(tmp_path / "export" / "model.safetensors")) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ({"opponent": "mixture"}, r"backend is FileBackend, and opponent 'mixture'"),
+        ({"generate": "per_step"}, r"backend is FileBackend, which would never be asked, since generate is 'per_step'"),
+    ],
+)
+def test_what_no_other_engine_can_do_is_refused(module: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        finish(tmp_path, loop={"backend": FileBackend(str(tmp_path / "engine"))}, **module)
+    assert not (tmp_path / "engine").exists()
 
 
 @pytest.mark.parametrize(
