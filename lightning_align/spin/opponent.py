@@ -54,9 +54,10 @@ class Scoped(nn.Module):
 
     @property
     def head(self) -> Head:
-        """That of the model, where it has one."""
-        head: Head = getattr(self.model, "head")  # noqa: B009  # mypy knows no `head` of a module
-        return head
+        """That of the model under these scopes, where it has one."""
+        with using_lora(self.model, *self.scopes):
+            head: Head = getattr(self.model, "head")  # noqa: B009  # mypy knows no `head` of a module
+            return head
 
     def _hidden(self, tokens: Tensor, **options: Any) -> Tensor:
         with using_lora(self.model, *self.scopes):
