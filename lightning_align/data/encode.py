@@ -333,6 +333,7 @@ def _fit(answer: _Answer, *, max_length: int, truncation: Truncation, eos_id: in
     lengths = [sum(len(span.ids) for span in spans) for spans in answer.sides] or [0]
     num_over = len(prompt) + max(lengths) - max_length
     outcome = KEPT
+    total = ""
     if num_over > 0:
         total = f"has {len(prompt)} prompt and {max(lengths)} response tokens, max_length is {max_length}"
         if truncation == "drop":
@@ -354,6 +355,8 @@ def _fit(answer: _Answer, *, max_length: int, truncation: Truncation, eos_id: in
                 raise BadRowError("prompt_too_long", "has nothing to learn within max_length")
             raise BadRowError("empty_response", "has no token to learn: its prompt and its response are empty")
     if len(sides) == 2 and sides[0].tokens == sides[1].tokens:
+        if outcome == RESPONSE_TRIMMED:
+            raise BadRowError("response_too_long", f"{total}: its chosen and rejected are the same so far")
         raise BadRowError("identical_pair", "has a chosen and a rejected that are the same as token ids")
     if not sides:
         if not prompt:

@@ -115,11 +115,15 @@ def test_keep_end_trims_both_sides_of_a_pair_alike():
     assert ledger.counts == {"prompt_trimmed": 1}
 
 
-def test_pairs_that_truncation_makes_identical_are_dropped():
+def test_pairs_that_truncation_makes_identical_are_dropped_and_never_a_failure():
     fields = {"prompt": "ab", "chosen": "xyA", "rejected": "xyB"}
-    rows, ledger = encode(fields, max_length=5, on_bad_row="skip")
+    rows, ledger = encode(fields, max_length=5)
     assert rows == []
-    assert ledger.counts == {"dropped/identical_pair": 1}
+    assert ledger.counts == {"dropped/response_too_long": 1}
+    (line,) = ledger.examples["response_too_long"]
+    assert "max_length is 5: its chosen and rejected are the same so far" in line
+    # Trimmed at its prompt, the pair keeps what tells its answers apart.
+    assert encode(fields, max_length=6, truncation="keep_end")[1].counts == {"prompt_trimmed": 1}
 
 
 CHAT = [
