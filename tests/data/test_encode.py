@@ -159,6 +159,14 @@ def test_masks_of_answers_in_messages():
         assert BYTES.decode(row.sides[0].tokens[: row.num_prompt]).endswith("U1\n<|assistant|>\n")
 
 
+def test_a_prompt_that_stands_in_front_of_its_answer_again_is_read_once():
+    turns = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    (twice, once), ledger = encode({"prompt": "U", "response": turns}, {"prompt": turns[:1], "response": turns[1:]})
+    assert twice.sides == once.sides and spell(BYTES, twice)[1] == "A<eos>"
+    assert ledger.counts == {"kept": 2}
+    assert encode({"prompt": "U", "response": turns[:1]}, on_bad_row="skip")[1].counts == {"dropped/wrong_role": 1}
+
+
 def test_prompt_of_messages_is_what_generation_gets():
     for fields in ({"messages": CHAT}, {"messages": CHAT[:4]}, {"prompt": CHAT[:4]}):
         (prompt,), _ = encode(fields, prompts_only=True)
