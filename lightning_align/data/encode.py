@@ -223,11 +223,16 @@ def _pair_numbers(row: Row) -> tuple[float, float]:
 
     def read(name: str, default: float, least: float, expected: str) -> float:
         value = row.fields.get(name)
-        if value is None:
+        if value is None or value == "":
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= least):
+        try:
+            # Fields of CSV are strings, whatever they mean.
+            number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not (math.isfinite(number) and number >= least):
             raise BadRowError("wrong_type", f"has {value!r} in field {name!r}, expected {expected}")
-        return float(value)
+        return number
 
     return read("weight", 1.0, 0.0, "a number, 0 or above"), read("margin", 0.0, -math.inf, "a number")
 

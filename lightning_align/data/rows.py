@@ -150,6 +150,8 @@ def _parse_line(line: bytes, *, origin: str) -> Row:
 
 def _csv_rows(path: str) -> Iterator[Row]:
     num_rows = 0
+    # The module's own limit, which is for the whole process, is 128 KiB a field.
+    csv.field_size_limit(2**31 - 1)
     with _open_binary(path) as raw:
         # Not through a table library: those turn the response "12" into a number and "NA" into nothing, and name no
         # line.

@@ -126,6 +126,16 @@ def test_pairs_that_truncation_makes_identical_are_dropped_and_never_a_failure()
     assert encode(fields, max_length=6, truncation="keep_end")[1].counts == {"prompt_trimmed": 1}
 
 
+def test_weights_and_margins_of_pairs_are_numbers_or_strings_of_them():
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    given = [({}, 1.0, 0.0), ({"weight": 2, "margin": -0.5}, 2.0, -0.5), ({"weight": "2.5", "margin": ""}, 2.5, 0.0)]
+    rows, _ = encode(*(pair | fields for fields, _, _ in given))
+    assert [(row.weight, row.margin) for row in rows] == [(weight, margin) for _, weight, margin in given]
+    for wrong in ("two", "nan", "-1", "inf", True, [1], 10**400):
+        _, ledger = encode(pair, pair | {"weight": wrong}, on_bad_row="skip")
+        assert ledger.counts == {"kept": 1, "dropped/wrong_type": 1}, wrong
+
+
 CHAT = [
     {"role": "system", "content": "S"},
     {"role": "user", "content": "U1"},

@@ -69,6 +69,12 @@ def test_a_line_of_csv_with_fields_missing(tmp_path):
     assert [bool(row.problem) for row in read_rows(str(tmp_path / "rows.csv"))] == [False, True]
 
 
+def test_a_field_of_csv_may_be_long(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,response\na," + "b" * 200_000 + "\n")
+    (row,) = read_rows(str(tmp_path / "rows.csv"))
+    assert len(row.fields["response"]) == 200_000 and not row.problem
+
+
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "blank.jsonl", "empty.parquet"])
 def test_empty_files(tmp_path, name):
     (tmp_path / "empty.jsonl").write_text("")
