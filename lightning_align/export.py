@@ -50,9 +50,10 @@ class ExportModel(Callback):
         """Gather the weights, on every rank, and write them, on one."""
         policy, lora = policy_of(pl_module), getattr(pl_module, "lora", None)
         weights = whole_weights(policy)
+        # On every rank too: the run's folder is told to all of them by the first.
+        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "export")
         if not trainer.is_global_zero:
             return
-        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "export")
         if self.adapter_only:
             write_adapter(policy, weights, folder, scope="default" if lora is None else lora.scope)
         else:

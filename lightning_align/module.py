@@ -321,6 +321,7 @@ class AlignModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Register the run in TensorBoard's HPARAMS tab, under its validation loss."""
         self._check_weights()
+        self._weight = 0.0  # a fit that was stopped inside an accumulation left what it had counted
         self._clock = math.nan
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:

@@ -1,7 +1,7 @@
 """A learning-rate schedule that YAML can write: warm up, hold, decay."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -64,3 +64,20 @@ class WarmupDecay(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """The learning rates of the parameter groups now."""
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the step of a state, by this schedule's own settings: the optimizer's state is to be loaded before.
+
+        Args:
+            state_dict: of a schedule of this class, whatever its settings.
+        """
+        own = {name: getattr(self, name) for name in ("total_steps", "warmup_steps", "decay", "decay_start", "final")}
+        super().load_state_dict({**state_dict, **own})
+        if any(state_dict.get(name) != value for name, value in own.items()):
+            # The optimizer brought the rate of the old settings, which after a decay that was over is 0.
+            for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+            self._last_lr = self.get_lr()

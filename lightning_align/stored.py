@@ -24,6 +24,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a pa
 from lightning_align.distributed import everyone, publish, world
 from lightning_align.types import LogProbs, TokenBatch
 
+Source = Callable[[nn.Module, TokenBatch], LogProbs]
+"""Scores a batch, given the policy, as a frozen reference does."""
 _FORMAT = 1
 """Raise it when the same key comes to mean another number."""
 KEY_BYTES = 16
@@ -34,8 +36,9 @@ class StoredLogProbs:
 
     def __init__(
         self,
-        source: Callable[[nn.Module, TokenBatch], LogProbs],
+        source: Source,
         *,
+        again: Callable[[], Source | None] | None = None,
         weights: str,
         precision: str,
         cache_dir: str | Path,
@@ -44,13 +47,17 @@ class StoredLogProbs:
         """Open the folder of a reference, and read what is there.
 
         Args:
-            source: scores a batch, as a frozen reference does.
+            source: scores a batch; let go by `finish`.
+            again: makes the source once more, where rows come later; None from it, or none of it, if nothing can.
             weights: hash of the reference's weights.
             precision: of its forward pass, as the Trainer names it.
             cache_dir: where the folder stands, or is made; all nodes must see it.
             shard_rows: rows of a file: what a rank may have to do again after a crash.
         """
-        self.source: Callable[[nn.Module, TokenBatch], LogProbs] | None = source
+        self.source: Source | None = source
+        self.stage = "fit"
+        """What asks for rows, for messages."""
+        self._again, self._is_again = again, False
         self.shard_rows = shard_rows
         content = {"format": _FORMAT, "weights": weights, "precision": precision}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -71,17 +78,24 @@ class StoredLogProbs:
         """See `lightning_align.reference.Reference`.
 
         Raises:
-            ValueError: if a row is not there and the model is no longer either.
+            ValueError: if a row is not there, and the model is not either and cannot be made again.
         """
         found = self.find(batch)
         if found is not None:
             return LogProbs(*(part.to(batch["tokens"].device) for part in found))
+        return self._model()(policy, batch)
+
+    def _model(self) -> Source:
+        if self.source is None and self._again is not None:
+            self.source = self._again()
+            self._is_again = True
         if self.source is None:
             raise ValueError(
-                f"{self.folder} has no log-probs of a row that was not there when the training began: the rows must stay as "
-                "they are from epoch to epoch; for rows that change give the module `reference: frozen`"
+                f"{self.folder} has no log-probs of a row that `{self.stage}` asks for: it was not there when the training "
+                "began, and then the reference was let go. Rows must stay as they are from epoch to epoch; for others make the "
+                "module from a file (`init_from`), of which the reference can be made again, or give it `reference: frozen`"
             )
-        return self.source(policy, batch)
+        return self.source
 
     def find(self, batch: TokenBatch) -> LogProbs | None:
         """The log-probs of a batch on the CPU, or None if any of its rows is not known."""
@@ -104,8 +118,10 @@ class StoredLogProbs:
 
         Returns:
             How many rows this rank scored.
+
+        Raises:
+            ValueError: as `logprobs`.
         """
-        assert self.source is not None, "the model is gone"
         done = 0
         for batch in tqdm(batches, desc="reference log-probs", unit=" batches", leave=False, disable=None):
             keys = row_keys(batch)
@@ -116,7 +132,7 @@ class StoredLogProbs:
                 continue
             rows = torch.tensor(missing)
             part: TokenBatch = {name: value[rows].to(device) for name, value in batch.items()}  # type: ignore[assignment]
-            sums, counts = self.source(policy, part)
+            sums, counts = self._model()(policy, part)
             numbers = zip(sums.float().tolist(), counts.tolist(), strict=True)
             scored = dict(zip((keys[row] for row in missing), numbers, strict=True))
             self._new.update(scored)
@@ -133,6 +149,11 @@ class StoredLogProbs:
             torch.distributed.barrier()
         self._read()
         self.source = None
+
+    def rest(self) -> None:
+        """Let the model go if it was made again, for a stage that is over."""
+        if self._is_again:
+            self.source, self._is_again = None, False
 
     # -- files
 

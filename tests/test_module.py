@@ -106,6 +106,24 @@ def test_a_last_window_that_is_not_full_counts_what_it_has(method: str, tmp_path
     assert largest_difference(*states) < 1e-6
 
 
+@METHODS
+def test_a_fit_that_was_stopped_inside_an_accumulation_leaves_the_next_one_alone(method: str, tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("stopped")
+
+    states = []
+    for stopped in (False, True):
+        module = MODULES[method](optimizer=SGD)
+        batches = split(BATCHES[method], 4)
+        if stopped:
+            with pytest.raises(RuntimeError, match="stopped"):
+                trainer(tmp_path, accumulate_grad_batches=2, callbacks=[Stop()]).fit(module, loader(batches))
+        trainer(tmp_path, accumulate_grad_batches=2).fit(module, loader(batches))
+        states.append(state_of(module.policy))
+    assert largest_difference(*states) == 0
+
+
 class Gradients(Callback):
     """Keeps the gradients that the optimizer sees, and the metrics of the step."""
 

@@ -63,6 +63,32 @@ def test_it_goes_on_from_its_state() -> None:
     assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_run_that_is_extended_goes_on_by_its_new_settings(tensor: bool) -> None:
+    def start(total_steps: int) -> tuple[torch.optim.Optimizer, WarmupDecay]:
+        # Adam takes its rate as a tensor too, which is then to be changed in place.
+        rate: Any = torch.tensor(2.0) if tensor else 2.0
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=rate, foreach=not tensor)
+        return optimizer, WarmupDecay(optimizer, total_steps=total_steps, warmup_steps=1, decay="linear", final=0.1)
+
+    def steps(optimizer: torch.optim.Optimizer, schedule: WarmupDecay, number: int) -> list[float]:
+        seen = []
+        for _ in range(number):
+            seen.append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            schedule.step()
+        return seen
+
+    whole = steps(*start(9), 9)
+    short, schedule = start(4)
+    steps(short, schedule, 4)
+    longer, extended = start(9)
+    longer.load_state_dict(short.state_dict())
+    extended.load_state_dict(schedule.state_dict())
+    assert [float(rate) for rate in extended.get_last_lr()] == pytest.approx(whole[4:5])
+    assert steps(longer, extended, 5) == pytest.approx(whole[4:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -123,6 +123,28 @@ def test_a_row_that_came_later_is_named(tmp_path: Path) -> None:
         reference.logprobs(model, BATCH)
 
 
+def test_a_model_that_can_be_made_again_is_for_the_rows_that_are_missing_alone(tmp_path: Path) -> None:
+    model, made = tiny_palm(), []
+
+    def again() -> Any:
+        made.append(Counted(model))
+        return made[-1]
+
+    reference = StoredLogProbs(Counted(model), again=again, weights="w", precision="32-true", cache_dir=tmp_path)
+    reference.fill([rows_of(BATCH, 0, 3)], model, CPU)
+    reference.rest()
+    assert reference.source is not None, "the first one is let go by `finish` alone"
+    reference.finish()
+    reference.logprobs(model, rows_of(BATCH, 0, 3))
+    assert reference.fill([rows_of(BATCH, 0, 3)], model, CPU) == 0 and not made
+    expected = frozen_copy(model).logprobs(model, BATCH)
+    for _ in range(2):
+        assert torch.equal(reference.logprobs(model, BATCH).sums, expected.sums)
+    assert len(made) == 1
+    reference.rest()
+    assert reference.source is None
+
+
 # -- in a run
 
 
@@ -203,6 +225,37 @@ def test_a_checkpoint_written_over_is_noticed(tmp_path: Path, monkeypatch: pytes
         torch.save(tiny_palm(seed=seed).state_dict(), tmp_path / "base.pt")
         run(tmp_path, backbone=tiny_palm, init_from=str(tmp_path / "base.pt"))
         assert spy.rows == total
+
+
+def others() -> DataLoader[Any]:
+    return DataLoader(split(preference_batch(6, seed=3), 2), batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:the first batch, where the policy should still be its reference")  # of a second fit
+@pytest.mark.parametrize("kind", ["file", "lora", "module"])
+def test_stages_after_the_training_bring_other_rows(kind: str, tmp_path: Path) -> None:
+    """Test rows, rows that `limit_val_batches` left out, and a second fit; the answers are those of a live reference."""
+    torch.save(tiny_palm().state_dict(), tmp_path / "base.pt")
+    given: dict[str, Any] = {"backbone": tiny_palm, "init_from": str(tmp_path / "base.pt")} if kind == "file" else {}
+    given |= {"lora": LoRAConfig(rank=2)} if kind == "lora" else {}
+    values: list[Any] = []
+    for reference in ("frozen", "stored"):
+        torch.manual_seed(0)
+        module = run(tmp_path, kind=reference, **given)
+        if reference == "stored" and kind == "module":
+            with pytest.raises(ValueError, match=r"a row that `test` asks for: .* from a file \(`init_from`\)"):
+                trainer(tmp_path).test(module, others(), verbose=False)
+            module.train()  # which a stage that failed does not do
+            trainer(tmp_path, max_epochs=1).fit(module, loader(), loader())  # all of these rows are known
+            return
+        values += trainer(tmp_path).test(module, others(), verbose=False)
+        assert reference == "frozen" or module.reference.source is None  # type: ignore[attr-defined]
+        values += trainer(tmp_path).validate(module, others(), verbose=False)
+        trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module, others(), others())
+        values.append({name: float(value) for name, value in module.trainer.callback_metrics.items()})
+        assert reference == "frozen" or module.reference.source is None  # type: ignore[attr-defined]
+    for live, found in zip(values[:3], values[3:], strict=True):
+        assert found == pytest.approx(live, abs=1e-5)
 
 
 def test_validation_alone_needs_no_pass(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ takes its part of it, so one process with batches of 8 and two with batches of 4
 steps.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -143,6 +145,13 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         # Strided, so that each rank has a share of the longer and of the shorter rows of a batch.
         return iter([batch[self.rank :: self.num_replicas].tolist() for batch in batches])
 
+    @cached_property
+    def order(self) -> str:
+        """What orders an epoch beside the numbers: a digest of the lengths, or that there are none."""
+        if self._lengths is None:
+            return "ungrouped"
+        return hashlib.sha256(np.ascontiguousarray(self._lengths, dtype=np.int64).tobytes()).hexdigest()[:16]
+
     def global_batches(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         """The batches of this epoch that all ranks see together, as arrays of indices."""
         random = np.random.default_rng([self.seed, self.epoch])
@@ -198,7 +207,7 @@ class ResumableLoader(DataLoader[Any]):
             self._num_yielded = (self._num_yielded + 1) % len(self)
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """The epoch, the number of batches of it that were yielded, and what they depend on."""
         sampler = cast(LengthGroupedSampler, self.sampler)
         return {
@@ -207,13 +216,14 @@ class ResumableLoader(DataLoader[Any]):
             "seed": sampler.seed,
             "global_batch_size": sampler.global_batch_size,
             "num_rows": sampler.num_rows,
+            "order": sampler.order,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Makes the next iteration begin after the batches that ``state`` counts.
 
         Raises:
-            ValueError: If those were batches of other rows, another size or another seed.
+            ValueError: If those were batches of other rows, another size, another seed or another order.
         """
         own = self.state_dict()
         changed = [name for name in ("seed", "global_batch_size", "num_rows") if own[name] != state[name]]
@@ -222,6 +232,13 @@ class ResumableLoader(DataLoader[Any]):
                 "cannot resume in the middle of an epoch: "
                 + ", ".join(f"{name} is {own[name]}, the checkpoint has {state[name]}" for name in changed)
                 + "; resume with the same data, seed and batch size times processes, or from a checkpoint of an epoch's end"
+            )
+        # A state of before the order was in it says nothing of it.
+        if state.get("order", own["order"]) != own["order"] and state["num_yielded"]:
+            raise ValueError(
+                "cannot resume in the middle of an epoch: its rows come in another order than in the checkpoint's run, so "
+                "some would come twice and others not at all; resume with the same group_by_length, max_length, truncation, "
+                "tokenizer and file, or from a checkpoint of an epoch's end"
             )
         self._resume = (state["epoch"], state["num_yielded"])
         cast(LengthGroupedSampler, self.sampler).set_epoch(state["epoch"])

@@ -223,11 +223,16 @@ def _pair_numbers(row: Row) -> tuple[float, float]:
 
     def read(name: str, default: float, least: float, expected: str) -> float:
         value = row.fields.get(name)
-        if value is None:
+        if value is None or value == "":
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= least):
+        try:
+            # Fields of CSV are strings, whatever they mean.
+            number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not (math.isfinite(number) and number >= least):
             raise BadRowError("wrong_type", f"has {value!r} in field {name!r}, expected {expected}")
-        return float(value)
+        return number
 
     return read("weight", 1.0, 0.0, "a number, 0 or above"), read("margin", 0.0, -math.inf, "a number")
 
@@ -333,6 +338,7 @@ def _fit(answer: _Answer, *, max_length: int, truncation: Truncation, eos_id: in
     lengths = [sum(len(span.ids) for span in spans) for spans in answer.sides] or [0]
     num_over = len(prompt) + max(lengths) - max_length
     outcome = KEPT
+    total = ""
     if num_over > 0:
         total = f"has {len(prompt)} prompt and {max(lengths)} response tokens, max_length is {max_length}"
         if truncation == "drop":
@@ -354,6 +360,8 @@ def _fit(answer: _Answer, *, max_length: int, truncation: Truncation, eos_id: in
                 raise BadRowError("prompt_too_long", "has nothing to learn within max_length")
             raise BadRowError("empty_response", "has no token to learn: its prompt and its response are empty")
     if len(sides) == 2 and sides[0].tokens == sides[1].tokens:
+        if outcome == RESPONSE_TRIMMED:
+            raise BadRowError("response_too_long", f"{total}: its chosen and rejected are the same so far")
         raise BadRowError("identical_pair", "has a chosen and a rejected that are the same as token ids")
     if not sides:
         if not prompt:

@@ -116,6 +116,8 @@ def read_conversation(fields: dict[str, Any], *, form: Form, tokenizer: Tokenize
         firsts = [answer[0]["content"] for answer in answers if isinstance(answer, list) and answer]
         if len(firsts) == len(answers) and all(first == prompt for first in firsts):
             prompt = None
+            if len(answers) == 1:
+                prompt, answers = answers[0][:1], [answers[0][1:]]
         else:
             raise BadRowError("wrong_type", "has a prompt that is a string and answers that are messages, expected both alike")
     if prompt is None:

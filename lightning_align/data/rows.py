@@ -19,6 +19,8 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 SUFFIXES = (*JSON_LINES, ".parquet", ".csv")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""Half of a character that JSON writes in two escapes. JSON may hold one alone, as of a text that was cut; UTF-8 may not."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
 
 
@@ -132,13 +134,24 @@ def _parse_line(line: bytes, *, origin: str) -> Row:
         return Row({}, origin, f"is not UTF-8: byte {error.start + 1} is {line[error.start]:#04x}")
     except (json.JSONDecodeError, RecursionError) as error:
         return Row({}, origin, f"is not JSON: {error}")
+    except ValueError as error:  # a number of thousands of digits
+        return Row({}, origin, f"cannot be read: {error}")
     if not isinstance(fields, dict):
         return Row({}, origin, f"is a JSON {type(fields).__name__}, expected an object with named fields")
+    if _SURROGATE.search(line):
+        for name, value in fields.items():
+            try:
+                json.dumps({name: value}, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start : error.start + 1]
+                return Row({}, origin, f"has half a character, {half!r}, in field {name!r}: expected both halves, or neither")
     return Row(fields, origin)
 
 
 def _csv_rows(path: str) -> Iterator[Row]:
     num_rows = 0
+    # The module's own limit, which is for the whole process, is 128 KiB a field.
+    csv.field_size_limit(2**31 - 1)
     with _open_binary(path) as raw:
         # Not through a table library: those turn the response "12" into a number and "NA" into nothing, and name no
         # line.

@@ -26,7 +26,7 @@ from lightning_align.data.rows import Row, RowTask, read_rows, source_fingerprin
 from lightning_align.data.tokenizer import Tokenizer
 from lightning_align.distributed import publish, publish_text
 
-_FORMAT = 2
+_FORMAT = 3
 """Raise it when the same settings come to mean other ids or another layout."""
 _ROWS_PER_BATCH = 1024
 

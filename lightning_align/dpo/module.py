@@ -1,5 +1,6 @@
 """Direct preference optimisation: Rafailov et al. 2023, arXiv 2305.18290."""
 
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -33,13 +34,14 @@ from lightning_align.pairwise import (
 )
 from lightning_align.reference import (
     AdaptersOff,
+    FrozenCopy,
     MovingReference,
     Reference,
     ReferenceUpdate,
     frozen_copy,
     moving_reference,
 )
-from lightning_align.stored import StoredLogProbs
+from lightning_align.stored import Source, StoredLogProbs
 from lightning_align.types import LogProbs, PreferenceBatch, PromptBatch, TokenBatch
 
 ReferenceKind = Literal["frozen", "stored", "moving"]
@@ -189,11 +191,41 @@ class DPOModule(AlignModule):
             source, weights = self._reference
             stored = StoredLogProbs(
                 source.logprobs,
+                again=lambda: self._source_again(source, weights),
                 weights=weights or weights_hash(policy),
                 precision=str(self._trainer.precision if self._trainer is not None else next(policy.parameters()).dtype),
                 cache_dir=self.reference_cache,
             )
             self._reference = stored, weights
+
+    def _source_again(self, source: Reference, weights: str | None) -> Source | None:
+        """The source of stored log-probs for rows that come after it was let go, if what it began from is still there."""
+        if self._sharded:
+            return None  # the ranks would have to notice together
+        if weights is None:
+            return source.logprobs  # the policy with its adapters off
+        (backbone,) = self._backbone
+        missing = self.init_from is not None and not Path(self.init_from).exists()
+        if isinstance(backbone, nn.Module) or missing or self._trainer is None:
+            return None
+        context = self._trainer.precision_plugin.module_init_context()
+        with isolate_rng(), self._trainer.strategy.tensor_init_context(), context:
+            frozen = FrozenCopy(self._build_policy())
+        if weights_hash(frozen.model) != weights:
+            return None  # drawn at random, or written over
+        frozen.model = self._convert(frozen.model)
+        return frozen.logprobs
+
+    def setup(self, stage: str) -> None:
+        """As `AlignModule.setup`; tell a stored reference what will ask for rows."""
+        super().setup(stage)
+        if self._reference is not None and isinstance(self._reference[0], StoredLogProbs):
+            self._reference[0].stage = getattr(stage, "value", stage)  # Lightning passes a member of an enum
+
+    def teardown(self, stage: str) -> None:
+        """Free what a stage alone needed."""
+        if self._reference is not None and isinstance(self._reference[0], StoredLogProbs):
+            self._reference[0].rest()
 
     def _convert(self, model: nn.Module) -> nn.Module:
         """As Lightning converts the policy, which registered modules alone get."""

@@ -196,3 +196,21 @@ def test_a_state_of_other_batches_is_refused(store):
     with pytest.raises(ValueError, match="seed is 1, the checkpoint has 0"):
         _loader(store, seed=1).load_state_dict(states[-1])
     _loader(store, seed=1).load_state_dict({**states[-1], "num_yielded": 0})
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_state_of_another_order_is_refused(store, grouped):
+    """Rows of other lengths, as by another `max_length`, come in another order; and so does not sorting them at all."""
+
+    def start(lengths):
+        sampler = LengthGroupedSampler(lengths, num_rows=len(store), batch_size=8)
+        return ResumableLoader(RowLists(store), sampler=sampler, batch_size=None, collate_fn=partial(collate_tokens, pad_id=0))
+
+    own, other = (store.lengths(), store.lengths().clip(max=5)) if grouped else (None, store.lengths())
+    _, states = _epochs(start(own), [0], stop=2)
+    with pytest.raises(ValueError, match=r"another order .* resume with the same group_by_length, max_length"):
+        start(other).load_state_dict(states[-1])
+    start(own).load_state_dict(states[-1])
+    # From the end of an epoch, and from a state that does not tell its order.
+    start(other).load_state_dict({**states[-1], "num_yielded": 0})
+    start(other).load_state_dict({name: value for name, value in states[-1].items() if name != "order"})

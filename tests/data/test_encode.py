@@ -115,11 +115,25 @@ def test_keep_end_trims_both_sides_of_a_pair_alike():
     assert ledger.counts == {"prompt_trimmed": 1}
 
 
-def test_pairs_that_truncation_makes_identical_are_dropped():
+def test_pairs_that_truncation_makes_identical_are_dropped_and_never_a_failure():
     fields = {"prompt": "ab", "chosen": "xyA", "rejected": "xyB"}
-    rows, ledger = encode(fields, max_length=5, on_bad_row="skip")
+    rows, ledger = encode(fields, max_length=5)
     assert rows == []
-    assert ledger.counts == {"dropped/identical_pair": 1}
+    assert ledger.counts == {"dropped/response_too_long": 1}
+    (line,) = ledger.examples["response_too_long"]
+    assert "max_length is 5: its chosen and rejected are the same so far" in line
+    # Trimmed at its prompt, the pair keeps what tells its answers apart.
+    assert encode(fields, max_length=6, truncation="keep_end")[1].counts == {"prompt_trimmed": 1}
+
+
+def test_weights_and_margins_of_pairs_are_numbers_or_strings_of_them():
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    given = [({}, 1.0, 0.0), ({"weight": 2, "margin": -0.5}, 2.0, -0.5), ({"weight": "2.5", "margin": ""}, 2.5, 0.0)]
+    rows, _ = encode(*(pair | fields for fields, _, _ in given))
+    assert [(row.weight, row.margin) for row in rows] == [(weight, margin) for _, weight, margin in given]
+    for wrong in ("two", "nan", "-1", "inf", True, [1], 10**400):
+        _, ledger = encode(pair, pair | {"weight": wrong}, on_bad_row="skip")
+        assert ledger.counts == {"kept": 1, "dropped/wrong_type": 1}, wrong
 
 
 CHAT = [
@@ -153,6 +167,14 @@ def test_masks_of_answers_in_messages():
         assert spell(BYTES, row, 0) == (RENDERED, trained)
         assert spell(BYTES, row, 1)[1] == "no<eos>"
         assert BYTES.decode(row.sides[0].tokens[: row.num_prompt]).endswith("U1\n<|assistant|>\n")
+
+
+def test_a_prompt_that_stands_in_front_of_its_answer_again_is_read_once():
+    turns = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
+    (twice, once), ledger = encode({"prompt": "U", "response": turns}, {"prompt": turns[:1], "response": turns[1:]})
+    assert twice.sides == once.sides and spell(BYTES, twice)[1] == "A<eos>"
+    assert ledger.counts == {"kept": 2}
+    assert encode({"prompt": "U", "response": turns[:1]}, on_bad_row="skip")[1].counts == {"dropped/wrong_role": 1}
 
 
 def test_prompt_of_messages_is_what_generation_gets():

@@ -51,9 +51,28 @@ def test_bad_lines_are_rows_with_a_problem(tmp_path):
     assert [row.problem[:12] for row in rows] == ["", "is not JSON:", "is not UTF-8", "is a JSON li", ""]
 
 
+def test_half_characters_and_endless_numbers_are_problems_of_their_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    messages = r'{"messages": [{"role": "user", "content": "\uDE00"}]}'
+    lines = [r'{"prompt": "\ud83d\ude00", "other": "\\ud83d"}', r'{"prompt": "\ud83d"}', messages, '{"a": ' + "9" * 5000 + "}"]
+    path.write_text("\n".join(lines))
+    whole, *others = read_rows(str(path))
+    assert whole.fields == {"prompt": "\N{GRINNING FACE}", "other": r"\ud83d"} and not whole.problem
+    assert [row.origin.rsplit(":")[-1] for row in others] == ["2", "3", "4"]
+    assert others[0].problem.startswith(r"has half a character, '\ud83d', in field 'prompt'")
+    assert others[1].problem.startswith(r"has half a character, '\ude00', in field 'messages'")
+    assert others[2].problem.startswith("cannot be read: Exceeds the limit")
+
+
 def test_a_line_of_csv_with_fields_missing(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,response\na,b\nc\n")
     assert [bool(row.problem) for row in read_rows(str(tmp_path / "rows.csv"))] == [False, True]
+
+
+def test_a_field_of_csv_may_be_long(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,response\na," + "b" * 200_000 + "\n")
+    (row,) = read_rows(str(tmp_path / "rows.csv"))
+    assert len(row.fields["response"]) == 200_000 and not row.problem
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.csv", "blank.jsonl", "empty.parquet"])

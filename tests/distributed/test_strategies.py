@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lightning_align.models.checkpoint import main
 from lightning_align.models.pretrained import PretrainedLM
@@ -45,6 +46,8 @@ def test_two_processes_are_one(strategy: str, tmp_path: Path, monkeypatch: pytes
         assert len(five[0]) >= 11 and all(math.isfinite(value) for value in five[0].values())
         for values in (*five, *ranks[0].pop("five pairs"), *ranks[1].pop("five pairs")):
             assert values == pytest.approx(five[0], rel=1e-6, abs=1e-6)
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(largest_difference(exported, rank["exported", False]) == 0 for rank in ranks)
     for case in CASES:
         alone = run(case, lambda _: "auto", 1, tmp_path)
         torch.manual_seed(0)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_align.dpo.module import DPOModule
 from lightning_align.dpo.monitor import PreferenceMonitor
+from lightning_align.export import ExportModel
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.pretrained import PretrainedLM
@@ -158,6 +159,26 @@ def measure(size: int, strategy: Any, devices: int, folder: Path) -> dict[str, f
     return dict(values)
 
 
+def export(strategy: Any, devices: int, folder: Path) -> dict[str, Tensor]:
+    """Train a step and export the policy into the run's folder, whose name the ranks learn from the first; the weights."""
+    module = SFTModule(tiny_palm(), optimizer=SGD)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy("sft"),
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        callbacks=[ExportModel()],
+    )
+    trainer.fit(module, DataLoader([SFT_BATCH], batch_size=None))  # type: ignore[arg-type]
+    return full(module.policy)
+
+
 CASES = ("sft", "dpo", "pretrained", "lora", "peft", "stored", "moving", "moving_lora")
 RESUMED = ("dpo", "pretrained", "lora", "peft", "moving", "moving_lora")
 LIMIT = timedelta(seconds=40)
@@ -180,6 +201,7 @@ def main(name: str, folder: Path) -> None:
     results: dict[Any, Any] = {(case, False): run(case, strategy, 2, folder) for case in CASES}
     results |= {(case, True): run(case, strategy, 2, folder, resumed=True) for case in RESUMED}
     results |= {(case, "other"): run(case, strategy, 2, folder, opened=checkpoint_of(case, folder, 1)) for case in RESUMED}
+    results["exported", False] = export(strategy, 2, folder)
     if name == "ddp":
         results["five pairs"] = [measure(size, strategy, 2, folder) for size in range(1, 6)]
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
