@@ -250,7 +250,11 @@ class AlignModule(L.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.default_lr) if self._optimizer is None else self._optimizer(groups)
         if self._lr_scheduler is None:
             return optimizer
-        schedule = {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}
+        scheduler = self._lr_scheduler(optimizer)
+        schedule: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if (monitor := getattr(scheduler, "monitor", None)) is not None:
+            # One that waits for a metric, such as `ReduceLROnPlateau`: there is a new value after a validation, not every step.
+            schedule = {"scheduler": scheduler, "monitor": monitor}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
 
     # -- checkpoints
@@ -333,6 +337,11 @@ class AlignModule(L.LightningModule):
                 flat = {name: value for name, value in _flatten(shown) if value is not None}
                 for summary in hparams(flat, {"val/loss": 0.0}):  # type: ignore[no-untyped-call]
                     logger.experiment._get_file_writer().add_summary(summary)
+
+    def on_validation_end(self) -> None:
+        """Leave the validation out of the throughput."""
+        self._tokens = self._cells = torch.zeros((), dtype=torch.long, device=self.device)
+        self._clock = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log tokens a second (real ones, over all ranks) and the share of padding since the last time."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -104,6 +106,32 @@ def test_a_last_window_that_is_not_full_counts_what_it_has(method: str, tmp_path
         assert module.trainer.global_step == 2
         states.append(state_of(module.policy))
     assert largest_difference(*states) < 1e-6
+
+
+def test_a_schedule_that_waits_for_a_metric_gets_it(tmp_path: Path) -> None:
+    waits: Any = functools.partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=1e9, factor=0.5)
+    module, batches = SFTModule(tiny_palm(), optimizer=SGD, lr_scheduler=waits), loader(split(SFT_BATCH, 4))
+    trainer(tmp_path, max_epochs=3).fit(module, batches, batches)
+    # No value is better by so much, so each validation halves the rate.
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 / 8)
+
+
+def test_the_throughput_is_that_of_the_training(tmp_path: Path) -> None:
+    class Slow(Callback):
+        def on_validation_epoch_end(self, *_: Any) -> None:
+            time.sleep(0.5)
+
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            rates.append(float(trainer.callback_metrics.get("train/tokens_per_second", math.nan)))
+
+    module, batches = SFTModule(tiny_palm(), optimizer=SGD), loader(split(SFT_BATCH, 4))
+    arguments: dict[str, Any] = {"max_epochs": 3, "val_check_interval": 1, "num_sanity_val_steps": 0}
+    trainer(tmp_path, callbacks=[Slow(), Rates()], logger=CSVLogger(tmp_path), **arguments).fit(module, batches, batches)
+    tokens = max(int(part["mask"].sum()) for part in split(SFT_BATCH, 4))
+    assert rates[-1] > tokens / 0.5
 
 
 @METHODS
