@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_align.distributed import publish
 from lightning_align.models.lora import LoRAConfig, add_lora, merge_lora, remove_lora
@@ -31,7 +32,9 @@ def backbone_spec(model: nn.Module) -> dict[str, Any] | None:
     init_args = getattr(model, "init_args", None)
     if not isinstance(init_args, dict):
         return None
-    return {"class_path": f"{type(model).__module__}.{type(model).__qualname__}", "init_args": init_args}
+    # Sharding puts a class of its own, and FSDPModule, before a model's.
+    kind = type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init_args}
 
 
 def has_own_weights(model: nn.Module) -> bool:

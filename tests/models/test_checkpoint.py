@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_align.models.checkpoint import (
     backbone_spec,
@@ -169,3 +170,10 @@ def test_what_builds_no_module_is_named(path: str) -> None:
 def test_a_factory_of_something_else_is_named() -> None:
     with pytest.raises(ValueError, match="the factory returned a dict"):
         build_backbone(dict)  # type: ignore[arg-type]
+
+
+def test_a_sharded_model_is_described_by_its_own_class() -> None:
+    model = tiny_palm()
+    model.__class__ = type("FSDPPaLM", (FSDPModule, PaLM), {})  # as sharding does it
+    described = backbone_spec(model)
+    assert described is not None and described["class_path"] == "lightning_align.models.palm.PaLM"
