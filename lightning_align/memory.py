@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what is freed for the next allocation, rather than hand it back to the system.
 
     By default glibc maps every block of more than 32 MiB anew and unmaps it when it is freed, so that each activation of each
-    training step is given, and cleared, by the kernel page by page: a fifth to a third of a step. Kept, memory stays at the
-    most that was in use, and some tenths more, since what is free lies in pieces.
+    training step is given, and cleared, by the kernel page by page: a fifth of a step and more. Kept, memory stays at the
+    most that was in use, and about a tenth more, since what is free lies in pieces.
 
     Returns:
         Whether it was done: not where a variable of the environment already tells the allocator what to do (see `CHOSEN`), and
