@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
 
@@ -118,6 +119,22 @@ class Timing(NamedTuple):
 
     seconds: float
     others: float
+
+
+class Clock(Callback):
+    """Times each step."""
+
+    def __init__(self) -> None:
+        self.timings: list[Timing] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start."""
+        self.meter = Meter().__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Stop."""
+        self.meter.__exit__()
+        self.timings.append(Timing(self.meter.seconds, self.meter.others))
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Timing]]:

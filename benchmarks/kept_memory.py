@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import warnings
-from typing import Any
 
 import _common as common
 import lightning as L
@@ -22,29 +21,13 @@ VOCABULARY, WIDTH, DEPTH, ROWS, STEPS = 256, 256, 4, 16, 6
 LENGTHS = (128, 512)
 
 
-class Clock(L.Callback):
-    """Times each step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Start."""
-        self.meter = common.Meter().__enter__()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Stop."""
-        self.meter.__exit__()
-        self.seconds.append(self.meter.seconds)
-
-
 def fit(length: int) -> dict[str, float]:
     """The median step, and the most memory that the process had."""
     torch.manual_seed(0)
     rows = torch.randint(2, VOCABULARY, (ROWS, length))
     targets = (torch.arange(length) > 0).expand_as(rows)
     batch = {"tokens": rows, "mask": torch.ones_like(targets), "targets": targets}
-    clock = Clock()
+    clock = common.Clock()
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=STEPS + 1,
@@ -56,7 +39,7 @@ def fit(length: int) -> dict[str, float]:
     )
     module = SFTModule(PaLM(num_tokens=VOCABULARY, dim=WIDTH, depth=DEPTH, heads=4, dim_head=64))
     trainer.fit(module, DataLoader([batch] * (STEPS + 1), batch_size=None))  # type: ignore[arg-type]
-    return {"seconds": common.median(clock.seconds[1:]), "peak": common.peak()}
+    return {"seconds": common.median(t.seconds for t in clock.timings[1:]), "peak": common.peak()}
 
 
 def report(rounds: int, threads: int) -> None:

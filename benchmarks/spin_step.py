@@ -20,7 +20,6 @@ from typing import Any
 import _common as common
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -47,22 +46,6 @@ class Rows(L.LightningDataModule):
         return DataLoader([batch] * self.steps, batch_size=None)  # type: ignore[arg-type]
 
 
-class Clock(Callback):
-    """Times each step."""
-
-    def __init__(self) -> None:
-        self.timings: list[common.Timing] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Start."""
-        self.meter = common.Meter().__enter__()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Stop."""
-        self.meter.__exit__()
-        self.timings.append(common.Timing(self.meter.seconds, self.meter.others))
-
-
 def ours(rows: Tensor, vocabulary: int, steps: int) -> list[common.Timing]:
     """Our steps after one to warm up."""
     length = rows.shape[1]
@@ -72,7 +55,7 @@ def ours(rows: Tensor, vocabulary: int, steps: int) -> list[common.Timing]:
         optimizer=functools.partial(torch.optim.Adam, lr=1e-6),
         generation=GenerationConfig(max_new_tokens=length - PROMPT, temperature=0.7, top_p=0.9),
     )
-    clock = Clock()
+    clock = common.Clock()
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps + 1,

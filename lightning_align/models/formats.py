@@ -46,6 +46,22 @@ def merged_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
     return plain
 
 
+def transformers_weights(model: PretrainedLM, weights: Mapping[str, Tensor]) -> tuple[PretrainedLM, dict[str, Tensor]]:
+    """The weights of a model of transformers under its own names, adapters of PEFT merged, and the model that they fit.
+
+    Args:
+        model: may be sharded; not changed.
+        weights: from `merged_weights`.
+    """
+    if has_peft(model.model):
+        # In a copy of its own, since the one that trains may be sharded.
+        copied = PretrainedLM(**model.init_args)
+        load_weights(copied, dict(weights), "the weights to merge")
+        merge_peft(copied.model)
+        model, weights = copied, whole_weights(copied)
+    return model, {name.removeprefix("model."): value for name, value in weights.items()}
+
+
 def write_model(
     model: nn.Module,
     weights: Mapping[str, Tensor],
@@ -74,14 +90,8 @@ def write_model(
     folder = Path(folder)
     _check_folder(folder, CONFIG)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PretrainedLM) and has_peft(model.model):
-        # In a copy of its own, since the one that trained may be sharded.
-        copied = PretrainedLM(**model.init_args)
-        load_weights(copied, dict(weights), folder)
-        merge_peft(copied.model)
-        model, weights = copied, whole_weights(copied)
     if isinstance(model, PretrainedLM):
-        state = {name.removeprefix("model."): value for name, value in weights.items()}
+        model, state = transformers_weights(model, weights)
         model.model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     else:
         spec = backbone_spec(model)

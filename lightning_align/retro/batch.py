@@ -80,6 +80,8 @@ class LiveChunks:
         counts[np.asarray(deleted, dtype=np.int64)] = 0
         self.offsets: Ints = np.concatenate([[0], np.cumsum(counts)])
         """(D + 1,) live chunks before each document, and all of them."""
+        self.lacks = len(deleted) > 0
+        """Whether any document was deleted."""
 
     def replace(self, ids: Ints, draws: NDArray[np.float64], own: Ints | None) -> tuple[Ints, Bools]:
         """Random chunks, those of them drawn again that are not to be read: every other chunk is then as likely as before.
@@ -208,12 +210,12 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
             keys = chunks.ravel().tolist()
             drawn = uniforms([(chunk,) for chunk in keys], positions=count, draws=2)
             numbers = drawn.double().numpy().reshape(*chunks.shape, count, 2)
-            again = uniforms([(chunk, 1) for chunk in keys], positions=count, draws=1)
-            own = np.broadcast_to(self.table.document_of(chunks)[..., None], ids.shape) if self.own else None
-            chosen, there = self.live.replace(
-                (numbers[..., 1] * len(self.database)).astype(np.int64), again.double().numpy().reshape(ids.shape), own
-            )
-            random = (numbers[..., 0] < self.random_neighbors) & there
+            chosen, random = (numbers[..., 1] * len(self.database)).astype(np.int64), numbers[..., 0] < self.random_neighbors
+            if self.own or self.live.lacks:  # else every chunk may be read, and there is nothing to draw again
+                again = uniforms([(chunk, 1) for chunk in keys], positions=count, draws=1)
+                own = np.broadcast_to(self.table.document_of(chunks)[..., None], ids.shape) if self.own else None
+                chosen, there = self.live.replace(chosen, again.double().numpy().reshape(ids.shape), own)
+                random &= there
             ids = np.where(random, chosen, ids)
             mask = mask | random
         return ids, mask

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from lightning_align.distributed import is_sharded
 from lightning_align.generation.sampler import evaluating
 from lightning_align.logprobs import response_logprobs
-from lightning_align.models.checkpoint import load_weights
-from lightning_align.models.formats import merged_weights, whole_weights
+from lightning_align.models.formats import merged_weights, transformers_weights, whole_weights
 from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of
 from lightning_align.models.lora import using_lora
-from lightning_align.models.peft_adapters import has_peft, merge_peft
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.reference import REFERENCE_SCOPE, MovingAdapters, MovingCopy, MovingReference
 from lightning_align.types import TokenBatch
@@ -213,12 +211,4 @@ def served_weights(player: nn.Module) -> dict[str, Tensor]:
     model, scopes = (player.model, player.scopes) if isinstance(player, Scoped) else (player, None)
     with nullcontext() if scopes is None else using_lora(model, *scopes):
         weights = merged_weights(model, whole_weights(model))
-    if not isinstance(model, PretrainedLM):
-        return weights
-    if has_peft(model.model):
-        # In a copy of its own, since the one that trains may be sharded.
-        copied = PretrainedLM(**model.init_args)
-        load_weights(copied, weights, "the opponent")
-        merge_peft(copied.model)
-        weights = whole_weights(copied)
-    return {name.removeprefix("model."): value for name, value in weights.items()}
+    return transformers_weights(model, weights)[1] if isinstance(model, PretrainedLM) else weights
