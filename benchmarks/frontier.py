@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_align.dpo.module import DPOModule, concatenate
-from lightning_align.logprobs import response_logprobs
 from lightning_align.models.palm import PaLM
-from lightning_align.pairwise import Ratios, log_ratios
-from lightning_align.reference import ReferenceUpdate
+from lightning_align.references.update import ReferenceUpdate
+from lightning_align.scoring.ratios import Ratios, log_ratios
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
 
 LETTERS, LENGTH = 6, 5

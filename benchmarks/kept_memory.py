@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_align import PaLM, SFTModule
-from lightning_align.memory import CHOSEN
+from lightning_align.runtime.memory import CHOSEN
 
 VOCABULARY, WIDTH, DEPTH, ROWS, STEPS = 256, 256, 4, 16, 6
 LENGTHS = (128, 512)

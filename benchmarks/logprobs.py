@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_align.logprobs import head_logprobs
+from lightning_align.scoring.head import head_logprobs
 
 VOCABULARY, POSITIONS, WIDTH = 128_000, 16 * 512, 256
 TOLERANCE = 1e-5

@@ -19,8 +19,8 @@ import yaml
 from torch import nn
 
 from lightning_align.data.tasks.arithmetic import Arithmetic
-from lightning_align.logprobs import response_logprobs
 from lightning_align.models.palm import PaLM
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.sft.datamodule import SFTDataModule
 from lightning_align.types import TokenBatch
 

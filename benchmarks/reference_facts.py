@@ -15,10 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_align.dpo.module import DPOModule, concatenate
-from lightning_align.logprobs import response_logprobs
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.palm import PaLM
-from lightning_align.reference import ReferenceUpdate
+from lightning_align.references.update import ReferenceUpdate
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import PreferenceBatch
 
 VOCABULARY, PAIRS = 64, 4

@@ -18,12 +18,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from lightning_align.generation.sampler import GenerationConfig, generate
-from lightning_align.logprobs import target_logprobs
 from lightning_align.models.palm import PaLM
 from lightning_align.retrieval.search import Found
 from lightning_align.retrieval.tables import Tokens
 from lightning_align.retro.decoding import RetrievalDecoder
 from lightning_align.retro.model import RETRO, NeighborTokens
+from lightning_align.scoring.head import target_logprobs
 
 VOCABULARY, WIDTH, DEPTH, ENCODER_DEPTH, HEADS, DIM_HEAD = 28_996, 256, 4, 2, 8, 64
 LENGTH, CHUNK, NEIGHBORS, BATCH = 512, 64, 2, 4

@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from lightning_align.dpo.module import concatenate
-from lightning_align.logprobs import response_logprobs
-from lightning_align.models.checkpoint import weights_hash
 from lightning_align.models.palm import PaLM
-from lightning_align.pairwise import log_ratios, sigmoid_loss
-from lightning_align.reference import Reference, frozen_copy
-from lightning_align.stored import StoredLogProbs
+from lightning_align.models.weights import weights_hash
+from lightning_align.references.frozen import frozen_copy
+from lightning_align.references.protocol import Reference
+from lightning_align.references.stored import StoredLogProbs
+from lightning_align.scoring.losses import sigmoid_loss
+from lightning_align.scoring.ratios import log_ratios
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import PreferenceBatch
 
 VOCABULARY, WIDTH, DEPTH, HEADS, PAIRS = 32_000, 256, 4, 4, 8

@@ -21,8 +21,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from lightning_align.logprobs import response_logprobs
 from lightning_align.models.palm import PaLM
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.sft.module import SFTModule
 from lightning_align.types import TokenBatch
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from lightning_align.dpo.module import concatenate
-from lightning_align.logprobs import response_logprobs
-from lightning_align.pairwise import log_ratios, pair_metrics, sigmoid_loss
-from lightning_align.reference import frozen_copy
+from lightning_align.references.frozen import frozen_copy
+from lightning_align.scoring.losses import sigmoid_loss
+from lightning_align.scoring.ratios import log_ratios, pair_metrics
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import LogProbs, PreferenceBatch
 
 PAIRS, BETA = 8, 0.1

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_align.pairwise import Objective, Ratios
+from lightning_align.scoring.objective import Objective
+from lightning_align.scoring.ratios import Ratios
 
 PAIRS, BETA, TOLERANCE = 1000, 0.1, 1e-6
 SMOOTHED = {"robust": 0.1, "exo_pair": 0.1, "aot": 0.1, "aot_unpaired": 0.1}

@@ -10,7 +10,7 @@ import _trl
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from lightning_align.logprobs import response_logprobs
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import PreferenceBatch
 
 ROWS = 16

@@ -53,7 +53,7 @@ def output_to(path: Path) -> Iterator[None]:
 
 def hold_out(pairs: Path, number: int) -> tuple[str, ...]:
     """Part a file of pairs in two beside it, for training and for validation; return the arguments that name them."""
-    from lightning_align.distributed import publish
+    from lightning_align.runtime.files import publish
 
     rows = pairs.read_text(encoding="utf-8").splitlines(keepends=True)
     words: list[str] = []

@@ -3,11 +3,13 @@
 The public names are loaded when they are first used, so that importing the package costs nothing.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_align.runtime.old_paths import OldPaths
+
 if TYPE_CHECKING:
-    from lightning_align.callbacks import SampleLogger, SolveRate
     from lightning_align.calm.connections import ConnectionConfig
     from lightning_align.calm.datamodule import CALMDataModule
     from lightning_align.calm.model import CALM
@@ -22,9 +24,8 @@ if TYPE_CHECKING:
     from lightning_align.dpo.datamodule import DPODataModule
     from lightning_align.dpo.module import DPOModule
     from lightning_align.dpo.monitor import PreferenceMonitor
-    from lightning_align.export import ExportModel
+    from lightning_align.export.callback import ExportModel
     from lightning_align.generation.sampler import GenerationConfig, generate
-    from lightning_align.logprobs import response_logprobs
     from lightning_align.models.lora import (
         LoRAConfig,
         add_lora,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from lightning_align.models.palm import PaLM
     from lightning_align.models.palm_import import load_palm_rlhf
     from lightning_align.models.pretrained import PretrainedLM
-    from lightning_align.reference import ReferenceUpdate
+    from lightning_align.references.update import ReferenceUpdate
     from lightning_align.retrieval.database import RetrievalDatabase
     from lightning_align.retrieval.lance import LanceRetriever
     from lightning_align.retro.callbacks import RetrievalIndexing
@@ -48,14 +49,19 @@ if TYPE_CHECKING:
     from lightning_align.retro.model import RETRO
     from lightning_align.retro.module import RETROModule
     from lightning_align.retro.panel import NeighborPanel
-    from lightning_align.schedules import WarmupDecay
+    from lightning_align.scoring.sums import response_logprobs
     from lightning_align.sft.datamodule import SFTDataModule
     from lightning_align.sft.module import SFTModule
     from lightning_align.spin.callbacks import SelfPlayGeneration
     from lightning_align.spin.datamodule import SPINDataModule
     from lightning_align.spin.module import SPINModule
+    from lightning_align.training.callbacks import SampleLogger, SolveRate
+    from lightning_align.training.schedules import WarmupDecay
 
 __version__ = "0.1.0"
+
+if not any(isinstance(finder, OldPaths) for finder in sys.meta_path):
+    sys.meta_path.append(OldPaths())
 
 _HOME = {
     "Arithmetic": "data.tasks.arithmetic",
@@ -67,7 +73,7 @@ _HOME = {
     "ConnectionConfig": "calm.connections",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
-    "ExportModel": "export",
+    "ExportModel": "export.callback",
     "Facts": "data.tasks.facts",
     "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
@@ -79,7 +85,7 @@ _HOME = {
     "PaLM": "models.palm",
     "PretrainedLM": "models.pretrained",
     "PreferenceMonitor": "dpo.monitor",
-    "ReferenceUpdate": "reference",
+    "ReferenceUpdate": "references.update",
     "RETRO": "retro.model",
     "RETRODataModule": "retro.datamodule",
     "RETROModule": "retro.module",
@@ -92,11 +98,11 @@ _HOME = {
     "SFTModule": "sft.module",
     "SPINDataModule": "spin.datamodule",
     "SPINModule": "spin.module",
-    "SampleLogger": "callbacks",
+    "SampleLogger": "training.callbacks",
     "SelfPlayGeneration": "spin.callbacks",
-    "SolveRate": "callbacks",
+    "SolveRate": "training.callbacks",
     "StandardLibrary": "data.documents",
-    "WarmupDecay": "schedules",
+    "WarmupDecay": "training.schedules",
     "add_documents": "retro.indexing",
     "add_lora": "models.lora",
     "build_database": "retro.indexing",
@@ -107,7 +113,7 @@ _HOME = {
     "merge_lora": "models.lora",
     "open_retriever": "retro.indexing",
     "remove_lora": "models.lora",
-    "response_logprobs": "logprobs",
+    "response_logprobs": "scoring.sums",
     "unmerge_lora": "models.lora",
     "use_lora": "models.lora",
     "using_lora": "models.lora",

@@ -22,12 +22,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 import lightning_align
-from lightning_align.callbacks import PredictionWriter
 from lightning_align.data.tasks.arithmetic import judge_file
 from lightning_align.data.tokenizer import train_tokenizer
-from lightning_align.export import export_checkpoint
+from lightning_align.export.checkpoint import export_checkpoint
 from lightning_align.models.checkpoint import gather_command, read_checkpoint
-from lightning_align.module import AlignModule
+from lightning_align.training.callbacks import PredictionWriter
+from lightning_align.training.module import AlignModule
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "tokenizer": train_tokenizer,

@@ -23,8 +23,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_align.dpo.datamodule import DPODataModule
 from lightning_align.dpo.module import DPOModule
-from lightning_align.reference import ReferenceUpdate
-from lightning_align.schedules import WarmupDecay
+from lightning_align.references.update import ReferenceUpdate
+from lightning_align.training.schedules import WarmupDecay
 from tests.toys import tiny_palm
 
 STEPS = 36

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_align.callbacks import SampleLogger, _block
+from lightning_align.training.callbacks import SampleLogger, _block
 from tests.toys import tiny_palm
 
 

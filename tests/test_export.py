@@ -13,7 +13,7 @@ import yaml
 
 from lightning_align import PaLM, PretrainedLM
 from lightning_align.cli import run
-from lightning_align.export import model_card
+from lightning_align.export.card import model_card
 from lightning_align.models.language_model import has_cache
 from tests.models.test_pretrained import make
 from tests.toys import largest_difference

@@ -16,10 +16,10 @@ PACKAGE = "lightning_align"
 ROOT = Path(__file__).parent.parent / PACKAGE
 MAX_LINES = 500
 LAYERS = (
-    ("types", "distributed", "hub", "memory"),
-    ("models", "data", "retrieval", "metrics"),
-    ("logprobs", "generation"),
-    ("reference", "stored", "pairwise", "module", "datamodule", "callbacks", "export", "schedules"),
+    ("types", "runtime"),
+    ("models", "data", "retrieval"),
+    ("scoring", "generation"),
+    ("references", "training", "export"),
     ("sft", "dpo", "spin", "calm", "retro"),
     ("",),  # the front: only the command line, which offers all of it, may come in that way
     ("cli",),
@@ -78,6 +78,53 @@ def test_imports_go_down(file: Path) -> None:
     assert breaches(file.read_text(encoding="utf-8"), relative(file)) == []
 
 
+def circles(sources: dict[str, str]) -> list[list[str]]:
+    """Files that import each other, directly or through others; ``sources`` maps a path within the package to its text."""
+    names = {
+        ".".join([PACKAGE, *Path(path).with_suffix("").parts]).removesuffix(".__init__"): path
+        for path in sources
+        if path != "__init__.py"
+    }
+    imports: dict[str, set[str]] = {path: set() for path in sources}
+    for path, source in sources.items():
+        for _, module in imported_modules(source, path):
+            # `from a.b import c` names a.b.c, which is a file or a name in the file a.b.
+            target = names.get(module) or names.get(module.rpartition(".")[0])
+            if target is not None and target != path and not target.endswith("__init__.py"):
+                imports[path].add(target)
+
+    found = []
+    open_paths: list[str] = []
+    done: set[str] = set()
+
+    def visit(path: str) -> None:
+        if path in open_paths:
+            found.append(open_paths[open_paths.index(path) :])
+        elif path not in done:
+            open_paths.append(path)
+            for target in sorted(imports[path]):
+                visit(target)
+            done.add(open_paths.pop())
+
+    for path in sorted(sources):
+        visit(path)
+    return found
+
+
+def test_no_files_import_each_other() -> None:
+    assert circles({relative(file): file.read_text(encoding="utf-8") for file in FILES}) == []
+
+
+def test_planted_circle_is_found() -> None:
+    sources = {
+        "models/a.py": "from lightning_align.models.b import x",
+        "models/b.py": "def late():\n    from .c import y",
+        "models/c.py": "from lightning_align.models import a",
+        "models/d.py": "from lightning_align.models.a import x",
+    }
+    assert circles(sources) == [["models/a.py", "models/b.py", "models/c.py"]]
+
+
 @pytest.mark.parametrize("file", FILES, ids=relative)
 def test_no_file_is_too_long(file: Path) -> None:
     assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
@@ -91,8 +138,10 @@ def test_no_file_is_too_long(file: Path) -> None:
         ("data/rows.py", "from lightning_align.models import PaLM"),
         ("data/tasks/arithmetic.py", "from ...models.palm import PaLM"),
         ("data/tasks/arithmetic.py", "from ... import cli"),
-        ("types.py", "from lightning_align import distributed"),
-        ("logprobs.py", "import lightning_align.generation.sampler as sampler"),
+        ("types.py", "from lightning_align import models"),
+        ("runtime/files.py", "from lightning_align.scoring.sums import sum_logprobs"),
+        ("scoring/sums.py", "import lightning_align.generation.sampler as sampler"),
+        ("references/stored.py", "from lightning_align.training.module import AlignModule"),
         ("dpo/loss.py", "from lightning_align.sft.module import SFTModule"),
         ("dpo/module.py", "def late():\n    from ..spin import loss"),
         ("dpo/module.py", "if TYPE_CHECKING:\n    from lightning_align.calm.model import CALM"),
@@ -111,11 +160,11 @@ def test_planted_breach_is_found(path: str, source: str) -> None:
     [
         (
             "dpo/module.py",
-            "from lightning_align.pairwise import loss\nfrom .loss import dpo\nfrom ..models import palm",
+            "from lightning_align.scoring.losses import loss\nfrom .loss import dpo\nfrom ..models import palm",
         ),
         ("data/tasks/arithmetic.py", "from lightning_align.data.rows import RowTask\nfrom .. import rows"),
         ("models/palm.py", "import torch\nfrom lightning_align import types\nimport lightning_align_extra.cli"),
-        ("cli.py", "import lightning_align\nfrom lightning_align.callbacks import PredictionWriter"),
+        ("cli.py", "import lightning_align\nfrom lightning_align.training.callbacks import PredictionWriter"),
         ("__main__.py", "from lightning_align.cli import main"),
     ],
 )

@@ -6,16 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_align import logprobs
-from lightning_align.logprobs import (
-    head_logprobs,
-    logits_logprobs,
-    response_collisions,
-    response_logprobs,
-    select_targets,
-    sum_logprobs,
-    token_logprobs,
-)
+from lightning_align.scoring import head
+from lightning_align.scoring import logits as logits_module
+from lightning_align.scoring.collisions import response_collisions
+from lightning_align.scoring.head import head_logprobs
+from lightning_align.scoring.logits import logits_logprobs
+from lightning_align.scoring.logprobs import token_logprobs
+from lightning_align.scoring.sums import response_logprobs, sum_logprobs
+from lightning_align.scoring.targets import select_targets
 from lightning_align.types import TokenBatch
 from tests.toys import Plain, slow_logprobs, tiny_palm, token_batch
 
@@ -99,7 +97,7 @@ CHUNKS = [1, 100, 10_000]
 def test_gradients_are_the_derivatives(
     bias: bool, softcap: float | None, keep_bytes: int, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(head, "KEEP_BYTES", keep_bytes)
     hidden, weight, b, targets = inputs(bias)
 
     def function(h: Tensor, w: Tensor, v: Tensor | None) -> Tensor:
@@ -123,7 +121,7 @@ def test_each_gradient_alone(needs: tuple[bool, bool, bool]) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS)
 def test_gradients_of_logits_are_the_derivatives(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(logits_module, "CHUNK_BYTES", chunk_bytes)
     logits = torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True)
     rows, before, targets = torch.tensor([0, 0, 1]), torch.tensor([1, 3, 0]), torch.tensor([4, 10, 0])
     expected = logits.log_softmax(-1)[rows, before, targets]
@@ -133,7 +131,7 @@ def test_gradients_of_logits_are_the_derivatives(chunk_bytes: int, monkeypatch: 
 
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 20])
 def test_a_second_backward_pass_is_like_the_first(keep_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(head, "KEEP_BYTES", keep_bytes)
     hidden, weight, bias, targets = inputs()
     out = head_logprobs(hidden, weight, bias, targets, chunk_bytes=100).sum()
     first = torch.autograd.grad(out, (hidden, weight), retain_graph=True)
@@ -176,7 +174,7 @@ def test_a_batch_without_targets_scores_zero_and_trains_nothing(plain: bool) -> 
 @pytest.mark.parametrize("bias", [True, False])
 def test_under_autocast_sums_are_in_float32(bias: bool, keep_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64 on the same rounded logits: what is left is the rounding of float32, not that of bfloat16."""
-    monkeypatch.setattr(logprobs, "KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(head, "KEEP_BYTES", keep_bytes)
     hidden = torch.randn(64, 16, requires_grad=True)
     weight = torch.randn(3000, 16, requires_grad=True)
     b = torch.randn(3000, requires_grad=True) if bias else None
@@ -230,7 +228,7 @@ def test_collisions_are_those_of_the_whole_softmax(build: Any, monkeypatch: pyte
         for row in range(3)
     ]
     for size in (2**20, 4 * 23 * 2):
-        monkeypatch.setattr("lightning_align.logprobs.CHUNK_BYTES", size)
+        monkeypatch.setattr("lightning_align.scoring.head.CHUNK_BYTES", size)
         torch.testing.assert_close(response_collisions(model, batch), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 

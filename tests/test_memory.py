@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lightning_align.memory import CHOSEN
+from lightning_align.runtime.memory import CHOSEN
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults as Linux does")
 
@@ -14,7 +14,7 @@ PAGES = 16_384  # of 4 KiB: 64 MiB
 CHILD = """
 import resource, sys
 import torch
-from lightning_align.memory import keep_freed_memory
+from lightning_align.runtime.memory import keep_freed_memory
 
 torch.set_num_threads(1)
 kept = sys.argv[1] == "keep" and keep_freed_memory()

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lightning_align.logprobs import head_logprobs
-from lightning_align.metrics import Correlation, PairMeans, TokenNLL
+from lightning_align.scoring.head import head_logprobs
+from lightning_align.training.metrics import Correlation, PairMeans, TokenNLL
 
 
 def test_by_hand() -> None:

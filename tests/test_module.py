@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_align.dpo.module import DPOModule, concatenate
-from lightning_align.logprobs import response_logprobs
-from lightning_align.models.checkpoint import weights_hash
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.palm import PaLM
-from lightning_align.schedules import WarmupDecay
+from lightning_align.models.weights import weights_hash
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.sft.module import SFTModule
+from lightning_align.training.schedules import WarmupDecay
 from tests.toys import (
     Plain,
     largest_difference,

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from lightning_align.dpo.module import DPOModule
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, train_only
-from lightning_align.reference import Average, MovingAdapters, MovingCopy, ReferenceUpdate
+from lightning_align.references.average import Average
+from lightning_align.references.moving import MovingAdapters, MovingCopy
+from lightning_align.references.update import ReferenceUpdate
 from tests.toys import largest_difference, preference_batch, split, state_of, tiny_palm, token_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")

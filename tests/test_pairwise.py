@@ -7,25 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_align.pairwise import (
+from lightning_align.scoring.losses import (
     IN_DELTA,
     LOSSES,
     REFERENCE_FREE,
     SMOOTHED,
     LossName,
-    Objective,
-    Ratios,
     check_loss,
-    confidence_weights,
     discopop_loss,
-    diverge,
     dpop_loss,
-    log_ratios,
     orpo_loss,
-    pair_metrics,
-    split_pairs,
-    tail_weights,
 )
+from lightning_align.scoring.objective import Objective, diverge
+from lightning_align.scoring.ratios import Ratios, confidence_weights, log_ratios, pair_metrics, split_pairs, tail_weights
 from lightning_align.types import LogProbs
 
 

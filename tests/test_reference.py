@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_align.logprobs import response_logprobs
-from lightning_align.models.checkpoint import weights_hash
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, train_only
-from lightning_align.reference import AdaptersOff, FrozenCopy, frozen_copy
+from lightning_align.models.weights import weights_hash
+from lightning_align.references.frozen import AdaptersOff, FrozenCopy, frozen_copy
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import LogProbs
 from tests.toys import slow_logprobs, tiny_palm, token_batch
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_align.schedules import WarmupDecay
+from lightning_align.training.schedules import WarmupDecay
 
 
 def rates(steps: int, peak: float = 1.0, **arguments: Any) -> list[float]:

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from lightning_align.dpo.datamodule import DPODataModule
 from lightning_align.dpo.module import DPOModule, concatenate
 from lightning_align.models.lora import LoRAConfig
-from lightning_align.pairwise import tail_weights
-from lightning_align.reference import frozen_copy
-from lightning_align.stored import StoredLogProbs, row_keys
+from lightning_align.references.frozen import frozen_copy
+from lightning_align.references.stored import StoredLogProbs, row_keys
+from lightning_align.scoring.ratios import tail_weights
 from lightning_align.types import LogProbs, TokenBatch
 from tests.toys import largest_difference, preference_batch, rows_of, split, state_of, tiny_palm, token_batch
 

@@ -12,7 +12,7 @@ from lightning_align.data.batching import collate_tokens
 from lightning_align.data.forms import Form
 from lightning_align.data.store import StoredRow, TokenStore
 from lightning_align.data.tokenizer import Tokenizer, load_tokenizer
-from lightning_align.datamodule import AlignDataModule
+from lightning_align.training.datamodule import AlignDataModule
 from lightning_align.types import TokenBatch
 
 

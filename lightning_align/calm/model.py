@@ -23,10 +23,10 @@ from lightning_align.calm.layers import Position, Tap, find_layers, visiting
 from lightning_align.calm.probe import check_finite, check_frozen, probe_width
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.spec import Augment, AugmentInput, Inputs, Spot, augment_model, check_realigned, pairs_of
-from lightning_align.distributed import publish
 from lightning_align.models.attention import attention_mask
-from lightning_align.models.checkpoint import load_weights, weights_hash
 from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of, vocabulary_size
+from lightning_align.models.weights import load_weights, weights_hash
+from lightning_align.runtime.files import publish
 
 
 class Trace(NamedTuple):

@@ -20,11 +20,15 @@ from lightning_align.calm.probe import check_frozen
 from lightning_align.calm.spec import Augment, AugmentInput, check_realigned
 from lightning_align.calm.states import StateStore
 from lightning_align.generation.sampler import Generation, GenerationConfig
-from lightning_align.logprobs import logits_logprobs, select_targets, sum_logprobs, target_logprobs
-from lightning_align.metrics import TokenNLL
-from lightning_align.models.checkpoint import Backbone, build_backbone, load_policy
+from lightning_align.models.building import Backbone, build_backbone
+from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.language_model import has_hidden
-from lightning_align.module import AlignModule
+from lightning_align.scoring.head import target_logprobs
+from lightning_align.scoring.logits import logits_logprobs
+from lightning_align.scoring.sums import sum_logprobs
+from lightning_align.scoring.targets import select_targets
+from lightning_align.training.metrics import TokenNLL
+from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs
 
 FROZEN = ("policy.anchor.", "policy.augments.")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.calm.layers import Layer, Position, Tap, visiting
-from lightning_align.distributed import is_sharded
 from lightning_align.models.language_model import has_hidden
+from lightning_align.runtime.ranks import is_sharded
 
 
 class _Enough(Exception):  # it is no error

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_align.calm.connections import check_pairs, even_pairs
 from lightning_align.calm.layers import Position
-from lightning_align.models.checkpoint import Backbone
+from lightning_align.models.building import Backbone
 
 LAYERS_PER_CONNECTION = 4
 """The paper's N_A / n, in all its experiments."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_align.calm.reading import Reader
-from lightning_align.distributed import publish_text, world
+from lightning_align.runtime.files import publish_text
+from lightning_align.runtime.ranks import world
 
 
 class StateStore:

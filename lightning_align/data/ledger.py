@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_align.distributed import publish_text
+from lightning_align.runtime.files import publish_text
 
 BadRow = Literal["fail", "warn", "skip"]
 

@@ -24,7 +24,7 @@ from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of
 from lightning_align.data.ledger import BadRow, Ledger
 from lightning_align.data.rows import Row, RowTask, read_rows, source_fingerprint
 from lightning_align.data.tokenizer import Tokenizer
-from lightning_align.distributed import publish, publish_text
+from lightning_align.runtime.files import publish, publish_text
 
 _FORMAT = 3
 """Raise it when the same settings come to mean other ids or another layout."""

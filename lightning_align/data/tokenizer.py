@@ -16,8 +16,8 @@ import tokenizers
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from lightning_align.data.rows import SUFFIXES, read_rows
-from lightning_align.distributed import publish_text
-from lightning_align.hub import out_of_reach
+from lightning_align.runtime.files import publish_text
+from lightning_align.runtime.hub import out_of_reach
 
 Message = Mapping[str, Any]
 """One turn of a conversation: ``{"role": ..., "content": ...}``."""

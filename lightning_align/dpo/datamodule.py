@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from lightning_align.data.forms import Form
-from lightning_align.datamodule import AlignDataModule
+from lightning_align.training.datamodule import AlignDataModule
 
 
 class DPODataModule(AlignDataModule):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from lightning_align.logprobs import response_logprobs
 from lightning_align.models.lora import lora_disabled, lora_layers
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}

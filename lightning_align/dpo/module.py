@@ -12,36 +12,26 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.aggregation import CatMetric
 
-from lightning_align.distributed import everyone
 from lightning_align.dpo.identity import batch_faults, differs, identity_fault
 from lightning_align.generation.sampler import GenerationConfig
-from lightning_align.logprobs import response_collisions, sum_logprobs, token_logprobs
-from lightning_align.metrics import PairMeans
-from lightning_align.models.checkpoint import Backbone, weights_hash
+from lightning_align.models.building import Backbone
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.parallelize import shard
-from lightning_align.module import AlignModule
-from lightning_align.pairwise import (
-    SORTED,
-    Divergence,
-    LossName,
-    Objective,
-    Ratios,
-    confidence_weights,
-    log_ratios,
-    pair_metrics,
-    tail_weights,
-)
-from lightning_align.reference import (
-    AdaptersOff,
-    FrozenCopy,
-    MovingReference,
-    Reference,
-    ReferenceUpdate,
-    frozen_copy,
-    moving_reference,
-)
-from lightning_align.stored import Source, StoredLogProbs
+from lightning_align.models.weights import weights_hash
+from lightning_align.references.frozen import AdaptersOff, FrozenCopy, frozen_copy
+from lightning_align.references.moving import moving_reference
+from lightning_align.references.protocol import MovingReference, Reference
+from lightning_align.references.stored import Source, StoredLogProbs
+from lightning_align.references.update import ReferenceUpdate
+from lightning_align.runtime.ranks import everyone
+from lightning_align.scoring.collisions import response_collisions
+from lightning_align.scoring.logprobs import token_logprobs
+from lightning_align.scoring.losses import SORTED, LossName
+from lightning_align.scoring.objective import Divergence, Objective
+from lightning_align.scoring.ratios import Ratios, confidence_weights, log_ratios, pair_metrics, tail_weights
+from lightning_align.scoring.sums import sum_logprobs
+from lightning_align.training.metrics import PairMeans
+from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs, PreferenceBatch, PromptBatch, TokenBatch
 
 ReferenceKind = Literal["frozen", "stored", "moving"]
@@ -88,8 +78,8 @@ class DPOModule(AlignModule):
             backbone: the language model: a module or a factory in code, `class_path` and `init_args` in YAML. May be
                 left out with `init_from`, whose checkpoint says what it is of.
             init_from: checkpoint of the fine-tuned model, which policy and reference begin as.
-            loss: one of those in `lightning_align.pairwise`, or several with their weights. `simpo`, `cpo` and `orpo` need no
-                reference, and none is made.
+            loss: one of those in `lightning_align.scoring.losses`, or several with their weights. `simpo`, `cpo` and `orpo`
+                need no reference, and none is made.
             beta: strength of the pull towards the reference; about 0.1 on sums, 2 to 10 for `sigmoid_norm` and `simpo`.
             label_smoothing: assumed share of flipped labels, for the losses that have it.
             loss_args: further arguments of the losses: `gamma` of `simpo`, `penalty` of `dpop`, `temperature` of `discopop`.

@@ -9,12 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_align.distributed import world
 from lightning_align.dpo.module import DPOModule
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
-from lightning_align.logprobs import response_logprobs
-from lightning_align.metrics import Correlation, PairMeans
-from lightning_align.pairwise import Ratios
+from lightning_align.runtime.ranks import world
+from lightning_align.scoring.ratios import Ratios
+from lightning_align.scoring.sums import response_logprobs
+from lightning_align.training.metrics import Correlation, PairMeans
 from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
 
 DISPLACEMENT = "logps/chosen_displacement"

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_align.distributed import publish, publish_text, world
 from lightning_align.generation.sampler import FinishReason, Generation, GenerationConfig, generate
-from lightning_align.models.checkpoint import state_hash
+from lightning_align.models.weights import state_hash
+from lightning_align.runtime.files import publish, publish_text
+from lightning_align.runtime.ranks import world
 
 
 class GenerationBackend(Protocol):

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_align.distributed import everyone, is_sharded, largest
 from lightning_align.generation.decoder import make_decoder
 from lightning_align.generation.filters import choose, num_draws
 from lightning_align.generation.noise import uniforms
 from lightning_align.generation.packing import packed_linears
 from lightning_align.models.language_model import context_length
+from lightning_align.runtime.ranks import everyone, is_sharded, largest
 
 FinishReason = Literal["eos", "stop", "length"]
 

@@ -1,72 +1,24 @@
 """Weights of a policy out of a checkpoint: its architecture, its adapters, and a check that they fit."""
 
 import argparse
-import hashlib
 import tempfile
 import zipfile
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.fsdp import FSDPModule
 
-from lightning_align.distributed import publish
+from lightning_align.models.building import Backbone, build_backbone, has_own_weights
+from lightning_align.models.formats import read_model
 from lightning_align.models.lora import LoRAConfig, add_lora, merge_lora, remove_lora
+from lightning_align.models.weights import load_weights, policy_state
+from lightning_align.runtime.files import publish
 
-PREFIX = "policy."
-"""Where the modules of this package keep the policy in their state."""
 SHARDS_META = "meta.pt"
 """What Lightning writes beside the shards of a checkpoint, and only there."""
-
-Backbone = Callable[[], nn.Module]
-"""How a backbone is given: a factory, which is what a YAML file's class_path and init_args become."""
-
-
-def backbone_spec(model: nn.Module) -> dict[str, Any] | None:
-    """``{class_path, init_args}`` that builds the model again, for models that keep their ``init_args``; else None."""
-    init_args = getattr(model, "init_args", None)
-    if not isinstance(init_args, dict):
-        return None
-    # Sharding puts a class of its own, and FSDPModule, before a model's.
-    kind = type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init_args}
-
-
-def has_own_weights(model: nn.Module) -> bool:
-    """Whether building the model reads its weights, as `PretrainedLM` does, so that adapters can be put on it at once."""
-    return bool(getattr(model, "pretrained", False))
-
-
-def build_backbone(backbone: nn.Module | Backbone | dict[str, Any]) -> nn.Module:
-    """Build a backbone from whatever describes it.
-
-    Args:
-        backbone: a module (returned as it is), a factory, or ``{class_path, init_args}`` as a checkpoint keeps it.
-
-    Raises:
-        ValueError: if it does not lead to an ``nn.Module``.
-    """
-    if isinstance(backbone, nn.Module):
-        return backbone
-    if isinstance(backbone, dict):
-        path, _, name = str(backbone.get("class_path", "")).rpartition(".")
-        # A bare name is one of the package's own, as in YAML.
-        try:
-            found = getattr(import_module(path or "lightning_align"), name, None)
-        except ImportError:
-            found = None
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise ValueError(f"backbone: class_path {backbone.get('class_path')!r} is no nn.Module")
-        return found(**backbone.get("init_args", {}))
-    model = backbone()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"backbone: the factory returned a {type(model).__name__}; it must return an nn.Module")
-    return model
 
 
 def gather_command(folder: str | Path) -> str | None:
@@ -148,8 +100,6 @@ def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any
         ValueError: if the file cannot be read, does not say what to build, or is of another model.
     """
     if (Path(path) / "config.json").is_file():
-        from lightning_align.models.formats import read_model  # which builds on this file
-
         return read_model(path)
     return build_policy(read_checkpoint(path), path, backbone)
 
@@ -208,61 +158,6 @@ def _base_of_adapters(
             "`backbone`"
         )
     return model
-
-
-def policy_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The policy's part of a state dict; all of it if it has no such part."""
-    part = {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-    return part or state
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load all weights, or say how the checkpoint differs.
-
-    Raises:
-        ValueError: naming weights that are missing, left over or of another shape.
-    """
-    check_weights(model, state, path)
-    model.load_state_dict(state)
-
-
-def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Say how a state dict differs from what a model has.
-
-    Raises:
-        ValueError: naming weights that are missing, left over or of another shape.
-    """
-    own = model.state_dict()
-    shapes = [
-        f"{name} is {tuple(state[name].shape)} in the file and {tuple(own[name].shape)} in the model"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    missing, extra = [n for n in own if n not in state], [n for n in state if n not in own]
-    problems = shapes[:3]
-    if missing:
-        problems.append(f"{len(missing)} weights are not in the file, such as {missing[0]}")
-    if extra:
-        problems.append(f"{len(extra)} weights of the file are not in the model, such as {extra[0]}")
-    if problems:
-        raise ValueError(
-            f"checkpoint {path}: is of another model than {type(model).__name__}: {'; '.join(problems)}. Leave `backbone` out "
-            "to build the one that the checkpoint describes, or give the one that it was made with"
-        )
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of all weights, names and dtypes, but for LoRA adapters: two models of one base have one hash."""
-    return state_hash({name: value for name, value in model.state_dict().items() if ".lora." not in name})
-
-
-def state_hash(state: dict[str, Tensor]) -> str:
-    """SHA-256 of a state dict: weights, names and dtypes."""
-    digest = hashlib.sha256()
-    for name, value in state.items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def main() -> None:

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_align.distributed import publish, publish_text
-from lightning_align.models.checkpoint import backbone_spec, build_backbone, load_weights
+from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_layers, use_lora
 from lightning_align.models.peft_adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, has_peft, merge_peft
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.models.weights import load_weights
+from lightning_align.runtime.files import publish, publish_text
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_align.hub import out_of_reach
 from lightning_align.models.language_model import Head
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 from lightning_align.models.peft_adapters import TRAINED, add_peft, has_peft, peft_disabled
+from lightning_align.runtime.hub import out_of_reach
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TOLERANCE = 1e-3

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from lightning_align.distributed import publish
 from lightning_align.retrieval.advisor import advise, check_training, needed_to_train
 from lightning_align.retrieval.encoders import read_vectors
 from lightning_align.retrieval.faiss_seam import is_ivf, load_faiss, max_effort, merge, num_gpus, set_effort
 from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.retrieval.tables import Floats, Ints
+from lightning_align.runtime.files import publish
 
 FORMAT = 1
 """Raise it when the same settings come to mean other bytes."""

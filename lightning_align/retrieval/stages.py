@@ -25,7 +25,8 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from lightning_align.distributed import publish, world
+from lightning_align.runtime.files import publish
+from lightning_align.runtime.ranks import world
 
 Arrays = Mapping[str, NDArray[Any]]
 MANIFEST = "manifest.json"

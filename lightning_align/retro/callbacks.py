@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_align.data.documents import DocumentSource
 from lightning_align.data.tokenizer import Tokenizer
-from lightning_align.models.checkpoint import weights_hash
+from lightning_align.models.weights import weights_hash
 from lightning_align.retrieval.build import publish_head
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, LMEncoder

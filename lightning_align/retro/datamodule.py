@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_align.data.batching import LengthGroupedSampler, ResumableLoader
 from lightning_align.data.rows import RowTask, read_rows
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from lightning_align.models.checkpoint import weights_hash
+from lightning_align.models.weights import weights_hash
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import LMEncoder
 from lightning_align.retrieval.search import Retriever

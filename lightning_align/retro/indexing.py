@@ -11,8 +11,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_align.data.documents import DocumentSource, DocumentTokenizer, load_documents
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from lightning_align.models.checkpoint import load_policy, weights_hash
+from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.language_model import vocabulary_size
+from lightning_align.models.weights import weights_hash
 from lightning_align.retrieval.build import Builder, Kind, Tools, make_retriever
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, LMEncoder, SentenceEncoder

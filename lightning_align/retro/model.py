@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lightning_align.models.checkpoint import backbone_spec, build_backbone
+from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.language_model import Head, HiddenModel, context_length, has_cache, has_hidden
 from lightning_align.retro.attention import ChunkedCrossAttention
 from lightning_align.retro.encoder import NeighborEncoder

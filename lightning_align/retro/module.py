@@ -9,15 +9,18 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_align.generation.sampler import GenerationConfig, generate
-from lightning_align.logprobs import select_targets, target_logprobs
-from lightning_align.models.checkpoint import Backbone, load_weights, policy_state, read_checkpoint
-from lightning_align.module import AlignModule
+from lightning_align.models.building import Backbone
+from lightning_align.models.checkpoint import read_checkpoint
+from lightning_align.models.weights import load_weights, policy_state
 from lightning_align.retrieval.search import Found
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.arms import RetrievalArms
 from lightning_align.retro.batch import RetrievalBatch
 from lightning_align.retro.decoding import RetrievalDecoder
 from lightning_align.retro.model import RETRO, NeighborTokens
+from lightning_align.scoring.head import target_logprobs
+from lightning_align.scoring.targets import select_targets
+from lightning_align.training.module import AlignModule
 
 FIT_ARMS = ("on", "off")
 """What a validation within a fit compares; the other arms, each a pass of its own, are for `validate` and `test`."""

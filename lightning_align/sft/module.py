@@ -6,11 +6,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_align.generation.sampler import GenerationConfig
-from lightning_align.logprobs import response_logprobs
-from lightning_align.metrics import TokenNLL
-from lightning_align.models.checkpoint import Backbone
+from lightning_align.models.building import Backbone
 from lightning_align.models.lora import LoRAConfig
-from lightning_align.module import AlignModule
+from lightning_align.scoring.sums import response_logprobs
+from lightning_align.training.metrics import TokenNLL
+from lightning_align.training.module import AlignModule
 from lightning_align.types import TokenBatch
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_align.data.store import TokenStore
-from lightning_align.distributed import publish
 from lightning_align.generation.backend import GenerationBackend, NativeBackend
-from lightning_align.models.checkpoint import state_hash
 from lightning_align.models.formats import whole_weights
+from lightning_align.models.weights import state_hash
+from lightning_align.runtime.files import publish
 from lightning_align.spin.generations import GeneratedSet, Pairs, Row, plan, statistics
 from lightning_align.spin.opponent import served_weights
 from lightning_align.spin.play import Play, real_ids

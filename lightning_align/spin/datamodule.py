@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from lightning_align.data.forms import Form
 from lightning_align.data.store import StoredRow, TokenStore
-from lightning_align.datamodule import AlignDataModule, Stage
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import collate_self_play
+from lightning_align.training.datamodule import AlignDataModule, Stage
 
 Loader = DataLoader[list[StoredRow]]
 

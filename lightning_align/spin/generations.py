@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_align.data.store import StoredRow, TokenStore
-from lightning_align.distributed import publish_text
+from lightning_align.runtime.files import publish_text
 from lightning_align.types import SelfPlayBatch, TokenBatch
 
 Row = dict[str, Any]

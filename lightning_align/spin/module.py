@@ -19,17 +19,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_align.generation.sampler import GenerationConfig, generate
-from lightning_align.logprobs import response_logprobs
-from lightning_align.metrics import PairMeans, TokenNLL
-from lightning_align.models.checkpoint import Backbone, weights_hash
+from lightning_align.models.building import Backbone
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.parallelize import shard
-from lightning_align.module import AlignModule
-from lightning_align.pairwise import LOSSES, LossName, Ratios, check_loss, log_ratios
-from lightning_align.reference import frozen_copy, moving_reference
+from lightning_align.models.weights import weights_hash
+from lightning_align.references.frozen import frozen_copy
+from lightning_align.references.moving import moving_reference
+from lightning_align.scoring.losses import LOSSES, LossName, check_loss
+from lightning_align.scoring.ratios import Ratios, log_ratios
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
+from lightning_align.training.metrics import PairMeans, TokenNLL
+from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs, SelfPlayBatch, TokenBatch
 
 Generate = Literal["per_iteration", "per_step"]

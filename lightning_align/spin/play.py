@@ -10,8 +10,8 @@ from torch import nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from lightning_align.data.store import TokenStore
-from lightning_align.distributed import is_sharded, largest, world
 from lightning_align.generation.sampler import Generation
+from lightning_align.runtime.ranks import is_sharded, largest, world
 from lightning_align.spin.generations import GeneratedSet, Row, answer_ids, join_rows
 from lightning_align.spin.opponent import Opponent, score
 from lightning_align.types import TokenBatch

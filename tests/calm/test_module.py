@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_align.callbacks import SampleLogger, SolveRate
 from lightning_align.calm.datamodule import CALMDataModule
 from lightning_align.calm.module import CALMModule, composed_logprobs
 from lightning_align.calm.spec import Augment
@@ -22,6 +21,7 @@ from lightning_align.calm.states import StateStore
 from lightning_align.cli import run
 from lightning_align.data.tasks.key_value import KeyValue
 from lightning_align.generation.sampler import GenerationConfig
+from lightning_align.training.callbacks import SampleLogger, SolveRate
 from tests.calm.toys import MAKERS, SMALL, composed, palms
 from tests.toys import Plain, gap, largest_difference, rows_of, slow_logprobs, split, state_of, tiny_palm, token_batch
 

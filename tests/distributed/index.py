@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_align.models.checkpoint import backbone_spec
+from lightning_align.models.building import backbone_spec
 from lightning_align.retrieval import chunks, encoders, neighbors
 from lightning_align.retro.callbacks import RetrievalIndexing
 from lightning_align.sft.module import SFTModule

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 from lightning_align.dpo.module import DPOModule
 from lightning_align.dpo.monitor import PreferenceMonitor
-from lightning_align.export import ExportModel
+from lightning_align.export.callback import ExportModel
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.pretrained import PretrainedLM
-from lightning_align.reference import ReferenceUpdate
+from lightning_align.references.update import ReferenceUpdate
 from lightning_align.sft.module import SFTModule
 from tests.toys import preference_batch, split, tiny_palm, token_batch
 

@@ -15,7 +15,7 @@ from lightning_align.data.tasks.arithmetic import Arithmetic
 from lightning_align.dpo.identity import batch_faults
 from lightning_align.dpo.module import DPOModule
 from lightning_align.models.lora import LoRAConfig, lora_parameters
-from lightning_align.reference import ReferenceUpdate
+from lightning_align.references.update import ReferenceUpdate
 from lightning_align.types import PreferenceBatch, TokenBatch
 from tests.toys import Plain, preference_batch, tiny_palm
 

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 from lightning_align.dpo.module import DPOModule
 from lightning_align.dpo.monitor import PreferenceMonitor
 from lightning_align.generation.sampler import GenerationConfig, generate
-from lightning_align.pairwise import LOSSES, REFERENCE_FREE, SORTED, Objective, Ratios
-from lightning_align.reference import ReferenceUpdate
+from lightning_align.references.update import ReferenceUpdate
+from lightning_align.scoring.losses import LOSSES, REFERENCE_FREE, SORTED
+from lightning_align.scoring.objective import Objective
+from lightning_align.scoring.ratios import Ratios
 from lightning_align.sft.module import SFTModule
 from lightning_align.types import PreferenceBatch
 from tests.toys import preference_batch, slow_logprobs, split, tiny_palm

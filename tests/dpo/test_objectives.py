@@ -16,7 +16,7 @@ from lightning_align.data.forms import BadRowError
 from lightning_align.dpo.datamodule import DPODataModule
 from lightning_align.dpo.module import DPOModule, concatenate
 from lightning_align.models.lora import LoRAConfig
-from lightning_align.pairwise import LOSSES, REFERENCE_FREE, SORTED
+from lightning_align.scoring.losses import LOSSES, REFERENCE_FREE, SORTED
 from tests.data.helpers import encode
 from tests.toys import largest_difference, preference_batch, slow_logprobs, split, state_of, tiny_palm
 

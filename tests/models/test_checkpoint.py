@@ -10,16 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_align.models.checkpoint import (
-    backbone_spec,
-    build_backbone,
-    load_policy,
-    policy_state,
-    read_checkpoint,
-    weights_hash,
-)
+from lightning_align.models.building import backbone_spec, build_backbone
+from lightning_align.models.checkpoint import load_policy, read_checkpoint
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_layers, lora_parameters
 from lightning_align.models.palm import PaLM
+from lightning_align.models.weights import policy_state, weights_hash
 from tests.toys import VOCABULARY, gap, tiny_palm
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align import GenerationConfig, PaLM, PretrainedLM, SFTModule, generate
-from lightning_align.logprobs import response_logprobs
+from lightning_align.scoring.sums import response_logprobs
 from tests.models.test_pretrained import FAMILIES, V, batch
 from tests.toys import largest_difference
 

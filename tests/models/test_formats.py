@@ -6,14 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_align.models.formats import (
-    merged_weights,
-    read_adapter,
-    read_model,
-    whole_weights,
-    write_adapter,
-    write_model,
-)
+from lightning_align.models.formats import merged_weights, read_adapter, read_model, whole_weights, write_adapter, write_model
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_layers
 from tests.models.test_pretrained import batch, make
 from tests.toys import largest_difference, tiny_palm

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_align.generation.sampler import GenerationConfig, generate
-from lightning_align.logprobs import response_logprobs
 from lightning_align.models.language_model import has_hidden
 from lightning_align.models.lora import (
     LoRAConfig,
@@ -24,6 +23,7 @@ from lightning_align.models.lora import (
     use_lora,
     using_lora,
 )
+from lightning_align.scoring.sums import response_logprobs
 from tests.toys import VOCABULARY, gap, slow_logprobs, state_of, tiny_palm, token_batch
 
 EXACT = {"rtol": 0.0, "atol": 0.0}

@@ -8,10 +8,10 @@ import torch
 
 from lightning_align import DPODataModule, DPOModule, ExportModel, PretrainedLM
 from lightning_align.cli import run
-from lightning_align.logprobs import response_logprobs
-from lightning_align.models.checkpoint import backbone_spec, build_backbone
+from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.language_model import has_hidden
-from lightning_align.reference import AdaptersOff, FrozenCopy
+from lightning_align.references.frozen import AdaptersOff, FrozenCopy
+from lightning_align.scoring.sums import response_logprobs
 from tests.models.test_pretrained import FAMILIES, batch
 from tests.toys import largest_difference
 

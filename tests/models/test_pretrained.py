@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_align import hub
 from lightning_align.generation.sampler import GenerationConfig, generate
-from lightning_align.logprobs import response_logprobs, token_logprobs
-from lightning_align.models.checkpoint import backbone_spec, build_backbone
+from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.formats import read_model, whole_weights, write_model
 from lightning_align.models.language_model import has_cache, has_hidden
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.runtime import hub
+from lightning_align.scoring.logprobs import token_logprobs
+from lightning_align.scoring.sums import response_logprobs
 from tests.toys import largest_difference
 
 V = 96

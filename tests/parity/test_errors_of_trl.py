@@ -10,7 +10,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lightning_align.pairwise import Ratios, sigmoid_loss
+from lightning_align.scoring.losses import sigmoid_loss
+from lightning_align.scoring.ratios import Ratios
 
 WORDS = [f"w{number}" for number in range(20)]
 PAIRS = [

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from x_transformers.dpo import DPO
 
 from lightning_align.dpo.module import DPOModule
-from lightning_align.logprobs import response_logprobs
-from lightning_align.reference import Average
+from lightning_align.references.average import Average
+from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import PreferenceBatch
 from tests.toys import largest_difference, state_of, tiny_palm
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_align.models.checkpoint import backbone_spec, build_backbone
+from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.palm import ROTARY_BASE
 from lightning_align.retro.attention import ChunkedCrossAttention, from_reading_positions, reading_positions
 from lightning_align.retro.model import RETRO, NeighborTokens

@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_align import RETRO, NeighborPanel, RetrievalIndexing, RETRODataModule, RETROModule, SFTModule
-from lightning_align.callbacks import PredictionWriter
 from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.palm import PaLM
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retro.batch import RetrievalBatch
 from lightning_align.retro.indexing import build_database
 from lightning_align.retro.model import NeighborTokens
+from lightning_align.training.callbacks import PredictionWriter
 from tests.distributed.index import checkpoint
 from tests.retro.conftest import SIZE
 from tests.retro.toys import tiny_retro

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from lightning_align.data.tokenizer import ByteTokenizer
 from lightning_align.generation.sampler import generate
 from lightning_align.models.lora import LoRAConfig
-from lightning_align.schedules import WarmupDecay
 from lightning_align.spin.generations import GeneratedSet, answer_ids
+from lightning_align.training.schedules import WarmupDecay
 from tests.spin.runs import ADAM, GENERATION, ROWS, finish, set_rows, start
 from tests.toys import largest_difference, slow_logprobs, state_of, tiny_palm
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_align.pairwise import Ratios, sigmoid_loss
+from lightning_align.scoring.losses import sigmoid_loss
+from lightning_align.scoring.ratios import Ratios
 
 OUTCOMES = 50
 

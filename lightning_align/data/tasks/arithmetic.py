@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_align.data.rows import Grader, Row, RowTask, read_rows
-from lightning_align.distributed import publish_text
+from lightning_align.runtime.files import publish_text
 
 Split = Literal["train", "validation", "test"]
 

@@ -23,21 +23,13 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard.summary import hparams
 
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
-from lightning_align.memory import keep_freed_memory
-from lightning_align.models.checkpoint import (
-    PREFIX,
-    Backbone,
-    backbone_spec,
-    build_backbone,
-    check_weights,
-    has_own_weights,
-    load_policy,
-    policy_state,
-    read_checkpoint,
-)
+from lightning_align.models.building import Backbone, backbone_spec, build_backbone, has_own_weights
+from lightning_align.models.checkpoint import load_policy, read_checkpoint
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig, add_lora, train_only
 from lightning_align.models.parallelize import shard
+from lightning_align.models.weights import POLICY_PREFIX, check_weights, policy_state
+from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.types import TokenBatch
 
 
@@ -302,7 +294,7 @@ class AlignModule(L.LightningModule):
         check_weights(self.policy, policy_state(checkpoint["state_dict"]), path or "that was given")
 
     def _frozen_names(self) -> list[str]:
-        return [PREFIX + name for name, parameter in self.policy.named_parameters() if not parameter.requires_grad]
+        return [POLICY_PREFIX + name for name, parameter in self.policy.named_parameters() if not parameter.requires_grad]
 
     # -- what every method logs
 

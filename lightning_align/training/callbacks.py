@@ -15,9 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.aggregation import MeanMetric
 
 from lightning_align.data.rows import Grader, RowTask
-from lightning_align.distributed import check_writable, publish_text, world
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.language_model import policy_of
+from lightning_align.runtime.files import check_writable, publish_text
+from lightning_align.runtime.ranks import world
 
 
 def _continue(module: Any, prompts: list[list[int]], config: GenerationConfig, **options: Any) -> list[list[Generation]]:

@@ -21,7 +21,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from lightning_align.distributed import everyone, publish, world
+from lightning_align.runtime.files import publish
+from lightning_align.runtime.ranks import everyone, world
 from lightning_align.types import LogProbs, TokenBatch
 
 Source = Callable[[nn.Module, TokenBatch], LogProbs]
@@ -75,7 +76,7 @@ class StoredLogProbs:
     # -- looking up
 
     def logprobs(self, policy: nn.Module, batch: TokenBatch) -> LogProbs:
-        """See `lightning_align.reference.Reference`.
+        """See `lightning_align.references.protocol.Reference`.
 
         Raises:
             ValueError: if a row is not there, and the model is not either and cannot be made again.

@@ -1,0 +1,88 @@
+"""A weighted average of model weights."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from ema_pytorch import EMA
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+class Average(nn.Module):
+    """Weights in at least float32 that go towards others: bfloat16 has no room for a step of 0.1 %.
+
+    They stay so where the module around them is converted, as ``precision: bf16-true`` does, and train by no optimizer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Begin where a model is.
+
+        Args:
+            model: kept, and frozen, if it is in float32 or float64; else copied.
+        """
+        super().__init__()
+        narrow = [p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4]
+        self.model = (copy.deepcopy(model).float() if narrow else model).requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def widest(tensor: Tensor) -> Tensor:
+            to = fn(tensor)
+            return tensor.to(to.device, torch.promote_types(tensor.dtype, to.dtype))
+
+        super()._apply(widest, recurse)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        return self
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, *, alpha: float) -> None:
+        """Go the share ``alpha`` of the way to a model of the same weights.
+
+        Raises:
+            ValueError: if ``alpha`` is out of range, or a weight of either model has no partner in the other: left out in
+                silence, it would stay where it was for good.
+        """
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha is {alpha}; it is the share of the way to the policy, above 0 and at most 1")
+        reshard(self.model, model)
+        own, theirs = weights_of(self.model), weights_of(model)
+        if [(name, value.shape) for name, value in own] != [(name, value.shape) for name, value in theirs]:
+            has, lacks = ({f"{name} {tuple(value.shape)}" for name, value in side} for side in (own, theirs))
+            raise ValueError(
+                f"the reference cannot follow the policy: the policy has {_some(lacks - has)} and the reference has "
+                f"{_some(has - lacks)} that the other has not. Rename or add layers before the module is configured, and "
+                "compile with `model.compile()`, which keeps the names"
+            )
+        # Made anew each time, since it cannot be copied or pickled, and used for nothing but one step: its own `update` would
+        # copy the policy for its first 100 calls, whatever `beta` is.
+        ema = EMA(model, ema_model=self.model, beta=1 - alpha, include_online_model=False, coerce_dtype=True, use_foreach=True)
+        ema.update_moving_average(self.model, model, 1 - alpha)
+        for (_, mine), (_, other) in zip(own, theirs, strict=True):
+            if not mine.is_floating_point():
+                mine.copy_(other)
+
+
+def weights_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of a model, by name."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + f" and {len(names) - 3} more" * (len(names) > 3) or "nothing"
+
+
+def reshard(*models: nn.Module) -> None:
+    """Back to shards: after a forward pass FSDP2 leaves the root's weights gathered."""
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy all weights, in the target's dtype."""
+    if source is target:
+        return
+    reshard(source, target)
+    for (_, mine), (_, other) in zip(weights_of(target), weights_of(source), strict=True):
+        mine.copy_(other)

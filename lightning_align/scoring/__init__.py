@@ -1,0 +1,1 @@
+"""Log-probabilities of responses, and losses on pairs of them."""

@@ -1,0 +1,199 @@
+"""Log-probabilities of responses: the shift, the mask and the softmax, in one place for every method.
+
+The logit at position t scores the token at t + 1. A target is a token to be predicted, so the hidden state that
+predicts target t stands at t - 1. Only those hidden states meet the output layer, a tile of rows and vocabulary at a
+time, in float32; the logits of prompts and pads never exist, nor does the whole (T, V) matrix when it is large.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_align.models.language_model import Head
+
+# A tile of float32 logits: large enough for a matrix product to run at full speed, small enough to stay in the
+# last-level cache from one pass over it to the next. About square, since a thin one would stream the weight, and its
+# gradient, from memory for every few rows.
+CHUNK_BYTES = 16 * 2**20
+TILE_ROWS = 2048
+# Up to this many bytes the probabilities are kept for the backward pass; above, they are computed again there.
+KEEP_BYTES = 256 * 2**20
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    """log softmax(hidden W' + b) at the targets, with neither logits nor probabilities kept beyond `KEEP_BYTES`.
+
+    Only thin things are scaled row by row: with P the probabilities, d logp / d logits = onehot - P, so gradients are
+    -g (P - onehot) W and (P - onehot)' (-g hidden), and no pass over a tile multiplies it with g.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        tile: tuple[int, int],
+        keep: bool,
+        softcap: float | None,
+    ) -> Tensor:
+        total, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+        target_logits_T = hidden_TD.new_zeros(total, dtype=accumulator_dtype(hidden_TD.dtype))
+        # The log-sum-exp of every row over each block of the vocabulary.
+        parts = target_logits_T.new_empty(-(-vocabulary // tile[1]), total)
+        kept = []
+        buffer = None if keep else _buffer(hidden_TD, tile)
+        for rows, columns in _tiles(total, vocabulary, tile):
+            logits = _logits(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer, softcap)
+            index, inside = _inside(targets_T[rows], columns)
+            target_logits_T[rows] += logits.gather(1, index).squeeze(1).where(inside, 0)
+            # Where all of a block is forbidden (-inf), so is its maximum, and -inf - -inf would be NaN.
+            maxima = logits.amax(dim=1).clamp_(min=torch.finfo(logits.dtype).min)
+            # In place: from here on the tile holds exp(logit - max), of which a scaling makes probabilities.
+            sums = logits.sub_(maxima[:, None]).exp_().sum(dim=1)
+            parts[columns.start // tile[1], rows] = maxima + sums.log()
+            if keep:
+                kept.append((logits, maxima))
+        lses_T = parts.logsumexp(dim=0)
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_T, lses_T)
+        ctx.kept, ctx.tile, ctx.softcap = kept, tile, softcap
+        return target_logits_T - lses_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, bias_V, targets_T, lses_T = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        total, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+        grad_hidden = torch.zeros_like(hidden_TD, dtype=lses_T.dtype) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=lses_T.dtype) if needs_weight else None
+        grad_bias = lses_T.new_zeros(vocabulary) if needs_bias else None
+        scale_T = -grad_T
+        scaled_TD = (hidden_TD * scale_T[:, None]).to(hidden_TD.dtype)
+        # A second backward pass (retain_graph) finds nothing kept, since it is overwritten below, and computes again.
+        kept, ctx.kept = ctx.kept[::-1], []
+        buffer = None if kept else _buffer(hidden_TD, ctx.tile)
+        for rows, columns in _tiles(total, vocabulary, ctx.tile):
+            slope = None
+            if kept:
+                grad, maxima = kept.pop()
+                grad.mul_((maxima - lses_T[rows]).exp_()[:, None])
+            else:
+                bias = None if bias_V is None else bias_V[columns]
+                grad = _logits(hidden_TD[rows], weight_VD[columns], bias, buffer, ctx.softcap)
+                if ctx.softcap is not None:
+                    slope = (grad / ctx.softcap).square_().neg_().add_(1)
+                grad.sub_(lses_T[rows, None]).exp_()
+            index, inside = _inside(targets_T[rows], columns)
+            grad.scatter_add_(1, index, -inside[:, None].to(grad.dtype))
+            if slope is not None:
+                grad.mul_(slope)
+            if grad_bias is not None:
+                grad_bias[columns].addmv_(grad.t(), scale_T[rows])
+            grad = grad.to(hidden_TD.dtype)
+            if grad_hidden is not None:
+                _add_product(grad_hidden[rows], grad, weight_VD[columns])
+            if grad_weight is not None:
+                _add_product(grad_weight[columns], grad.t(), scaled_TD[rows])
+        return (
+            None if grad_hidden is None else grad_hidden.mul_(scale_T[:, None]).to(hidden_TD.dtype),
+            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
+            None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _tiles(total: int, vocabulary: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """Tiles of a (total, vocabulary) matrix; a block of the vocabulary stays in the cache while the rows pass."""
+    for column in range(0, vocabulary, tile[1]):
+        for row in range(0, total, tile[0]):
+            yield slice(row, min(row + tile[0], total)), slice(column, min(column + tile[1], vocabulary))
+
+
+def _inside(targets_T: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Column of each target within a tile (T, 1), any if it has none there, and whether it has (T,); without a sync."""
+    inside = (targets_T >= columns.start) & (targets_T < columns.stop)
+    return (targets_T - columns.start).where(inside, 0)[:, None], inside
+
+
+def _buffer(like: Tensor, tile: tuple[int, int]) -> Tensor | None:
+    """Room for one tile of float32 logits, used over and over: a fresh one would cost a page fault for every page."""
+    return like.new_empty(tile[0] * tile[1]) if like.dtype is accumulator_dtype(like.dtype) else None
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None, softcap: float | None) -> Tensor:
+    """Logits of a tile in at least float32, in memory that the caller may overwrite."""
+    shape = hidden.shape[0], weight.shape[0]
+    out = None if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
+    logits = torch.mm(hidden, weight.t(), out=out)
+    logits = logits.to(accumulator_dtype(logits.dtype))
+    if bias is not None:
+        logits.add_(bias)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b in place, in the dtype of ``into``."""
+    if a.dtype is into.dtype:
+        into.addmm_(a, b)
+    else:
+        into += torch.mm(a, b)
+
+
+def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """Log-probability of each target under an output layer; see `head_logprobs`."""
+    return head_logprobs(hidden, head.weight, head.bias, targets, softcap=head.softcap)
+
+
+def head_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Log-probability of each target under ``softmax(hidden @ weight.T + bias)``, the logits perhaps capped.
+
+    Products run in the autocast dtype where autocast is on, the softmax and all sums in float32.
+
+    Args:
+        hidden: (T, D) hidden states, each the one before its target.
+        weight: (V, D) of the output layer.
+        bias: (V,) or None.
+        targets: (T,) int64 token ids.
+        softcap: C of C tanh(logits / C); None leaves them as they are.
+        chunk_bytes: bytes of float32 logits to hold at a time, where they are not kept for the backward pass.
+
+    Returns:
+        (T,) float32, in nats.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    total, vocabulary = targets.shape[0], weight.shape[0]
+    rows = max(1, min(total, TILE_ROWS, chunk_bytes // 4))
+    columns = max(1, chunk_bytes // (4 * rows))
+    # Rows of a tile that begin off a cache line cost the matrix product an eighth.
+    tile = rows, min(vocabulary, columns - columns % 64 if columns > 64 else columns)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    # Capped logits are wanted once more in the backward pass, besides their probabilities.
+    keep = wanted and softcap is None and 4 * total * vocabulary <= KEEP_BYTES
+    with torch.autocast(device, enabled=False):
+        # The casts stand outside of the function, so that autograd returns gradients in the dtype of the parameters.
+        logps: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
+            hidden.to(dtype), weight.to(dtype), bias, targets, tile, keep, softcap
+        )
+    return logps

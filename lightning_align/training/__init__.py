@@ -1,0 +1,1 @@
+"""The base module and data module, their parts, callbacks, schedules and metrics."""
