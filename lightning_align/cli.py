@@ -26,6 +26,7 @@ from lightning_align.data.tasks.arithmetic import judge_file
 from lightning_align.data.tokenizer import train_tokenizer
 from lightning_align.export.checkpoint import export_checkpoint
 from lightning_align.models.checkpoint import gather_command, read_checkpoint
+from lightning_align.runtime.lightning_internals import callbacks_of, is_fast_dev_run, last_saved_step, subcommand_actions
 from lightning_align.training.callbacks import PredictionWriter
 from lightning_align.training.module import AlignModule
 
@@ -101,12 +102,13 @@ class LastCheckpoint(Callback):
         """Bring every `last.ckpt` up to the last step."""
         epochs = trainer.max_epochs
         last_epoch = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
-        if trainer.fast_dev_run or not (trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)):  # type: ignore[attr-defined]
+        ended = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
+        if is_fast_dev_run(trainer) or not ended:
             return
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or not callback.save_last or callback.dirpath is None:
                 continue
-            if callback._last_global_step_saved == trainer.global_step:
+            if last_saved_step(callback) == trainer.global_step:
                 continue
             name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
             # Before it is written, since it is part of what is written.
@@ -137,7 +139,7 @@ class AlignCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        for action in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
+        for action in subcommand_actions(parser):
             action.help = DESCRIPTIONS[action.dest]  # Lightning takes the first lines of docstrings, which break off
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -195,12 +197,12 @@ class AlignCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Leave nothing of the run out, and say how to go on if it is stopped."""
-        self.trainer.callbacks += [LastCheckpoint(), ResumeHint()]  # type: ignore[attr-defined]
+        callbacks_of(self.trainer).extend([LastCheckpoint(), ResumeHint()])
 
     def before_predict(self) -> None:
         """Write predictions to the file that ``--output`` names."""
         config: Namespace = self.config["predict"]
-        self.trainer.callbacks.insert(0, PredictionWriter(config["output"]))  # type: ignore[attr-defined]
+        callbacks_of(self.trainer).insert(0, PredictionWriter(config["output"]))
 
 
 def _overlay(saved: Any, given: Any) -> Any:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -23,10 +21,12 @@ from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.models.building import Backbone, build_backbone
 from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.language_model import has_hidden
+from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.logits import logits_logprobs
 from lightning_align.scoring.sums import sum_logprobs
 from lightning_align.scoring.targets import select_targets
+from lightning_align.training.arguments import RunArguments, Unpack
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs
@@ -71,9 +71,7 @@ class CALMModule(AlignModule):
         connections_from: str | None = None,
         store_states: str | None = None,
         attention_maps: bool = False,
-        optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        generation: GenerationConfig | None = None,
+        **shared: Unpack[RunArguments],
     ) -> None:
         """Describe the run; the models are built in ``configure_model``.
 
@@ -92,9 +90,7 @@ class CALMModule(AlignModule):
             store_states: folder in which the augments' hidden states of training rows are kept, to be computed once and not in
                 every epoch.
             attention_maps: whether to show in TensorBoard, at each validation, what the first row's positions attend to.
-            optimizer: factory over parameters; by default AdamW at 1e-3.
-            lr_scheduler: factory over the optimizer; stepped every optimizer step.
-            generation: how `predict` and the sample logger decode.
+            **shared: `optimizer`, `lr_scheduler` and `generation` of `AlignModule`.
 
         Raises:
             ValueError: if an option is none of its choices, or two do not go together.
@@ -104,8 +100,8 @@ class CALMModule(AlignModule):
                 raise ValueError(f"CALMModule: {name} is {value!r}, expected one of {', '.join(choices)}")
         if anchor is None:
             raise ValueError("anchor was a module when the run was made, which a checkpoint cannot hold: give it again")
-        given = _given_hyperparameters.get() is not None
-        super().__init__(cast(Backbone, anchor), optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation)
+        given = built_from_config()
+        super().__init__(cast(Backbone, anchor), init_from=None, lora=None, **shared)
         sources = [augments] if isinstance(augments, (Augment, nn.Module)) else list(augments)
         self._augments = [
             Augment(**a) if isinstance(a, Mapping) and "model" in a else a if isinstance(a, Augment) else Augment(a)
@@ -135,8 +131,9 @@ class CALMModule(AlignModule):
 
     default_lr = 1e-3
 
-    def _build_policy(self) -> CALM:
-        (anchor,) = self._backbone
+    def build_policy(self) -> CALM:
+        """Build the composition of the anchor and its augments."""
+        anchor = self.source.backbone
         augments = [dataclasses.replace(a, model=_build(a.model, f"augments[{i}].model")) for i, a in enumerate(self._augments)]
         policy = CALM(
             _build(anchor, "anchor"),
@@ -159,7 +156,7 @@ class CALMModule(AlignModule):
             ValueError: if one is not.
         """
         super().setup(stage)
-        tokenizers = getattr(getattr(self.trainer, "datamodule", None), "augment_tokenizers", ())
+        tokenizers = getattr(datamodule_of(self.trainer), "augment_tokenizers", ())
         if tokenizers and len(tokenizers) != len(self._augments):
             raise ValueError(
                 f"augment_tokenizers are {len(tokenizers)}, expected {len(self._augments)}, one for each augment in order: "
@@ -208,7 +205,7 @@ class CALMModule(AlignModule):
     def training_step(self, batch: CALMBatch, batch_idx: int) -> Tensor:
         """Sum of -log p(response) over the micro-batch, to be divided by the tokens of the optimizer batch."""
         inputs = self._inputs(batch, stored=True)
-        if self._logs_this_step:
+        if self.logs_this_step:
             with self.policy.tracing() as traces:
                 logprobs = composed_logprobs(self.policy, self._targeted(batch), inputs)
             self.log_dict({f"train/contribution/{trace.name}": trace.ratio for trace in traces})
@@ -249,18 +246,11 @@ class CALMModule(AlignModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what the epoch's sums and counts give."""
-        self._log_nll("val", self.val_nll)
+        self.log_evaluation("val", self.val_nll.compute_and_reset())
 
     def on_test_epoch_end(self) -> None:
         """Log what the epoch's sums and counts give."""
-        self._log_nll("test", self.test_nll)
-
-    def _log_nll(self, stage: str, metric: TokenNLL) -> None:
-        values: dict[str, Any] = metric.compute()
-        metric.reset()
-        for name, value in values.items():
-            # The metric is the same on every rank already; sync_dist only tells Lightning so.
-            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        self.log_evaluation("test", self.test_nll.compute_and_reset())
 
     def _show_attention(self, batch: CALMBatch) -> None:
         with self.policy.tracing(maps=True) as traces:
@@ -291,7 +281,7 @@ class CALMModule(AlignModule):
         readers = self.policy.readers
         if not any(r.own or (r.prefix and self.policy.make_cache is None) for r in readers):
             return super().continue_prompts(prompts, config, eos_id=eos_id, ids=ids, decode=decode)
-        realign = getattr(getattr(self._trainer, "datamodule", None), "augment_inputs", None)
+        realign = getattr(datamodule_of(trainer_of(self)), "augment_inputs", None)
         results = []
         for number, prompt in zip(range(len(prompts)) if ids is None else ids, prompts, strict=True):
             start = torch.tensor([prompt], device=self.device)
@@ -310,7 +300,7 @@ class CALMModule(AlignModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Hold the connections and what they belong to; a sharded strategy restores all weights, and so saves them."""
         checkpoint["frozen"] = dict(self.policy.identity)
-        if not self._sharded:
+        if not self.is_sharded:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(FROZEN)}
 
@@ -322,9 +312,10 @@ class CALMModule(AlignModule):
         """
         if self.policy is None:
             self.configure_model()
-        path = None if self._trainer is None else self._trainer.ckpt_path
+        trainer = trainer_of(self)
+        path = None if trainer is None else trainer.ckpt_path
         check_frozen(self.policy.identity, checkpoint.get("frozen", {}), path or "the checkpoint")
-        if not self._sharded:
+        if not self.is_sharded:
             own = self.state_dict()
             checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(FROZEN)}
             super().on_load_checkpoint(checkpoint)

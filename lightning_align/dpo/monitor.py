@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_align.dpo.module import DPOModule
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
+from lightning_align.runtime.lightning_internals import log_interval
 from lightning_align.runtime.ranks import world
 from lightning_align.scoring.ratios import Ratios
 from lightning_align.scoring.sums import response_logprobs
@@ -124,7 +125,7 @@ class PreferenceMonitor(Callback):
     ) -> None:
         """Add pairs, and log those since the last time where Lightning logs."""
         self._add("train", pl_module, outputs, batch)
-        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        step, every = trainer.global_step, log_interval(trainer)
         if step != self._told and every and step % every == 0:
             self._told = step
             self._log("train", pl_module)

@@ -19,6 +19,7 @@ from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, LMEncoder
 from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retro.indexing import build_database, quiet_trainer
+from lightning_align.runtime.lightning_internals import reload_interval
 
 
 class RetrievalIndexing(Callback):
@@ -197,7 +198,7 @@ class RetrievalIndexing(Callback):
         return database
 
     def _check_refresh(self, trainer: L.Trainer) -> None:
-        reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]  # set by the data connector
+        reload = reload_interval(trainer)
         if reload == 0 or self.refresh_every_n_epochs % reload:
             raise ValueError(
                 f"refresh_every_n_epochs is {self.refresh_every_n_epochs}, and the Trainer's reload_dataloaders_every_n_epochs "

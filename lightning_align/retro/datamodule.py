@@ -17,6 +17,7 @@ from lightning_align.retrieval.encoders import LMEncoder
 from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows
+from lightning_align.runtime.lightning_internals import overfits
 from lightning_align.types import PromptBatch
 
 
@@ -239,7 +240,7 @@ class RETRODataModule(L.LightningDataModule):
 
     @property
     def _overfits(self) -> bool:
-        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set by a helper
+        return overfits(self.trainer)
 
     def _loader(self, rows: RetrievalWindows, batch_size: int, *, train: bool) -> DataLoader[RetrievalBatch]:
         sampler = LengthGroupedSampler(

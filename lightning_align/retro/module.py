@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.generation.sampler import generate
 from lightning_align.models.building import Backbone
 from lightning_align.models.checkpoint import read_checkpoint
 from lightning_align.models.weights import load_weights, policy_state
@@ -18,8 +17,10 @@ from lightning_align.retro.arms import RetrievalArms
 from lightning_align.retro.batch import RetrievalBatch
 from lightning_align.retro.decoding import RetrievalDecoder
 from lightning_align.retro.model import RETRO, NeighborTokens
+from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.targets import select_targets
+from lightning_align.training.arguments import RunArguments, Unpack
 from lightning_align.training.module import AlignModule
 
 FIT_ARMS = ("on", "off")
@@ -44,9 +45,7 @@ class RETROModule(AlignModule):
         num_neighbors: int = 2,
         vary_neighbors: bool = True,
         by_k: Sequence[int] = (),
-        optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        generation: GenerationConfig | None = None,
+        **shared: Unpack[RunArguments],
     ) -> None:
         """Describe the run; the policy is built in ``configure_model``.
 
@@ -59,14 +58,12 @@ class RETROModule(AlignModule):
             num_neighbors: neighbours of each chunk that are read: at most in training, and in the arm `on`.
             vary_neighbors: whether a training step draws how many it reads.
             by_k: further numbers of neighbours that `validate` and `test` report.
-            optimizer: factory over parameters; by default AdamW at 3e-4.
-            lr_scheduler: factory over the optimizer; stepped every optimizer step.
-            generation: how `predict` decodes.
+            **shared: `optimizer`, `lr_scheduler` and `generation` of `AlignModule`.
 
         Raises:
             ValueError: if there is no model to build, or a number of neighbours is below 1.
         """
-        super().__init__(backbone, init_from=init_from, optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation)
+        super().__init__(backbone, init_from=init_from, lora=None, **shared)
         if retrofit_from is not None and (backbone is None or init_from is not None):
             raise ValueError(
                 "RETROModule: retrofit_from gives weights to the decoder of `backbone`: give that, and no `init_from`, which "
@@ -80,8 +77,9 @@ class RETROModule(AlignModule):
 
     # -- the model
 
-    def _build_policy(self) -> nn.Module:
-        policy = super()._build_policy()
+    def build_policy(self) -> nn.Module:
+        """Build the RETRO model, with the decoder's weights from ``retrofit_from`` if given."""
+        policy = super().build_policy()
         if not isinstance(policy, RETRO):
             raise ValueError(
                 f"RETROModule: the backbone is a {type(policy).__name__}; expected a RETRO: class_path: lightning_align.RETRO "
@@ -93,14 +91,14 @@ class RETROModule(AlignModule):
                 load_weights(policy.decoder, state, self.retrofit_from)
             else:
                 # A checkpoint of this run has all weights, and outlives the file that the run began from.
-                self._awaits_weights = True
+                self.source.awaits_weights = True
         return policy
 
-    def _check_weights(self) -> None:
+    def check_weights_loaded(self) -> None:
         """Refuse to go on with the weights of no file at all."""
-        if self._awaits_weights and self.retrofit_from is not None:
+        if self.source.awaits_weights and self.retrofit_from is not None:
             read_checkpoint(self.retrofit_from)
-        super()._check_weights()
+        super().check_weights_loaded()
 
     @property
     def _retro(self) -> RETRO:
@@ -223,7 +221,7 @@ class RETROModule(AlignModule):
             For each prompt ``row``, ``prompt``, ``responses``, ``finished``, and ``neighbors``: for each response what was
             read, chunk by chunk.
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by the Trainer when there is one
+        data: Any = datamodule_of(self.trainer)
         tokenizer, table = data.tokenizer, data.database.chunks
         decoder = RetrievalDecoder(self._retro, data.retriever, num_neighbors=self.num_neighbors)
         results = generate(

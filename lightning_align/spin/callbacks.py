@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.models.formats import whole_weights
 from lightning_align.models.weights import state_hash
 from lightning_align.runtime.files import publish
+from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.spin.generations import GeneratedSet, Pairs, Row, plan, statistics
 from lightning_align.spin.opponent import served_weights
 from lightning_align.spin.play import Play, real_ids
@@ -118,10 +120,8 @@ class SelfPlayGeneration(Callback):
         if not hasattr(pl_module, "begin_iteration"):
             raise ValueError(f"SelfPlayGeneration: {type(pl_module).__name__} has no opponent; it is a callback of SPINModule")
         self._check(pl_module)
-        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        most = trainer.fit_loop.max_epochs
-        if most is None or most < 0 or most > self._starts[-1]:
-            trainer.fit_loop.max_epochs = self._starts[-1]
+        set_reload_interval(trainer, 1)
+        limit_epochs(trainer, self._starts[-1])
 
     def _check(self, module: Any) -> None:
         """Refuse what could not be done before anything is generated."""
@@ -137,7 +137,7 @@ class SelfPlayGeneration(Callback):
                     f"SelfPlayGeneration: backend is {name}, and opponent 'mixture', two models that no other engine can serve "
                     "as one: leave `backend` out for the native one, or give SPINModule the opponent iterate, ema or base"
                 )
-        if self.lr_factors is not None and not self.reset_optimizer and module._lr_scheduler is not None:
+        if self.lr_factors is not None and not self.reset_optimizer and module.make_schedule is not None:
             raise ValueError(
                 f"SelfPlayGeneration: lr_factors is {list(self.lr_factors)}, with `lr_scheduler` and reset_optimizer false, "
                 "where one schedule runs through all iterations and alone says the rate: expected reset_optimizer true, or no "
@@ -208,11 +208,7 @@ class SelfPlayGeneration(Callback):
         if iteration <= self.iteration:
             return
         self.iteration, self._step = iteration, trainer.global_step
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and progress.is_last_batch:
-            # Resumed from the last batch of an epoch of another length: Lightning compares the count of that epoch's
-            # batches with the new length, and would leave out as many of the new ones.
-            progress.current.completed = sys.maxsize // 2
+        skip_no_batches(trainer, enough=sys.maxsize // 2)
         module.begin_iteration(iteration)
         weights = whole_weights(module.policy)
         # What the opponent is made of besides: an average, a base.
@@ -315,10 +311,10 @@ class SelfPlayGeneration(Callback):
                 optimizer.state.clear()
             for group in optimizer.param_groups:
                 factor = 1.0 if self.lr_factors is None else self.lr_factors[self.iteration]
-                if self.reset_optimizer or module._lr_scheduler is None:
+                if self.reset_optimizer or module.make_schedule is None:
                     group["lr"] = group["initial_lr"] = group["base_lr"] * factor
-            if self.reset_optimizer and number < len(trainer.lr_scheduler_configs):
-                trainer.lr_scheduler_configs[number].scheduler = module._lr_scheduler(optimizer)
+            if self.reset_optimizer:
+                replace_schedule(trainer, number, partial(module.make_schedule, optimizer))
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         played = {stage: told for stage, (iteration, _, told) in self._cache.items() if iteration == self.iteration}

@@ -13,24 +13,23 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.generation.sampler import generate
 from lightning_align.models.building import Backbone
-from lightning_align.models.lora import LoRAConfig
-from lightning_align.models.parallelize import shard
 from lightning_align.models.weights import weights_hash
 from lightning_align.references.frozen import frozen_copy
 from lightning_align.references.moving import moving_reference
+from lightning_align.runtime.lightning_internals import callbacks_of
 from lightning_align.scoring.losses import LOSSES, LossName, check_loss
 from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
+from lightning_align.training.arguments import PolicyArguments, Unpack
 from lightning_align.training.metrics import PairMeans, TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs, SelfPlayBatch, TokenBatch
@@ -57,7 +56,6 @@ class SPINModule(AlignModule):
         self,
         backbone: Backbone | None = None,
         *,
-        init_from: str | None = None,
         loss: LossName = "sigmoid",
         beta: float | Sequence[float] = 0.1,
         label_smoothing: float = 0.0,
@@ -67,17 +65,12 @@ class SPINModule(AlignModule):
         base_weight: float = 0.5,
         generate: Generate = "per_iteration",
         monitor_kl: bool = False,
-        lora: LoRAConfig | None = None,
-        optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        generation: GenerationConfig | None = None,
+        **shared: Unpack[PolicyArguments],
     ) -> None:
         """Describe the run; policy and opponent are built in ``configure_model``.
 
         Args:
-            backbone: the language model: a module or a factory in code, `class_path` and `init_args` in YAML. May be left out
-                with `init_from`, whose checkpoint says what it is of.
-            init_from: checkpoint of the fine-tuned model that the policy begins as.
+            backbone: The language model; see `AlignModule`. Not needed with `init_from`.
             loss: `sigmoid` (SPIN), `sigmoid_norm` (on mean log-probs), `hinge`, `ipo`, or `robust`.
             beta: the paper's lambda: a smaller one takes larger steps away from the opponent. A list has one an iteration.
             label_smoothing: for `sigmoid`, `sigmoid_norm` and `robust`.
@@ -89,22 +82,14 @@ class SPINModule(AlignModule):
             generate: `per_iteration`, all responses at once from the opponent, as in the paper; or `per_step`, those of a batch
                 from the policy as it is, scored by the opponent.
             monitor_kl: log the divergence of each iteration from the base; keeps a copy of it, where only adapters train not.
-            lora: train only adapters; an opponent that must be kept is then a second scope on the same backbone.
-            optimizer: factory over parameters; by default AdamW at 5e-6.
-            lr_scheduler: factory over the optimizer; stepped every optimizer step, and begun anew with each iteration.
-            generation: how the opponent answers, and how `predict` and the sample logger decode.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler` and `generation` of `AlignModule`. With `lora`, an
+                opponent that must be kept is a second set of adapters on the same backbone. The schedule restarts with each
+                iteration. `generation` is also how the opponent responds.
 
         Raises:
             ValueError: if the loss or the opponent cannot use these numbers.
         """
-        super().__init__(
-            backbone,
-            init_from=init_from,
-            lora=lora,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            generation=generation,
-        )
+        super().__init__(backbone, **shared)
         self._betas = [beta] if isinstance(beta, (int, float)) else list(beta)
         for value in self._betas:
             check_loss(loss, beta=value, label_smoothing=label_smoothing)
@@ -143,8 +128,8 @@ class SPINModule(AlignModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The loop over iterations, unless the trainer has one with settings of its own."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's callback connector
-        return [] if any(isinstance(callback, SelfPlayGeneration) for callback in callbacks) else [SelfPlayGeneration()]
+        present = any(isinstance(callback, SelfPlayGeneration) for callback in callbacks_of(self.trainer))
+        return [] if present else [SelfPlayGeneration()]
 
     # -- the opponent
 
@@ -153,32 +138,25 @@ class SPINModule(AlignModule):
         moves = self.opponent_kind in ("iterate", "mixture") and self.generate_mode == "per_step"
         moving = None
         if moves or self.opponent_kind == "ema":
-            moving = moving_reference(policy, lora=self.lora, convert=self._convert, shard=self._shard)
+            moving = moving_reference(policy, lora=self.lora, convert=self.convert_like_policy, shard=self.shard_like_policy)
             # Registered, so that it is saved, sharded or whole, and restored.
             self.opponent_average = moving.average
         base = None
         if self.lora is None and (self.opponent_kind in ("base", "mixture") or self.monitor_kl):
-            if self._awaits_weights:
+            if self.source.awaits_weights:
                 raise ValueError(
                     f"opponent {self.opponent_kind!r} needs the weights that the run began with: {self.init_from} is no file"
                 )
             base = frozen_copy(policy).model
             self.base_hash = weights_hash(base)
-            base = self._shard(self._convert(base))
+            base = self.shard_like_policy(self.convert_like_policy(base))
         self.opponent = Opponent(
             self.opponent_kind, moving=moving, base=base, scoped=self.lora is not None, weight=self.base_weight
         )
 
-    def _convert(self, model: nn.Module) -> nn.Module:
-        """As Lightning converts the policy, which registered modules alone get."""
-        return model if self._trainer is None else self._trainer.precision_plugin.convert_module(model)
-
-    def _shard(self, model: nn.Module) -> nn.Module:
-        """A root of its own where the policy is sharded, else every rank would hold all of it."""
-        return shard(model.to(self.device), self._data_mesh) if self._sharded else model
-
-    def _check_weights(self) -> None:
-        super()._check_weights()
+    def check_weights_loaded(self) -> None:
+        """Do what `AlignModule.check_weights_loaded` does, and restore the opponent."""
+        super().check_weights_loaded()
         self.restore_opponent()
 
     def restore_opponent(self) -> None:
@@ -250,7 +228,7 @@ class SPINModule(AlignModule):
 
     def play(self, batch: TokenBatch) -> SelfPlayBatch:
         """Let the policy answer the prompts of a batch of real rows, and the opponent score both answers."""
-        tokenizer = self._tokenizer
+        tokenizer = self.data_tokenizer
         lengths, prompts = batch["mask"].sum(1).tolist(), batch["targets"].int().argmax(1).tolist()
         rows = [row[:length] for row, length in zip(batch["tokens"], lengths, strict=True)]
         most = getattr(getattr(self.trainer, "datamodule", None), "max_length", max(lengths))
@@ -309,9 +287,7 @@ class SPINModule(AlignModule):
         }
         means.reset()
         nll.reset()
-        for name, value in values.items():
-            # The metric is the same on every rank already; sync_dist only tells Lightning so.
-            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rewards/accuracies"), sync_dist=True)
+        self.log_evaluation(stage, values, progress_bar=("loss", "rewards/accuracies"))
 
 
 def tied(pairs: TokenBatch) -> Tensor:

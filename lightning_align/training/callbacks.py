@@ -18,6 +18,7 @@ from lightning_align.data.rows import Grader, RowTask
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.language_model import policy_of
 from lightning_align.runtime.files import check_writable, publish_text
+from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.runtime.ranks import world
 
 
@@ -39,7 +40,7 @@ def _decode_shared(
     rank, ranks = world()
     mine = list(range(rank, len(prompts), ranks))
     padded = mine + [mine[-1] if mine else 0] * (-(-len(prompts) // ranks) - len(mine))
-    eos_id = trainer.datamodule.tokenizer.eos_id  # type: ignore[attr-defined]  # set by the Trainer when there is one
+    eos_id = datamodule_of(trainer).tokenizer.eos_id
     with trainer.precision_plugin.forward_context():
         # By their numbers, so that what is drawn does not depend on the number of ranks.
         results = _continue(module, [prompts[i] for i in padded], config, eos_id=eos_id, ids=padded)

@@ -24,6 +24,7 @@ from lightning_align.data.ledger import BadRow, Ledger, write_ledgers
 from lightning_align.data.rows import Grader, RowTask, read_rows
 from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
 
 Stage = Literal["train", "validation", "test", "predict"]
 _STAGES_OF: dict[str, tuple[Stage, ...]] = {
@@ -164,7 +165,7 @@ class AlignDataModule(L.LightningDataModule):
         if stage == "fit" and trainer is not None and "validation" not in self.sources:
             # A fit without validation rows does not validate. Neither no loader nor an empty one says so without a warning.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
-        if trainer is not None and new and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # the Trainer sets it in a function of another file
+        if trainer is not None and new and not is_fast_dev_run(trainer):
             # Asked for on every rank: the ranks agree on the folder by a broadcast.
             folder = Path(trainer.log_dir or trainer.default_root_dir)
             if trainer.is_global_zero:
@@ -266,7 +267,7 @@ class AlignDataModule(L.LightningDataModule):
 
     @property
     def _overfits(self) -> bool:
-        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # the Trainer sets it in a function of another file
+        return overfits(self.trainer)
 
     def _store(self, stage: Stage) -> TokenStore:
         self._require(stage)

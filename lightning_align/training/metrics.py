@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ class _ExactMetric(Metric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         return super()._apply(lambda state: state.to(fn(state).device), exclude_state)
+
+    def compute_and_reset(self) -> Any:
+        """Return the value over all ranks and start again."""
+        value = self.compute()
+        self.reset()
+        return value
 
 
 class TokenNLL(_ExactMetric):
