@@ -328,7 +328,7 @@ def test_a_module_without_its_reference_does_not_make_one_up(tmp_path: Path) -> 
     module = fit("dpo", tmp_path)
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = DPOModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    with pytest.raises(ValueError, match="the reference of this checkpoint is not here"):
+    with pytest.raises(ValueError, match="the reference of this checkpoint cannot be made"):
         trainer(tmp_path).validate(loaded, loader([DPO_BATCH]), verbose=False)
     whole = DPOModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, backbone=tiny_palm())
     (got,) = trainer(tmp_path).validate(whole, loader([DPO_BATCH]), verbose=False)
@@ -375,7 +375,7 @@ def test_a_lora_checkpoint_holds_what_trains(method: str, tmp_path: Path) -> Non
 
 
 def test_lora_on_a_base_that_no_checkpoint_holds_is_refused() -> None:
-    with pytest.raises(ValueError, match="give the base as `init_from`"):
+    with pytest.raises(ValueError, match="Give the base model's weights as `init_from`"):
         SFTModule(tiny_palm, lora=LoRAConfig()).configure_model()
 
 

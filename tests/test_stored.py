@@ -231,7 +231,7 @@ def others() -> DataLoader[Any]:
     return DataLoader(split(preference_batch(6, seed=3), 2), batch_size=None)  # type: ignore[arg-type]
 
 
-@pytest.mark.filterwarnings("ignore:the first batch, where the policy should still be its reference")  # of a second fit
+@pytest.mark.filterwarnings("ignore:the first batch, where the policy should still equal its reference")  # of a second fit
 @pytest.mark.parametrize("kind", ["file", "lora", "module"])
 def test_stages_after_the_training_bring_other_rows(kind: str, tmp_path: Path) -> None:
     """Test rows, rows that `limit_val_batches` left out, and a second fit; the answers are those of a live reference."""

@@ -112,7 +112,7 @@ class PreferenceMonitor(Callback):
             raise ValueError(f"PreferenceMonitor: {type(pl_module).__name__} has no pairs; it is a callback of DPOModule")
         if self.num_prompts and not pl_module.objective.needs_reference:
             raise ValueError("PreferenceMonitor: num_prompts is for the KL to a reference, and the loss has none: leave it out")
-        if self.num_prompts and pl_module.reference_kind == "stored":
+        if self.num_prompts and pl_module.initial_policy.kind == "stored":
             raise ValueError(
                 "PreferenceMonitor: num_prompts needs a reference that can score new texts, and a stored one cannot: give the "
                 "module `reference: frozen`, or leave it out"
@@ -181,7 +181,7 @@ class PreferenceMonitor(Callback):
         if not means:
             return {}
         logps = means["logps"] / means["tokens"]
-        if module.objective.needs_reference and module.reference_kind != "moving":
+        if module.objective.needs_reference and module.initial_policy.kind != "moving":
             displacement = means["ratios"] / means["tokens"]
         else:
             displacement = logps - self.start.setdefault(stage, float(logps))

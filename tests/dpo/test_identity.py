@@ -33,7 +33,7 @@ def found(module: DPOModule, folder: Path, batch: PreferenceBatch | None = None,
         warnings.simplefilter("always")
         trainer.fit(module, data)
     texts = [str(warning.message) for warning in caught]
-    return [text.partition("still be its reference: ")[2] for text in texts if "still be its reference" in text]
+    return [text.partition("still equal its reference: ")[2] for text in texts if "still equal its reference" in text]
 
 
 def sides(change: Any, batch: PreferenceBatch) -> PreferenceBatch:
