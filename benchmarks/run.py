@@ -10,6 +10,7 @@ python benchmarks/run.py --list                 what there is
 import argparse
 import ast
 import datetime
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -17,9 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 # Each entry is a section of RESULTS.md: a script and its options. Benchmarks measure time or memory and need a quiet machine.
 TIMED = (
     ("scoring/logprobs.py",),
@@ -75,7 +75,7 @@ def head() -> str:
     """The first lines of the page."""
     return f"""# Benchmarks
 
-{machine()}; Python {platform.python_version()}, torch {torch.__version__}.
+{machine()}; Python {platform.python_version()}, torch {importlib.metadata.version("torch")}.
 
 The sides of a comparison take turns in one run. Each ratio is the median of the ratios of neighboring rounds. "Background
 load" is the number of cores that other processes kept busy. Where it is not near 0, repeat the run before you trust the row.
@@ -110,7 +110,7 @@ def sections(page: str) -> dict[str, str]:
 
 def start(script: str, *options: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a script in a process that can import `benchmarks` and this checkout's `lightning_align`."""
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, str(HERE / script), *options],
         check=False,
