@@ -52,10 +52,10 @@ demo: $(VENV)/.installed ## Train, judge and align a small model on arithmetic, 
 notebooks: $(VENV)/.installed ## Execute every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -o timeout=1200 notebooks
 
-bench: $(VENV)/.installed-bench ## Time every method beside its peers, under an hour on a quiet machine (PAIRS=rows.jsonl: on your own pairs)
+bench: $(VENV)/.installed-bench ## Measure every method against its peers, under an hour on a quiet machine (PAIRS=rows.jsonl: on your own pairs)
 	$(BIN)/python benchmarks/run.py $(if $(PAIRS),--pairs $(PAIRS))
 
-studies: $(VENV)/.installed-bench ## Train what the results in benchmarks/RESULTS.md were learned from; hours
+studies: $(VENV)/.installed-bench ## Run the studies in benchmarks/studies; takes hours
 	$(BIN)/python benchmarks/run.py --studies
 
 clean: ## Remove what the other targets made

@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_align.dpo.module import DPOModule, concatenate
+from lightning_align.dpo.batch import concatenate
+from lightning_align.dpo.module import DPOModule
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.palm import PaLM
 from lightning_align.models.weights import weights_hash

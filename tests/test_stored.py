@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_align.dpo.batch import concatenate
 from lightning_align.dpo.datamodule import DPODataModule
-from lightning_align.dpo.module import DPOModule, concatenate
+from lightning_align.dpo.module import DPOModule
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.references.frozen import frozen_copy
 from lightning_align.references.stored import StoredLogProbs, row_keys

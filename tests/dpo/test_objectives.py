@@ -13,8 +13,9 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import DataLoader
 
 from lightning_align.data.forms import BadRowError
+from lightning_align.dpo.batch import concatenate
 from lightning_align.dpo.datamodule import DPODataModule
-from lightning_align.dpo.module import DPOModule, concatenate
+from lightning_align.dpo.module import DPOModule
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.scoring.losses import LOSSES, REFERENCE_FREE, SORTED
 from tests.data.helpers import encode
