@@ -122,8 +122,8 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         rank: The rank of this process.
         shuffle: Whether to shuffle the rows in each epoch. If false, every epoch has the same order.
         seed: The seed of the shuffling.
-        drop_last: Whether to drop the rows that do not fill a global batch. With ``shuffle``, other rows are dropped in
-            each epoch.
+        drop_last: Whether to drop the rows that do not fill a global batch. With ``shuffle``, different rows are dropped
+            in each epoch.
 
     Raises:
         ValueError: If ``batch_size`` is less than 1, or there are too few rows for every rank.
@@ -167,7 +167,7 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
 
     @cached_property
     def order(self) -> str:
-        """A hash of the lengths, or "ungrouped" without lengths. It identifies the order, together with the seed and sizes."""
+        """A hash of the lengths, or "ungrouped" without lengths. With the seed and the sizes, it identifies the order."""
         if self._lengths is None:
             return "ungrouped"
         return hashlib.sha256(np.ascontiguousarray(self._lengths, dtype=np.int64).tobytes()).hexdigest()[:16]
@@ -260,7 +260,7 @@ class ResumableLoader(DataLoader[Any]):
         if state.get("order", own["order"]) != own["order"] and state["num_yielded"]:
             raise ValueError(
                 "cannot resume in the middle of an epoch, because its rows are in another order than in the run of the "
-                "checkpoint: some rows would be repeated and others skipped. Resume with the same group_by_length, max_length, "
+                "checkpoint. Some rows would be repeated and others skipped. Resume with the same group_by_length, max_length, "
                 "truncation, tokenizer and file, or from a checkpoint at the end of an epoch."
             )
         self._resume = (state["epoch"], state["num_yielded"])

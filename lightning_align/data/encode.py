@@ -252,7 +252,11 @@ class _Encoder:
 
 
 def with_bos(ids: list[int], tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """Make the ids begin with exactly one beginning-of-sequence id. Also return how many they began with."""
+    """Make the ids begin with exactly one beginning-of-sequence id, if the tokenizer has one.
+
+    Returns:
+        The ids, and the number of beginning-of-sequence ids that they had before.
+    """
     bos = tokenizer.bos_id
     if bos is None:
         return ids, 0
@@ -298,7 +302,7 @@ def _fit(answer: _Answer, *, max_length: int, truncation: Truncation, eos_id: in
     sides = [_flatten(prompt, spans, room=max_length - len(prompt), eos_id=eos_id) for spans in answer.sides]
     for side in sides:
         if not any(side.targets):
-            # Prompt tokens are never targets. The first token of a sequence is not either, because nothing predicts it.
+            # Prompt tokens are never targets. Nor is the first token of a sequence, because nothing predicts it.
             if outcome == RESPONSE_TRIMMED:
                 raise BadRowError("prompt_too_long", "has no target within max_length")
             raise BadRowError("empty_response", "has no target, because its prompt and its response are empty")

@@ -195,8 +195,8 @@ def judge(task: Grader, sample: Row, *, counts: Counter[str] | None = None) -> d
             first.setdefault(right, response)
     if counts is not None:
         any_empty = any(not response.strip() for response in responses)
-        alone = "all wrong" if True not in first else "all right or empty" if any_empty else "all right"
-        counts["pairs" if len(first) == 2 else alone] += 1
+        no_pair = "all wrong" if True not in first else "all right or empty" if any_empty else "all right"
+        counts["pairs" if len(first) == 2 else no_pair] += 1
     return {"prompt": prompt, "chosen": first[True], "rejected": first[False]} if len(first) == 2 else None
 
 

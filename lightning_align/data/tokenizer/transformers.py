@@ -61,7 +61,7 @@ class TransformersTokenizer(FileTokenizer):
             warnings.warn(f"the chat template of {name} {'; it '.join(faults)}", stacklevel=2)
 
     def _template_faults(self) -> list[str]:
-        """List where the template's special tokens differ from training, so that other software may behave differently."""
+        """List where the template and this package treat special tokens differently. Other software follows the template."""
         if not self._source.chat_template:
             return []
         turns: list[Message] = [
