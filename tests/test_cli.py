@@ -418,7 +418,7 @@ def test_who_stops_a_run_is_told_how_to_go_on(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_align.data.tokenizer._texts_of_files", stop)
+    monkeypatch.setattr("lightning_align.data.tokenizer.training._texts_of_files", stop)
     with pytest.raises(SystemExit, match="130"):
         run(["tokenizer", sft_rows, "--output", "tokenizer.json"])
 

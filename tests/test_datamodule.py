@@ -174,7 +174,7 @@ def test_a_policy_too_small_for_the_tokenizer_is_refused(tmp_path):
     module = Recorder()
     module.policy = torch.nn.Linear(1, 1)
     module.policy.num_tokens = 100
-    with pytest.raises(ValueError, match="the model knows 100 tokens, the tokenizer has 259"):
+    with pytest.raises(ValueError, match="the model has 100 tokens, but the tokenizer has 259"):
         _trainer(tmp_path, max_steps=1).fit(module, datamodule=_sft(tmp_path))
 
 
@@ -225,8 +225,8 @@ def test_wrong_arguments_are_named(options, message):
     [
         ("{oops", r"rows\.jsonl:17 is not JSON: Expecting property name"),
         ({"prompt": "p", "answer": "x"}, r"rows\.jsonl:17 has no field 'response' \(it has 'answer', 'prompt'\)"),
-        ({"prompt": "p", "response": 4}, r"rows\.jsonl:17 has a int in field 'response', expected a string"),
-        ({"prompt": "p", "response": ""}, r"rows\.jsonl:17 has nothing in field 'response'"),
+        ({"prompt": "p", "response": 4}, r"rows\.jsonl:17 has a value of type int in field 'response', expected a string"),
+        ({"prompt": "p", "response": ""}, r"rows\.jsonl:17 has an empty text in field 'response'"),
     ],
 )
 def test_bad_rows_are_named_before_training(tmp_path, line, message):

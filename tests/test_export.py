@@ -155,7 +155,7 @@ def test_a_model_with_fewer_tokens_than_its_tokenizer_is_named_before_training()
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     few = PretrainedLM(config={"model_type": "llama", "vocab_size": 200, **sizes})
     few.model.save_pretrained("base")
-    with pytest.raises(SystemExit, match=r"the model knows 200 tokens, the tokenizer has \d+: give the model at least"):
+    with pytest.raises(SystemExit, match=r"the model has 200 tokens, but the tokenizer has \d+. Give the model at least"):
         fit("sft", "rows.jsonl")
 
 

@@ -217,7 +217,7 @@ def test_the_hub_is_asked_once_and_shortly(tmp_path: Path, monkeypatch: pytest.M
     for _ in range(2):
         with pytest.raises(ValueError, match=r"the Hugging Face hub did not give it .* Without a network give .* \./my"):
             PretrainedLM("somebody/some-model")
-        with pytest.raises(ValueError, match=r"cannot be loaded by transformers .* Without a network give the"):
+        with pytest.raises(ValueError, match=r"cannot be loaded by transformers .* Without a network, give the"):
             load_tokenizer("somebody/some-model")
     # The tokenizer asks about no revision.
     assert asked == [("somebody/some-model", hub.SECONDS)] * 2

@@ -191,18 +191,18 @@ def test_a_split_is_by_file_and_complete(tmp_path):
 def test_bad_files_are_named_or_left_out(tmp_path):
     write_folder(tmp_path, {"a.txt": "text"})
     (tmp_path / "b.bin").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(ValueError, match=r"b.bin is no text file: byte 1 is 0x89, which is not UTF-8: leave it out with"):
+    with pytest.raises(ValueError, match=r"b.bin is not a text file: byte 1 is 0x89, which is not UTF-8. Leave it out with"):
         list(FolderDocuments(str(tmp_path)).documents())
-    with pytest.warns(UserWarning, match="b.bin is left out"):
+    with pytest.warns(UserWarning, match="b.bin is skipped"):
         assert len(list(FolderDocuments(str(tmp_path), on_bad_file="skip").documents())) == 1
     (tmp_path / "b.bin").write_bytes(b"ab\0c")
-    with pytest.raises(ValueError, match="byte 3 is 0, so it is a binary file"):
+    with pytest.raises(ValueError, match="byte 3 is 0, as in a binary file"):
         list(FolderDocuments(str(tmp_path)).documents())
     for match, arguments in {
-        "not there": {"folder": str(tmp_path / "no")},
-        "a file, expected a folder": {"folder": str(tmp_path / "a.txt")},
-        "held_out is 1": {"folder": str(tmp_path), "held_out": 1.0},
-        "part is 'x'": {"folder": str(tmp_path), "part": "x"},
+        "does not exist": {"folder": str(tmp_path / "no")},
+        "is a file: give its path": {"folder": str(tmp_path / "a.txt")},
+        "`held_out` must be .* got 1": {"folder": str(tmp_path), "held_out": 1.0},
+        "`part` must be .* got 'x'": {"folder": str(tmp_path), "part": "x"},
     }.items():
         with pytest.raises(ValueError, match=match):
             FolderDocuments(**arguments)
@@ -215,7 +215,9 @@ def test_rows_are_documents(tmp_path):
     path.write_text('{"text": "one", "name": "n1"}\n{"text": "two", "name": "n2"}\n')
     assert [tuple(d) for d in load_documents(str(path)).documents()] == [("1", "one"), ("2", "two")]
     assert [d.id for d in RowDocuments(str(path), id="name").documents()] == ["n1", "n2"]
-    with pytest.raises(ValueError, match=r"rows.jsonl:1 has None as 'body', expected a text; its fields are text, name"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:1: the field 'body' must be a string, but got None. The fields .* text, name"
+    ):
         list(RowDocuments(str(path), text="body").documents())
 
 
