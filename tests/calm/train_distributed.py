@@ -1,4 +1,4 @@
-"""What a rank does in the distributed test of CALM: train two epochs, the second after a resume, and write what came."""
+"""The script of a rank in the distributed test of CALM: train an epoch, resume for a second one, and save the results."""
 
 import functools
 import sys
