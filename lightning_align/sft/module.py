@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the negative log-likelihood of the responses, a mean over the tokens of the optimizer batch."""
+"""Supervised fine-tuning. The loss is the mean negative log-likelihood per response token over the optimizer batch."""
 
 from typing import Any
 
@@ -51,7 +51,10 @@ class SFTModule(AlignModule):
         self.val_nll, self.test_nll = TokenNLL(), TokenNLL()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """Sum of -log p(response) over the micro-batch, to be divided by the tokens of the optimizer batch."""
+        """Compute the sum of -log p(response) over the micro-batch.
+
+        The gradient is divided by the number of response tokens in the optimizer batch later, see `AlignModule`.
+        """
         logprobs = response_logprobs(self.policy, batch)
         loss, count = -logprobs.sums.sum(), logprobs.counts.sum()
         self.count_tokens(batch)
@@ -67,20 +70,20 @@ class SFTModule(AlignModule):
         self._evaluate(self.val_nll, batch)
 
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """Add a batch to ``test/loss``, ``test/perplexity`` and ``test/bits_per_byte``."""
         self._evaluate(self.test_nll, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the epoch's sums and counts give."""
+        """Log the validation metrics of the epoch."""
         self._log_nll("val", self.val_nll)
 
     def on_test_epoch_end(self) -> None:
-        """Log what the epoch's sums and counts give."""
+        """Log the test metrics of the epoch."""
         self._log_nll("test", self.test_nll)
 
     def _log_nll(self, stage: str, metric: TokenNLL) -> None:
         values: dict[str, Any] = metric.compute()
         metric.reset()
         for name, value in values.items():
-            # The metric is the same on every rank already; sync_dist only tells Lightning so.
+            # The value is already the same on each rank. sync_dist tells Lightning so.
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
