@@ -124,7 +124,7 @@ def test_pickling_keeps_the_batches(database: RetrievalDatabase) -> None:
 
 
 def test_more_neighbors_than_in_the_database_raise(database: RetrievalDatabase) -> None:
-    with pytest.raises(ValueError, match="`num_neighbors` must be at most 3, .* but got 4"):
+    with pytest.raises(ValueError, match=r"`num_neighbors` must be at most 3, .* but got 4"):
         training(database, num_neighbors=4)
 
 
@@ -139,9 +139,7 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> RetrievalDatabase:
 
 @pytest.mark.parametrize("deletes", [False, True])
 @pytest.mark.parametrize("own", [False, True], ids=["query set", "own documents"])
-def test_random_neighbors_come_from_other_documents_that_are_not_deleted(
-    edited: RetrievalDatabase, own: bool, deletes: bool
-) -> None:
+def test_random_neighbors_come_from_other_live_documents(edited: RetrievalDatabase, own: bool, deletes: bool) -> None:
     deleted = edited.manifest["deleted"] if deletes else []
     documents = edited if own else edited.queries("validation")
     table = edited.chunks

@@ -32,7 +32,7 @@ def tiny_retro(*, seed: int = 1, dtype: torch.dtype = torch.float32, **overrides
 def tokens_and_neighbors(
     rows: int, length: int, *, neighbors: int = 2, size: int = SIZE, holes: bool = True, seed: int = 0
 ) -> tuple[Tensor, NeighborTokens]:
-    """Make random rows with random neighbors of each full chunk. With `holes`, some are missing or have a short continuation."""
+    """Make random rows with random neighbors of each full chunk. With `holes`, some neighbors are missing or short."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
     shape = rows, length // size, neighbors, 2 * size
