@@ -90,7 +90,7 @@ class LiveChunks:
     def replace(self, ids: Ints, draws: NDArray[np.float64], own: Ints | None) -> tuple[Ints, Bools]:
         """Replace those of some random chunks that must not be used. All allowed chunks stay equally likely.
 
-        Chunks of deleted documents and of the own document must not be used.
+        Chunks of deleted documents, and of the document that a draw is for, must not be used.
 
         Args:
             ids: (...) chunk numbers, drawn uniformly from all chunks.
