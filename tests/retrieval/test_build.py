@@ -246,7 +246,7 @@ def test_another_encoder_is_refused(tmp_path):
     build(tmp_path, texts(5))
     with pytest.raises(ValueError, match="built with the encoder projection-8-0, this one is projection-8-1"):
         open_retriever(tmp_path, encoder=Projection(seed=1))
-    with pytest.raises(ValueError, match="built with encoder as an object"):
+    with pytest.raises(ValueError, match="built with the encoder as an object"):
         open_retriever(tmp_path)
     with pytest.raises(ValueError, match="no finished retrieval database"):
         open_retriever(tmp_path / "no")
@@ -271,8 +271,8 @@ def test_bad_settings_are_named(tmp_path):
     for message, options in (
         ("k is 99, and the database has 4 chunks", {"k": 99}),
         ("k is 0", {"k": 0}),
-        ("verify is 2", {"verify": 2.0}),
-        ("rerank needs an encoder", {"encoder": "bm25", "rerank": True}),
+        ("`verify` must be a share from 0 to 1, but got 2", {"verify": 2.0}),
+        ("`rerank` needs an `encoder`", {"encoder": "bm25", "rerank": True}),
         ("no such file", {"encoder": str(tmp_path / "no.ckpt")}),
     ):
         with pytest.raises(ValueError, match=message):

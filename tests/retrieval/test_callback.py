@@ -62,8 +62,8 @@ def test_it_is_refreshed_with_the_current_policy(tmp_path):
     assert len(data.seen) == 4 and encoders[0] == encoders[1] != encoders[2] == encoders[3]
     assert module.policy.training
     for message, options in (
-        ("the loaders would go on with the old neighbors", {}),
-        ("refresh_every_n_epochs is 2", {"reload_dataloaders_every_n_epochs": 3}),
+        ("would keep the old neighbors", {}),
+        ("but got 2 and 3", {"reload_dataloaders_every_n_epochs": 3}),
     ):
         with pytest.raises(ValueError, match=message):
             trainer_of(indexing, **options).fit(SFTModule(tiny_palm(num_tokens=259)), data)
@@ -140,11 +140,11 @@ def test_what_was_deleted_since_a_checkpoint_stays_so(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(ValueError, match="needs something that turns chunks into vectors"):
+    with pytest.raises(ValueError, match="`encoder` is required"):
         trainer_of(indexing_of(tmp_path / "db", encoder=None)).fit(SFTModule(tiny_palm()), Reads(tmp_path / "db"))
-    with pytest.raises(ValueError, match="give tokenizer, for the data module has none"):
+    with pytest.raises(ValueError, match="`tokenizer` is required"):
         trainer_of(indexing_of(tmp_path / "db")).fit(SFTModule(tiny_palm()), Reads(tmp_path / "db", tokenizer_name=None))
-    with pytest.raises(ValueError, match="refresh_every_n_epochs is -1"):
+    with pytest.raises(ValueError, match="`refresh_every_n_epochs` must be 0 or more, but got -1"):
         indexing_of(tmp_path / "db", refresh_every_n_epochs=-1)
 
 
