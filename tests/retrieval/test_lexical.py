@@ -67,5 +67,5 @@ def test_unknown_words_find_nothing(built):
 
 
 def test_chunks_without_words_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no chunk has a word in it"):
+    with pytest.raises(ValueError, match="no chunk has one"):
         build_lexical(tmp_path, chunk(tmp_path, {"a": "... --- ..."}), DECODE, team=Team(), verify=0.0)

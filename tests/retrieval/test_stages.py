@@ -54,7 +54,7 @@ def test_a_damaged_result_is_not_taken_for_whole(tmp_path, damage):
         path.write_bytes(content[:-1] + b"\x07" if damage == "altered" else content[:-5])
     if damage == "altered":
         assert stage.manifest() is not None  # the size tells nothing: it takes a look at the content
-    with pytest.warns(UserWarning, match="damaged and will be made again"):
+    with pytest.warns(UserWarning, match="damaged and will be rebuilt"):
         assert stage.manifest(verify=True) is None
     assert stage.manifest() is None
 
