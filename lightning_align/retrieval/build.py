@@ -87,7 +87,7 @@ class Builder:
         """Add documents. Only the new documents are encoded, and the index is not trained again.
 
         Args:
-            source: Documents whose names are new to the database, or are names of deleted documents.
+            source: The documents to add. Their names must be new to the database, or names of deleted documents.
 
         Raises:
             ValueError: If the database already has a document with one of the names.

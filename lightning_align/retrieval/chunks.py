@@ -217,11 +217,11 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
     with team.together():
         if team.rank == 0 and not stage.is_finished():
             first, second = ChunkTable(before.folder), ChunkTable(added.folder)
-            gone, both = set(deleted), first.has_byte_counts and second.has_byte_counts
-            names = {name for number, name in enumerate(first.document_ids) if number not in gone}
+            dropped, both = set(deleted), first.has_byte_counts and second.has_byte_counts
+            names = {name for number, name in enumerate(first.document_ids) if number not in dropped}
             if twice := [name for name in second.document_ids if name in names]:
                 raise ValueError(
-                    f"Names of added documents must be new, but the database already has a document {twice[0]!r} ({len(twice)} "
+                    f"Names of added documents must be new, but the database has a document {twice[0]!r} already ({len(twice)} "
                     "such names). Delete it first, or rename the added document."
                 )
             content = Content(

@@ -93,7 +93,7 @@ class ExactSearch:
         return float(np.sqrt(2 * -self._shift[~self.deleted].min(initial=0.0)))
 
     def _nearest(self, queries: Floats, k: int, forbidden: Forbidden) -> tuple[Ints, Doubles]:
-        """Return the numbers (n, at most k) of the nearest vectors and their distances, infinite where there is no vector."""
+        """Return the numbers (n, at most k) of the nearest vectors and their distances, infinite in empty slots."""
         areas, width = self._areas(forbidden), min(k, len(self.vectors))
         # Keep one more than needed. Its score tells whether rounding may have hidden a nearer vector.
         best = _Best.empty(len(queries), width + 1)

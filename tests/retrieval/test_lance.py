@@ -16,7 +16,7 @@ def database(tmp_path_factory):
     return delete_documents(root / "database", ["d3"], encoder=Projection())
 
 
-def test_it_finds_what_faiss_finds(database, tmp_path):
+def test_lance_results_equal_faiss_results(database, tmp_path):
     store = LanceRetriever.create(tmp_path / "store", database, encoder=Projection())
     faiss = open_retriever(database.folder, encoder=Projection())
     chunks = database.chunks
@@ -32,7 +32,7 @@ def test_it_finds_what_faiss_finds(database, tmp_path):
     assert (store.chunk_size, store.tokenizer_fingerprint) == (faiss.chunk_size, faiss.tokenizer_fingerprint)
 
 
-def test_refuses(database, tmp_path):
+def test_invalid_arguments_raise(database, tmp_path):
     with pytest.raises(ValueError, match="Create it with LanceRetriever"):
         LanceRetriever(tmp_path, encoder=Projection())
     with pytest.raises(ValueError, match="was built with, projection-8-0, but got projection-8-1"):
