@@ -1,10 +1,14 @@
+import os
+
 import pytest
 import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # One thread per worker: several workers share the cores, and results must not depend on how many cores there are.
-    torch.set_num_threads(1)
+    # One thread per worker, unless the caller says otherwise: several workers share the cores, and kernels round otherwise with
+    # another number of threads, so that the number must not be that of the cores. Processes that tests start get the same.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ def free_port() -> int:
         return port
 
 
-def launch(script: Path, *arguments: str, ranks: int = 2, timeout: float = 60) -> None:
+def launch(script: Path, *arguments: str, ranks: int = 2, timeout: float = 500) -> None:
     """Run ``script arguments`` once a rank, all on this machine, and fail with their output if one of them fails.
 
     A rank that fails leaves the others waiting in a collective, and Lightning catches SIGTERM: so each has a session of its
@@ -35,7 +35,6 @@ def launch(script: Path, *arguments: str, ranks: int = 2, timeout: float = 60) -
             "LOCAL_WORLD_SIZE": str(ranks),
             "GROUP_RANK": "0",
             "TORCHELASTIC_RUN_ID": "tests",  # what makes Lightning take these ranks for torchrun's
-            "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": str(ROOT),
         }

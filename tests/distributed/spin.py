@@ -66,7 +66,6 @@ def run(folder: Path, rows: str, strategy: Any, devices: int, *, opponent: str, 
 
 
 def main(name: str, opponent: str, folder: Path, rows: str) -> None:
-    torch.set_num_threads(1)
     result = run(folder, rows, lambda: STRATEGIES[name]("spin"), 2, opponent=opponent, resumed=opponent == "ema")
     torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

@@ -77,7 +77,6 @@ class CutAfter(Callback):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], int]:
-    torch.set_num_threads(1)
     trainer, module = finish(tmp_path_factory.mktemp("whole"))
     return state_of(module.policy), trainer.global_step
 
