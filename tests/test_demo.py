@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-SFT_STEPS, STEPS = 400, 80
+SFT_STEPS, STEPS = 300, 80
+BACKBONE = {"dim": 64, "depth": 2, "heads": 4}
 
 
 def shorter(node: Any, steps: int) -> Any:
@@ -28,6 +29,10 @@ def shorter(node: Any, steps: int) -> Any:
     if node.get("class_path") == "Arithmetic":
         arguments = node["init_args"]
         node["init_args"] = arguments | {"num_operands": 2, "num_rows": min(arguments["num_rows"], 3000)}
+    if str(node.get("class_path")).endswith("PaLM"):
+        node["init_args"] |= BACKBONE
+    if "num_samples" in node:
+        node["num_samples"] = 4
     if node.get("class_path") == "WarmupDecay":
         node["init_args"]["total_steps"] = steps
     if "max_steps" in node:

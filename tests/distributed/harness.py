@@ -67,7 +67,7 @@ def launch(script: Path, *arguments: str, ranks: int = 2, timeout: float = 500) 
             elif process.stdout is not None and not process.stdout.closed:
                 outputs[index] += process.stdout.read()
                 process.stdout.close()
-    if any(codes):
+    if any(code != 0 for code in codes):  # None is of a rank that did not end
         told = "\n".join(
             f"--- rank {rank}, exit {code}\n{text}" for rank, (code, text) in enumerate(zip(codes, outputs, strict=True))
         )
