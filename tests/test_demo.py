@@ -1,8 +1,8 @@
 """A short version of the demo: two numbers in place of three, a fraction of the steps, everything else the same.
 
-How many problems so short a training solves depends on when it leaves its plateau, and that on how a processor rounds. So what is
-asked of it is what every training of its kind learns: the form of an answer, and to tell the pairs that it trains on apart. The
-gains of the full demo are in the README.
+How many problems so short a training solves depends on when it leaves its plateau, and that on how a processor rounds. So what
+is asked of it is what every training of its kind learns: the form of an answer, and to tell the pairs that it trains on apart.
+The gains of the full demo are in the README.
 """
 
 import json
