@@ -9,10 +9,10 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types layers test demo notebooks bench studies clean
+.PHONY: help install check lint types layers test test-portable demo notebooks bench studies clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## Make .venv with the package and what its tests need (PYTHON=python3.12 chooses the interpreter)
 
@@ -43,8 +43,11 @@ types: $(VENV)/.installed ## mypy --strict
 layers: $(VENV)/.installed ## The layering test alone
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-test: $(VENV)/.installed ## All tests; warnings are errors
+test: $(VENV)/.installed ## All tests; warnings are errors (FULL_STUDIES=1: studies at full length, as CI runs them)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-portable: $(VENV)/.installed ## Tests of learning and exactness with the kernels of other processors (SAMPLE=1: a minute of them)
+	$(BIN)/python tests/portable.py $(if $(SAMPLE),--sample)
 
 demo: $(VENV)/.installed ## Train, judge and align a small model on arithmetic, in minutes on a CPU
 	$(BIN)/python examples/arithmetic_demo.py
