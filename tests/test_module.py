@@ -334,7 +334,7 @@ def test_a_module_without_its_reference_does_not_make_one_up(tmp_path: Path) -> 
     module = fit("dpo", tmp_path)
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = DPOModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    with pytest.raises(ValueError, match="the reference of this checkpoint cannot be made"):
+    with pytest.raises(ValueError, match="The reference of this checkpoint cannot be made"):
         trainer(tmp_path).validate(loaded, loader([DPO_BATCH]), verbose=False)
     whole = DPOModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, backbone=tiny_palm())
     (got,) = trainer(tmp_path).validate(whole, loader([DPO_BATCH]), verbose=False)
@@ -413,9 +413,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(method: str, tmp_path: Path) -> 
 
 def test_nothing_to_build_is_refused() -> None:
     for kind in (SFTModule, DPOModule):
-        with pytest.raises(ValueError, match="give `backbone`"):
+        with pytest.raises(ValueError, match="needs `backbone`"):
             kind()
-    with pytest.raises(ValueError, match="sft_weight is -1"):
+    with pytest.raises(ValueError, match="`sft_weight` must be 0 or more, but got -1"):
         DPOModule(tiny_palm, sft_weight=-1)
     with pytest.raises(ValueError, match="the ipo loss has none"):
         DPOModule(tiny_palm, loss="ipo", label_smoothing=0.1)

@@ -46,7 +46,7 @@ def test_a_policy_is_built_from_a_module_a_factory_or_a_description() -> None:
 
 
 def test_a_policy_needs_a_source() -> None:
-    with pytest.raises(ValueError, match="SFTModule: give `backbone`"):
+    with pytest.raises(ValueError, match="SFTModule needs `backbone`"):
         source()
 
 
