@@ -82,7 +82,7 @@ def write_model(
 
     Args:
         model: The model.
-        weights: Its weights, from `merged_weights`. PEFT adapters need not be merged; this function merges them.
+        weights: Its weights, from `merged_weights`. This function merges PEFT adapters itself.
         folder: The folder to write. It is created with its parents. It must be empty or contain an earlier export.
         tokenizer: A tokenizer of this package. One that wraps a tokenizer of transformers is written in the format of
             transformers.

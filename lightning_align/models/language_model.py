@@ -35,7 +35,7 @@ class Head(NamedTuple):
 
 
 class HiddenModel(nn.Module):
-    """The type of models with hidden states and a head. It exists only for the type checker; no class inherits from it."""
+    """The type of models with hidden states and a head. It exists only for the type checker. No class inherits from it."""
 
     head: Head
 

@@ -156,7 +156,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> li
     if not names:
         raise ValueError(
             f"LoRA: `targets` must match linear layers of the model, but {list(config.targets)} match none of "
-            f"{sorted({name.rpartition('.')[2] for name in linears})}. `*` excludes the output layer; name it to adapt it."
+            f"{sorted({name.rpartition('.')[2] for name in linears})}. `*` excludes the output layer. To adapt it, name it."
         )
     for name in names:
         layer = linears[name]

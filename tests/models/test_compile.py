@@ -15,7 +15,7 @@ from tests.toys import largest_difference
 
 # This backend only traces. The code that other backends generate is torch's responsibility.
 BACKEND = "eager"
-# torch ignores this warning of its own code, but warnings are errors in the tests.
+# torch suppresses this warning when its own code triggers it, but the tests turn warnings into errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
