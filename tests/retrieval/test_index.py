@@ -77,8 +77,9 @@ def test_an_index_that_refines_compares_more_until_the_recall_is_reached(tmp_pat
     searcher = DenseSearcher(open_index(stage), groups, effort=table["effort"])
     found = searcher.nearest(data[:200].astype(np.float32), 2, Forbidden(np.arange(200), groups[:200]))
     truth = brute_force(data, data[:200], 2, groups[None] != groups[:200, None])
-    # The recall was measured without leaving anything out, so that of these 400 neighbors may be a little lower.
-    assert (found.distances <= truth[:, -1:] + 1e-3).mean() > 0.93
+    # The recall was measured without leaving anything out, so that of these 400 neighbors may be a little lower: 0.96 here, and
+    # where kernels round otherwise the lists and codes are a little different ones. At half the effort it is 0.73.
+    assert (found.distances <= truth[:, -1:] + 1e-3).mean() > 0.9
 
 
 def test_recall_is_the_share_of_true_neighbors():
