@@ -46,6 +46,14 @@ def shorter(node: Any, steps: int, backbone: dict[str, int]) -> Any:
     return node
 
 
+def own_cores() -> None:
+    """Give the demo, which takes as many threads as it has cores, no more of them than this test has threads."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % len(cores)
+        os.sched_setaffinity(0, (cores[first:] + cores[:first])[: int(os.environ["OMP_NUM_THREADS"])])
+
+
 @pytest.mark.study
 @pytest.mark.timeout(2400)
 def test_the_demo_fine_tunes_samples_judges_aligns_and_compares(full_studies: bool, tmp_path: Path) -> None:
@@ -65,7 +73,9 @@ def test_the_demo_fine_tunes_samples_judges_aligns_and_compares(full_studies: bo
     command = [sys.executable, str(ROOT / "examples" / "arithmetic_demo.py"), "--configs", str(tmp_path / "configs")]
     command += ["--folder", str(tmp_path / "demo")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, preexec_fn=own_cores
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 
     solved = {
@@ -75,8 +85,8 @@ def test_the_demo_fine_tunes_samples_judges_aligns_and_compares(full_studies: bo
     for title in ("SFT on the sloppy", "as many further steps", "right answers alone", "+ DPO", "tensorboard --logdir"):
         assert title in result.stdout
     assert f"{100 * solved['dpo']:5.1f}" in result.stdout
-    # Below: the worst of three instruction sets with one and two threads, and of four seeds.
+    # The worst is that of three instruction sets, each with one thread and with two, and of four seeds.
     tuned, aligned = (json.loads((tmp_path / f"demo/seed_0/fit_{step}.json").read_text()) for step in ("sft", "dpo"))
-    assert tuned["val/loss"] < math.log(259) / 3, tuned  # 1.85, from 5.6; the worst is WORST_LOSS
-    assert aligned["train/rewards/margins"] > 0.05, aligned  # from 0; the worst is WORST_MARGIN
-    assert aligned["train/rewards/accuracies"] > 0.7, aligned  # the worst is WORST_ACC
+    assert tuned["val/loss"] < math.log(259) / 3, tuned  # 1.85, from 5.6; the worst is 1.14
+    assert aligned["train/rewards/margins"] > 0.05, aligned  # from 0; the worst is 0.125
+    assert aligned["train/rewards/accuracies"] > 0.6, aligned  # the worst is 0.81, of 32 pairs

@@ -44,7 +44,7 @@ def test_dora_trains_against_the_model_without_it(base: str) -> None:
     trainer = L.Trainer(max_steps=4, max_epochs=-1, accelerator="cpu", callbacks=[ExportModel("merged")], **off)  # type: ignore[arg-type]
     trainer.fit(module, DPODataModule("pairs.jsonl", batch_size=2, max_length=32))
     trainer.save_checkpoint("last.ckpt")
-    assert float(trainer.callback_metrics["train/loss"]) < 0.5
+    assert float(trainer.callback_metrics["train/loss"]) < 0.5  # from 0.69; the worst of four seeds is 0.35
 
     # The reference is the initial model, without a copy of it.
     assert isinstance(module.reference, AdaptersOff)

@@ -77,8 +77,9 @@ def test_refining_index_compares_more_until_the_recall_is_reached(tmp_path):
     searcher = DenseSearcher(open_index(stage), groups, effort=table["effort"])
     found = searcher.nearest(data[:200].astype(np.float32), 2, Forbidden(np.arange(200), groups[:200]))
     truth = brute_force(data, data[:200], 2, groups[None] != groups[:200, None])
-    # The index measured its recall without forbidden chunks, so the recall of these 400 neighbors can be a little lower.
-    assert (found.distances <= truth[:, -1:] + 1e-3).mean() > 0.93
+    # The index measured its recall without forbidden chunks, so the recall of these 400 neighbors can be a little lower: 0.96
+    # here. Kernels that round otherwise give slightly different lists and codes. At half the effort the recall is 0.73.
+    assert (found.distances <= truth[:, -1:] + 1e-3).mean() > 0.9
 
 
 def test_recall_is_the_fraction_of_true_neighbors():

@@ -441,7 +441,8 @@ def test_any_module_that_gives_logits_will_do(method: str, build: Any, tmp_path:
     module = MODULES[method](backbone=model, optimizer=SGD)
     trainer(tmp_path, max_epochs=2, callbacks=[seen]).fit(module, loader([batch]), loader([batch]))
     assert seen.metrics[0]["train/loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert seen.metrics[1]["train/loss"] < seen.metrics[0]["train/loss"]
+    # One step down its own batch: by 0.02 at least here, and losses round by 1e-6.
+    assert seen.metrics[1]["train/loss"] < seen.metrics[0]["train/loss"] - 0.005
 
 
 # -- what is logged
