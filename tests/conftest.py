@@ -34,6 +34,8 @@ PORTABLE = (
     "test_pairwise.py",
     "test_reference.py",
     "test_stored.py",
+    "training/test_checkpoints.py",
+    "training/test_gradients.py",
     "training/test_metrics.py",
     "training/test_module.py",
     "training/test_resume.py",
