@@ -313,7 +313,7 @@ class SelfPlayGeneration(Callback):
                 factor = 1.0 if self.lr_factors is None else self.lr_factors[self.iteration]
                 if self.reset_optimizer or module.make_schedule is None:
                     group["lr"] = group["initial_lr"] = group["base_lr"] * factor
-            if self.reset_optimizer:
+            if self.reset_optimizer and module.make_schedule is not None:
                 replace_schedule(trainer, number, partial(module.make_schedule, optimizer))
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -49,6 +49,8 @@ class AlignModule(L.LightningModule):
 
     default_lr: ClassVar[float] = 1e-4
     """The learning rate of the default optimizer."""
+    objects: ClassVar[tuple[str, ...]] = ()
+    """Further arguments that are objects in code. A subclass adds their descriptions to ``hparams``."""
 
     def __init__(
         self,
@@ -86,7 +88,8 @@ class AlignModule(L.LightningModule):
         # On the command line, Lightning hands over the parsed configuration, which holds primitives only. In code the arguments
         # are objects: a checkpoint can hold the arguments that they were made with.
         given = built_from_config()
-        self.save_hyperparameters(ignore=() if given else ("backbone", "lora", "optimizer", "lr_scheduler", "generation"))
+        objects = ("backbone", "lora", "optimizer", "lr_scheduler", "generation", *self.objects)
+        self.save_hyperparameters(ignore=() if given else objects)
         if not given:
             self.hparams["backbone"] = self.source.described()
             self.hparams["lora"] = None if lora is None else dataclasses.asdict(lora)
