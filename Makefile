@@ -9,10 +9,10 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types layers test demo notebooks bench studies clean
+.PHONY: help install check lint types layers test test-portable demo notebooks bench studies clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed ## Create .venv with the package and everything its tests need (PYTHON=python3.12 chooses the interpreter)
 
@@ -43,13 +43,16 @@ types: $(VENV)/.installed ## Run mypy --strict
 layers: $(VENV)/.installed ## Run only the layering test
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-test: $(VENV)/.installed ## All tests; warnings are errors
+test: $(VENV)/.installed ## Run all tests; warnings are errors (FULL_STUDIES=1: studies at full length, as in CI)
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-portable: $(VENV)/.installed ## Test learning and exactness with the kernels of other processors (SAMPLE=1: for a minute)
+	$(BIN)/python tests/portable.py $(if $(SAMPLE),--sample)
 
 demo: $(VENV)/.installed ## Fine-tune and align a small model on arithmetic, in minutes on a CPU
 	$(BIN)/python examples/arithmetic_demo.py
 
-notebooks: $(VENV)/.installed ## Execute every notebook
+notebooks: $(VENV)/.installed ## Run every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -o timeout=1200 notebooks
 
 bench: $(VENV)/.installed-bench ## Compare every method with other libraries, in under an hour on an idle machine (PAIRS=rows.jsonl: on your own pairs)

@@ -301,7 +301,7 @@ def test_a_tokenizer_of_ones_own(folder: Path, sft_rows: str) -> None:
 
 @pytest.mark.parametrize("command", [["--help"], ["fit", "--help"], ["tokenizer", "--help"], ["judge", "--help"]])
 def test_the_console_script_helps(command: list[str]) -> None:
-    result = subprocess.run([sys.executable, "-m", "lightning_align", *command], capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, "-m", "lightning_align", *command], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "usage: lightning-align" in result.stdout
     assert result.stderr == ""

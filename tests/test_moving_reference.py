@@ -277,14 +277,14 @@ def test_a_module_with_one_can_be_copied(tmp_path: Path) -> None:
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reference of DPOModule is FrozenCopy, which does not move"):
         trainer(tmp_path, ReferenceUpdate()).fit(module(reference="frozen"), loader())
-    with pytest.raises(ValueError, match="nothing moves it: add the callback ReferenceUpdate"):
+    with pytest.raises(ValueError, match=r"no callback moves it\. Add the callback ReferenceUpdate"):
         trainer(tmp_path).fit(module(), loader())
     for alpha in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="alpha is"):
             ReferenceUpdate(alpha=alpha)
     with pytest.raises(ValueError, match="every is 0"):
         ReferenceUpdate(every=0)
-    with pytest.raises(ValueError, match="reference is 'ema'"):
+    with pytest.raises(ValueError, match="but got 'ema'"):
         module(reference="ema")
 
 
@@ -292,5 +292,5 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
     model = module()
     trainer(tmp_path, ReferenceUpdate()).fit(model, loader())
     model.trainer.save_checkpoint(tmp_path / "moving.ckpt")
-    with pytest.raises(ValueError, match="of a run with reference: moving, and the module has reference: frozen"):
+    with pytest.raises(ValueError, match="has reference: frozen, but the checkpoint is of a run with reference: moving"):
         trainer(tmp_path, max_epochs=2).fit(module(reference="frozen"), loader(), ckpt_path=tmp_path / "moving.ckpt")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.toys import largest_difference
@@ -24,11 +25,13 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.study
+@pytest.mark.timeout(1200)
+def test_ten_kills_change_nothing(full_studies: bool, tmp_path: Path) -> None:
     """Policy, moving reference, optimizer, scheduler, validation, the rows of each step and their losses, with dropout."""
-    command = [sys.executable, str(ROOT / "tests" / "killed.py"), str(tmp_path), "10"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    command = [sys.executable, str(ROOT / "tests" / "killed.py"), str(tmp_path), "10" if full_studies else "4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     whole, killed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "killed"))
     assert whole["steps"] == 36 and len(whole["seen"]["rows"]) == 66  # six epochs of eleven, each ending in half a step

@@ -92,14 +92,14 @@ def test_a_run_that_is_extended_goes_on_by_its_new_settings(tensor: bool) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"total_steps": 0}, "total_steps is 0"),
-        ({"total_steps": 5, "warmup_steps": 6}, "warmup_steps 6"),
-        ({"total_steps": 5, "warmup_steps": -1}, "warmup_steps -1"),
-        ({"total_steps": 5, "decay_from": 1.0}, "decay_from is 1.0"),
-        ({"total_steps": 5, "final": 1.5}, "final 1.5"),
-        ({"total_steps": 5, "decay": "exponential"}, "decay is 'exponential'"),
+        ({"total_steps": 0}, "got 0 and 0"),
+        ({"total_steps": 5, "warmup_steps": 6}, "got 5 and 6"),
+        ({"total_steps": 5, "warmup_steps": -1}, "got 5 and -1"),
+        ({"total_steps": 5, "decay_from": 1.0}, r"got 1\.0 and 0\.0"),
+        ({"total_steps": 5, "final": 1.5}, r"got 0\.0 and 1\.5"),
+        ({"total_steps": 5, "decay": "exponential"}, "but got 'exponential'"),
     ],
 )
-def test_what_is_no_schedule_is_named(arguments: dict[str, Any], message: str) -> None:
+def test_an_invalid_schedule_is_an_error(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rates(1, **arguments)

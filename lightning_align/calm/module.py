@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.logits import logits_logprobs
 from lightning_align.scoring.sums import sum_logprobs
 from lightning_align.scoring.targets import select_targets
-from lightning_align.training.arguments import RunArguments, Unpack
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs
@@ -62,7 +62,7 @@ class CALMModule(AlignModule):
     """
 
     policy: CALM
-    objects = ("anchor", "augments", "connection")
+    object_arguments = (*AlignModule.object_arguments, "anchor", "augments", "connection")
 
     def __init__(
         self,
@@ -77,7 +77,9 @@ class CALMModule(AlignModule):
         connections_from: str | None = None,
         store_states: str | None = None,
         attention_maps: bool = False,
-        **shared: Unpack[RunArguments],
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        generation: GenerationConfig | None = None,
     ) -> None:
         """Store the arguments. The models are built in ``configure_model``.
 
@@ -96,7 +98,9 @@ class CALMModule(AlignModule):
             store_states: A folder for the augments' hidden states of training rows. They are then computed once and not in
                 every epoch. By default they are not stored.
             attention_maps: Whether to log the attention weights of the first row to TensorBoard at each validation.
-            **shared: `optimizer`, `lr_scheduler` and `generation` of `AlignModule`.
+            optimizer: A factory that gets the parameter groups. Default is AdamW with learning rate 1e-3.
+            lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
+            generation: How `predict` and the sample logger decode.
 
         Raises:
             ValueError: If an option has an unknown value, or two options cannot be combined.
@@ -107,7 +111,7 @@ class CALMModule(AlignModule):
         if anchor is None:
             raise ValueError(_missing_module("anchor"))
         given = built_from_config()
-        super().__init__(cast(Backbone, anchor), init_from=None, lora=None, **shared)
+        super().__init__(cast(Backbone, anchor), optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation)
         sources = [augments] if isinstance(augments, (Augment, nn.Module)) else list(augments)
         self._augments = [
             Augment(**a) if isinstance(a, Mapping) and "model" in a else a if isinstance(a, Augment) else Augment(a)

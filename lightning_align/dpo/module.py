@@ -100,19 +100,19 @@ class DPOModule(AlignModule):
         if sft_weight is None:
             sft_weight = 1.0 if self.objective.weights.keys() & {"cpo", "orpo"} else 0.0
         if sft_weight < 0:
-            raise ValueError(f"sft_weight is {sft_weight}; it must be 0 or above")
+            raise ValueError(f"`sft_weight` must be 0 or more, but got {sft_weight}.")
         if not 0 <= ld_alpha <= 1:
             raise ValueError(
-                f"ld_alpha is {ld_alpha}; it is the weight of tokens beyond the shorter response and must be from 0 to 1"
+                f"`ld_alpha` must be from 0 to 1, but got {ld_alpha}. It is the weight of tokens beyond the shorter response."
             )
         if confidence_weighting and self.objective.weights.keys() & set(SORTED):
             raise ValueError(
-                f"confidence_weighting is true, but {loss} has no loss per pair to weight: use one without the other"
+                f"`confidence_weighting` weights the losses of pairs, but {loss} has no loss per pair. Use only one of them."
             )
         if reference == "moving" and not self.objective.needs_reference:
-            raise ValueError(f"reference is 'moving', but {loss} has no reference: leave `reference` out")
+            raise ValueError(f"`reference` is 'moving', but {loss} uses no reference. Remove `reference`.")
         if reference not in get_args(ReferenceKind):
-            raise ValueError(f"reference is {reference!r}; it must be one of {', '.join(get_args(ReferenceKind))}")
+            raise ValueError(f"`reference` must be one of {', '.join(get_args(ReferenceKind))}, but got {reference!r}.")
         self.beta, self.sft_weight = beta, sft_weight
         self.confidence_weighting, self.ld_alpha = confidence_weighting, ld_alpha
         self.initial_policy = InitialPolicy(reference, cache_dir=reference_cache)
@@ -129,14 +129,14 @@ class DPOModule(AlignModule):
             ValueError: If the loss has no reference, or the weights that the reference was made from are missing.
         """
         if not self.objective.needs_reference:
-            raise ValueError(f"the loss {', '.join(self.objective.weights)} has no reference")
+            raise ValueError(f"The loss {', '.join(self.objective.weights)} uses no reference.")
         reference = self.initial_policy.reference
         if reference is None:
             assert self.policy is not None, "configure_model has not run"
             raise ValueError(
-                "the reference of this checkpoint cannot be made: its weights are not those of "
+                "The reference of this checkpoint cannot be made, because its weights are not those of "
                 f"{self.init_from or 'the backbone'}. Give load_from_checkpoint the `init_from` (or the module as `backbone`) "
-                "that the run began with. Prediction from prompts needs no reference"
+                "that the run started from. Prediction from prompts needs no reference."
             )
         return reference
 
@@ -174,8 +174,8 @@ class DPOModule(AlignModule):
             self.initial_policy.fill(self)
         if kind == "moving" and not any(isinstance(callback, ReferenceUpdate) for callback in callbacks_of(self.trainer)):
             raise ValueError(
-                "reference is 'moving', but no callback updates it: add the callback ReferenceUpdate to the trainer, or leave "
-                "`reference` at 'frozen'"
+                "`reference` is 'moving', but no callback moves it. Add the callback ReferenceUpdate to the Trainer, or set "
+                "`reference` to 'frozen'."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -128,8 +128,8 @@ class InitialPolicy:
         kind = checkpoint.get("hyper_parameters", {}).get("reference", "frozen")
         if (kind == "moving") != (self.kind == "moving"):
             raise ValueError(
-                f"the module has reference: {self.kind}, but the checkpoint is of a run with reference: {kind}: resume with "
-                "the same kind, or start a new run with the checkpoint as `init_from`"
+                f"The module has reference: {self.kind}, but the checkpoint is of a run with reference: {kind}. Resume with "
+                "the same kind, or start a new run with the checkpoint as `init_from`."
             )
         then = checkpoint.get("reference_sha256")
         if then == self.weights:
@@ -140,7 +140,7 @@ class InitialPolicy:
             self.reference = self.weights = None
             return
         raise ValueError(
-            f"the checkpoint was trained against a reference with weights {str(then)[:12]}, but the reference made from "
-            f"{module.init_from or 'the backbone'} has {str(self.weights)[:12]}: give the `init_from` (or the module) that the "
-            "run began with"
+            f"The checkpoint was trained against a reference with weights {str(then)[:12]}, but the reference made from "
+            f"{module.init_from or 'the backbone'} has {str(self.weights)[:12]}. Give the `init_from` (or the module) that the "
+            "run started from."
         )

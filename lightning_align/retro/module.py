@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_align.generation.sampler import generate
+from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.building import Backbone
 from lightning_align.models.checkpoint import read_checkpoint
 from lightning_align.models.weights import load_weights, policy_state
@@ -20,7 +21,6 @@ from lightning_align.retro.model import RETRO, NeighborTokens
 from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.targets import select_targets
-from lightning_align.training.arguments import RunArguments, Unpack
 from lightning_align.training.module import AlignModule
 
 FIT_ARMS = ("on", "off")
@@ -46,7 +46,9 @@ class RETROModule(AlignModule):
         num_neighbors: int = 2,
         vary_neighbors: bool = True,
         by_k: Sequence[int] = (),
-        **shared: Unpack[RunArguments],
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        generation: GenerationConfig | None = None,
     ) -> None:
         """Set up the module. The policy is built later, in ``configure_model``.
 
@@ -60,12 +62,14 @@ class RETROModule(AlignModule):
             vary_neighbors: Whether to draw the number of neighbors for each optimizer step. If false, each step uses
                 `num_neighbors`.
             by_k: Further numbers of neighbors that `validate` and `test` evaluate.
-            **shared: `optimizer`, `lr_scheduler` and `generation` of `AlignModule`.
+            optimizer: A factory that gets the parameter groups. Default is AdamW with learning rate 3e-4.
+            lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
+            generation: How `predict` and the sample logger decode.
 
         Raises:
             ValueError: If there is no model to build, or if a number of neighbors is less than 1.
         """
-        super().__init__(backbone, init_from=init_from, lora=None, **shared)
+        super().__init__(backbone, init_from=init_from, optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation)
         if retrofit_from is not None and (backbone is None or init_from is not None):
             raise ValueError(
                 "RETROModule: `retrofit_from` initializes the decoder of `backbone`, so it needs `backbone` and excludes "

@@ -22,19 +22,14 @@ else:
             return Any
 
 
-class RunArguments(TypedDict, total=False):
-    """Arguments that every module has. They are documented in `AlignModule`."""
+class PolicyArguments(TypedDict, total=False):
+    """The arguments of every module that trains one language model. They are documented in `AlignModule`."""
 
+    init_from: str | None
+    lora: LoRAConfig | None
     optimizer: OptimizerCallable | None
     lr_scheduler: LRSchedulerCallable | None
     generation: GenerationConfig | None
 
 
-class PolicyArguments(RunArguments, total=False):
-    """Arguments of the modules that train one language model. They are documented in `AlignModule`."""
-
-    init_from: str | None
-    lora: LoRAConfig | None
-
-
-__all__ = ["PolicyArguments", "RunArguments", "Unpack"]
+__all__ = ["PolicyArguments", "Unpack"]

@@ -89,7 +89,7 @@ def clip_gradients(module: L.LightningModule, optimizer: Optimizer, value: int |
     elif precision.scaler is not None and value:
         raise ValueError(
             f"gradient_clip_val is {value}, but with precision 16-mixed a fused optimizer unscales gradients only after they "
-            "are clipped. Set `fused: false` in the optimizer's init_args, or use precision bf16-mixed"
+            "are clipped. Set `fused: false` in the optimizer's init_args, or use precision bf16-mixed."
         )
     else:
         Precision.clip_gradients(precision, optimizer, value or 0.0, GradClipAlgorithmType(algorithm or "norm"))

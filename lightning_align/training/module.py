@@ -49,8 +49,8 @@ class AlignModule(L.LightningModule):
 
     default_lr: ClassVar[float] = 1e-4
     """The learning rate of the default optimizer."""
-    objects: ClassVar[tuple[str, ...]] = ()
-    """Further arguments that are objects in code. A subclass adds their descriptions to ``hparams``."""
+    object_arguments: ClassVar[tuple[str, ...]] = ("backbone", "lora", "optimizer", "lr_scheduler", "generation")
+    """Arguments that are objects in code. Instead of the objects, ``hparams`` gets what a checkpoint can hold."""
 
     def __init__(
         self,
@@ -88,8 +88,7 @@ class AlignModule(L.LightningModule):
         # On the command line, Lightning hands over the parsed configuration, which holds primitives only. In code the arguments
         # are objects: a checkpoint can hold the arguments that they were made with.
         given = built_from_config()
-        objects = ("backbone", "lora", "optimizer", "lr_scheduler", "generation", *self.objects)
-        self.save_hyperparameters(ignore=() if given else objects)
+        self.save_hyperparameters(ignore=() if given else self.object_arguments)
         if not given:
             self.hparams["backbone"] = self.source.described()
             self.hparams["lora"] = None if lora is None else dataclasses.asdict(lora)
@@ -246,7 +245,7 @@ class AlignModule(L.LightningModule):
         if self.is_sharded:
             if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
                 raise ValueError(
-                    "the module has `lora`, but the checkpoint is of a run without `lora`: give a checkpoint of adapters"
+                    "The module has `lora`, but the checkpoint is of a run without `lora`. Give a checkpoint of adapters."
                 )
             return
         if self.lora is not None:

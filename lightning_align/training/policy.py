@@ -27,7 +27,7 @@ class PolicySource:
             ValueError: If there is neither a backbone nor a checkpoint.
         """
         if backbone is None and init_from is None:
-            raise ValueError(f"{owner}: give `backbone` (what to build), `init_from` (a checkpoint), or both")
+            raise ValueError(f"{owner} needs `backbone` (what to build), `init_from` (a checkpoint), or both.")
         self.owner, self.backbone, self.init_from, self.lora = owner, backbone, init_from, lora
         self.awaits_weights = False
         """Whether the weights of ``init_from`` are still missing and must come from a checkpoint of the run itself."""
@@ -59,7 +59,7 @@ class PolicySource:
         if not given and not has_own_weights(policy):
             raise ValueError(
                 f"{self.owner}: `lora` trains adapters on a frozen base model, which is not saved in checkpoints. Give the "
-                "base model's weights as `init_from`, or use a backbone that loads its own weights"
+                "base model's weights as `init_from`, or use a backbone that loads its own weights."
             )
         add_lora(policy, self.lora)
         train_only(policy, self.lora.scope)

@@ -56,12 +56,11 @@ def test_logprobs_equal_the_slow_version() -> None:
 @pytest.mark.parametrize("anchor", ["palm", "llama", "gpt2", "x_transformers"])
 def test_any_anchor_trains_and_predicts(anchor: str, tmp_path: Path) -> None:
     subject = module(anchor=MAKERS[anchor](), augments=[Augment(MAKERS["llama"](), num_connections=1)], optimizer=ADAM)
-    fit = trainer(tmp_path, max_epochs=2, gradient_clip_val=1.0)
+    fit = trainer(tmp_path, max_epochs=8, gradient_clip_val=1.0)
+    (start,) = fit.validate(subject, loader(), verbose=False)
     fit.fit(subject, loader(), loader())
-    first = float(fit.callback_metrics["val/loss"])
-    fit = trainer(tmp_path, max_epochs=8)
-    fit.fit(subject, loader(), loader())
-    assert float(fit.callback_metrics["val/loss"]) < first
+    # The least fall of four anchors, two seeds and six kernels is 0.2 nats.
+    assert float(fit.callback_metrics["val/loss"]) < start["val/loss"] - 0.1
     subject.generation.max_new_tokens = 3
     prompts = DataLoader([{"prompts": [[1, 2], [3, 4, 5]], "rows": torch.arange(2)}], batch_size=None)  # type: ignore[arg-type]
     (rows,) = fit.predict(subject, prompts) or []

@@ -62,7 +62,7 @@ def test_every_other_choice_trains(loss: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", REFERENCE_FREE)
 def test_without_a_reference_none_is_made(loss: Any, tmp_path: Path) -> None:
     module = fit(tmp_path, [BATCH], loss=loss)
-    with pytest.raises(ValueError, match=f"the loss {loss} has no reference"):
+    with pytest.raises(ValueError, match=f"The loss {loss} uses no reference"):
         _ = module.reference
     assert module.sft_weight == (0.0 if loss == "simpo" else 1.0)
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -157,9 +157,9 @@ def test_a_field_of_another_kind_of_row_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ld_alpha": 1.5}, "ld_alpha is 1.5"),
-        ({"loss": "aot", "confidence_weighting": True}, "tells no pairs apart"),
-        ({"loss": "simpo", "reference": "moving"}, "simpo has no reference"),
+        ({"ld_alpha": 1.5}, "but got 1.5"),
+        ({"loss": "aot", "confidence_weighting": True}, "no loss per pair"),
+        ({"loss": "simpo", "reference": "moving"}, "simpo uses no reference"),
         ({"loss": "simpo", "loss_args": {"beta": 1.0}}, "loss_args has beta"),
     ],
 )

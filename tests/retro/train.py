@@ -47,7 +47,6 @@ def run(strategy: Any, devices: int, database: str, folder: Path) -> dict[str, A
 
 
 def main(name: str, database: str, folder: Path) -> None:
-    torch.set_num_threads(1)
     warnings.filterwarnings("error", message=".*sync_dist")
     result = run(STRATEGIES[name]("retro"), 2, database, folder)
     torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")
