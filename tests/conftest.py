@@ -30,13 +30,13 @@ PORTABLE = (
     "test_demo.py",
     "test_examples.py",
     "test_logprobs.py",
-    "test_metrics.py",
-    "test_module.py",
     "test_moving_reference.py",
     "test_pairwise.py",
     "test_reference.py",
-    "test_resume.py",
     "test_stored.py",
+    "training/test_metrics.py",
+    "training/test_module.py",
+    "training/test_resume.py",
 )
 
 

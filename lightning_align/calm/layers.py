@@ -119,7 +119,7 @@ class Tap:
         assert self.visit is not None
         return self.visit(hidden)
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call,untyped-decorator]  # torch leaves it untyped
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.visit is None:
             return None
@@ -128,7 +128,7 @@ class Tap:
         changed = self._call_visit(output[0])
         return None if changed is None else (changed, *output[1:])
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call,untyped-decorator]  # torch leaves it untyped
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.visit is None:
             return None

@@ -1,1 +1,1 @@
-"""Decoding: filters on the next token's distribution, and the loop that samples from it."""
+"""Generation: filters of the next-token distribution, the sampler, and backends for other engines."""

@@ -1,4 +1,4 @@
-"""Who generates: the native sampler, or an engine outside of this process that reads prompts and weights from files."""
+"""Generation backends: the native sampler, and engines in other processes that read prompts and weights from files."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ from lightning_align.runtime.ranks import world
 
 
 class GenerationBackend(Protocol):
-    """Generates responses of a model, whose weights it is told of first."""
+    """An engine that generates responses. It receives the weights of a model before it generates."""
 
     whole: bool
-    """Whether it wants all prompts of an iteration in one call, rather than a batch at a time."""
+    """Whether one call of `generate` gets all prompts of an iteration. If false, each call gets one batch."""
 
     def sync_weights(self, weights: Mapping[str, Tensor], *, iteration: int) -> None:
-        """Take the weights that generate from now on; on every rank."""
+        """Load the weights that `generate` uses from now on. Called on every rank."""
         ...
 
     def generate(
@@ -39,50 +39,57 @@ class GenerationBackend(Protocol):
         limits: Sequence[int],
         decode: Callable[[list[int]], str],
     ) -> list[list[Generation]]:
-        """See `lightning_align.generation.sampler.generate`."""
+        """Generate responses. See `lightning_align.generation.sampler.generate`."""
         ...
 
 
 class NativeBackend:
-    """The sampler of this package, in this process."""
+    """The sampler of this package. It runs in this process."""
 
     whole = False
 
     def sync_weights(self, weights: Mapping[str, Tensor], *, iteration: int) -> None:
-        """Nothing to do: it generates from the model itself."""
+        """Do nothing, because `generate` uses the model itself."""
 
     def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: Any) -> Any:
-        """See `lightning_align.generation.sampler.generate`."""
+        """Generate responses. See `lightning_align.generation.sampler.generate`."""
         return generate(model, prompts, config, **options)
 
 
 class FileBackend:
-    """Another engine (vLLM, SGLang), handed its work in files.
+    """Another engine (vLLM, SGLang) that exchanges files with this process.
 
-    For iteration t it writes ``iteration_t/weights.safetensors`` and ``iteration_t/prompts-<hash>.jsonl``, rows of
-    ``{"id", "prompt", "max_tokens", "num_samples"}`` with the prompt as token ids, and reads
-    ``iteration_t/responses-<hash>.jsonl``, rows of ``{"id", "responses": [{"tokens", "reason"}]}`` with ids without the
-    end-of-sequence token and a reason of ``eos``, ``stop`` or ``length``; with ``"logprobs"`` too, of each token and of the
-    end-of-sequence token, the log shows how far the engine's numbers are from ours. Where that file is not there yet it waits
-    for it as long as it was told to, and then stops with its name; the same run, started again, goes on.
+    For iteration t, the backend writes two files:
+
+    - ``iteration_t/weights.safetensors`` holds the weights to generate with.
+    - ``iteration_t/prompts-<hash>.jsonl`` holds rows of ``{"id", "prompt", "max_tokens", "num_samples"}``. The prompt is a
+      list of token ids.
+
+    The engine must then write ``iteration_t/responses-<hash>.jsonl``, with rows of
+    ``{"id", "responses": [{"tokens", "reason"}]}``. The tokens exclude the end-of-sequence token. The reason is ``eos``,
+    ``stop`` or ``length``. A response may also have ``"logprobs"``, with the log-prob of each token and of the
+    end-of-sequence token. The log then shows how much the log-probs of the engine differ from ours (``engine_gap``).
+
+    If the responses are missing, the backend waits for `wait_seconds` and then raises an error that names the file. Write the
+    file and start the same run again to continue.
     """
 
     whole = True
 
     def __init__(self, folder: str, *, wait_seconds: float = 0.0) -> None:
-        """Choose the place.
+        """Set the folder and the waiting time.
 
         Args:
-            folder: of the files.
-            wait_seconds: how long to wait for responses before stopping.
+            folder: The folder of the exchanged files.
+            wait_seconds: How many seconds to wait for the responses before an error is raised. Default is 0.
         """
         self.folder, self.wait_seconds = Path(folder), wait_seconds
 
     def sync_weights(self, weights: Mapping[str, Tensor], *, iteration: int) -> None:
-        """Write the weights, or find that they are there.
+        """Write the weights, unless the file exists already.
 
         Raises:
-            ValueError: if others are there: the responses beside them would be another model's.
+            ValueError: If the existing file has other weights. The responses in its folder would come from another model.
         """
         if world()[0] != 0:
             return
@@ -94,8 +101,8 @@ class FileBackend:
             found = (file.metadata() or {}).get("sha256", "")
         if found != own:
             raise ValueError(
-                f"{path}: has other weights ({found[:12]}) than iteration {iteration} of this run ({own[:12]}), so what was "
-                f"generated beside it is of another run: give FileBackend another `folder`, or remove {path.parent}"
+                f"{path} has other weights ({found[:12]}) than iteration {iteration} of this run ({own[:12]}). The responses "
+                f"in this folder come from another run. Give FileBackend another `folder`, or remove {path.parent}."
             )
 
     def generate(
@@ -113,7 +120,7 @@ class FileBackend:
         """Write the prompts and read the responses.
 
         Raises:
-            ValueError: if the responses are not there in time, or do not answer the prompts.
+            ValueError: If the responses are not written in time, or do not match the prompts.
         """
         requests = [
             {
@@ -134,8 +141,8 @@ class FileBackend:
         while not path.is_file():
             if time.monotonic() >= deadline:
                 raise ValueError(
-                    f"{path}: is not there yet. Generate it from {folder / f'prompts-{name}'} and the weights beside it, then "
-                    "start the same run again (with --ckpt_path, if it has a checkpoint)"
+                    f"{path} does not exist yet. Generate it from {folder / f'prompts-{name}'} and from the weights in the "
+                    "same folder. Then start the same run again (with --ckpt_path if it has a checkpoint)."
                 )
             time.sleep(1.0)
         return _read_responses(path, requests, eos_id)
@@ -164,14 +171,14 @@ def _read_responses(path: Path, requests: list[dict[str, Any]], eos_id: int) -> 
             found[int(row["id"])] = answers
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{path}:{number}: is not a row {{"id", "responses": [{{"tokens", "reason"}}]}} with a reason of eos, stop or '
-                "length, and tokens without the end-of-sequence id"
+                f'{path}:{number} is not a valid row. Expected {{"id", "responses": [{{"tokens", "reason"}}]}}. The reason '
+                "must be eos, stop or length. The tokens must not contain the end-of-sequence id."
             ) from error
     for request in requests:
         samples = found.get(request["id"], [])
         if len(samples) != request["num_samples"] or any(len(s.tokens) > request["max_tokens"] for s in samples):
             raise ValueError(
-                f"{path}: has {len(samples)} responses to prompt {request['id']}; expected {request['num_samples']}, of at "
-                f"most {request['max_tokens']} tokens each"
+                f"{path} has {len(samples)} responses to prompt {request['id']}. Expected {request['num_samples']} responses "
+                f"of at most {request['max_tokens']} tokens each."
             )
     return [found[request["id"]] for request in requests]

@@ -1,4 +1,4 @@
-"""One step of decoding for a batch of rows: with a key-value cache, or for a module that only maps tokens to logits."""
+"""Decoders of a batch of rows: with a key-value cache, or with a full forward pass per token."""
 
 from typing import Any, Protocol
 
@@ -10,10 +10,10 @@ from lightning_align.models.language_model import HiddenModel, context_length, h
 
 
 class Decoder(Protocol):
-    """Rows that grow by a token a step."""
+    """A batch of rows that grow by one token per step."""
 
     def start(self, copies: int) -> Tensor:
-        """Logits (B * copies, V) after the prompts, each of which becomes so many rows."""
+        """Read the prompts, make `copies` rows of each, and return the logits (B * copies, V) after them."""
         ...
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -21,33 +21,34 @@ class Decoder(Protocol):
         ...
 
     def select(self, rows: Tensor) -> bool:
-        """Go on with these rows (int64) alone; False if all must stay."""
+        """Keep only these rows (int64 indices). Return False if the decoder cannot drop rows."""
         ...
 
 
 def make_decoder(model: nn.Module, prompts: list[list[int]], *, limit: int, copies: int, device: torch.device) -> Decoder:
-    """The fastest decoder that a model allows.
+    """Build the fastest decoder that the model supports.
 
     Args:
-        model: any language model.
-        prompts: token ids, none of them empty.
-        limit: most tokens that will be appended to a prompt.
-        copies: rows a prompt.
-        device: of the model.
+        model: Any language model.
+        prompts: The token ids of each prompt. No prompt may be empty.
+        limit: The maximum number of tokens to append to a prompt.
+        copies: The number of rows per prompt.
+        device: The device of the model.
     """
     if not has_cache(model):
         return _PlainDecoder(model, prompts, limit, device)
     cache = model.make_cache(len(prompts), max(map(len, prompts)) + limit)
     if copies > 1 and not hasattr(cache, "select"):
-        # The prompt cannot be read once for all of its rows.
+        # This cache cannot repeat rows, so each copy of a prompt is read separately.
         return _CachedDecoder(model, [p for p in prompts for _ in range(copies)], limit, device, repeated=True)
     return _CachedDecoder(model, prompts, limit, device, cache=cache)
 
 
 class _CachedDecoder:
-    """Prompts padded on the left to a common right edge, so that every row writes the same column of the cache.
+    """Decoder with a key-value cache.
 
-    Attention sees distances alone, so a row is what it would be by itself; a mask hides the pads.
+    Prompts are padded on the left, so that every row writes the same column of the cache. A mask hides the pads, and the
+    positions of each row start at its first token. A row therefore gives the same logits as if it were decoded alone.
     """
 
     def __init__(
@@ -65,10 +66,10 @@ class _CachedDecoder:
         self.prompts = torch.tensor([[0] * (self.stop - len(p)) + p for p in prompts], device=device)
         starts = torch.tensor([self.stop - len(p) for p in prompts], device=device)[:, None]
         columns = torch.arange(self.stop + limit, device=device)
-        # A row that has reached the end of the context stays until others are done; what it is given then is not read.
+        # A row at the end of the context stays in the batch until others finish. Its further tokens are not read.
         last = (context_length(model) or len(columns)) - 1
         self.positions = (columns - starts).clamp(min=0, max=last)
-        # Without padding there is nothing to mask but the future, which the cache's own layout does.
+        # Without padding no mask is needed: the cache already hides the future.
         self.exists = columns >= starts if len(set(map(len, prompts))) > 1 else None
         self.cache = model.make_cache(len(prompts), len(columns)) if cache is None else cache
         self.linear = pack(model.head.weight, model.head.bias)
@@ -102,11 +103,11 @@ class _CachedDecoder:
 
 
 class _PlainDecoder:
-    """Rows on the left, each continued at its own place, and all of them read again at every step."""
+    """Decoder without a cache. Rows are padded on the right, and each step reads all of their tokens again."""
 
     def __init__(self, model: nn.Module, prompts: list[list[int]], limit: int, device: torch.device) -> None:
         self.model, self.width = model, max(map(len, prompts))
-        # No longer than the context: a row that fills it stays until others are done, and what it is given then is not read.
+        # At most the context length. A full row stays in the batch until others finish, and its further tokens are not read.
         self.most = min(self.width + limit, context_length(model) or self.width + limit)
         self.tokens = torch.zeros(len(prompts), self.most, dtype=torch.long, device=device)
         for row, prompt in zip(self.tokens, prompts, strict=True):

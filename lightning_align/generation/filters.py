@@ -1,4 +1,4 @@
-"""From logits to the next token: temperature, then top-k, then top-p, then min-p, then one draw."""
+"""From logits to the next token. The order is temperature, top-k, top-p, min-p, and one draw."""
 
 from typing import Protocol
 
@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Draws that may fall outside of the nucleus before it is found by sorting; see `choose`.
+# The number of draws from all tokens before the tokens are sorted. See `_draw_within`.
 ATTEMPTS = 4
-# A cumulative sum over a vocabulary goes by blocks: faster than one long sum, and exact to rounding in float32.
+# The block size of cumulative sums over the vocabulary. Blocks are faster than one long sum, and exact to float32 rounding.
 BLOCK = 256
-# Just below 1, with room for the rounding of a product and a sum.
+# Slightly below 1. The margin covers the rounding of one product and one sum.
 BELOW_ONE = 1 - 2**-22
 
 
 class Filters(Protocol):
-    """The settings that decide which tokens may be drawn; `GenerationConfig` has them."""
+    """The settings that decide which tokens may be drawn. `GenerationConfig` has them."""
 
     temperature: float
     top_k: int | None
@@ -26,19 +26,21 @@ class Filters(Protocol):
 def filter_logits(
     logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
 ) -> Tensor:
-    """Scale the logits and set those of the tokens that are left out to -inf.
+    """Scale the logits and set the logits of removed tokens to -inf.
 
-    Each filter sees what the one before left. Tokens that are equally likely stay or go together.
+    Each filter acts on the tokens that the filter before it kept. Tokens of equal probability are kept or removed together.
 
     Args:
-        logits: (B, V).
-        temperature: above 0; the logits are divided by it first.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020, arXiv 1904.09751).
-        min_p: keep tokens at least min_p times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082).
+        logits: The logits, (B, V).
+        temperature: The divisor of the logits, applied first. Must be above 0.
+        top_k: Keep the k most likely tokens.
+        top_p: Keep the smallest set of most likely tokens that has a total probability of at least p (Holtzman et al. 2020,
+            arXiv 1904.09751).
+        min_p: Keep tokens that are at least min_p times as likely as the most likely token (Nguyen et al. 2024,
+            arXiv 2407.01082).
 
     Returns:
-        (B, V) float32.
+        The filtered logits, (B, V) float32.
     """
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -47,7 +49,7 @@ def filter_logits(
     if top_p < 1:
         ordered = logits.sort(dim=-1, descending=True).values
         probabilities = ordered.softmax(dim=-1)
-        # A token goes if those before it reach p without it; so the first one always stays.
+        # A token is removed if the tokens before it reach p without it. The first token is therefore always kept.
         gone = probabilities.cumsum(dim=-1) - probabilities >= top_p
         threshold = ordered.masked_fill(gone, torch.inf).amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -57,14 +59,16 @@ def filter_logits(
 
 
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the cumulative sum of the weights passes a share of their total.
+    """Draw the token at which the cumulative sum of the weights passes a share of their total.
+
+    Does not synchronize with the device.
 
     Args:
-        weights: (B, V) at least 0, of any total above 0; a token of weight 0 is never drawn.
-        uniforms: (B,) in [0, 1).
+        weights: The weight of each token, (B, V), at least 0 and with a total above 0. A token of weight 0 is never drawn.
+        uniforms: The share of the total for each row, (B,) in [0, 1).
 
     Returns:
-        (B,) int64. Without a synchronisation with the device.
+        The tokens, (B,) int64.
     """
     rows, vocabulary = weights.shape
     if vocabulary <= BLOCK:
@@ -76,7 +80,7 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     blocks = weights.view(rows, -1, BLOCK)
     sums = blocks.sum(dim=-1)
     reached = sums.cumsum(dim=-1)
-    # Each search is for the first sum above a bound that is below the last sum, so it ends at a weight above 0.
+    # Each search finds the first sum above a bound. The bound is below the last sum, so the result has a weight above 0.
     bound = (uniforms[:, None] * reached[:, -1:]).minimum(reached[:, -1:] * BELOW_ONE)
     block = (reached <= bound).sum(dim=-1, keepdim=True)
     bound = bound - (reached - sums).gather(1, block)
@@ -86,15 +90,17 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, uniforms: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
-    """The next token of each row, and its log-prob under the model, without temperature and filters.
+    """Draw the next token of each row, and compute its log-prob under the model.
+
+    The log-prob ignores temperature and filters.
 
     Args:
-        logits: (B, V).
-        uniforms: (B, `num_draws`) in [0, 1).
-        filters: what may be drawn; a temperature of 0 takes the likeliest.
+        logits: The logits, (B, V).
+        uniforms: Uniform random numbers, (B, `num_draws`) in [0, 1).
+        filters: The settings that decide which tokens may be drawn. A temperature of 0 takes the most likely token.
 
     Returns:
-        (B,) int64 tokens and (B,) float32 log-probs in nats.
+        The tokens, (B,) int64, and their log-probs in nats, (B,) float32.
     """
     logits = logits.float()
     if filters.temperature == 0:
@@ -116,15 +122,16 @@ def choose(logits: Tensor, uniforms: Tensor, filters: Filters) -> tuple[Tensor, 
 
 
 def num_draws(filters: Filters) -> int:
-    """How many uniform numbers `choose` may use for a token."""
+    """Return how many uniform numbers `choose` may use per token."""
     return 1 if filters.top_p == 1 and filters.min_p == 0 else ATTEMPTS + 1
 
 
 def _draw_within(weights: Tensor, uniforms: Tensor, filters: Filters) -> Tensor:
-    """A draw among the tokens that top-p and min-p leave, without sorting the vocabulary.
+    """Draw among the tokens that top-p and min-p keep, without sorting the vocabulary.
 
-    Whether a token is left out can be told from the mass of the likelier ones, so a draw from all of them is repeated where
-    it fell outside: at p = 0.9, once in ten. What is still outside after `ATTEMPTS` is drawn after sorting.
+    The function draws from all tokens. The total weight of the more likely tokens shows whether top-p removes the drawn
+    token. If a filter removes it, the draw is repeated. At p = 0.9 this happens once in ten draws. After `ATTEMPTS` failed
+    draws, the function sorts the tokens and draws from the filtered ones.
     """
     tokens = draw(weights, uniforms[:, 0])
     rows = torch.arange(len(weights))
@@ -132,7 +139,7 @@ def _draw_within(weights: Tensor, uniforms: Tensor, filters: Filters) -> Tensor:
         here = weights if len(rows) == len(weights) else weights[rows]
         own = here.gather(1, tokens[rows, None])
         likelier = torch.where(here > own, here, 0).sum(dim=-1)
-        # Of weights whose maximum is 1.
+        # `min_p` applies directly, because the largest weight of a row is 1.
         outside = (likelier >= filters.top_p * here.sum(dim=-1)) | (own.squeeze(1) < filters.min_p)
         if not bool(outside.any()):
             break

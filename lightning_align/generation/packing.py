@@ -1,8 +1,8 @@
-"""Weights in the layout that oneDNN multiplies fastest with, for the few rows of a decoding step on a CPU.
+"""Linear layers with weights packed for oneDNN, for decoding steps with a few rows on a CPU.
 
-A matrix product with a handful of rows is as fast as its weights come from memory, which the general routine, made for
-many rows, is two to four times short of. Packing is a copy of the weights, so it is done once for many steps, and not at all
-for a single row: a row by a matrix is faster from the weights as they are.
+The speed of a matrix product with few rows is limited by how fast its weights are read from memory. The general routine is
+made for many rows and is two to four times slower than this limit. Packing copies the weights, so it is done once for many
+steps. It is not done for a single row, because a product of one row with a matrix is faster with the plain weights.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,16 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Smaller weights stay in the cache, where the general routine is as fast.
+# The smallest number of weights to pack. Smaller matrices stay in the CPU cache, where the general routine is as fast.
 LEAST = 2**15
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """`F.linear` with a weight that is packed when it is first of use, or None where it is of none or not possible.
+    """Build an `F.linear` that packs its weight when it is first useful.
 
     Args:
-        weight: (V, D), which must not change from now on.
-        bias: (V,) or None.
+        weight: The weight, (V, D). It must not change from now on.
+        bias: The bias, (V,), or None.
+
+    Returns:
+        The function, or None if packing is not possible or brings no speed.
     """
     usable = weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter) and _packs(weight.dtype)
     if not usable or weight.numel() < LEAST or not torch._C._has_mkldnn or torch.is_autocast_enabled("cpu"):
@@ -33,7 +36,7 @@ def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | No
         if x.dtype is not weight.dtype:
             return F.linear(x, weight, bias)
         rows = x.numel() // x.shape[-1]
-        # A step appends one column; what appends more is the prompt, read once.
+        # A decoding step appends one column. More columns are a prompt, which is read only once.
         step = rows > 1 and (x.ndim == 2 or x.shape[-2] == 1)
         if step and packed is None:
             packed = torch.ops.mkldnn._reorder_linear_weight(plain)
@@ -49,11 +52,11 @@ def _packs(dtype: torch.dtype) -> bool:
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
-    """Let every plain linear layer multiply with packed weights for the length of a block. The weights must not change."""
+    """Use packed weights in every plain linear layer inside a `with` block. The weights must not change in the block."""
     changed = []
     try:
         for module in model.modules():
-            # Not subclasses, whose forward is their own, and not what someone has given a forward of its own.
+            # Skip subclasses and instances with a replaced forward, because they may compute something else.
             if type(module) is nn.Linear and "forward" not in vars(module):
                 linear = pack(module.weight, module.bias)
                 if linear is not None:

@@ -30,7 +30,7 @@ class Average(nn.Module):
             to = fn(tensor)
             return tensor.to(to.device, torch.promote_types(tensor.dtype, to.dtype))
 
-        super()._apply(widest, recurse)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        super()._apply(widest, recurse)  # type: ignore[no-untyped-call]
         return self
 
     @torch.no_grad()

@@ -62,7 +62,7 @@ class LanceRetriever:
         Raises:
             ValueError: If the database has no vectors or was built with another encoder, or the table exists already.
         """
-        import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
+        import pyarrow as pa
 
         if database.manifest["encoder"] != encoder.fingerprint:
             raise ValueError(

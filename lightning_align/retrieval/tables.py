@@ -39,9 +39,10 @@ class _Folder:
         # Pickling a mapped array would copy all of it.
         return {"folder": self.folder}
 
-    def _map(self, name: str) -> Any:
+    def _map(self, name: str) -> NDArray[Any]:
         try:
-            return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            return array
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
                 f"{self.folder / name}.npy is missing or damaged ({error}). Delete {self.folder} and build it again."
@@ -93,17 +94,17 @@ class ChunkTable(_Folder):
     @cached_property
     def tokens(self) -> NDArray[Any]:
         """All tokens of all documents, concatenated. The type is uint16 if the vocabulary fits, else int32."""
-        return self._map("tokens")  # type: ignore[no-any-return]
+        return self._map("tokens")
 
     @cached_property
     def token_offsets(self) -> Ints:
         """(D + 1,) position of each document's first token, then the number of all tokens."""
-        return self._map("token_offsets")  # type: ignore[no-any-return]
+        return self._map("token_offsets")
 
     @cached_property
     def chunk_offsets(self) -> Ints:
         """(D + 1,) number of each document's first chunk, then the number of all chunks."""
-        return self._map("chunk_offsets")  # type: ignore[no-any-return]
+        return self._map("chunk_offsets")
 
     @property
     def has_byte_counts(self) -> bool:
@@ -113,17 +114,17 @@ class ChunkTable(_Folder):
     @cached_property
     def num_bytes(self) -> NDArray[np.uint32]:
         """(C,) UTF-8 bytes of the text of each chunk. They sum to the size of the document. See `has_byte_counts`."""
-        return self._map("num_bytes")  # type: ignore[no-any-return]
+        return self._map("num_bytes")
 
     @cached_property
     def groups(self) -> Ints:
         """(D,) near-duplicate group of each document: the number of the first document of the group."""
-        return self._map("groups")  # type: ignore[no-any-return]
+        return self._map("groups")
 
     @cached_property
     def signatures(self) -> NDArray[np.uint64]:
         """(D, bins) MinHash signature of each document, to find near-duplicates by."""
-        return self._map("signatures")  # type: ignore[no-any-return]
+        return self._map("signatures")
 
     @cached_property
     def document_ids(self) -> list[str]:
@@ -209,17 +210,17 @@ class Neighbors(_Folder):
     @cached_property
     def ids(self) -> Ints:
         """(C, k) chunk numbers of the database, 0 where the mask is false."""
-        return self._map("ids")  # type: ignore[no-any-return]
+        return self._map("ids")
 
     @cached_property
     def mask(self) -> Bools:
         """(C, k) true where there is a neighbor. In each row, true entries come before false entries."""
-        return self._map("mask")  # type: ignore[no-any-return]
+        return self._map("mask")
 
     @cached_property
     def distances(self) -> Floats:
         """(C, k) squared Euclidean distances of the vectors, or negated BM25 scores. Infinite where there is no neighbor."""
-        return self._map("distances")  # type: ignore[no-any-return]
+        return self._map("distances")
 
     @property
     def k(self) -> int:

@@ -81,8 +81,9 @@ def built_from_config() -> bool:
 
 def trainer_of(module: L.LightningModule) -> L.Trainer | None:
     """Return the Trainer that a module is attached to, or None."""
-    trainer: Any = module._trainer
-    return trainer  # type: ignore[no-any-return]
+    untyped: Any = module
+    trainer: L.Trainer | None = untyped._trainer
+    return trainer
 
 
 def callbacks_of(trainer: L.Trainer) -> list[Callback]:

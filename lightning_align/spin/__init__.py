@@ -1,1 +1,1 @@
-"""Self-play fine-tuning: a policy against the policy that it was, on demonstrations alone."""
+"""Self-play fine-tuning (SPIN): learn from demonstrations by playing against an earlier policy."""

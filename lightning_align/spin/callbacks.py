@@ -1,4 +1,4 @@
-"""The loop of self-play: when an iteration begins, what is generated for it, and when to stop."""
+"""The callback that runs self-play: it begins iterations, generates their pairs, and stops the run."""
 
 import dataclasses
 import json
@@ -30,15 +30,16 @@ from lightning_align.spin.opponent import served_weights
 from lightning_align.spin.play import Play, real_ids
 
 SHOWN = 4
-"""Prompts of an iteration that TensorBoard shows."""
+"""The number of prompts per iteration that TensorBoard shows."""
 
 
 class SelfPlayGeneration(Callback):
-    """Runs self-play as iterations of one fit: generate from the opponent, score, train, and again.
+    """A callback that runs the iterations of self-play within one `fit` call.
 
-    An iteration is a number of epochs over its pairs. The trainer is told to end after the last one. All that an iteration
-    trains on stands in ``<folder>/iteration_<t>/`` (see `lightning_align.spin.generations`), with the policy that it began
-    with; the state of a checkpoint names the folder, so a run that is resumed finds it, unless it is told of another.
+    Each iteration generates responses from the opponent, scores them, and trains on the pairs for a number of epochs. The run
+    ends after the last iteration. The folder ``<folder>/iteration_<t>/`` holds the pairs of an iteration (see
+    `lightning_align.spin.generations`) and the policy that it began with. A checkpoint stores the path of the folder. A resumed
+    run uses this path, unless it sets `folder` to another one.
     """
 
     def __init__(
@@ -56,53 +57,60 @@ class SelfPlayGeneration(Callback):
         mode: Literal["min", "max"] = "max",
         patience: int = 0,
     ) -> None:
-        """Choose the schedule.
+        """Set the schedule of the iterations.
 
         Args:
-            iterations: T.
-            epochs: over the pairs of an iteration; a list has one number an iteration.
-            replay: so many iterations before take part with their responses, scored anew by the new opponent.
-            num_prompts: how many of the training prompts are answered, the first; all by default.
-            lr_factors: factor on the optimizer's learning rate, one an iteration.
-            reset_optimizer: whether optimizer and schedule begin anew with each iteration.
-            folder: where generated sets are kept; by default `generations` in the run's folder. With several nodes, one that
-                all of them see.
-            backend: who generates; by default the sampler of this package.
-            monitor: a logged metric. After an iteration that did not improve it, the run ends with the weights of the best one,
-                which are then in `best.ckpt` in the folder and in the trainer's `last.ckpt`.
-            mode: whether that metric is to grow (`max`) or to fall (`min`).
-            patience: iterations without improvement that are borne; after the last one the weights are those of the best.
+            iterations: The number of iterations. Default is 3.
+            epochs: The number of epochs over the pairs of an iteration. A list has one number per iteration. Default is 1.
+            replay: The number of earlier iterations with responses that are trained on again. The current opponent scores these
+                responses anew. Default is 1.
+            num_prompts: The number of training prompts to answer, from the first row on. Default is all.
+            lr_factors: The factors on the learning rate of the optimizer, one per iteration. Default is no change.
+            reset_optimizer: Whether the optimizer state and the learning rate schedule restart with each iteration. Default is
+                true.
+            folder: The folder of the generated sets. All nodes must be able to read it. Default is `generations` in the
+                folder of the run.
+            backend: The engine that generates responses. Default is the sampler of this package.
+            monitor: The name of a logged metric. If it stops improving, the run ends with the weights of the best iteration.
+                These weights are then in `best.ckpt` in `folder` and in the `last.ckpt` of the trainer. Default is no metric.
+            mode: Whether the metric should increase (`max`) or decrease (`min`). Default is `max`.
+            patience: The number of iterations in a row without improvement that do not end the run. After the last
+                iteration, the best weights are restored in any case. Default is 0.
 
         Raises:
-            ValueError: if a number is out of range.
+            ValueError: If an argument is out of range.
         """
         numbers = [epochs] * iterations if isinstance(epochs, int) else list(epochs)
         for name, value, least in (("iterations", iterations, 1), ("replay", replay, 0), ("patience", patience, 0)):
             if value < least:
-                raise ValueError(f"SelfPlayGeneration: {name} is {value}; it must be at least {least}")
+                raise ValueError(f"`{name}` of SelfPlayGeneration must be at least {least}, but got {value}.")
         if len(numbers) != iterations or min(numbers) < 1:
-            raise ValueError(f"SelfPlayGeneration: epochs is {epochs}; give a number of at least 1, or {iterations} of them")
+            raise ValueError(
+                f"`epochs` of SelfPlayGeneration must be a number of at least 1 or a list of {iterations} such numbers (one "
+                f"per iteration), but got {epochs}."
+            )
         if lr_factors is not None and (len(lr_factors) != iterations or min(lr_factors) <= 0):
             raise ValueError(
-                f"SelfPlayGeneration: lr_factors is {list(lr_factors)}; expected {iterations} numbers above 0, one an iteration"
+                f"`lr_factors` of SelfPlayGeneration must be a list of {iterations} positive numbers (one per iteration), but "
+                f"got {list(lr_factors)}."
             )
         if num_prompts is not None and num_prompts < 1:
-            raise ValueError(f"SelfPlayGeneration: num_prompts is {num_prompts}; it must be at least 1, or null for all")
+            raise ValueError(f"`num_prompts` of SelfPlayGeneration must be at least 1, or null for all, but got {num_prompts}.")
         if mode not in ("min", "max"):
-            raise ValueError(f"SelfPlayGeneration: mode is {mode!r}; it must be min or max")
+            raise ValueError(f"`mode` of SelfPlayGeneration must be 'min' or 'max', but got {mode!r}.")
         self.iterations, self.replay, self.num_prompts = iterations, replay, num_prompts
         self._starts = [sum(numbers[:t]) for t in range(iterations + 1)]
         self.lr_factors, self.reset_optimizer = lr_factors, reset_optimizer
         self.folder = None if folder is None else Path(folder)
         self.backend = backend or NativeBackend()
         self.monitor, self.mode, self.patience = monitor, mode, patience
-        # What a checkpoint keeps.
+        # State that is saved in a checkpoint.
         self.iteration = -1
-        """The one that has begun last."""
+        """The iteration that began last, counted from 0. It is -1 before the first iteration."""
         self._step, self._hash, self._announced = 0, "", -1
         self._history: dict[int, float] = {}
         self._folder: str | None = None
-        # What it does not.
+        # State that is not saved.
         self._cache: dict[str, tuple[int, Pairs, dict[str, float]]] = {}
         self._speed: float | None = None
         self._restored = False
@@ -110,44 +118,46 @@ class SelfPlayGeneration(Callback):
     # -- the trainer's hooks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let the trainer ask for rows anew before each epoch, and end after the last iteration.
+        """Make the trainer reload its data before each epoch, and stop after the last iteration.
 
         Raises:
-            ValueError: if the module does not play against itself, or as the loop was not told to.
+            ValueError: If the module has no opponent, or if its settings conflict with those of this callback.
         """
         if stage != "fit":
             return
         if not hasattr(pl_module, "begin_iteration"):
-            raise ValueError(f"SelfPlayGeneration: {type(pl_module).__name__} has no opponent; it is a callback of SPINModule")
+            raise ValueError(f"SelfPlayGeneration needs a SPINModule. {type(pl_module).__name__} has no opponent.")
         self._check(pl_module)
         set_reload_interval(trainer, 1)
         limit_epochs(trainer, self._starts[-1])
 
     def _check(self, module: Any) -> None:
-        """Refuse what could not be done before anything is generated."""
+        """Raise if the settings conflict, before anything is generated."""
         name = type(self.backend).__name__
         if not isinstance(self.backend, NativeBackend):
             if module.generate_mode == "per_step":
                 raise ValueError(
-                    f"SelfPlayGeneration: backend is {name}, which would never be asked, since generate is 'per_step': "
-                    "expected the native one; leave `backend` out, or give SPINModule `generate: per_iteration`"
+                    f"`backend` of SelfPlayGeneration is {name}, but `generate` of SPINModule is 'per_step', which never uses "
+                    "it. Remove `backend`, or set `generate: per_iteration`."
                 )
             if module.opponent_kind == "mixture":
                 raise ValueError(
-                    f"SelfPlayGeneration: backend is {name}, and opponent 'mixture', two models that no other engine can serve "
-                    "as one: leave `backend` out for the native one, or give SPINModule the opponent iterate, ema or base"
+                    f"`backend` of SelfPlayGeneration is {name}, but `opponent` of SPINModule is 'mixture'. Other engines "
+                    "cannot serve its two models as one. Remove `backend` to use the native sampler, or set `opponent` to "
+                    "iterate, ema or base."
                 )
         if self.lr_factors is not None and not self.reset_optimizer and module.make_schedule is not None:
             raise ValueError(
-                f"SelfPlayGeneration: lr_factors is {list(self.lr_factors)}, with `lr_scheduler` and reset_optimizer false, "
-                "where one schedule runs through all iterations and alone says the rate: expected reset_optimizer true, or no "
-                "`lr_scheduler`, or no `lr_factors`"
+                f"`lr_factors` of SelfPlayGeneration is {list(self.lr_factors)}, but `reset_optimizer` is false and there is "
+                "an `lr_scheduler`. One schedule then runs through all iterations and overrides the factors. Set "
+                "`reset_optimizer: true`, or remove `lr_scheduler` or `lr_factors`."
             )
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin an iteration, where one begins: its optimizer, its learning rate, its numbers and texts in the log.
+        """Begin an iteration if it is due: prepare the optimizer and log statistics and texts.
 
-        Not at the start of the epoch: Lightning leaves that hook out after resuming from an epoch's last batch.
+        This is not done in the hook at the start of an epoch. Lightning skips that hook when it resumes from the last batch of
+        an epoch.
         """
         self.begin(trainer)
         if self._announced < self.iteration:
@@ -156,17 +166,17 @@ class SelfPlayGeneration(Callback):
             self._report(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After the last epoch of an iteration, look whether it was of use.
+        """Check the monitored metric after the last epoch of an iteration, and stop the run if it did not improve.
 
         Raises:
-            ValueError: if nothing logs the metric to look at.
+            ValueError: If the metric was not logged.
         """
         if self.monitor is None or trainer.current_epoch + 1 != self._starts[self.iteration + 1]:
             return
         if self.monitor not in trainer.callback_metrics:
             raise ValueError(
-                f"SelfPlayGeneration: monitor is {self.monitor!r}, which nothing has logged; there are "
-                f"{', '.join(sorted(trainer.callback_metrics))}: validate at the end of each epoch, or monitor one of these"
+                f"`monitor` of SelfPlayGeneration is {self.monitor!r}, but no such metric was logged. The logged metrics are "
+                f"{', '.join(sorted(trainer.callback_metrics))}. Validate at the end of each epoch, or monitor one of these."
             )
         self._history[self.iteration] = float(trainer.callback_metrics[self.monitor])
         best = (max if self.mode == "max" else min)(self._history, key=lambda t: self._history[t])
@@ -174,19 +184,19 @@ class SelfPlayGeneration(Callback):
         if best == self.iteration or (not last and self.iteration - best <= self.patience):
             return
         rank_zero_info(
-            f"iteration {self.iteration}: {self.monitor} is {self._history[self.iteration]:.4g}, after "
-            f"{self._history[best]:.4g} in iteration {best}; the run ends with the weights of that one"
+            f"Iteration {self.iteration} ends with {self.monitor} at {self._history[self.iteration]:.4g}, but iteration {best} "
+            f"had {self._history[best]:.4g}. The run ends with the weights of iteration {best}."
         )
         self._roll_back(trainer, best + 1)
         trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Which iteration it is, what it began with, and where its sets are."""
+        """Return the current iteration, what it began with, and the folder of its sets."""
         names = ("iteration", "_step", "_hash", "_announced", "_history", "_folder")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where that was, but in the folder that this run names, if it does: the other may have been moved there."""
+        """Restore the state. A `folder` of this run replaces the saved one, because the sets may have been moved there."""
         for name, value in state_dict.items():
             setattr(self, name, value)
         if self.folder is not None:
@@ -195,7 +205,7 @@ class SelfPlayGeneration(Callback):
     # -- an iteration
 
     def begin(self, trainer: L.Trainer) -> None:
-        """Begin the iteration of the trainer's epoch, once. Every rank must call it."""
+        """Begin the iteration of the current epoch, unless it began already. Every rank must call this."""
         module: Any = trainer.lightning_module
         if not self._restored:
             self._restored = True
@@ -211,18 +221,18 @@ class SelfPlayGeneration(Callback):
         skip_no_batches(trainer, enough=sys.maxsize // 2)
         module.begin_iteration(iteration)
         weights = whole_weights(module.policy)
-        # What the opponent is made of besides: an average, a base.
+        # The hash also covers the other weights of the opponent: an average and a base.
         average = {} if module.opponent.moving is None else whole_weights(module.opponent.moving.average)
-        told = state_hash({**weights, **{f"average.{name}": value for name, value in average.items()}})
-        self._hash = trainer.strategy.broadcast(told if module.base_hash is None else f"{told[:32]}{module.base_hash[:32]}")
+        digest = state_hash({**weights, **{f"average.{name}": value for name, value in average.items()}})
+        self._hash = trainer.strategy.broadcast(digest if module.base_hash is None else f"{digest[:32]}{module.base_hash[:32]}")
         if trainer.is_global_zero and (module.generate_mode == "per_iteration" or self.monitor is not None):
-            self._keep(weights)
+            self._save_policy(weights)
         if not isinstance(self.backend, NativeBackend):
-            # The native one generates from the player itself, so no copy of its weights is made.
+            # The native backend uses the player itself, so no copy of its weights is made.
             self.backend.sync_weights(served_weights(module.opponent.player(module.policy)), iteration=iteration)
 
-    def _keep(self, weights: dict[str, Tensor]) -> None:
-        """Save the policy that the iteration begins with, or find that it is there."""
+    def _save_policy(self, weights: dict[str, Tensor]) -> None:
+        """Save the policy that the iteration begins with, or check that the saved policy is the same."""
         path = self._root / "policy.safetensors"
         if not path.exists():
             publish(path, lambda temporary: save_file(weights, temporary, metadata={"sha256": self._hash}))
@@ -231,8 +241,9 @@ class SelfPlayGeneration(Callback):
             found = (file.metadata() or {}).get("sha256", "")
         if found != self._hash:
             raise ValueError(
-                f"{self._root}: is of an iteration that began with other weights ({found[:12]}, here {self._hash[:12]}). Give "
-                "SelfPlayGeneration another `folder`, remove this one, or go on from a checkpoint of the run that made it"
+                f"{self._root} holds an iteration that began with other weights ({found[:12]}) than this run "
+                f"({self._hash[:12]}). Give SelfPlayGeneration another `folder`, remove this one, or resume from a checkpoint "
+                "of the run that wrote it."
             )
 
     @property
@@ -241,19 +252,19 @@ class SelfPlayGeneration(Callback):
         return Path(self._folder) / f"iteration_{self.iteration}"
 
     def pairs(self, trainer: L.Trainer, data: Any, stage: str, store: TokenStore) -> Pairs | None:
-        """The pairs of the iteration, generated now if they are not there.
+        """Return the pairs of the current iteration, and generate those that are missing. Every rank must call this.
 
         Args:
-            trainer: in its fit, with the weights restored. Every rank must ask.
-            data: the data module.
-            stage: train or validation.
-            store: its rows.
+            trainer: The trainer, during `fit` and after the weights are restored.
+            data: The data module.
+            stage: The stage, `train` or `validation`.
+            store: The rows of the stage.
 
         Returns:
-            None where the module generates a step at a time.
+            The pairs, or None if the module generates per step.
 
         Raises:
-            ValueError: if what is there is not of this run, or was altered, or is gone and cannot be generated again.
+            ValueError: If the existing set is of another run or was changed, or if a missing part cannot be generated again.
         """
         self.begin(trainer)
         module: Any = trainer.lightning_module
@@ -274,34 +285,34 @@ class SelfPlayGeneration(Callback):
             "replay": self.replay,
             "generation": dataclasses.asdict(module.generation),
         }
-        found = GeneratedSet(self._root / stage, identity, parts)
-        found.open(write=trainer.is_global_zero)
-        missing: list[int] = trainer.strategy.broadcast(found.missing())
+        generated = GeneratedSet(self._root / stage, identity, parts)
+        generated.open(write=trainer.is_global_zero)
+        missing: list[int] = trainer.strategy.broadcast(generated.missing())
         if missing:
             if trainer.global_step != self._step:
                 raise ValueError(
-                    f"{found.path(missing[0])}: is missing, and the opponent of iteration {self.iteration} is gone, "
-                    "for the policy has trained since: go on from the checkpoint at the end of the iteration before"
+                    f"{generated.path(missing[0])} is missing. It cannot be generated again, because the policy has trained "
+                    f"since iteration {self.iteration} began. Resume from the checkpoint at the end of the previous iteration."
                 )
-            before = GeneratedSet(self._root.parent / f"iteration_{self.iteration - 1}" / stage, {}, parts)
-            Play(trainer, data, store, found, before, self).run(missing)
+            previous = GeneratedSet(self._root.parent / f"iteration_{self.iteration - 1}" / stage, {}, parts)
+            Play(trainer, data, store, generated, previous, self).run(missing)
         trainer.strategy.barrier("self-play")
         if trainer.is_global_zero:
-            found.close()
+            generated.close()
         trainer.strategy.barrier("self-play closed")
-        rows = list(found.rows())
+        rows = list(generated.rows())
         eos_id = data.tokenizer.eos_id
         real = {row["row"]: real_ids(store, row["row"]) for row in rows}
-        told = statistics(rows, iteration=self.iteration, eos_id=eos_id, real=real)
+        values = statistics(rows, iteration=self.iteration, eos_id=eos_id, real=real)
         pairs = Pairs(store, rows, eos_id=eos_id)
-        self._cache[stage] = self.iteration, pairs, told
+        self._cache[stage] = self.iteration, pairs, values
         if trainer.is_global_zero and missing:
-            summary = ", ".join(f"{name} {value:.3g}" for name, value in told.items())
-            rank_zero_info(f"iteration {self.iteration}, {stage}: {summary}")
+            summary = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+            rank_zero_info(f"Iteration {self.iteration}, {stage}: {summary}")
         return pairs
 
-    def told_speed(self, tokens: int, seconds: float) -> None:
-        """Take note of how fast this rank generated."""
+    def record_speed(self, tokens: int, seconds: float) -> None:
+        """Record how fast this rank generated."""
         self._speed = tokens / max(seconds, 1e-9)
 
     def _prepare_optimizer(self, trainer: L.Trainer) -> None:
@@ -317,8 +328,8 @@ class SelfPlayGeneration(Callback):
                 replace_schedule(trainer, number, partial(module.make_schedule, optimizer))
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        played = {stage: told for stage, (iteration, _, told) in self._cache.items() if iteration == self.iteration}
-        numbers = {f"{stage}/{name}": value for stage, told in played.items() for name, value in told.items()}
+        played = {stage: values for stage, (iteration, _, values) in self._cache.items() if iteration == self.iteration}
+        numbers = {f"{stage}/{name}": value for stage, values in played.items() for name, value in values.items()}
         numbers["iteration"] = float(self.iteration)
         if self._speed is not None:
             numbers["generation_tokens_per_second"] = self._speed * trainer.world_size
@@ -334,7 +345,7 @@ class SelfPlayGeneration(Callback):
                 logger.experiment.add_text("spin/generations", _table(rows), self.iteration)
 
     def _roll_back(self, trainer: L.Trainer, iteration: int) -> None:
-        """Give the policy the weights that an iteration began with, and save it beside them and as the last checkpoint."""
+        """Load the weights that an iteration began with. Save them as `best.ckpt` and as the last checkpoint."""
         module: Any = trainer.lightning_module
         weights = load_file(self._root.parent / f"iteration_{iteration}" / "policy.safetensors")
         with torch.no_grad():
@@ -342,16 +353,16 @@ class SelfPlayGeneration(Callback):
                 value = weights[name].to(own.device)
                 own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
         trainer.save_checkpoint(self._root.parent / "best.ckpt")
-        # One that was written after the last step has the weights of before; one after the epoch is still to come.
+        # Last checkpoints that exist already hold the old weights. A checkpoint after the epoch gets the new ones anyway.
         for written in sorted({getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks} - {""}):
             if trainer.is_global_zero and Path(written).is_symlink():
-                Path(written).unlink()  # else the checkpoint that it names would be written over
+                Path(written).unlink()  # otherwise the checkpoint behind the link would be overwritten
             trainer.strategy.barrier("self-play rolled back")
             trainer.save_checkpoint(written)
 
 
 def _table(rows: list[Row]) -> str:
-    """Prompt, real and generated response side by side, as Markdown."""
+    """Format prompts, real responses and generated responses as a Markdown table."""
 
     def cell(text: str) -> str:
         return text.replace("|", "\\|").replace("\n", "<br>") or "(nothing)"

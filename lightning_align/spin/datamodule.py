@@ -1,4 +1,4 @@
-"""Rows for self-play fine-tuning: demonstrations, and what an opponent makes of their prompts."""
+"""The data module of self-play fine-tuning: demonstrations, paired with responses of an opponent to their prompts."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,27 +18,27 @@ Loader = DataLoader[list[StoredRow]]
 
 
 class SPINDataModule(AlignDataModule):
-    """Rows of prompt and response, or of messages, each paired with what the opponent of the iteration answers.
+    """Data module for rows of prompt and response, or of messages. It pairs each row with a response of the opponent.
 
-    Responses are generated when the trainer asks for an iteration's rows, which is after a checkpoint was restored and before
-    anything is trained on them.
+    The responses of an iteration are generated when the trainer requests its data loader. At this point, a checkpoint is
+    already restored, and the iteration has not trained yet.
     """
 
     kind: ClassVar[str] = "spin"
     forms: ClassVar[tuple[Form, ...]] = ("response", "messages")
 
     def train_dataloader(self) -> Loader:
-        """Pairs of the iteration; real rows alone where responses are generated a step at a time."""
+        """Return the loader of the iteration's pairs. With `generate: per_step`, it loads real rows only."""
         store = self._pairs("train")
         if store is None:
             return super().train_dataloader()
         if "validation" in self.sources:
-            self._pairs("validation")  # now, while the opponent is what it will be compared with
+            self._pairs("validation")  # now, while the policy is still the opponent of the iteration
         sampler = self._sampler(store, self.batch_size, shuffle=True, grouped=self.group_by_length)
         return self._loader(store, sampler, self._collate_pairs(), resumable=True)
 
     def val_dataloader(self) -> Loader:
-        """Pairs of the iteration within a fit, real rows alone otherwise."""
+        """Return the loader of the iteration's pairs within `fit`. Outside of `fit`, it loads real rows only."""
         store = self._pairs("validation")
         if store is None:
             return super().val_dataloader()
@@ -46,7 +46,7 @@ class SPINDataModule(AlignDataModule):
         return self._loader(store, sampler, self._collate_pairs())
 
     def _pairs(self, stage: Stage) -> TokenStore | None:
-        """The pairs, which the sampler and the loader take for a store, or None where there are none to be had."""
+        """Return the pairs of the iteration, or None if there are none. Sampler and loader use them like a `TokenStore`."""
         trainer = self.trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return None

@@ -1,11 +1,17 @@
-"""Generated sets on disk: what an opponent answered, and what it thinks of both answers, in files that a person can read.
+"""Generated sets on disk: the responses of an opponent and its log-probs of both responses, as readable JSON.
 
-A set is a folder. ``identity.json`` says what its rows depend on. ``part-00000.jsonl`` and so on hold the rows, each file a
-batch of prompts of like length, each written whole or not at all; ``manifest.json`` closes the set with their hashes. Parts
-depend neither on each other nor on the number of ranks, so a set that was cut off goes on with the parts that are missing.
+A set is a folder:
 
-A row: ``{"row", "prompt", "real", "real_logprob", "generated": [...]}`` with a list of ``{"iteration", "sample", "text",
-"tokens", "reason", "logprob", "sampled_logprob", "base_logprob"}``, the newest iteration first.
+- ``identity.json`` holds the settings that its rows depend on.
+- ``part-00000.jsonl``, ``part-00001.jsonl`` and so on hold the rows. Each file is a batch of prompts of similar length. A file
+  is written completely or not at all.
+- ``manifest.json`` holds the hashes of the parts. It completes the set.
+
+Parts do not depend on each other or on the number of ranks. A set that was interrupted resumes with the missing parts.
+
+A row has the keys ``{"row", "prompt", "real", "real_logprob", "generated": [...]}``. Each entry of the list has the keys
+``{"iteration", "sample", "text", "tokens", "reason", "logprob", "sampled_logprob", "base_logprob"}``. The newest iteration
+comes first.
 """
 
 import hashlib
@@ -29,25 +35,25 @@ Array = np.ndarray[Any, Any]
 
 
 class GeneratedSet:
-    """A set of one iteration, complete or not.
+    """The generated set of one iteration, complete or incomplete.
 
     Args:
-        folder: of the set.
-        identity: what the rows depend on, as JSON can hold it.
-        parts: for each part the rows of the source that it answers.
+        folder: The folder of the set.
+        identity: The settings that the rows depend on. They must be serializable as JSON.
+        parts: For each part, the indices of the source rows that it answers.
     """
 
     def __init__(self, folder: Path, identity: Row, parts: list[list[int]]) -> None:
         self.folder, self.identity, self.parts = folder, identity, parts
 
     def open(self, *, write: bool) -> None:
-        """Begin the set, or go on with it.
+        """Begin the set, or check that an existing set has the same identity.
 
         Args:
-            write: whether this is the rank that writes.
+            write: Whether this rank writes.
 
         Raises:
-            ValueError: if what is there was generated otherwise.
+            ValueError: If the existing set was generated with other settings.
         """
         path = self.folder / "identity.json"
         if not path.exists():
@@ -57,67 +63,76 @@ class GeneratedSet:
         found = _read_json(path)
         differences = [name for name in self.identity if found.get(name) != self.identity[name]]
         if differences:
-            told = "; ".join(
-                f"{name} is {_short(found.get(name))} there and {_short(self.identity[name])} here" for name in differences
+            changes = ", ".join(
+                f"`{name}` was {_short(found.get(name))} and is now {_short(self.identity[name])}" for name in differences
             )
             raise ValueError(
-                f"{self.folder}: was generated otherwise ({told}). Give SelfPlayGeneration another `folder`, remove this one, "
-                "or go on with the checkpoint of the run that made it"
+                f"{self.folder} was generated with other settings: {changes}. Give SelfPlayGeneration another `folder`, remove "
+                "this one, or resume from a checkpoint of the run that wrote it."
             )
 
     def path(self, part: int) -> Path:
-        """The file of a part."""
+        """Return the path of a part."""
         return self.folder / f"part-{part:05d}.jsonl"
 
     def missing(self) -> list[int]:
-        """The parts that are not there yet."""
+        """Return the parts that do not exist yet."""
         return [part for part in range(len(self.parts)) if not self.path(part).exists()]
 
     def write(self, part: int, rows: Sequence[Row]) -> None:
-        """Write a part, whole or not at all."""
+        """Write a part, completely or not at all."""
         publish_text(self.path(part), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def close(self) -> None:
-        """Write the hashes of all parts, if they are not there."""
+        """Write the hashes of all parts, unless the manifest exists already."""
         path = self.folder / "manifest.json"
         if not path.exists():
             hashes = {self.path(part).name: _digest(self.path(part)) for part in range(len(self.parts))}
             publish_text(path, json.dumps({**self.identity, "sha256": hashes}, indent=2))
 
     def read(self, part: int) -> list[Row]:
-        """The rows of a part.
+        """Read the rows of a part.
 
         Raises:
-            ValueError: if a row is missing or was altered.
+            ValueError: If the file is missing, or if a row is missing or was changed.
         """
         path, manifest = self.path(part), self.folder / "manifest.json"
-        remedy = "Remove the file and go on from the checkpoint at the end of the iteration before, which generates it again"
+        remedy = "Remove the file and resume from the checkpoint at the end of the previous iteration. This generates it again."
         if not path.exists():
-            raise ValueError(f"{path}: is missing. {remedy}")
+            raise ValueError(f"{path} is missing. {remedy}")
         if manifest.exists() and _read_json(manifest)["sha256"].get(path.name) != _digest(path):
-            raise ValueError(f"{path}: is not what was generated (another SHA-256 than in {manifest.name}). {remedy}")
+            raise ValueError(f"{path} was changed after it was written: its SHA-256 differs from {manifest.name}. {remedy}")
         rows: list[Row] = []
-        with path.open(encoding="utf-8") as lines:  # not `splitlines`, which also parts at U+2028 and the like
+        with path.open(encoding="utf-8") as lines:  # not `splitlines`, which also splits at U+2028 and similar
             for number, line in enumerate(lines, start=1):
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: is not JSON ({error}). {remedy}") from error
+                    raise ValueError(f"{path}:{number} is not valid JSON ({error}). {remedy}") from error
         found, expected = [row.get("row") for row in rows], self.parts[part]
         if found != expected:
-            lost = [row for row in expected if row not in found][:3]
-            which = f"; row {lost[0]} is missing" if lost else ""
-            raise ValueError(f"{path}: has {len(rows)} rows, expected {len(expected)}{which}. {remedy}")
+            missing = [row for row in expected if row not in found][:3]
+            which = f" Row {missing[0]} is missing." if missing else ""
+            raise ValueError(f"{path} has {len(rows)} rows, but {len(expected)} were expected.{which} {remedy}")
         return rows
 
     def rows(self) -> Iterator[Row]:
-        """All rows, part by part."""
+        """Yield all rows, part by part."""
         for part in range(len(self.parts)):
             yield from self.read(part)
 
 
 def plan(store: TokenStore, *, num_prompts: int | None, size: int) -> list[list[int]]:
-    """Parts of prompts of like length: indices of the store's rows, the first so many of them."""
+    """Split the first `num_prompts` rows of a store into parts of prompts of similar length.
+
+    Args:
+        store: The rows.
+        num_prompts: The number of rows to use. None uses all rows.
+        size: The number of rows per part.
+
+    Returns:
+        For each part, the indices of its rows.
+    """
     count = len(store) if num_prompts is None else min(num_prompts, len(store))
     lengths = [int(n) for n in store.table["num_prompt"].to_numpy()[:count]]
     order = sorted(range(count), key=lambda index: lengths[index])
@@ -125,13 +140,18 @@ def plan(store: TokenStore, *, num_prompts: int | None, size: int) -> list[list[
 
 
 def statistics(rows: Sequence[Row], *, iteration: int, eos_id: int, real: dict[int, list[int]]) -> dict[str, float]:
-    """What an iteration's responses are like, as means over those that it generated itself.
+    """Compute statistics of the responses that an iteration generated, as means over these responses.
 
     Args:
-        rows: of a set.
-        iteration: which responses count; replayed ones do not.
-        eos_id: the end-of-sequence id.
-        real: for each row the ids of the real response.
+        rows: The rows of a set.
+        iteration: The iteration. Replayed responses of earlier iterations are not counted.
+        eos_id: The end-of-sequence id.
+        real: The ids of the real response to each row.
+
+    Returns:
+        The count of responses (`generated`), the rates of ends, truncations and ties, and the means per response: `length` and
+        `length_gap` (generated minus real) in tokens, `real_logprob` and `kl_to_base` in nats, and `engine_gap`, the absolute
+        difference in nats between the log-prob of the engine and ours.
     """
     counts: Counter[str] = Counter()
     sums: Counter[str] = Counter()
@@ -170,27 +190,27 @@ def statistics(rows: Sequence[Row], *, iteration: int, eos_id: int, real: dict[i
 
 
 def answer_ids(answer: Row, eos_id: int) -> list[int]:
-    """The ids to learn from: with an end-of-sequence id where the model wrote one, and never where a limit cut it."""
+    """Return the ids of a response to train on. They include the end-of-sequence id only if the model wrote it."""
     return [*answer["tokens"], *([eos_id] if answer["reason"] == "eos" else [])]
 
 
 class Pair(NamedTuple):
-    """A real and a generated response to one prompt."""
+    """A real and a generated response to the same prompt."""
 
     stored: StoredRow
     generated: Array
-    """(N,) int64, prompt and response."""
+    """(N,) int64, the ids of the prompt and the generated response."""
     opponent: tuple[float, float]
-    """Log-probs of the real and of the generated response under the opponent."""
+    """Log-probs of the real and the generated response under the opponent, in nats."""
 
 
 class Pairs:
-    """The pairs of a set, by their index, as a `TokenStore` gives rows.
+    """The pairs of a set, accessible by index like the rows of a `TokenStore`.
 
     Args:
-        store: of the real rows.
-        rows: of a set.
-        eos_id: the end-of-sequence id.
+        store: The store of the real rows.
+        rows: The rows of a set.
+        eos_id: The end-of-sequence id.
     """
 
     def __init__(self, store: TokenStore, rows: Sequence[Row], *, eos_id: int) -> None:
@@ -212,19 +232,19 @@ class Pairs:
         return Pair(stored, np.concatenate([prompt, response]).astype(np.int64), opponent)
 
     def lengths(self) -> Array:
-        """(pairs,) tokens of both sides together."""
+        """Return the number of tokens of each pair, both sides together, (pairs,) int64."""
         return np.array([self._real[row] + len(response) for row, response, _ in self._pairs], np.int64)
 
 
 def collate_self_play(pairs: Sequence[Pair], *, pad_id: int) -> SelfPlayBatch:
-    """Pads pairs on the right: real rows, then generated rows, (2B, N)."""
+    """Collate pairs into a batch: real rows, then generated rows, padded on the right, (2B, N)."""
     sides = [pair.stored.sides[0] for pair in pairs]
     tokens = [torch.from_numpy(side.tokens.astype(np.int64)) for side in sides]
     targets = [torch.from_numpy(side.targets.copy()) for side in sides]
     generated = [torch.from_numpy(pair.generated) for pair in pairs]
-    beginnings = [pair.stored.num_prompt for pair in pairs]
+    prompt_lengths = [pair.stored.num_prompt for pair in pairs]
     return {
-        "pairs": join_pairs(tokens, targets, generated, beginnings, pad_id=pad_id),
+        "pairs": join_pairs(tokens, targets, generated, prompt_lengths, pad_id=pad_id),
         "opponent": torch.tensor([p.opponent[0] for p in pairs] + [p.opponent[1] for p in pairs]),
     }
 
@@ -232,32 +252,32 @@ def collate_self_play(pairs: Sequence[Pair], *, pad_id: int) -> SelfPlayBatch:
 def join_pairs(
     real: Sequence[Tensor], targets: Sequence[Tensor], generated: Sequence[Tensor], prompts: Sequence[int], *, pad_id: int
 ) -> TokenBatch:
-    """Real rows, then generated rows, padded on the right to one width: (2B, N).
+    """Join real rows and then generated rows into one batch, padded on the right, (2B, N).
 
     Args:
-        real: (N_i,) int64 ids of prompt and real response.
-        targets: (N_i,) bool, its targets.
-        generated: (M_i,) int64 ids of prompt and generated response.
-        prompts: how many ids of each are the prompt.
-        pad_id: the id that fills up.
+        real: The ids of prompt and real response, (N_i,) int64 each.
+        targets: The target mask of each real row, (N_i,) bool.
+        generated: The ids of prompt and generated response, (M_i,) int64 each.
+        prompts: The number of prompt ids of each row.
+        pad_id: The id of the padding.
     """
-    wanted = [torch.arange(len(row), device=row.device) >= n for row, n in zip(generated, prompts, strict=True)]
-    return join_rows([*real, *generated], [*targets, *wanted], pad_id=pad_id)
+    generated_targets = [torch.arange(len(row), device=row.device) >= n for row, n in zip(generated, prompts, strict=True)]
+    return join_rows([*real, *generated], [*targets, *generated_targets], pad_id=pad_id)
 
 
 def join_rows(rows: Sequence[Tensor], targets: Sequence[Tensor], *, pad_id: int) -> TokenBatch:
-    """Rows padded on the right to one width, (B, N).
+    """Join rows into one batch, padded on the right, (B, N).
 
     Args:
-        rows: (N_i,) int64 ids.
-        targets: (N_i,) bool.
-        pad_id: the id that fills up.
+        rows: The ids of each row, (N_i,) int64.
+        targets: The target mask of each row, (N_i,) bool.
+        pad_id: The id of the padding.
     """
     width = max(map(len, rows))
     lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
     return {
         "tokens": torch.stack([F.pad(row, (0, width - len(row)), value=pad_id) for row in rows]),
-        # From the lengths: a pad may have the id of a real token.
+        # The mask comes from the lengths, because the padding id may also be the id of a real token.
         "mask": torch.arange(width, device=lengths.device) < lengths[:, None],
         "targets": torch.stack([F.pad(target, (0, width - len(target))) for target in targets]),
     }
@@ -267,7 +287,7 @@ def _read_json(path: Path) -> Row:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}): remove the folder, and it is generated again") from error
+        raise ValueError(f"Cannot read {path} ({error}). Remove its folder to generate the set again.") from error
     return cast(Row, content)
 
 

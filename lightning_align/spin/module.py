@@ -1,11 +1,12 @@
 """Self-play fine-tuning: Chen et al. 2024, arXiv 2401.01335, algorithm 1.
 
-Iteration t draws y' ~ q(.|x) from an opponent q, the policy as it is when the iteration begins, and minimises
+Iteration t draws y' ~ q(.|x) from an opponent q. The opponent is the policy at the start of the iteration. The iteration then
+minimizes
 
     l(b [(log p(y|x) - log q(y|x)) - (log p(y'|x) - log q(y'|x))])
 
-over the policy p, with y the real response and l the logistic loss. Its population minimiser is q (p_data / q)^(1/b) up to a
-constant, so it stands still exactly at q = p_data.
+over the policy p. Here y is the real response, y' is the generated response, b is `beta` and l is the logistic loss. The
+population minimizer is q (p_data / q)^(1/b) up to a constant, so the policy stops changing exactly at q = p_data.
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ METRICS = (
 
 
 class SPINModule(AlignModule):
-    """Trains a language model to tell demonstrations from what it wrote itself, again and again."""
+    """Self-play fine-tuning: trains a language model to prefer demonstrations over its own earlier responses."""
 
     default_lr = 5e-6
 
@@ -67,27 +68,33 @@ class SPINModule(AlignModule):
         monitor_kl: bool = False,
         **shared: Unpack[PolicyArguments],
     ) -> None:
-        """Describe the run; policy and opponent are built in ``configure_model``.
+        """Store the settings. ``configure_model`` builds policy and opponent.
 
         Args:
             backbone: The language model; see `AlignModule`. Not needed with `init_from`.
-            loss: `sigmoid` (SPIN), `sigmoid_norm` (on mean log-probs), `hinge`, `ipo`, or `robust`.
-            beta: the paper's lambda: a smaller one takes larger steps away from the opponent. A list has one an iteration.
-            label_smoothing: for `sigmoid`, `sigmoid_norm` and `robust`.
-            sft_weight: weight of an added -log p(real) / |real|, which keeps the real responses from becoming less likely.
-            opponent: `iterate` (the policy as the iteration began), `ema`, `base` (as the run began), or `mixture` (the
-                geometric mean of iterate and base).
-            ema_decay: of the opponent `ema`, a step.
-            base_weight: of the base in the opponent `mixture`.
-            generate: `per_iteration`, all responses at once from the opponent, as in the paper; or `per_step`, those of a batch
-                from the policy as it is, scored by the opponent.
-            monitor_kl: log the divergence of each iteration from the base; keeps a copy of it, where only adapters train not.
+            loss: The loss of a pair: `sigmoid` (SPIN), `sigmoid_norm` (on mean log-probs), `hinge`, `ipo` or `robust`. Default
+                is `sigmoid`.
+            beta: The strength of the KL penalty (lambda in the paper). A smaller value takes larger steps away from the
+                opponent. A list has one value per iteration. Default is 0.1.
+            label_smoothing: The label smoothing of `sigmoid`, `sigmoid_norm` and `robust`. Default is 0.
+            sft_weight: The weight of an added loss -log p(real) / |real|. It keeps the real responses from becoming less
+                likely. Default is 0.
+            opponent: The opponent: `iterate` (the policy at the start of the iteration), `ema` (a moving average of the
+                policy), `base` (the policy at the start of the run), or `mixture` (the geometric mean of iterate and base).
+                Default is `iterate`.
+            ema_decay: The decay per optimizer step of the opponent `ema`. Default is 0.99.
+            base_weight: The weight of the base in the opponent `mixture`. Default is 0.5.
+            generate: When to generate. With `per_iteration`, the opponent generates all responses at the start of an
+                iteration, as in the paper. With `per_step`, the current policy generates the responses of each batch and the
+                opponent scores them. Default is `per_iteration`.
+            monitor_kl: Whether to log the KL divergence of each iteration from the base. This keeps a copy of the base, unless
+                only adapters train. Default is false.
             **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler` and `generation` of `AlignModule`. With `lora`, an
                 opponent that must be kept is a second set of adapters on the same backbone. The schedule restarts with each
                 iteration. `generation` is also how the opponent responds.
 
         Raises:
-            ValueError: if the loss or the opponent cannot use these numbers.
+            ValueError: If an argument is out of range.
         """
         super().__init__(backbone, **shared)
         self._betas = [beta] if isinstance(beta, (int, float)) else list(beta)
@@ -99,53 +106,57 @@ class SPINModule(AlignModule):
         )
         for name, choice, known in choices:
             if choice not in known:
-                raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(known)}")
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, but got {choice!r}.")
         if not self._betas:
-            raise ValueError("beta is an empty list; give a number, or one an iteration")
+            raise ValueError("`beta` must be a number or a list with one number per iteration, but got an empty list.")
         if sft_weight < 0:
-            raise ValueError(f"sft_weight is {sft_weight}; it must be 0 or above")
+            raise ValueError(f"`sft_weight` must be at least 0, but got {sft_weight}.")
         if not 0 < ema_decay < 1:
-            raise ValueError(f"ema_decay is {ema_decay}; it must be above 0 and below 1")
+            raise ValueError(f"`ema_decay` must be above 0 and below 1, but got {ema_decay}.")
         if not 0 < base_weight < 1:
-            raise ValueError(f"base_weight is {base_weight}; it must be above 0 and below 1 (0 is `iterate`, 1 is `base`)")
+            raise ValueError(
+                f"`base_weight` must be above 0 and below 1, but got {base_weight}. For 0 use the opponent `iterate`, for 1 "
+                "use `base`."
+            )
         self.loss, self.label_smoothing, self.sft_weight = loss, label_smoothing, sft_weight
         self.opponent_kind: OpponentKind = opponent
         self.generate_mode: Generate = generate
         self.ema_decay, self.base_weight, self.monitor_kl = ema_decay, base_weight, monitor_kl
         self.iteration = 0
-        """Counted from 0; `SelfPlayGeneration` sets it."""
+        """The current iteration, counted from 0. `SelfPlayGeneration` sets it."""
         self.opponent = cast(Opponent, None)
         self.base_hash: str | None = None
-        """Of the base that is kept: generated sets remember whose they are."""
+        """The hash of the base if a copy is kept. Generated sets store it to identify their run."""
         self._stepping = False
         self.val_means, self.test_means = PairMeans(METRICS), PairMeans(METRICS)
         self.val_nll, self.test_nll = TokenNLL(), TokenNLL()
 
     @property
     def beta(self) -> float:
-        """That of the iteration; after the last one of a list, the last."""
+        """The beta of the current iteration. Iterations beyond the end of a list use its last value."""
         return self._betas[min(self.iteration, len(self._betas) - 1)]
 
     def configure_callbacks(self) -> list[Callback]:
-        """The loop over iterations, unless the trainer has one with settings of its own."""
+        """Return a `SelfPlayGeneration` callback with default settings, unless the Trainer already has one."""
         present = any(isinstance(callback, SelfPlayGeneration) for callback in callbacks_of(self.trainer))
         return [] if present else [SelfPlayGeneration()]
 
     # -- the opponent
 
     def configure_reference(self, policy: nn.Module) -> None:
-        """Keep of the opponent what cannot be had from the policy when it is needed."""
+        """Build the parts of the opponent that cannot be computed from the policy later."""
         moves = self.opponent_kind in ("iterate", "mixture") and self.generate_mode == "per_step"
         moving = None
         if moves or self.opponent_kind == "ema":
             moving = moving_reference(policy, lora=self.lora, convert=self.convert_like_policy, shard=self.shard_like_policy)
-            # Registered, so that it is saved, sharded or whole, and restored.
+            # Registering the average saves it in checkpoints, sharded or not, and restores it.
             self.opponent_average = moving.average
         base = None
         if self.lora is None and (self.opponent_kind in ("base", "mixture") or self.monitor_kl):
             if self.source.awaits_weights:
                 raise ValueError(
-                    f"opponent {self.opponent_kind!r} needs the weights that the run began with: {self.init_from} is no file"
+                    f"`opponent` {self.opponent_kind!r} or `monitor_kl` needs the weights at the start of the run, "
+                    f"but `init_from` is {self.init_from}, which is not a file. Give the checkpoint that the run started from."
                 )
             base = frozen_copy(policy).model
             self.base_hash = weights_hash(base)
@@ -160,18 +171,18 @@ class SPINModule(AlignModule):
         self.restore_opponent()
 
     def restore_opponent(self) -> None:
-        """Play with the average that a checkpoint may have brought; once, before the opponent is asked anything."""
+        """Copy a restored average into the opponent. Must be called before the opponent is first used."""
         if self.opponent.moving is not None:
             self.opponent.moving.restore(self.policy)
 
     def begin_iteration(self, iteration: int) -> None:
-        """The policy as it is now becomes the iterate."""
+        """Begin an iteration: the current policy becomes the iterate."""
         self.iteration = iteration
         if self.opponent.moving is not None and self.opponent_kind != "ema":
             self.opponent.moving.update(self.policy, alpha=1.0)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """As in `AlignModule`; the opponent `ema` follows the steps that the optimizer really takes."""
+        """Configure the optimizer as in `AlignModule`. The opponent `ema` is updated after each optimizer step."""
         configured: Any = super().configure_optimizers()
         optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
         for group in optimizer.param_groups:
@@ -185,19 +196,23 @@ class SPINModule(AlignModule):
                 self._stepping = False
                 moving.update(self.policy, alpha=1 - self.ema_decay)
 
-            # A hook of the optimizer: Lightning has none after its step, and checkpoints are written before the batch ends.
+            # This is an optimizer hook because Lightning has no hook between the optimizer step and the saving of a checkpoint.
             optimizer.register_step_post_hook(follow)
         return cast(OptimizerLRScheduler, configured)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Expect a step: torch takes some of its own, with gradients of 0, to save or load the state of a sharded optimizer."""
+        """Mark the next optimizer step as real.
+
+        To save or load the state of a sharded optimizer, torch takes extra steps with gradients of 0. These must not update the
+        average.
+        """
         super().on_before_optimizer_step(optimizer)
         self._stepping = True
 
     # -- training
 
     def training_step(self, batch: SelfPlayBatch | TokenBatch, batch_idx: int) -> Tensor:
-        """Sum of the pairs' losses, to be divided by the pairs of the optimizer batch that are no ties."""
+        """Return the sum of the losses of all pairs except ties. It is later divided by their number in the optimizer batch."""
         both: SelfPlayBatch = batch if "pairs" in batch else self.play(batch)  # type: ignore[assignment]
         policy, ratios, ties = self.score(both)
         losses = self.pair_losses(policy, ratios)
@@ -208,33 +223,40 @@ class SPINModule(AlignModule):
         return self.weighted(losses[~ties].sum(), (~ties).sum())
 
     def score(self, batch: SelfPlayBatch) -> tuple[LogProbs, Ratios, Tensor]:
-        """Log-probs under the policy, real rows first (2B,); log-ratios to the opponent (B,); and which pairs are ties (B,)."""
+        """Score a batch under the policy.
+
+        Returns:
+            The log-probs under the policy with real rows first, (2B,), the log-ratios to the opponent, (B,), and whether each
+            pair is a tie, (B,).
+        """
         policy = response_logprobs(self.policy, batch["pairs"])
         ratios = log_ratios(policy, LogProbs(batch["opponent"], policy.counts))
         return policy, ratios, tied(batch["pairs"])
 
     def pair_losses(self, policy: LogProbs, ratios: Ratios) -> Tensor:
-        """The loss of each pair, (B,), with the added SFT term."""
+        """Compute the loss of each pair including the SFT term, (B,)."""
         losses = LOSSES[self.loss](ratios, beta=self.beta, label_smoothing=self.label_smoothing)
         return losses - self.sft_weight * policy.means[: len(losses)] if self.sft_weight else losses
 
     @torch.no_grad()
     def metrics(self, losses: Tensor, policy: LogProbs, ratios: Ratios, ties: Tensor) -> dict[str, Tensor]:
-        """What is logged, a value a pair (B,)."""
+        """Compute the logged metrics, each with one value per pair, (B,)."""
         real, generated = self.beta * ratios.chosen, self.beta * ratios.rejected
         logps_real, logps_generated = policy.sums.detach().chunk(2)
         values = (losses.detach(), real, generated, real - generated, (real > generated).float())
         return dict(zip(METRICS, (*values, logps_real, logps_generated, ties.float()), strict=True))
 
     def play(self, batch: TokenBatch) -> SelfPlayBatch:
-        """Let the policy answer the prompts of a batch of real rows, and the opponent score both answers."""
+        """Generate responses of the policy to a batch of real rows, and score both responses under the opponent."""
         tokenizer = self.data_tokenizer
         lengths, prompts = batch["mask"].sum(1).tolist(), batch["targets"].int().argmax(1).tolist()
         rows = [row[:length] for row, length in zip(batch["tokens"], lengths, strict=True)]
         most = getattr(getattr(self.trainer, "datamodule", None), "max_length", max(lengths))
         ids = batch["rows"].tolist() if "rows" in batch else range(len(rows))
         if tokenizer is None:
-            raise ValueError("generate is 'per_step', which needs a data module with a `tokenizer` to know how responses end")
+            raise ValueError(
+                "`generate` is 'per_step', which needs the end-of-sequence id. Use a data module with a `tokenizer`."
+            )
         answers = generate(
             self.policy,
             [row[:n].tolist() for row, n in zip(rows, prompts, strict=True)],
@@ -265,11 +287,11 @@ class SPINModule(AlignModule):
         nll.update(policy.sums[:half], policy.counts[:half])
 
     def validation_step(self, batch: SelfPlayBatch | TokenBatch, batch_idx: int) -> None:
-        """Add a batch to ``val/nll`` of the real responses and, within a fit, to ``val/rewards/...``."""
+        """Update ``val/nll`` of the real responses and, within `fit`, ``val/rewards/...``."""
         self._evaluate(self.val_means, self.val_nll, batch)
 
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Add a batch to ``test/nll``."""
+        """Update ``test/nll``."""
         self._evaluate(self.test_means, self.test_nll, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -291,6 +313,6 @@ class SPINModule(AlignModule):
 
 
 def tied(pairs: TokenBatch) -> Tensor:
-    """Which generated rows are the real ones, (B,) bool: they teach nothing, and their gradient would be 0."""
+    """Return which generated rows equal their real rows, (B,) bool. Such ties have a gradient of 0."""
     same = [(a == b).all(dim=1) for a, b in (pairs[name].chunk(2) for name in ("tokens", "mask", "targets"))]
     return same[0] & same[1] & same[2]

@@ -1,12 +1,12 @@
-"""Opponents: who plays against the policy, generates what it is to be told from, and scores both.
+"""Opponents: models that play against the policy. An opponent generates responses and scores both responses of a pair.
 
 ========== ===================================================================================
 iterate    the policy as it was when the iteration began (Chen et al. 2024, arXiv 2401.01335)
 ema        an exponential moving average of the policy
 base       the policy as it was when the run began
-mixture    the normalised geometric mean  q(a|s) ~ p_iterate(a|s)^(1-w) p_base(a|s)^w  of each
-           next token's distributions, which keeps self-play near its beginning
-           (Alami et al. 2024, arXiv 2404.04291)
+mixture    the normalized geometric mean of both next-token distributions,
+           q(a|s) ~ p_iterate(a|s)^(1-w) p_base(a|s)^w, which keeps self-play close to
+           the base (Alami et al. 2024, arXiv 2404.04291)
 ========== ===================================================================================
 """
 
@@ -30,18 +30,18 @@ from lightning_align.types import TokenBatch
 OpponentKind = Literal["iterate", "ema", "base", "mixture"]
 
 SCORED_TOKENS = 4096
-"""At a time on a CPU: what a layer makes of many more leaves the last-level cache, and is paged in anew for every layer."""
+"""The number of tokens scored at a time on a CPU. The activations of more tokens do not fit the last-level cache."""
 
 
 class Scoped(nn.Module):
-    """A model with some LoRA scopes on and the others off; it offers what the model offers."""
+    """A view of a model with some LoRA scopes enabled and all others disabled. It has the interface of the model."""
 
     def __init__(self, model: nn.Module, *scopes: str) -> None:
-        """Choose the scopes.
+        """Select the scopes.
 
         Args:
-            model: shared, not copied.
-            *scopes: those that are on; none for the plain model.
+            model: The model. It is shared, not copied.
+            *scopes: The enabled scopes. Without any, the view is the model without adapters.
         """
         super().__init__()
         self.model, self.scopes = model, scopes
@@ -53,7 +53,7 @@ class Scoped(nn.Module):
 
     @property
     def head(self) -> Head:
-        """That of the model under these scopes, where it has one."""
+        """The head of the model under these scopes, if the model has one."""
         with using_lora(self.model, *self.scopes):
             head: Head = getattr(self.model, "head")  # noqa: B009  # mypy knows no `head` of a module
             return head
@@ -64,13 +64,13 @@ class Scoped(nn.Module):
             return out
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits, (B, N) -> (B, N, V)."""
+        """Compute the logits, (B, N) -> (B, N, V)."""
         with using_lora(self.model, *self.scopes):
             return logits_of(self.model, tokens)
 
 
-def _whole(model: nn.Module) -> nn.Module:
-    """The model itself, of one with some scopes on."""
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the model that a `Scoped` wraps."""
     return model.model if isinstance(model, Scoped) else model
 
 
@@ -81,33 +81,36 @@ class Caches(NamedTuple):
     second: Any
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows of both."""
+        """Keep only these rows in both caches."""
         self.first.select(rows)
         self.second.select(rows)
 
 
 class GeometricMixture(nn.Module):
-    """Two models of one vocabulary, their logits added with weights 1 - w and w: a softmax makes it the normalised mean.
+    """The geometric mixture of two models with the same vocabulary.
 
-    Of models with hidden states it is one with hidden states: both side by side, before both heads side by side. Not where a
-    head caps its logits, for then their mean is no linear layer's output; nor of two sharded models, whose outermost weights
-    are never gathered at the same time.
+    The mixture adds the logits of the models with weights 1 - w and w. The softmax of the sum is the normalized geometric mean
+    of their distributions.
+
+    If both models have hidden states, the mixture has hidden states too: it concatenates the hidden states and the heads.
+    There are two exceptions. If a head caps its logits, the sum is not the output of a linear layer. If the models are
+    different and at least one is sharded, their outermost weights are never gathered at the same time.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, weight: float) -> None:
-        """Mix.
+        """Combine two models.
 
         Args:
-            first: has the weight 1 - `weight`.
-            second: has the weight `weight`.
-            weight: w, from 0 to 1.
+            first: The model with weight 1 - `weight`.
+            second: The model with weight `weight`.
+            weight: The weight w, from 0 to 1.
         """
         super().__init__()
         self.first, self.second, self.weight = first, second, weight
         self.max_seq_len = min((size for size in map(context_length, (first, second)) if size is not None), default=None)
         if not (has_hidden(first) and has_hidden(second)) or first.head.softcap or second.head.softcap:
             return
-        if _whole(first) is not _whole(second) and (is_sharded(first) or is_sharded(second)):
+        if _unwrap(first) is not _unwrap(second) and (is_sharded(first) or is_sharded(second)):
             return
         self.hidden = self._hidden
         if has_cache(first) and has_cache(second):
@@ -115,7 +118,7 @@ class GeometricMixture(nn.Module):
 
     @property
     def head(self) -> Head:
-        """Both heads, (V, 2 D), where there is `hidden`."""
+        """Both heads side by side, (V, 2 D). Only valid if the mixture has `hidden`."""
         first, second = (getattr(model, "head") for model in (self.first, self.second))  # noqa: B009
         weight = torch.cat((first.weight, second.weight), dim=1)
         biases = [
@@ -130,16 +133,19 @@ class GeometricMixture(nn.Module):
         return torch.cat(((1 - self.weight) * one, self.weight * two), dim=-1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits, (B, N) -> (B, N, V), up to a constant of each position."""
+        """Compute the logits, (B, N) -> (B, N, V), up to a constant per position."""
         return (1 - self.weight) * logits_of(self.first, tokens) + self.weight * logits_of(self.second, tokens)
 
 
 def score(model: nn.Module, pairs: TokenBatch) -> Tensor:
-    """Log-probs (B,) of responses under a model that does not train.
+    """Compute the log-probs of responses under a model that does not train.
 
     Args:
-        model: any language model; one that is sharded takes them in one forward pass, as every rank must.
-        pairs: (B, N), padded on the right.
+        model: Any language model. A sharded model uses one forward pass, because all ranks need the same number of passes.
+        pairs: The rows, (B, N), padded on the right.
+
+    Returns:
+        The sum of the log-probs of each row in nats, (B,).
     """
     tokens = pairs["tokens"]
     count = 1 if tokens.is_cuda or is_sharded(model) else -(-tokens.numel() // SCORED_TOKENS)
@@ -150,7 +156,7 @@ def score(model: nn.Module, pairs: TokenBatch) -> Tensor:
 
 
 class Opponent:
-    """Who plays against the policy."""
+    """The opponent that plays against the policy."""
 
     def __init__(
         self,
@@ -161,21 +167,22 @@ class Opponent:
         scoped: bool,
         weight: float,
     ) -> None:
-        """Gather the parts, of which each kind needs some.
+        """Store the parts that the kind of opponent needs.
 
         Args:
-            kind: see above.
-            moving: for `ema`; for the others, the iterate where it must outlive the moment that an iteration begins.
-            base: a frozen copy of the policy as the run began; not needed where adapters can be switched off.
-            scoped: whether only adapters train.
-            weight: of the base in the mixture.
+            kind: The kind of opponent. See the table at the top of this file.
+            moving: The average for `ema`. For `iterate` and `mixture`, a copy of the iterate if the opponent is still needed
+                after the policy has trained.
+            base: A frozen copy of the policy at the start of the run. Not needed if adapters can be disabled instead.
+            scoped: Whether only adapters train.
+            weight: The weight of the base in the mixture.
         """
         self.kind, self.moving, self.scoped, self.weight = kind, moving, scoped, weight
-        # In a tuple, and this object no module: nothing of it is saved, moved or trained by its owner.
+        # The tuple hides the base from its owner, and this class is not a module. The base is thus not saved, moved or trained.
         self._base = (base,)
 
     def base(self, policy: nn.Module) -> nn.Module | None:
-        """The policy as the run began, where it is at hand."""
+        """Return the policy at the start of the run, or None if it was not kept."""
         if self.scoped:
             return Scoped(policy)
         (base,) = self._base
@@ -185,7 +192,7 @@ class Opponent:
         return base
 
     def player(self, policy: nn.Module) -> nn.Module:
-        """The model that generates and scores. Where nothing is kept of the iterate, that is the policy as it is now."""
+        """Return the model that generates and scores. Without a copy of the iterate, this is the current policy."""
         iterate = policy
         if isinstance(self.moving, MovingAdapters):
             iterate = Scoped(policy, REFERENCE_SCOPE)
@@ -202,12 +209,12 @@ class Opponent:
 
 
 def served_weights(player: nn.Module) -> dict[str, Tensor]:
-    """The weights of a player as another engine reads them: whole, adapters merged, under the names that an export gives.
+    """Return the weights of a player for another engine: gathered, with merged adapters, under the names of an export.
 
-    A collective where they are sharded.
+    For a sharded model, every rank must call this function.
 
     Args:
-        player: from `Opponent.player`, and no mixture: two models cannot be handed over as one.
+        player: A model from `Opponent.player`. A mixture is not supported, because its two models cannot be sent as one.
     """
     model, scopes = (player.model, player.scopes) if isinstance(player, Scoped) else (player, None)
     with nullcontext() if scopes is None else using_lora(model, *scopes):

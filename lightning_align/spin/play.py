@@ -1,4 +1,4 @@
-"""One iteration's play: the opponent answers the prompts of a set and scores both answers, part by part."""
+"""The play of an iteration: the opponent answers the prompts of a set and scores both responses, part by part."""
 
 import time
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm.auto import tqdm
 
 from lightning_align.data.store import TokenStore
 from lightning_align.generation.sampler import Generation
@@ -18,38 +18,56 @@ from lightning_align.types import TokenBatch
 
 
 class Play:
-    """Generates and scores the missing parts of a set."""
+    """The generation and scoring of the missing parts of a set.
+
+    Args:
+        trainer: The trainer, during `fit`.
+        data: The data module.
+        store: The rows of demonstrations.
+        generated: The set to complete.
+        previous: The set of the previous iteration, which holds the responses to replay.
+        loop: The `SelfPlayGeneration` callback.
+    """
 
     def __init__(
         self,
         trainer: L.Trainer,
         data: Any,
         store: TokenStore,
-        found: GeneratedSet,
-        before: GeneratedSet,
+        generated: GeneratedSet,
+        previous: GeneratedSet,
         loop: Any,
     ) -> None:
-        self.trainer, self.data, self.store, self.set, self.before, self.loop = trainer, data, store, found, before, loop
+        self.trainer, self.data, self.store, self.set, self.previous, self.loop = (
+            trainer,
+            data,
+            store,
+            generated,
+            previous,
+            loop,
+        )
         module: Any = trainer.lightning_module
         opponent: Opponent = module.opponent
         self.module, self.player = module, opponent.player(module.policy)
         base = opponent.base(module.policy)
-        # Where only adapters train the base is there for nothing, but scoring by it is not.
+        # With adapters the base needs no memory, but scoring with it takes time.
         self.base = base if self.module.monitor_kl else None
 
     def run(self, missing: list[int]) -> None:
-        """Write these parts, each rank its share; every rank must call this with the same parts."""
+        """Write the missing parts. Each rank writes its share. Every rank must call this with the same parts."""
         rank, ranks = world()
         mine = missing[rank::ranks]
-        # Every rank makes as many calls: under a sharded strategy each forward pass is a collective. What is made twice is
-        # written once.
+        # Every rank must make the same number of calls, because forward passes of a sharded model are collectives. A part that
+        # is generated twice is written once.
         extra = [missing[0]] * (-(-len(missing) // ranks) - len(mine))
         tokens, start = 0, time.perf_counter()
-        # Asked on every rank for all: what stands in a file is read, not made.
-        whole = self._ask([row for part in missing for row in self.set.parts[part]]) if self.loop.backend.whole else None
+        # Every rank requests all responses, because such a backend reads them from a file.
+        everything = (
+            self._generate([row for part in missing for row in self.set.parts[part]]) if self.loop.backend.whole else None
+        )
         bar = tqdm(
             [*mine, *extra],
-            desc=f"iteration {self.loop.iteration}: generating",
+            desc=f"Generating responses, iteration {self.loop.iteration}",
             unit="batch",
             leave=False,
             disable=None if rank == 0 else True,
@@ -57,16 +75,16 @@ class Play:
         with self.trainer.precision_plugin.forward_context(), bar:
             for number, part in enumerate(bar):
                 indices = self.set.parts[part]
-                answers = self._ask(indices) if whole is None else {row: whole[row] for row in indices}
-                rows = self._rows(indices, answers, self._older(part))
+                answers = self._generate(indices) if everything is None else {row: everything[row] for row in indices}
+                rows = self._rows(indices, answers, self._replayed(part))
                 tokens += sum(len(answer.tokens) + 1 for responses in answers.values() for answer in responses)
                 if number < len(mine):
                     self.set.write(part, rows)
                 if rank == 0:
                     bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
-        self.loop.told_speed(tokens, time.perf_counter() - start)
+        self.loop.record_speed(tokens, time.perf_counter() - start)
 
-    def _ask(self, indices: list[int]) -> dict[int, list[Generation]]:
+    def _generate(self, indices: list[int]) -> dict[int, list[Generation]]:
         prompts = [self._prompt(index) for index in indices]
         tokenizer = self.data.tokenizer
         answers = self.loop.backend.generate(
@@ -86,15 +104,15 @@ class Play:
         prompt: list[int] = stored.sides[0].tokens[: stored.num_prompt].tolist()
         return prompt
 
-    def _older(self, part: int) -> dict[int, list[Row]]:
-        """Responses of the iterations before that still take part."""
+    def _replayed(self, part: int) -> dict[int, list[Row]]:
+        """Return the responses of earlier iterations that are replayed, by row."""
         if not self.loop.replay or not self.loop.iteration:
             return {}
         oldest = self.loop.iteration - self.loop.replay
-        rows = self.before.read(part)
+        rows = self.previous.read(part)
         return {row["row"]: [answer for answer in row["generated"] if answer["iteration"] >= oldest] for row in rows}
 
-    def _rows(self, indices: list[int], answers: dict[int, list[Generation]], older: dict[int, list[Row]]) -> list[Row]:
+    def _rows(self, indices: list[int], answers: dict[int, list[Generation]], replayed: dict[int, list[Row]]) -> list[Row]:
         decode, eos_id = self.data.tokenizer.decode, self.data.tokenizer.eos_id
         rows: list[Row] = []
         for index in indices:
@@ -115,11 +133,11 @@ class Play:
                     "row": index,
                     "prompt": decode(self._prompt(index)),
                     "real": decode(stored.sides[0].tokens[stored.num_prompt :].tolist()),
-                    "generated": [*new, *older.get(index, [])],
+                    "generated": [*new, *replayed.get(index, [])],
                 }
             )
         answers_of = [(row["row"], answer) for row in rows for answer in row["generated"]]
-        # A real response is scored once, however many answers stand against it; the base is asked about answers alone.
+        # A real response is scored once for all of its generated responses. The base scores generated responses only.
         for row, value in zip(rows, self._score(self.player, [(row["row"], None) for row in rows]), strict=True):
             row["real_logprob"] = value
         responses = [(index, answer_ids(answer, eos_id)) for index, answer in answers_of]
@@ -130,11 +148,11 @@ class Play:
         return rows
 
     def _score(self, model: nn.Module, responses: Sequence[tuple[int, list[int] | None]]) -> list[float]:
-        """Log-probs of responses to prompts of the store; None is the real one."""
+        """Compute the log-probs of responses to rows of the store. Ids of None stand for the real response."""
         size = 2 * self.module.generation.batch_size
         batches = [responses[start : start + size] for start in range(0, len(responses), size)]
         if is_sharded(self.player):
-            # Every rank makes as many forward passes; the one too many gives what is there already.
+            # Every rank must make the same number of forward passes. The extra passes repeat the first batch.
             batches += batches[:1] * (largest(len(batches), self.module.device) - len(batches))
         sums = torch.cat([score(model, self._batch(some)) for some in batches])
         return cast(list[float], sums[: len(responses)].tolist())
@@ -154,7 +172,7 @@ class Play:
 
 
 def real_ids(store: TokenStore, index: int) -> list[int]:
-    """The ids of a row's real response."""
+    """Return the ids of the real response of a row."""
     stored = store[index]
     ids: list[int] = stored.sides[0].tokens[stored.num_prompt :].tolist()
     return ids

@@ -24,7 +24,7 @@ def log_hyperparameters(loggers: Iterable[Any], hyperparameters: Mapping[str, An
     flat = {name: value for name, value in flatten(shown) if value is not None}
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            for summary in hparams(flat, {metric: 0.0}):  # type: ignore[no-untyped-call]
+            for summary in hparams(flat, {metric: 0.0}):
                 add_summary(logger, summary)
 
 

@@ -146,21 +146,21 @@ def test_no_prompts_no_responses() -> None:
 
 
 def test_an_empty_prompt_is_named() -> None:
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(ValueError, match="Prompt 1 is empty"):
         generate(tiny_palm(), [[1], []])
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
-        ({"temperature": -1.0}, "temperature is -1.0; it must be 0"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"min_p": 1.0}, "min_p is 1.0"),
-        ({"num_samples": 0}, "num_samples is 0"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` of GenerationConfig must be at least 1, but got 0"),
+        ({"temperature": -1.0}, "`temperature` .* must be 0 .greedy. or above, but got -1.0"),
+        ({"top_k": 0}, "`top_k` .*got 0"),
+        ({"top_p": 0.0}, "`top_p` .*got 0.0"),
+        ({"top_p": 1.1}, "`top_p` .*got 1.1"),
+        ({"min_p": 1.0}, "`min_p` .*got 1.0"),
+        ({"num_samples": 0}, "`num_samples` .*got 0"),
+        ({"batch_size": 0}, "`batch_size` .*got 0"),
     ],
 )
 def test_impossible_values_are_named(values: dict[str, object], message: str) -> None:

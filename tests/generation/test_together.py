@@ -127,7 +127,7 @@ def test_a_stop_text_ends_a_response() -> None:
     assert results[0][0].finished
     with pytest.raises(ValueError, match="needs a tokenizer"):
         generate(model, PROMPTS, GenerationConfig(stop=["a"]))
-    with pytest.raises(ValueError, match="stop is"):
+    with pytest.raises(ValueError, match="`stop` of GenerationConfig must be"):
         GenerationConfig(stop=[""])
 
 
@@ -147,9 +147,9 @@ def test_lora_scopes_decode() -> None:
 def test_a_prompt_longer_than_the_context_is_named() -> None:
     model = Plain(exact_palm())
     model.max_seq_len = 6
-    with pytest.raises(ValueError, match="prompt 1 has 6 tokens, and the model's context 6"):
+    with pytest.raises(ValueError, match="Prompt 1 has 6 tokens, but the context of the model has only 6"):
         generate(model, PROMPTS)
-    with pytest.raises(ValueError, match="prompt 21 has 6 tokens"):
+    with pytest.raises(ValueError, match="Prompt 21 has 6 tokens"):
         generate(model, PROMPTS, ids=range(20, 25))
     (result,) = generate(model, [[1, 2, 3, 4]], GenerationConfig(max_new_tokens=9))
     assert len(result[0].tokens) == 2

@@ -98,7 +98,7 @@ def test_trl_reports_other_rewards_at_another_evaluation_batch(trainer: Callable
 
 
 def test_trl_forgets_a_moved_reference_on_resume(trainer: Callable[..., Any], tmp_path: Path) -> None:
-    """Its checkpoint has the policy alone; ours resumes a moving reference to the bit (tests/test_resume.py)."""
+    """Its checkpoint has the policy alone; ours resumes a moving reference to the bit (tests/training/test_resume.py)."""
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, "max_steps": 4}
 
     def losses(made: Any) -> list[float]:

@@ -177,7 +177,7 @@ def test_betas_rates_and_optimizers_follow_the_iteration(tmp_path: Path) -> None
 
 def test_factors_on_a_rate_that_a_schedule_rules_are_refused(tmp_path: Path) -> None:
     loop = {"lr_factors": [1.0, 0.5, 0.1], "reset_optimizer": False}
-    with pytest.raises(ValueError, match=r"lr_factors is \[1.0, 0.5, 0.1\], with `lr_scheduler` and reset_optimizer false"):
+    with pytest.raises(ValueError, match=r"`lr_factors` .* is \[1.0, 0.5, 0.1\], but `reset_optimizer` is false and there"):
         finish(tmp_path, loop=loop, lr_scheduler=lambda optimizer: WarmupDecay(optimizer, total_steps=10))
 
 
@@ -192,7 +192,7 @@ def test_an_iteration_that_does_harm_ends_the_run_with_the_weights_of_the_best(t
     assert largest_difference(state_of(module.policy), best) == 0
     assert (tmp_path / "sets" / "best.ckpt").is_file()
     trainer, module, data = start(tmp_path / "none", loop={"monitor": "val/absent"})
-    with pytest.raises(ValueError, match=r"val/absent.*which nothing has logged.*val/loss"):
+    with pytest.raises(ValueError, match=r"val/absent.*no such metric was logged.*val/loss"):
         trainer.fit(module, data)
 
 
@@ -223,41 +223,41 @@ def test_what_was_altered_is_named_before_any_step(tmp_path: Path) -> None:
     part = tmp_path / "sets" / "iteration_1" / "train" / "part-00001.jsonl"
     text = part.read_text()
     for altered, message in (
-        (text.replace('"logprob": -', '"logprob": -1'), "is not what was generated"),
-        ("".join(text.splitlines(keepends=True)[1:]), "is not what was generated"),
-        (None, "is missing, and the opponent of iteration 1 is gone"),
+        (text.replace('"logprob": -', '"logprob": -1'), "was changed after it was written"),
+        ("".join(text.splitlines(keepends=True)[1:]), "was changed after it was written"),
+        (None, "is missing. It cannot be generated again, because the policy has trained since iteration 1"),
     ):
         part.unlink()
         if altered is not None:
             part.write_text(altered)
-        with pytest.raises(ValueError, match=rf"part-00001.jsonl: {message}"):
+        with pytest.raises(ValueError, match=rf"part-00001.jsonl {message}"):
             finish(tmp_path, resume=True)
     part.write_text(text)
     (part.parent / "manifest.json").unlink()
     part.write_text("".join(text.splitlines(keepends=True)[1:]))
-    with pytest.raises(ValueError, match=r"has 3 rows, expected 4; row \d is missing"):
+    with pytest.raises(ValueError, match=r"has 3 rows, but 4 were expected. Row \d is missing"):
         finish(tmp_path, resume=True)
 
 
 def test_a_folder_of_other_weights_or_settings_is_named(tmp_path: Path) -> None:
     with pytest.raises(Cut):
         finish(tmp_path, CutAfter(1))
-    with pytest.raises(ValueError, match=r"iteration_0: is of an iteration that began with other weights"):
+    with pytest.raises(ValueError, match=r"iteration_0 holds an iteration that began with other weights"):
         finish(tmp_path, backbone=tiny_palm(num_tokens=259, seed=1))
-    with pytest.raises(ValueError, match=r"train: was generated otherwise .*replay is 1 there and 0 here"):
+    with pytest.raises(ValueError, match=r"train was generated with other settings: `replay` was 1 and is now 0"):
         finish(tmp_path, loop={"replay": 0})
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"iterations": 0}, "iterations is 0"),
-        ({"epochs": [1, 2]}, "epochs is"),
-        ({"epochs": 0}, "epochs is 0"),
-        ({"lr_factors": [1.0]}, "lr_factors is"),
-        ({"replay": -1}, "replay is -1"),
-        ({"num_prompts": 0}, "num_prompts is 0"),
-        ({"mode": "best"}, "mode is 'best'"),
+        ({"iterations": 0}, "`iterations` of .* at least 1, but got 0"),
+        ({"epochs": [1, 2]}, r"`epochs` .*got \[1, 2\]"),
+        ({"epochs": 0}, "`epochs` .*got 0"),
+        ({"lr_factors": [1.0]}, r"`lr_factors` .*got \[1.0\]"),
+        ({"replay": -1}, "`replay` .*got -1"),
+        ({"num_prompts": 0}, "`num_prompts` .*got 0"),
+        ({"mode": "best"}, "`mode` .*got 'best'"),
     ],
 )
 def test_impossible_loops_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tests.toys import largest_difference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def same(a: Any, b: Any) -> bool:
