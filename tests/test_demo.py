@@ -82,7 +82,7 @@ def test_the_demo_fine_tunes_samples_judges_aligns_and_compares(full_studies: bo
         row: json.loads((tmp_path / f"demo/seed_0/test_{row}.json").read_text())["test/solved"]
         for row in ("sft", "further", "winners", "dpo")
     }
-    for title in ("SFT on the sloppy", "as many further steps", "right answers alone", "+ DPO", "tensorboard --logdir"):
+    for title in ("SFT on the sloppy", "further SFT steps", "on correct answers", "+ DPO", "tensorboard --logdir"):
         assert title in result.stdout
     assert f"{100 * solved['dpo']:5.1f}" in result.stdout
     # The worst is that of three instruction sets, each with one thread and with two, and of four seeds.

@@ -1,4 +1,4 @@
-"""The examples run: each is what a project of somebody else's would write."""
+"""The examples run, as in a project that uses the library."""
 
 import importlib
 import json
