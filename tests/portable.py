@@ -45,7 +45,8 @@ def run(isa: str, threads: int, expression: str, more: list[str]) -> tuple[str, 
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**environment, **CAPS[isa], "OMP_NUM_THREADS": str(threads)},
+        # Threads that wait must sleep: where other work has the cores, those that spin keep each other from what is left.
+        env={**environment, **CAPS[isa], "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
