@@ -79,7 +79,7 @@ def test_trl_reuses_stored_reference_log_probs_of_another_length(trainer: Callab
 def test_trl_computes_stored_reference_log_probs_again_for_another_beta(
     trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are the reference's alone; ours serve every beta, loss and learning rate (tests/test_stored.py)."""
+    """They are the reference's alone; ours serve every beta, loss and learning rate (tests/references/test_stored.py)."""
     from trl import DPOTrainer
 
     calls, real = [], DPOTrainer.compute_ref_log_probs

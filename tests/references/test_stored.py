@@ -109,7 +109,7 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     content[-1] ^= 1
     shards[0].write_bytes(content)
     shards[1].write_bytes(content[:50])
-    with pytest.warns(UserWarning, match="damaged, and its rows will be scored again"):
+    with pytest.warns(UserWarning, match="Its rows will be scored again"):
         after = stored(tmp_path, Counted(model))
     assert len(after) == 2
 
@@ -120,7 +120,7 @@ def test_a_row_that_came_later_is_named(tmp_path: Path) -> None:
     reference.fill([rows_of(BATCH, 0, 3)], model, CPU)
     assert reference.logprobs(model, BATCH).sums.shape == (6,)  # the model is still there
     reference.finish()
-    with pytest.raises(ValueError, match="was not there when the training began"):
+    with pytest.raises(ValueError, match="was not among the rows at the start of training"):
         reference.logprobs(model, BATCH)
 
 
@@ -134,7 +134,7 @@ def test_a_model_that_can_be_made_again_is_for_the_rows_that_are_missing_alone(t
     reference = StoredLogProbs(Counted(model), again=again, weights="w", precision="32-true", cache_dir=tmp_path)
     reference.fill([rows_of(BATCH, 0, 3)], model, CPU)
     reference.rest()
-    assert reference.source is not None, "the first one is let go by `finish` alone"
+    assert reference.source is not None, "only `finish` frees the first one"
     reference.finish()
     reference.logprobs(model, rows_of(BATCH, 0, 3))
     assert reference.fill([rows_of(BATCH, 0, 3)], model, CPU) == 0 and not made
@@ -244,7 +244,7 @@ def test_stages_after_the_training_bring_other_rows(kind: str, tmp_path: Path) -
         torch.manual_seed(0)
         module = run(tmp_path, kind=reference, **given)
         if reference == "stored" and kind == "module":
-            with pytest.raises(ValueError, match=r"a row that `test` asks for: .* from a file \(`init_from`\)"):
+            with pytest.raises(ValueError, match=r"no log-probs for a row of `test`.* a file \(`init_from`\)"):
                 trainer(tmp_path).test(module, others(), verbose=False)
             module.train()  # which a stage that failed does not do
             trainer(tmp_path, max_epochs=1).fit(module, loader(), loader())  # all of these rows are known

@@ -138,9 +138,9 @@ def test_a_weight_without_a_partner_is_refused() -> None:
     renamed.inner = tiny_palm()
     more.extra = nn.Linear(2, 2)
     for model, message in (
-        (renamed, r"the policy has inner.* and the reference has blocks"),
-        (more, r"the policy has extra.bias \(2,\), extra.weight \(2, 2\) and the reference has nothing"),
-        (reshaped, r"the policy has blocks.0.* and the reference has blocks.0"),
+        (renamed, r"Only the policy has inner.*, and only the reference has blocks"),
+        (more, r"Only the policy has extra.bias \(2,\), extra.weight \(2, 2\), and only the reference has nothing"),
+        (reshaped, r"Only the policy has blocks.0.*, and only the reference has blocks.0"),
     ):
         with pytest.raises(ValueError, match=message):
             follower.follow(model, alpha=0.5)
@@ -276,14 +276,14 @@ def test_a_module_with_one_can_be_copied(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="reference of DPOModule is FrozenCopy, which does not move"):
+    with pytest.raises(ValueError, match="reference of DPOModule is a FrozenCopy, which does not move"):
         trainer(tmp_path, ReferenceUpdate()).fit(module(reference="frozen"), loader())
     with pytest.raises(ValueError, match=r"no callback moves it\. Add the callback ReferenceUpdate"):
         trainer(tmp_path).fit(module(), loader())
     for alpha in (0.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="alpha is"):
+        with pytest.raises(ValueError, match="`alpha` must be above 0"):
             ReferenceUpdate(alpha=alpha)
-    with pytest.raises(ValueError, match="every is 0"):
+    with pytest.raises(ValueError, match="`every` must be at least 1, but got 0"):
         ReferenceUpdate(every=0)
     with pytest.raises(ValueError, match="but got 'ema'"):
         module(reference="ema")

@@ -18,7 +18,7 @@ from lightning_align.models.language_model import has_cache
 from tests.models.test_pretrained import make
 from tests.toys import largest_difference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "What comes after "
 
 
@@ -106,7 +106,7 @@ def test_in_and_out_by_the_command_line(method: str, rows: str) -> None:
     Path("base").rename("gone")
     run(["export", checkpoint, "--output", "late", "--tokenizer", "tokenizer.json"])
     assert torch.equal(logits_of(Path("late"), tokens), logits_of(out, tokens))
-    with pytest.raises(SystemExit, match="holds no adapters"):
+    with pytest.raises(SystemExit, match="has no adapters"):
         run(["export", checkpoint, "--output", "adapter", "--adapter_only", "true"])
 
 
