@@ -86,9 +86,9 @@ class PreferenceMonitor(Callback):
         limits = {"max_fall": max_fall, "max_length_correlation": max_length_correlation}
         limits |= {"max_saturated": max_saturated, "max_kl": max_kl}
         for name, limit in limits.items():
-            most = 1 if name in ("max_length_correlation", "max_saturated") else float("inf")
-            if limit is not None and not 0 < limit < most:
-                raise ValueError(f"`{name}` must be above 0{' and below 1' * (most == 1)}, but got {limit}.")
+            upper = 1 if name in ("max_length_correlation", "max_saturated") else float("inf")
+            if limit is not None and not 0 < limit < upper:
+                raise ValueError(f"`{name}` must be above 0{' and below 1' * (upper == 1)}, but got {limit}.")
         if num_prompts < 0:
             raise ValueError(f"`num_prompts` must be 0 or more, but got {num_prompts}.")
         if max_kl is not None and not num_prompts:
@@ -102,8 +102,8 @@ class PreferenceMonitor(Callback):
         """Mean log-prob per token of chosen responses at the first measurement of each stage."""
         self._sums: dict[str, _Sums] = {}
         self._prompts: dict[tuple[int, ...], list[int]] = {}
-        self._told = 0
-        self._alarmed: set[str] = set()
+        self._logged_step = 0
+        self._warned: set[str] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the callback supports the module.
@@ -132,8 +132,8 @@ class PreferenceMonitor(Callback):
         """Add the pairs of the batch. Log the pairs since the last log at every logging step of Lightning."""
         self._add("train", pl_module, outputs, batch)
         step, every = trainer.global_step, log_interval(trainer)
-        if step != self._told and every and step % every == 0:
-            self._told = step
+        if step != self._logged_step and every and step % every == 0:
+            self._logged_step = step
             self._log("train", pl_module)
 
     def on_validation_batch_end(
@@ -205,8 +205,8 @@ class PreferenceMonitor(Callback):
             module.log(f"{stage}/{name}", value, batch_size=1, sync_dist=stage == "val")
             limit, number = self.limits[name], float(value)
             size = {DISPLACEMENT: -number, CORRELATION: abs(number)}.get(name, number)
-            if limit is not None and not size <= limit and name not in self._alarmed:
-                self._alarmed.add(name)
+            if limit is not None and not size <= limit and name not in self._warned:
+                self._warned.add(name)
                 bound = limit if size == number else -limit
                 rank_zero_warn(
                     f"PreferenceMonitor: {stage}/{name} is {number:.3g}, beyond its limit of {bound:g}, at step "
