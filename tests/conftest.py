@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Folders and files whose tests get the mark `portable`: of learning or of exactness, so that a processor's kernels matter.
+# Folders and files of tests of learning or exactness, where a processor's kernels matter. They get the mark `portable`.
 PORTABLE = (
     "calm/test_alignment.py",
     "calm/test_distributed.py",
@@ -24,14 +24,13 @@ PORTABLE = (
     "retro/test_model.py",
     "retro/test_module.py",
     "retro/test_strategies.py",
+    "scoring",
     "spin/test_loop.py",
     "spin/test_parts.py",
     "spin/test_theory.py",
     "test_configs.py",
     "test_demo.py",
     "test_examples.py",
-    "test_logprobs.py",
-    "test_pairwise.py",
     "training/test_checkpoints.py",
     "training/test_gradients.py",
     "training/test_metrics.py",

@@ -1,4 +1,4 @@
-"""Log-probs of responses: which tokens they are of, their value, their gradient, and that no path differs from another."""
+"""Log-probs of responses: which tokens count, the values, the gradients, and that all paths agree."""
 
 from typing import Any
 
@@ -19,13 +19,13 @@ from tests.toys import Plain, slow_logprobs, tiny_palm, token_batch
 
 
 def eight_tokens() -> TokenBatch:
-    """Prompt at 0-2, response at 3-5, pads at 6-7."""
+    """Make a row with the prompt at 0-2, the response at 3-5 and padding at 6-7."""
     places = torch.arange(8)[None]
     return {"tokens": places + 10, "mask": places < 6, "targets": (places >= 3) & (places < 6)}
 
 
 class NextIsOneMore(nn.Module):
-    """Gives nearly all probability to the token's successor."""
+    """A model that predicts token + 1 with a probability of nearly 1."""
 
     num_tokens = 32
 
@@ -33,13 +33,13 @@ class NextIsOneMore(nn.Module):
         return nn.functional.one_hot(tokens + 1, self.num_tokens) * 50.0
 
 
-def test_targets_are_the_response_and_nothing_else() -> None:
+def test_targets_are_the_response_tokens() -> None:
     rows, before, targets = select_targets(eight_tokens())
     assert (rows.tolist(), before.tolist(), targets.tolist()) == ([0, 0, 0], [2, 3, 4], [13, 14, 15])
 
 
-def test_long_responses_lose_no_digit() -> None:
-    """Added one after the other in float32, these are off by some 1e-3; margins are differences of such sums."""
+def test_sums_of_long_responses_are_exact() -> None:
+    """Summed in float32, these would be off by about 1e-3. Margins are differences of such sums."""
     torch.manual_seed(0)
     logps, rows = -10 * torch.rand(2000), torch.zeros(2000, dtype=torch.long)
     result = sum_logprobs(logps, rows, torch.ones(1, 2000, dtype=torch.bool))
@@ -47,8 +47,8 @@ def test_long_responses_lose_no_digit() -> None:
     assert result.sums.dtype == torch.float32
 
 
-def test_a_perfect_model_scores_nothing_lost() -> None:
-    """Without the shift, or with the mask off by one, this is -50 a token."""
+def test_a_perfect_model_scores_zero() -> None:
+    """Without the shift, or with the mask off by one, this is -50 per token."""
     result = response_logprobs(NextIsOneMore(), eight_tokens())
     assert result.counts.tolist() == [3]
     torch.testing.assert_close(result.sums, torch.zeros(1), rtol=0, atol=1e-6)
@@ -56,7 +56,7 @@ def test_a_perfect_model_scores_nothing_lost() -> None:
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("overrides", [{}, {"variant": "paper"}, {"tie_embeddings": False}])
-def test_both_paths_are_the_slow_version(overrides: dict[str, object], plain: bool) -> None:
+def test_both_paths_equal_the_slow_version(overrides: dict[str, object], plain: bool) -> None:
     model: nn.Module = tiny_palm(**overrides)
     if plain:
         model = Plain(model)
@@ -69,7 +69,7 @@ def test_both_paths_are_the_slow_version(overrides: dict[str, object], plain: bo
     torch.testing.assert_close(result.means, result.sums / torch.tensor([5, 1, 1, 2]), rtol=0, atol=0)
 
 
-def test_both_paths_give_one_gradient() -> None:
+def test_both_paths_have_the_same_gradient() -> None:
     batch, gradients = token_batch([2, 1, 4], [5, 1, 3]), []
     for wrap in (nn.Identity, Plain):
         model = tiny_palm(dtype=torch.float64)
@@ -87,7 +87,7 @@ def inputs(bias: bool = True, dtype: torch.dtype = torch.float64) -> tuple[Tenso
     return hidden, weight, b, torch.randint(11, (7,))
 
 
-# 44 bytes a row of 11 logits: chunks of 1, 2 (the last one short), and all rows.
+# A row of 11 logits has 44 bytes: chunks of 1, 2 (the last chunk is short), and all rows.
 CHUNKS = [1, 100, 10_000]
 
 
@@ -107,7 +107,7 @@ def test_gradients_are_the_derivatives(
     logits = logits if softcap is None else softcap * (logits / softcap).tanh()
     expected = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(function(hidden, weight, b), expected, rtol=0, atol=1e-12)
-    # A second pass computes again what the first had kept, and differs in the last bit.
+    # The second backward pass recomputes what the first had kept, and differs in the last bit.
     assert torch.autograd.gradcheck(function, (hidden, weight, b), nondet_tol=1e-12 if keep_bytes else 0.0)
 
 
@@ -130,7 +130,7 @@ def test_gradients_of_logits_are_the_derivatives(chunk_bytes: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 20])
-def test_a_second_backward_pass_is_like_the_first(keep_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_backward_pass_equals_the_first(keep_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "KEEP_BYTES", keep_bytes)
     hidden, weight, bias, targets = inputs()
     out = head_logprobs(hidden, weight, bias, targets, chunk_bytes=100).sum()
@@ -140,8 +140,8 @@ def test_a_second_backward_pass_is_like_the_first(keep_bytes: int, monkeypatch: 
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_a_gradient_of_the_gradient_is_refused() -> None:
-    """It would be silently wrong: the backward pass works in place on what it was given."""
+def test_a_second_derivative_is_rejected() -> None:
+    """It would be silently wrong, because the backward pass works in place."""
     hidden, weight, bias, targets = inputs()
     loss = head_logprobs(hidden, weight, bias, targets).square().sum()
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
@@ -149,7 +149,7 @@ def test_a_gradient_of_the_gradient_is_refused() -> None:
         gradient.sum().backward()
 
 
-def test_a_gap_of_ten_thousand_stays_finite() -> None:
+def test_logit_gaps_of_ten_thousand_are_finite() -> None:
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
     result = head_logprobs(hidden, weight, None, torch.tensor([1, 0]))
@@ -162,7 +162,7 @@ def test_a_gap_of_ten_thousand_stays_finite() -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_batch_without_targets_scores_zero_and_trains_nothing(plain: bool) -> None:
+def test_a_batch_without_targets_has_zero_sums_and_gradients(plain: bool) -> None:
     model: nn.Module = tiny_palm()
     result = response_logprobs(Plain(model) if plain else model, token_batch([3, 2], [0, 0]))
     assert (result.sums.tolist(), result.counts.tolist(), result.means.tolist()) == ([0, 0], [0, 0], [0, 0])
@@ -173,7 +173,7 @@ def test_a_batch_without_targets_scores_zero_and_trains_nothing(plain: bool) -> 
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("bias", [True, False])
 def test_under_autocast_sums_are_in_float32(bias: bool, keep_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against float64 on the same rounded logits: what is left is the rounding of float32, not that of bfloat16."""
+    """Against float64 on the same rounded logits, only the rounding of float32 is left, not that of bfloat16."""
     monkeypatch.setattr(head, "KEEP_BYTES", keep_bytes)
     hidden = torch.randn(64, 16, requires_grad=True)
     weight = torch.randn(3000, 16, requires_grad=True)
@@ -187,8 +187,8 @@ def test_under_autocast_sums_are_in_float32(bias: bool, keep_bytes: int, monkeyp
     expected = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
     result.sum().backward()
-    # Gradients come in the dtype of the parameters. Against float64 on the same rounded numbers there remain two roundings to
-    # bfloat16: that of the gradient of the logits and that of the product.
+    # Gradients have the dtype of the parameters. Against float64 on the same rounded numbers, two roundings to bfloat16 are
+    # left: that of the gradient of the logits and that of the product.
     gradient = -logits.softmax(1)
     gradient[torch.arange(64), targets] += 1
     for got, want in (
@@ -199,28 +199,28 @@ def test_under_autocast_sums_are_in_float32(bias: bool, keep_bytes: int, monkeyp
         assert float((got.double() - want).norm() / want.norm()) < 2**-8
 
 
-def test_ids_outside_of_the_vocabulary_are_named() -> None:
+def test_ids_outside_of_the_vocabulary_are_rejected() -> None:
     batch = token_batch([2], [3])
     batch["tokens"][0, 1] = 23
-    with pytest.raises(ValueError, match="a token id is 23, but the model's vocabulary has 23 entries"):
+    with pytest.raises(ValueError, match="Token ids must be below 23, the vocabulary size of the model, but got 23"):
         token_logprobs(tiny_palm(), batch)
     embed = nn.Sequential(nn.Embedding(30, 4), nn.Linear(4, 23))
-    with pytest.raises(ValueError, match="a token id is 23"):
+    with pytest.raises(ValueError, match=r"Token ids must be below 23, .* but got 23"):
         token_logprobs(embed, batch)
 
 
-def test_a_first_token_cannot_be_a_target() -> None:
-    with pytest.raises(ValueError, match="nothing precedes a first token"):
+def test_the_first_token_cannot_be_a_target() -> None:
+    with pytest.raises(ValueError, match="No token precedes the first one"):
         select_targets(token_batch([0, 2], [3, 1]))
 
 
-def test_a_module_that_gives_no_logits_is_named() -> None:
+def test_a_model_that_returns_no_logits_is_rejected() -> None:
     with pytest.raises(ValueError, match="logits"):
         token_logprobs(nn.Flatten(), token_batch([2], [3]))
 
 
 @pytest.mark.parametrize("build", [tiny_palm, lambda: Plain(tiny_palm())], ids=["hidden", "plain"])
-def test_collisions_are_those_of_the_whole_softmax(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collisions_equal_those_of_the_full_softmax(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build(), token_batch([2, 1, 3], [4, 1, 7])
     logps = model(batch["tokens"]).detach().double().log_softmax(-1)
     expected = [
@@ -232,7 +232,7 @@ def test_collisions_are_those_of_the_whole_softmax(build: Any, monkeypatch: pyte
         torch.testing.assert_close(response_collisions(model, batch), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_targets_may_be_weighted() -> None:
+def test_target_weights_weight_the_sums() -> None:
     model, batch = tiny_palm(), token_batch([2, 1, 3], [4, 1, 7])
     logps, rows = (x.detach() for x in token_logprobs(model, batch))
     weights = torch.rand(batch["tokens"].shape)
