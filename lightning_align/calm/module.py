@@ -141,6 +141,11 @@ class CALMModule(AlignModule):
 
     default_lr = 1e-3
 
+    def initial_weights(self) -> list[str]:
+        """Return the path of the anchor, if it is given as one. Its token ids are the ids of the data."""
+        anchor: Any = self.source.backbone
+        return [anchor] if isinstance(anchor, str) else []
+
     def build_policy(self) -> CALM:
         """Build the composition of the anchor and its augments."""
         anchor = self.source.backbone
@@ -319,6 +324,7 @@ class CALMModule(AlignModule):
         A sharded strategy restores every weight from the checkpoint, so there the frozen weights stay in it.
         """
         checkpoint["frozen"] = dict(self.policy.identity)
+        self.record_tokenizer(checkpoint)
         if not self.is_sharded:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(FROZEN)}

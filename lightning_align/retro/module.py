@@ -103,6 +103,10 @@ class RETROModule(AlignModule):
                 self.source.awaits_weights = True
         return policy
 
+    def initial_weights(self) -> list[str]:
+        """Return the checkpoints of the whole model and of the decoder, if given."""
+        return [*super().initial_weights(), *([] if self.retrofit_from is None else [self.retrofit_from])]
+
     def check_weights_loaded(self) -> None:
         """Raise if the weights were never loaded."""
         if self.source.awaits_weights and self.retrofit_from is not None:

@@ -34,6 +34,8 @@ from lightning_align.training.policy import PolicySource
 from lightning_align.training.prediction import prediction_rows
 from lightning_align.training.tensorboard import log_hyperparameters
 from lightning_align.training.throughput import Throughput
+from lightning_align.training.tokenizer import KEY as TOKENIZER
+from lightning_align.training.tokenizer import check_tokenizer, record_of, tokenizer_record
 from lightning_align.types import TokenBatch
 
 
@@ -102,9 +104,11 @@ class AlignModule(L.LightningModule):
     # -- the policy
 
     def setup(self, stage: str) -> None:
-        """Choose how memory is allocated, before the first large allocation."""
+        """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+        for path in self.initial_weights():
+            check_tokenizer(record_of(path), datamodule_of(self.trainer), source=path)
 
     def configure_model(self) -> None:
         """Build the policy, once."""
@@ -123,6 +127,10 @@ class AlignModule(L.LightningModule):
     def build_policy(self) -> nn.Module:
         """Build the policy with its initial weights, without adapters. Subclasses override it to build something else."""
         return self.source.build()
+
+    def initial_weights(self) -> list[str]:
+        """Return the files and folders that the initial weights come from and that may name their tokenizer."""
+        return [] if self.init_from is None else [self.init_from]
 
     def configure_reference(self, policy: nn.Module) -> None:
         """Make what the policy is compared with, before it is sharded and before a checkpoint is loaded into it."""
@@ -226,6 +234,7 @@ class AlignModule(L.LightningModule):
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
             checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
+        self.record_tokenizer(checkpoint)
         if self.is_sharded:
             # A sharded strategy loads the weights itself, all of them, before `on_load_checkpoint` could complete them.
             return
@@ -235,6 +244,11 @@ class AlignModule(L.LightningModule):
         for state, optimizer in zip(states, self.trainer.optimizers if states else [], strict=True):
             number_parameters(state, optimizer, self.parameters())
 
+    def record_tokenizer(self, checkpoint: dict[str, Any]) -> None:
+        """Add the name and the hashes of the data module's tokenizer to a checkpoint, if there is one."""
+        if (record := tokenizer_record(datamodule_of(trainer_of(self)))) is not None:
+            checkpoint[TOKENIZER] = record
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint of adapters with the base model, so that it is loaded strictly.
 
@@ -242,6 +256,9 @@ class AlignModule(L.LightningModule):
             ValueError: If the checkpoint is of another model.
         """
         self.source.awaits_weights = False
+        trainer = trainer_of(self)
+        path = (None if trainer is None else trainer.ckpt_path) or "that was given"
+        check_tokenizer(checkpoint.get(TOKENIZER), datamodule_of(trainer), source=f"checkpoint {path}")
         if self.is_sharded:
             if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
                 raise ValueError(
@@ -250,9 +267,7 @@ class AlignModule(L.LightningModule):
             return
         if self.lora is not None:
             restore_frozen(checkpoint, self.policy, self.state_dict())
-        trainer = trainer_of(self)
-        path = None if trainer is None else trainer.ckpt_path
-        check_weights(self.policy, policy_state(checkpoint["state_dict"]), path or "that was given")
+        check_weights(self.policy, policy_state(checkpoint["state_dict"]), path)
 
     # -- logging
 

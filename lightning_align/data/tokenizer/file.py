@@ -55,6 +55,7 @@ class FileTokenizer:
         self.pad_id: int = eos_id if pad_id is None else pad_id
         self.fingerprint: str = hash_parts(self._model.to_str(), str((bos_id, eos_id, self.pad_id)))
         self._text = text
+        self.vocabulary_fingerprint = hash_vocabulary(self._model)
 
     def save(self, folder: str | Path) -> None:
         """Save the tokenizer in the format that `AutoTokenizer.from_pretrained` loads."""
@@ -114,3 +115,9 @@ def hash_parts(*parts: str) -> str:
     for part in parts:
         digest.update(f"{len(part)}:".encode() + part.encode())
     return digest.hexdigest()[:16]
+
+
+def hash_vocabulary(model: tokenizers.Tokenizer) -> str:
+    """Hash which token each id is, without merges, templates and special roles."""
+    vocabulary = sorted(model.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    return hash_parts(*(f"{number} {token}" for token, number in vocabulary))

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from lightning_align.data.tokenizer.chat import check_messages, render_plain
-from lightning_align.data.tokenizer.file import FileTokenizer, hash_parts
+from lightning_align.data.tokenizer.file import FileTokenizer, hash_parts, hash_vocabulary
 from lightning_align.data.tokenizer.protocol import Message, Segment
 from lightning_align.runtime.hub import out_of_reach
 
@@ -57,6 +57,7 @@ class TransformersTokenizer(FileTokenizer):
         self.pad_id = self.eos_id if source.pad_token_id is None else int(source.pad_token_id)
         template = str(source.chat_template or "")
         self.fingerprint = hash_parts(self._model.to_str(), str((self.bos_id, self.eos_id, self.pad_id)), template)
+        self.vocabulary_fingerprint = hash_vocabulary(self._model)
         if faults := self._template_faults():
             warnings.warn(f"the chat template of {name} {'; it '.join(faults)}", stacklevel=2)
 

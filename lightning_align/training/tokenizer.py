@@ -1,0 +1,85 @@
+"""The tokenizer as a part of the run: recorded in checkpoints, and compared with the tokenizer of the data.
+
+Token ids mean nothing without their tokenizer. A run that starts from a checkpoint with another tokenizer trains without an
+error, on ids that the model knows as other tokens.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_align.data.tokenizer import Tokenizer, load_tokenizer
+from lightning_align.models.checkpoint import read_checkpoint
+
+KEY = "tokenizer"
+"""Where a checkpoint keeps the record."""
+
+
+def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a hash of which token each id is. Chat templates do not enter it, unlike ``Tokenizer.fingerprint``."""
+    return str(getattr(tokenizer, "vocabulary_fingerprint", tokenizer.fingerprint))
+
+
+def tokenizer_record(data: Any) -> dict[str, str] | None:
+    """Describe the tokenizer of a data module, for a checkpoint.
+
+    Args:
+        data: Any data module. One without a `tokenizer` has no record.
+
+    Returns:
+        ``name`` (as given to the data module), ``fingerprint`` and ``vocabulary``, or None.
+    """
+    tokenizer: Any = getattr(data, "tokenizer", None)
+    if not hasattr(tokenizer, "fingerprint"):
+        return None
+    name = getattr(data, "tokenizer_name", None) or type(tokenizer).__name__
+    return _record(str(name), tokenizer)
+
+
+def _record(name: str, tokenizer: Tokenizer) -> dict[str, str]:
+    return {"name": name, "fingerprint": tokenizer.fingerprint, "vocabulary": vocabulary_fingerprint(tokenizer)}
+
+
+def record_of(path: str | Path) -> dict[str, str] | None:
+    """Return the record of a checkpoint, or of the tokenizer in an exported folder; None where there is none.
+
+    Args:
+        path: A checkpoint, a state dict, or a folder with a tokenizer of transformers.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
+            return None
+        return _record(str(path), load_tokenizer(str(path)))
+    if not path.is_file() or path.suffix == ".safetensors":
+        return None  # a state dict has no record, and to look for one would read all of it
+    record = read_checkpoint(path).get(KEY)
+    return dict(record) if isinstance(record, Mapping) else None
+
+
+def check_tokenizer(record: Mapping[str, str] | None, data: Any, *, source: str) -> None:
+    """Compare the tokenizer of the data with the one that a model was trained with.
+
+    Args:
+        record: From a checkpoint. Without one nothing is compared.
+        data: The data module.
+        source: Where the record comes from, for messages.
+
+    Raises:
+        ValueError: If the two have different tokens.
+    """
+    own = tokenizer_record(data)
+    if record is None or own is None or record["fingerprint"] == own["fingerprint"]:
+        return
+    if record["vocabulary"] != own["vocabulary"]:
+        raise ValueError(
+            f"The tokenizer of the data, {own['name']}, is not the tokenizer that {source} was trained with, {record['name']}. "
+            f"The same ids are other tokens. Set `tokenizer` of the data module (on the command line --data.tokenizer) to "
+            f"{record['name']}."
+        )
+    rank_zero_warn(
+        f"The tokenizer of the data, {own['name']}, has the tokens of the tokenizer that {source} was trained with, "
+        f"{record['name']}, but another chat template, other special tokens or another preprocessing."
+    )
