@@ -154,6 +154,16 @@ def test_pairs(tmp_path):
     assert data.validation_prompts(1) == [([1, 115], "p", "y")]
 
 
+def test_rows_of_several_files(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", [{"prompt": f"{i}", "response": "r"}] * 2) for i in range(2)]
+    data = _open(SFTDataModule(paths, validation=f"{tmp_path}/*.jsonl", cache_dir=str(tmp_path / "cache")), "fit")
+    assert [data.ledgers[stage].num_kept for stage in ("train", "validation")] == [4, 4]
+    assert [prompt for _, prompt, _ in data.validation_prompts(9)] == ["0", "0", "1", "1"]
+    write_jsonl(tmp_path / "1.jsonl", [{"prompt": "p", "response": ""}])
+    with pytest.raises(ValueError, match=r"1\.jsonl:1 has an empty text"):
+        _open(SFTDataModule(paths, cache_dir=str(tmp_path / "cache")), "fit")
+
+
 def test_validation_prompts_and_grader(tmp_path):
     data = _open(_sft(tmp_path), "fit")
     assert [prompt[1:] for prompt in data.validation_prompts(2)] == [("0+0=", "0"), ("1+0=", "1")]
@@ -198,21 +208,24 @@ def test_the_command_line_takes_paths_and_tasks(tmp_path, capsys):
     data = parser.instantiate_classes(parsed).data
     assert data.sources["train"] == "rows.jsonl"
     assert data.sources["validation"].num_rows == 7
+    for argument, expected in (("[a.jsonl, b/*.csv]", ["a.jsonl", "b/*.csv"]), ("b/[0-9].csv", "b/[0-9].csv")):
+        data = parser.instantiate_classes(parser.parse_args([f"--data.train={argument}"])).data
+        assert data.sources["train"] == expected
     parsed = parser.parse_args(["--data.train", path, "--data.train.num_rows=9", "--data.validation=v.jsonl"])
     data = parser.instantiate_classes(parsed).data
     assert data.sources["validation"] == "v.jsonl"
-    assert "Source of the training rows" in parser.format_help()
+    assert "source of the training rows" in parser.format_help()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"eval_batch_size": 0}, "eval_batch_size is 0"),
-        ({"max_length": 1}, "max_length is 1"),
-        ({"truncation": "middle"}, "truncation is 'middle'"),
-        ({"mask_turns": "none"}, "mask_turns is 'none'"),
-        ({"on_bad_row": "cry"}, "on_bad_row is 'cry'"),
+        ({"batch_size": 0}, "`batch_size` must be 1 or more, but got 0"),
+        ({"eval_batch_size": 0}, "`eval_batch_size` must be 1 or more, but got 0"),
+        ({"max_length": 1}, "`max_length` must be 2 or more, but got 1"),
+        ({"truncation": "middle"}, "`truncation` must be one of .*, but got 'middle'"),
+        ({"mask_turns": "none"}, "`mask_turns` must be one of .*, but got 'none'"),
+        ({"on_bad_row": "cry"}, "`on_bad_row` must be one of .*, but got 'cry'"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):
@@ -239,7 +252,7 @@ def test_bad_rows_are_named_before_training(tmp_path, line, message):
 def test_missing_sources_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"there is no file nowhere\.jsonl"):
         SFTDataModule("nowhere.jsonl", cache_dir=str(tmp_path)).prepare_data()
-    with pytest.raises(ValueError, match=r"no source of test rows: give SFTDataModule\(test=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r"no source of test rows. Give `test` to SFTDataModule"):
         _sft(tmp_path).test_dataloader()
     with pytest.raises(ValueError, match="not open yet"):
         _sft(tmp_path).train_dataloader()

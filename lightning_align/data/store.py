@@ -23,7 +23,7 @@ from lightning_align.data.encode import EncodedRow, Truncation, encode_rows
 from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of
 from lightning_align.data.ledger import BadRow, Ledger
 from lightning_align.data.packing import encode_blocks
-from lightning_align.data.rows import Row, RowTask, read_rows, source_fingerprint
+from lightning_align.data.rows import Row, Source, read_rows, source_fingerprint, source_name
 from lightning_align.data.tokenizer import Tokenizer
 from lightning_align.runtime.files import publish, publish_text
 
@@ -116,7 +116,7 @@ class TokenStore(Dataset[StoredRow]):
         return np.asarray(np.sum(counts, axis=0), dtype=np.int64)
 
 
-def store_path(source: str | RowTask, *, split: str, recipe: Recipe, tokenizer: Tokenizer, cache_dir: str) -> Path:
+def store_path(source: Source, *, split: str, recipe: Recipe, tokenizer: Tokenizer, cache_dir: str) -> Path:
     """Return the path of the tokenized rows of a source. The file name contains a hash of everything that they depend on.
 
     Args:
@@ -160,9 +160,7 @@ def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:
     return store, ledger
 
 
-def build_store(
-    path: Path, *, source: str | RowTask, split: str, recipe: Recipe, tokenizer: Tokenizer
-) -> tuple[TokenStore, Ledger]:
+def build_store(path: Path, *, source: Source, split: str, recipe: Recipe, tokenizer: Tokenizer) -> tuple[TokenStore, Ledger]:
     """Tokenize a source and write the store, or open the store if it exists.
 
     Args:
@@ -178,7 +176,7 @@ def build_store(
     found = open_store(path)
     if found is not None:
         return found
-    name = source if isinstance(source, str) else type(source).__name__
+    name = source_name(source)
     ledger = Ledger(name, on_bad_row=recipe.on_bad_row)
     rows = tqdm(read_rows(source, split=split), desc=f"tokenizing {name}", unit=" rows", leave=False, disable=None)
     encoded = _encode(rows, recipe=recipe, tokenizer=tokenizer, ledger=ledger)

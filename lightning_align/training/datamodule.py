@@ -21,7 +21,7 @@ from lightning_align.data.batching import (
 from lightning_align.data.encode import Truncation
 from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of, prompt_text, read_conversation, side_text
 from lightning_align.data.ledger import BadRow, Ledger, write_ledgers
-from lightning_align.data.rows import Grader, RowTask, read_rows
+from lightning_align.data.rows import Grader, RowTask, Source, read_rows
 from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
@@ -39,8 +39,10 @@ _SPLITS: dict[Stage, str] = {"train": "train", "validation": "validation", "test
 class AlignDataModule(L.LightningDataModule):
     """Reads rows from files, the hub or a task, tokenizes them, and makes batches of token ids.
 
-    A source is a file (.jsonl, .jsonl.gz, .parquet, .csv), a dataset of the Hugging Face hub (name, name:split or
-    name:config:split), or a task (class_path and init_args).
+    A source is a file (.jsonl, .json, .csv, .parquet or .arrow; text files also with .gz or .zst), a folder of files, a
+    pattern (data/part-*.jsonl), a folder of `datasets.save_to_disk`, a dataset of the Hugging Face hub (name, name:split
+    or name:config:split), a list of these, or a task (class_path and init_args). The files of a folder or a pattern are
+    read in the order of their names.
 
     Args:
         train: The source of the training rows.
@@ -75,11 +77,11 @@ class AlignDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | RowTask | None = None,
+        train: list[str] | str | RowTask | None = None,
         *,
-        validation: str | RowTask | None = None,
-        test: str | RowTask | None = None,
-        predict: str | RowTask | None = None,
+        validation: list[str] | str | RowTask | None = None,
+        test: list[str] | str | RowTask | None = None,
+        predict: list[str] | str | RowTask | None = None,
         tokenizer: str = "bytes",
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -108,10 +110,10 @@ class AlignDataModule(L.LightningDataModule):
         ):
             if choice not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {choice!r}.")
-        self.sources: dict[Stage, str | RowTask] = {
+        self.sources: dict[Stage, Source] = {
             stage: source
             for stage, source in cast(
-                "list[tuple[Stage, str | RowTask | None]]",
+                "list[tuple[Stage, Source | None]]",
                 [("train", train), ("validation", validation), ("test", test), ("predict", predict)],
             )
             if source is not None
@@ -184,7 +186,7 @@ class AlignDataModule(L.LightningDataModule):
         path = store_path(source, split=split, recipe=recipe, tokenizer=self.tokenizer, cache_dir=self.cache_dir)
         return build_store(path, source=source, split=split, recipe=recipe, tokenizer=self.tokenizer)
 
-    def _recipe(self, stage: Stage, source: str | RowTask) -> Recipe:
+    def _recipe(self, stage: Stage, source: Source) -> Recipe:
         accepted, prompts_only = self.forms, False
         if stage == "predict":
             accepted = self.predict_forms
@@ -330,7 +332,7 @@ class AlignDataModule(L.LightningDataModule):
         return prompts
 
 
-def _first_form(source: str | RowTask, accepted: Sequence[Form], *, split: str) -> Form | None:
+def _first_form(source: Source, accepted: Sequence[Form], *, split: str) -> Form | None:
     """Return the form of the first row that has one."""
     for row in read_rows(source, split=split):
         try:
