@@ -164,6 +164,41 @@ def test_rows_of_several_files(tmp_path):
         _open(SFTDataModule(paths, cache_dir=str(tmp_path / "cache")), "fit")
 
 
+def test_columns_roles_and_shapes_from_the_command_line(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", [{"ask": {"text": "q"}, "reply": "a"}, {"ask": {"text": "p"}, "reply": "b"}])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SFTDataModule, "data")
+    arguments = ["--data.columns={prompt: ask.text, response: reply}", "--data.roles.visitor=user", "--data.shape=auto"]
+    arguments += [f"--data.train={train}", f"--data.validation={train}", f"--data.cache_dir={tmp_path / 'cache'}"]
+    data = _open(parser.instantiate_classes(parser.parse_args(arguments)).data, "fit")
+    assert data.mapping.roles == {"visitor": "user"}
+    assert [prompt[1:] for prompt in data.validation_prompts(5)] == [("q", "a"), ("p", "b")]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"ask": {"text": "q"}}])
+    data = SFTDataModule(
+        predict=prompts, columns={"prompt": "ask.text", "response": "reply"}, cache_dir=str(tmp_path / "cache")
+    )
+    (batch,) = _trainer(tmp_path).predict(Recorder(), datamodule=data)
+    assert [len(ids) for ids in batch["prompts"]] == [2]
+    for settings, message in (
+        ({"columns": {"prompt": "ask.txt"}}, "The columns are: text"),
+        ({"shape": "sharegpt"}, "'sharegpt' needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _open(SFTDataModule(train, cache_dir=str(tmp_path / "cache"), **settings), "fit")
+    with pytest.raises(ValueError, match="`shape` must be one of"):
+        SFTDataModule(train, shape="parrot")
+
+
+def test_labelled_and_ranked_rows_for_scoring(tmp_path):
+    labelled = [{"prompt": "p", "completion": "ab"[i % 2] * i, "label": i % 2 == 0} for i in range(1, 5)]
+    ranked = [{"prompt": "p", "answers": [{"text": "a", "score": 1}, {"text": "b", "score": 2}]}]
+    for name, rows, expected in (("labelled", labelled, 2), ("ranked", ranked, 1)):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        data = DPODataModule(predict=source, cache_dir=str(tmp_path / "cache"))
+        (batch,) = _trainer(tmp_path).predict(Recorder(), datamodule=data)
+        assert len(batch["chosen"]["tokens"]) == expected
+
+
 def test_validation_prompts_and_grader(tmp_path):
     data = _open(_sft(tmp_path), "fit")
     assert [prompt[1:] for prompt in data.validation_prompts(2)] == [("0+0=", "0"), ("1+0=", "1")]
@@ -208,6 +243,13 @@ def test_the_command_line_takes_paths_and_tasks(tmp_path, capsys):
     data = parser.instantiate_classes(parsed).data
     assert data.sources["train"] == "rows.jsonl"
     assert data.sources["validation"].num_rows == 7
+    # The command line of Lightning takes sub-configurations from files. A file of rows must not be taken for one.
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SFTDataModule, "data", sub_configs=True)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "response": "r"}] * 2)
+    (tmp_path / "rows.json").write_text('[{"prompt": "p", "response": "r"}]')
+    for argument in (rows, str(tmp_path / "rows.json")):
+        assert parser.instantiate_classes(parser.parse_args([f"--data.train={argument}"])).data.sources["train"] == argument
     for argument, expected in (("[a.jsonl, b/*.csv]", ["a.jsonl", "b/*.csv"]), ("b/[0-9].csv", "b/[0-9].csv")):
         data = parser.instantiate_classes(parser.parse_args([f"--data.train={argument}"])).data
         assert data.sources["train"] == expected

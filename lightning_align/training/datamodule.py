@@ -1,6 +1,6 @@
 """The base data module: rows from sources, tokenized once, as batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,10 @@ from lightning_align.data.batching import (
 from lightning_align.data.encode import Truncation
 from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of, prompt_text, read_conversation, side_text
 from lightning_align.data.ledger import BadRow, Ledger, write_ledgers
-from lightning_align.data.rows import Grader, RowTask, Source, read_rows
-from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, store_path
+from lightning_align.data.mapping import RowMapping, map_rows
+from lightning_align.data.rows import Grader, Row, RowTask, Source, read_rows
+from lightning_align.data.shapes import RankedPairs, Shape
+from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, read_forms, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
 
@@ -60,6 +62,15 @@ class AlignDataModule(L.LightningDataModule):
         group_by_length: Group rows of similar length in training batches, which saves padding. If length and content
             are related (sums of two and of three numbers, for example), groups make batches one-sided and training slower
             or unstable. Switch it off in that case.
+        columns: The column of each field, such as `{prompt: instruction, response: output}`. A dot reads a column within a
+            struct: `{prompt: info.post}`. Of a list of structs it reads the list of the values.
+        roles: The role of each name in messages, such as `{visitor: user, expert: assistant}`.
+        shape: The shape of the rows. `auto` finds it where it is certain, and `plain` takes rows as they are. `sharegpt` is
+            {conversations: [{from, value}]}, `alpaca` {instruction, input, output}, `completion` {prompt, completion},
+            `pair` {question, chosen, rejected}, `ranked` a prompt and answers with ranks or scores, `labelled` answers that
+            are labelled good or bad, and `choice` two answers and which is better.
+        ranked_pairs: The pairs of a row of ranked answers: the best and the worst (`best_worst`), every two of different rank
+            (`all`), or each with the next one (`adjacent`).
         on_bad_row: What happens to a malformed row. `fail` stops and names the row, `warn` drops it with a warning, and
             `skip` drops and counts it.
         num_workers: Processes that prepare batches. 0 prepares them in the training process.
@@ -75,19 +86,25 @@ class AlignDataModule(L.LightningDataModule):
     predict_forms: ClassVar[tuple[Form, ...]] = ("prompt", "messages")
     """The forms of prediction rows. If pairs are among them, a source of pairs is scored."""
 
+    # A string comes first, and a path is among the types: otherwise the command line would read a file of rows as a list or
+    # as a configuration.
     def __init__(
         self,
-        train: list[str] | str | RowTask | None = None,
+        train: str | Path | list[str] | RowTask | None = None,
         *,
-        validation: list[str] | str | RowTask | None = None,
-        test: list[str] | str | RowTask | None = None,
-        predict: list[str] | str | RowTask | None = None,
+        validation: str | Path | list[str] | RowTask | None = None,
+        test: str | Path | list[str] | RowTask | None = None,
+        predict: str | Path | list[str] | RowTask | None = None,
         tokenizer: str = "bytes",
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 512,
         truncation: Truncation = "keep_start",
         mask_turns: MaskTurns = "last_turn",
+        columns: dict[str, str] | None = None,
+        roles: dict[str, str] | None = None,
+        shape: Shape = "auto",
+        ranked_pairs: RankedPairs = "best_worst",
         on_bad_row: BadRow = "fail",
         group_by_length: bool = True,
         num_workers: int = 0,
@@ -111,9 +128,9 @@ class AlignDataModule(L.LightningDataModule):
             if choice not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {choice!r}.")
         self.sources: dict[Stage, Source] = {
-            stage: source
+            stage: str(source) if isinstance(source, Path) else source
             for stage, source in cast(
-                "list[tuple[Stage, Source | None]]",
+                "list[tuple[Stage, Path | Source | None]]",
                 [("train", train), ("validation", validation), ("test", test), ("predict", predict)],
             )
             if source is not None
@@ -124,6 +141,7 @@ class AlignDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.truncation: Truncation = truncation
         self.mask_turns: MaskTurns = mask_turns
+        self.mapping = RowMapping(columns=columns or {}, roles=roles or {}, shape=shape, ranked_pairs=ranked_pairs)
         self.on_bad_row: BadRow = on_bad_row
         self.group_by_length = group_by_length
         self.num_workers = num_workers
@@ -191,7 +209,8 @@ class AlignDataModule(L.LightningDataModule):
         if stage == "predict":
             accepted = self.predict_forms
             if "pair" in accepted:
-                pairs = _first_form(source, accepted, split=_SPLITS[stage]) == "pair"
+                rows = map_rows(read_rows(source, split=_SPLITS[stage]), self.mapping, accepted=accepted, prompts_only=True)
+                pairs = _first_form(rows, accepted) == "pair"
                 accepted = ("pair",) if pairs else tuple(form for form in accepted if form != "pair")
             prompts_only = "pair" not in accepted
         return Recipe(
@@ -202,6 +221,7 @@ class AlignDataModule(L.LightningDataModule):
             mask_turns=self.mask_turns,
             on_bad_row=self.on_bad_row,
             prompts_only=prompts_only,
+            mapping=self.mapping,
         )
 
     # -- batches
@@ -320,8 +340,9 @@ class AlignDataModule(L.LightningDataModule):
         stored = [store[i] for i in range(min(limit, len(store)))]
         wanted = {row.row: row for row in stored if row.num_prompt > 0}
         prompts = []
-        rows = enumerate(read_rows(self.sources["validation"], split=_SPLITS["validation"]))
-        for index, row in islice(rows, max(wanted, default=-1) + 1):
+        source = self.sources["validation"]
+        rows = read_forms(read_rows(source, split=_SPLITS["validation"]), recipe=self._recipe("validation", source))
+        for index, row in islice(enumerate(rows), max(wanted, default=-1) + 1):
             if index not in wanted:
                 continue
             forms = [form for form in self.forms if form != "text"]
@@ -332,9 +353,9 @@ class AlignDataModule(L.LightningDataModule):
         return prompts
 
 
-def _first_form(source: Source, accepted: Sequence[Form], *, split: str) -> Form | None:
+def _first_form(rows: Iterable[Row], accepted: Sequence[Form]) -> Form | None:
     """Return the form of the first row that has one."""
-    for row in read_rows(source, split=split):
+    for row in rows:
         try:
             return form_of(row.fields, accepted=accepted)
         except BadRowError:
