@@ -7,6 +7,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
+from lightning_align.data.mixture import SourcePart
 from lightning_align.data.rows import RowTask
 from lightning_align.dpo.datamodule import DPODataModule
 from lightning_align.sft.datamodule import SFTDataModule
@@ -95,10 +96,14 @@ def test_fit_sees_every_row_and_leaves_a_ledger(tmp_path):
     assert {stage: entry["rows"] for stage, entry in ledger.items()} == {"train": 50, "validation": 21}
 
 
-@pytest.mark.parametrize("stop", [5, 13, 16])
-def test_a_trainer_resumes_on_the_right_batch(tmp_path, stop):
+MIXTURE = [SourcePart(Sums(30), weight=2), SourcePart(Sums(50), weight=3.0)]
+
+
+@pytest.mark.parametrize(("train", "stop"), [(Sums(50), 5), (Sums(50), 13), (Sums(50), 16), (MIXTURE, 5), (MIXTURE, 21)])
+def test_a_trainer_resumes_on_the_right_batch(tmp_path, train, stop):
     whole = Recorder()
-    _trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(whole, datamodule=_sft(tmp_path))
+    settings = {"train": train, "mixture_stop": "all_exhausted"}
+    _trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(whole, datamodule=_sft(tmp_path, **settings))
 
     def keep():
         folder = tmp_path / "checkpoints"
@@ -107,9 +112,14 @@ def test_a_trainer_resumes_on_the_right_batch(tmp_path, stop):
     options = {"limit_val_batches": 0, "enable_checkpointing": True}
     first, second = Recorder(), Recorder()
     trainer = _trainer(tmp_path, max_epochs=-1, max_steps=stop, callbacks=[keep()], **options)
-    trainer.fit(first, datamodule=_sft(tmp_path))
+    trainer.fit(first, datamodule=_sft(tmp_path, **settings))
     trainer = _trainer(tmp_path, max_epochs=2, callbacks=[keep()], **options)
-    trainer.fit(second, datamodule=_sft(tmp_path), ckpt_path=tmp_path / "checkpoints" / f"step={stop}.ckpt", weights_only=True)
+    trainer.fit(
+        second,
+        datamodule=_sft(tmp_path, **settings),
+        ckpt_path=tmp_path / "checkpoints" / f"step={stop}.ckpt",
+        weights_only=True,
+    )
     assert first.seen + second.seen == whole.seen
 
 
@@ -199,6 +209,47 @@ def test_labelled_and_ranked_rows_for_scoring(tmp_path):
         assert len(batch["chosen"]["tokens"]) == expected
 
 
+def test_a_mixture_from_a_configuration(tmp_path):
+    one = write_jsonl(tmp_path / "one.jsonl", [{"ask": f"{i}", "reply": "r"} for i in range(4)])
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    two = write_jsonl(tmp_path / "two.jsonl", [{"conversations": said}] * 9)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SFTDataModule, "data", sub_configs=True)
+    columns = {"prompt": "ask", "response": "reply"}
+    parts = [{"source": one, "weight": 1, "columns": columns}, {"source": [two], "weight": 2}]
+    task = {"source": {"class_path": f"{__name__}.Sums", "init_args": {"num_rows": 3}}}
+    plain = [{"source": two}, {"source": one, "columns": columns}, task]
+    settings = {"train": parts, "validation": plain, "batch_size": 3, "cache_dir": str(tmp_path / "cache")}
+    arguments = [f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
+    parsed = parser.parse_object({"data": settings})
+    again = parser.parse_string(parser.dump(parsed))
+    for config in (parsed, again, parser.parse_args(arguments)):
+        data = parser.instantiate_classes(config).data
+        module = Recorder()
+        _trainer(tmp_path, max_epochs=3, num_sanity_val_steps=0).fit(module, datamodule=data)
+        epochs = [[row for batch in module.seen[start : start + 4] for row in batch] for start in (0, 4, 8)]
+        assert [sum(row < 4 for row in rows) for rows in epochs] == [4, 4, 4]
+        # An epoch has 8 of the 9 rows of the second source. The ninth is the first of the next epoch.
+        assert [sum(row >= 4 for row in rows) for rows in epochs] == [8, 8, 8]
+        assert {row for row in epochs[0] + epochs[1] if row >= 4} == set(range(4, 13))
+        assert sorted(module.validated) == sorted([*range(16)] * 3)
+        prompts = [prompt[1:] for prompt in data.validation_prompts(15)]
+        assert prompts[9:] == [*[(f"{i}", "r") for i in range(4)], ("0+0=", "0"), ("1+0=", "1")]
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert {name: entry["rows"] for name, entry in ledger.items()} == {
+        f"train/{one}": 4, f"train/{two}": 9, f"validation/{two}": 9, f"validation/{one}": 4, "validation/Sums": 3,
+    }  # fmt: skip
+
+
+def test_mixtures_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match=r"all or none must have a `weight`.*rows\.jsonl \(weight 1\), Sums \(weight None\)"):
+        SFTDataModule([SourcePart("rows.jsonl", weight=1), SourcePart(Sums())])
+    with pytest.raises(ValueError, match="`weight` of Sums must be positive, but got 0"):
+        SourcePart(Sums(), weight=0)
+    with pytest.raises(ValueError, match="`mixture_stop` must be one of"):
+        SFTDataModule("rows.jsonl", mixture_stop="never")
+
+
 def test_validation_prompts_and_grader(tmp_path):
     data = _open(_sft(tmp_path), "fit")
     assert [prompt[1:] for prompt in data.validation_prompts(2)] == [("0+0=", "0"), ("1+0=", "1")]
@@ -253,9 +304,12 @@ def test_the_command_line_takes_paths_and_tasks(tmp_path, capsys):
     for argument, expected in (("[a.jsonl, b/*.csv]", ["a.jsonl", "b/*.csv"]), ("b/[0-9].csv", "b/[0-9].csv")):
         data = parser.instantiate_classes(parser.parse_args([f"--data.train={argument}"])).data
         assert data.sources["train"] == expected
+    assert SFTDataModule(tmp_path / "rows.jsonl")._parts["train"][0].rows == rows
     parsed = parser.parse_args(["--data.train", path, "--data.train.num_rows=9", "--data.validation=v.jsonl"])
-    data = parser.instantiate_classes(parsed).data
-    assert data.sources["validation"] == "v.jsonl"
+    for config in (parsed, parser.parse_string(parser.dump(parsed))):
+        data = parser.instantiate_classes(config).data
+        assert data.sources["validation"] == "v.jsonl"
+        assert data.sources["train"].num_rows == 9
     assert "source of the training rows" in parser.format_help()
 
 
