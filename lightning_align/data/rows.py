@@ -124,7 +124,13 @@ def _hub_rows(name: str, *, split: str) -> Iterator[Row]:
 
 
 def _load_hub(name: str, *, split: str) -> Any:
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"{name!r} is not a file (searched in {Path.cwd()}{near(name)}). To load it from the hub, install the package"
+            " `datasets`, which the extra `hub` includes."
+        ) from error
 
     dataset, *rest = name.split(":")
     config = rest[0] if len(rest) == 2 else None

@@ -1,8 +1,10 @@
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -191,7 +193,6 @@ def test_a_folder_of_several_splits_or_kinds_is_not_mixed(tmp_path):
 
 
 def test_folders_of_saved_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     whole = datasets.Dataset.from_list([{"prompt": str(i), "messages": [{"role": "user"}]} for i in range(5)])
     # Filtered and shuffled datasets are stored in their own order.
@@ -249,6 +250,18 @@ def test_a_zstandard_file_that_is_cut(tmp_path):
     (tmp_path / "cut.jsonl.zst").write_bytes(_zstandard(b'{"a": 1}\n' * 1000)[:-8])
     with pytest.raises(ValueError, match=r"cut\.jsonl\.zst, after line .*cannot be read"):
         list(read_rows(str(tmp_path / "cut.jsonl.zst")))
+
+
+def test_only_hub_names_need_the_package_datasets(tmp_path, monkeypatch):
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    for name in ("datasets", "pandas"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("saved", "rows.parquet"):
+        assert [row.fields for row in read_rows(str(tmp_path / name))] == ROWS
+    with pytest.raises(ValueError, match=r"'someone/something' is not a file .*install the package `datasets`.*extra `hub`"):
+        list(read_rows("someone/something"))
 
 
 def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch):
