@@ -175,7 +175,7 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
     def global_batches(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         """Compute the global batches of the current epoch, as arrays of row indices."""
         random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(self.num_rows) if self.shuffle else np.arange(self.num_rows)
+        order = self._epoch_rows(random)
         num_rest = self.num_rows % self.global_batch_size
         order, rest = order[: self.num_rows - num_rest], order[self.num_rows - num_rest :]
         group_size = _BATCHES_SORTED_TOGETHER * self.global_batch_size
@@ -193,6 +193,10 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
             else:
                 batches[-1] = np.concatenate([batches[-1], rest])
         return batches
+
+    def _epoch_rows(self, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Draw the rows of the current epoch, in the order in which they are grouped."""
+        return random.permutation(self.num_rows) if self.shuffle else np.arange(self.num_rows)
 
     def _has_own_batch(self, num_rest: int) -> bool:
         return num_rest >= self.num_replicas

@@ -19,6 +19,10 @@ PROMPT_TRIMMED = "prompt_trimmed"
 RESPONSE_TRIMMED = "response_trimmed"
 LIMITS = ("too_long", "prompt_too_long", "response_too_long")
 """The reasons for a drop that come from the user's length limits. Such rows are not bad."""
+TIED, UNPAIRED = "tied", "unpaired"
+NOT_BAD = (*LIMITS, TIED, UNPAIRED)
+"""The reasons for a drop that no correction of the row would change: a limit, answers of equal rank, and a labelled answer
+without one of the other label."""
 _NUM_EXAMPLES = 5
 """The number of dropped rows that are kept as examples, per reason."""
 
@@ -79,9 +83,9 @@ class Ledger:
             problem: What is wrong with the row and what was expected.
 
         Raises:
-            ValueError: If the row is bad and ``on_bad_row`` is ``fail``. A row over a length limit is not bad.
+            ValueError: If the row is bad and ``on_bad_row`` is ``fail``. See `NOT_BAD`.
         """
-        if self.on_bad_row == "fail" and reason not in LIMITS:
+        if self.on_bad_row == "fail" and reason not in NOT_BAD:
             raise ValueError(
                 f"{origin} {problem}. Correct the row, or set `on_bad_row` to 'warn' or 'skip' to drop and count such "
                 f"rows ({reason})."
@@ -101,7 +105,7 @@ class Ledger:
             over = any(f"dropped/{reason}" in self.counts for reason in LIMITS)
             remedy = " Increase `max_length`, or choose another `truncation`." if over else ""
             raise ValueError(f"no row of {self.source} is left.{remedy}\n{self.table()}{self._example_lines(self.examples)}")
-        bad = {reason: lines for reason, lines in self.examples.items() if reason not in LIMITS}
+        bad = {reason: lines for reason, lines in self.examples.items() if reason not in NOT_BAD}
         if bad and self.on_bad_row == "warn":
             num_bad = sum(self.counts[f"dropped/{reason}"] for reason in bad)
             warnings.warn(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,19 +22,20 @@ from tqdm.auto import tqdm
 from lightning_align.data.encode import EncodedRow, Truncation, encode_rows
 from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of
 from lightning_align.data.ledger import BadRow, Ledger
+from lightning_align.data.mapping import RowMapping, map_rows
 from lightning_align.data.packing import encode_blocks
-from lightning_align.data.rows import Row, RowTask, read_rows, source_fingerprint
+from lightning_align.data.rows import Row, Source, read_rows, source_fingerprint, source_name
 from lightning_align.data.tokenizer import Tokenizer
 from lightning_align.runtime.files import publish, publish_text
 
-_FORMAT = 3
+_FORMAT = 4
 """The version of the format. Increase it when the same settings produce other ids or another layout."""
 _ROWS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All settings that the ids of a source depend on, except the tokenizer. See `encode_rows`."""
+    """All settings that the ids of a source depend on, except the tokenizer. See `encode_rows` and `map_rows`."""
 
     kind: str
     """What the rows are used for. It is a part of the file name."""
@@ -44,6 +45,7 @@ class Recipe:
     mask_turns: MaskTurns
     on_bad_row: BadRow
     prompts_only: bool = False
+    mapping: RowMapping = field(default_factory=RowMapping)
 
 
 class StoredTokens(NamedTuple):
@@ -116,7 +118,7 @@ class TokenStore(Dataset[StoredRow]):
         return np.asarray(np.sum(counts, axis=0), dtype=np.int64)
 
 
-def store_path(source: str | RowTask, *, split: str, recipe: Recipe, tokenizer: Tokenizer, cache_dir: str) -> Path:
+def store_path(source: Source, *, split: str, recipe: Recipe, tokenizer: Tokenizer, cache_dir: str) -> Path:
     """Return the path of the tokenized rows of a source. The file name contains a hash of everything that they depend on.
 
     Args:
@@ -160,9 +162,7 @@ def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:
     return store, ledger
 
 
-def build_store(
-    path: Path, *, source: str | RowTask, split: str, recipe: Recipe, tokenizer: Tokenizer
-) -> tuple[TokenStore, Ledger]:
+def build_store(path: Path, *, source: Source, split: str, recipe: Recipe, tokenizer: Tokenizer) -> tuple[TokenStore, Ledger]:
     """Tokenize a source and write the store, or open the store if it exists.
 
     Args:
@@ -178,10 +178,11 @@ def build_store(
     found = open_store(path)
     if found is not None:
         return found
-    name = source if isinstance(source, str) else type(source).__name__
+    name = source_name(source)
     ledger = Ledger(name, on_bad_row=recipe.on_bad_row)
     rows = tqdm(read_rows(source, split=split), desc=f"tokenizing {name}", unit=" rows", leave=False, disable=None)
-    encoded = _encode(rows, recipe=recipe, tokenizer=tokenizer, ledger=ledger)
+    mapped = read_forms(rows, recipe=recipe, ledger=ledger)
+    encoded = _encode(mapped, recipe=recipe, tokenizer=tokenizer, ledger=ledger)
     num_stored = 0
 
     def write(temporary: Path) -> None:
@@ -195,6 +196,17 @@ def build_store(
     text = json.dumps(content, indent=2, ensure_ascii=False)
     publish_text(path.with_suffix(".json"), text)
     return TokenStore(str(path)), ledger
+
+
+def read_forms(rows: Iterable[Row], *, recipe: Recipe, ledger: Ledger | None = None) -> Iterator[Row]:
+    """Convert rows to rows of the forms, as `build_store` does. Their numbers are those of the stored rows.
+
+    Args:
+        rows: The rows, as they were read.
+        recipe: How to encode the rows.
+        ledger: The ledger that counts the rows that cannot be converted.
+    """
+    return map_rows(rows, recipe.mapping, accepted=recipe.accepted, prompts_only=recipe.prompts_only, ledger=ledger)
 
 
 def _encode(rows: Iterable[Row], *, recipe: Recipe, tokenizer: Tokenizer, ledger: Ledger) -> Iterator[EncodedRow]:

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_align.data.mixture import describe
 from lightning_align.export.card import is_peft, model_card
 from lightning_align.models.formats import merged_weights, whole_weights, write_adapter, write_model
 from lightning_align.models.language_model import policy_of
@@ -50,7 +51,7 @@ class ExportModel(Callback):
         else:
             data: Any = getattr(trainer, "datamodule", None)
             given = getattr(data, "sources", {})
-            sources = {name: x if isinstance(x, str) else type(x).__name__ for name, x in given.items()}
+            sources = {name: describe(source) for name, source in given.items()}
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             write_model(
                 policy,

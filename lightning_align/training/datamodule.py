@@ -1,6 +1,6 @@
 """The base data module: rows from sources, tokenized once, as batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,11 @@ from lightning_align.data.batching import (
 from lightning_align.data.encode import Truncation
 from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of, prompt_text, read_conversation, side_text
 from lightning_align.data.ledger import BadRow, Ledger, write_ledgers
-from lightning_align.data.rows import Grader, RowTask, read_rows
-from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, store_path
+from lightning_align.data.mapping import RowMapping, map_rows
+from lightning_align.data.mixture import MixedStore, MixtureSampler, MixtureStop, SourcePart, parts_of
+from lightning_align.data.rows import Grader, Row, RowTask, read_rows
+from lightning_align.data.shapes import RankedPairs, Shape
+from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, read_forms, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
 
@@ -39,8 +42,13 @@ _SPLITS: dict[Stage, str] = {"train": "train", "validation": "validation", "test
 class AlignDataModule(L.LightningDataModule):
     """Reads rows from files, the hub or a task, tokenizes them, and makes batches of token ids.
 
-    A source is a file (.jsonl, .jsonl.gz, .parquet, .csv), a dataset of the Hugging Face hub (name, name:split or
-    name:config:split), or a task (class_path and init_args).
+    A source is a file (.jsonl, .json, .csv, .parquet or .arrow; text files also with .gz or .zst), a folder of files, a
+    pattern (data/part-*.jsonl), a folder of `datasets.save_to_disk`, a dataset of the Hugging Face hub (name, name:split
+    or name:config:split), a list of these, or a task (class_path and init_args). The files of a folder or a pattern are
+    read in the order of their names.
+
+    A mixture is a list of sources with settings of their own: `[{source: a.jsonl, weight: 2}, {source: b.jsonl, weight: 1}]`.
+    Each may have its own `columns`, `roles`, `shape` and `ranked_pairs`. Without weights, an epoch has every row once.
 
     Args:
         train: The source of the training rows.
@@ -58,6 +66,17 @@ class AlignDataModule(L.LightningDataModule):
         group_by_length: Group rows of similar length in training batches, which saves padding. If length and content
             are related (sums of two and of three numbers, for example), groups make batches one-sided and training slower
             or unstable. Switch it off in that case.
+        columns: The column of each field, such as `{prompt: instruction, response: output}`. A dot reads a column within a
+            struct: `{prompt: info.post}`. Of a list of structs it reads the list of the values.
+        roles: The role of each name in messages, such as `{visitor: user, expert: assistant}`.
+        shape: The shape of the rows. `auto` finds it where it is certain, and `plain` takes rows as they are. `sharegpt` is
+            {conversations: [{from, value}]}, `alpaca` {instruction, input, output}, `completion` {prompt, completion},
+            `pair` {question, chosen, rejected}, `ranked` a prompt and answers with ranks or scores, `labelled` answers that
+            are labelled good or bad, and `choice` two answers and which is better.
+        ranked_pairs: The pairs of a row of ranked answers: the best and the worst (`best_worst`), every two of different rank
+            (`all`), or each with the next one (`adjacent`).
+        mixture_stop: When an epoch of a mixture with weights ends: when the first source has given all its rows
+            (`first_exhausted`), or when all have (`all_exhausted`), with the rows of the others repeated.
         on_bad_row: What happens to a malformed row. `fail` stops and names the row, `warn` drops it with a warning, and
             `skip` drops and counts it.
         num_workers: Processes that prepare batches. 0 prepares them in the training process.
@@ -73,19 +92,26 @@ class AlignDataModule(L.LightningDataModule):
     predict_forms: ClassVar[tuple[Form, ...]] = ("prompt", "messages")
     """The forms of prediction rows. If pairs are among them, a source of pairs is scored."""
 
+    # The order matters to the command line. A string comes first and `Path` is among the types, so that it does not read a
+    # file of rows as a list or a configuration. `Path` comes last, because it takes any value.
     def __init__(
         self,
-        train: str | RowTask | None = None,
+        train: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
         *,
-        validation: str | RowTask | None = None,
-        test: str | RowTask | None = None,
-        predict: str | RowTask | None = None,
+        validation: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
+        test: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
+        predict: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
         tokenizer: str = "bytes",
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 512,
         truncation: Truncation = "keep_start",
         mask_turns: MaskTurns = "last_turn",
+        columns: dict[str, str] | None = None,
+        roles: dict[str, str] | None = None,
+        shape: Shape = "auto",
+        ranked_pairs: RankedPairs = "best_worst",
+        mixture_stop: MixtureStop = "first_exhausted",
         on_bad_row: BadRow = "fail",
         group_by_length: bool = True,
         num_workers: int = 0,
@@ -105,30 +131,28 @@ class AlignDataModule(L.LightningDataModule):
             ("truncation", truncation, ("keep_start", "keep_end", "drop")),
             ("mask_turns", mask_turns, ("last_turn", "assistant_only", "all")),
             ("on_bad_row", on_bad_row, ("fail", "warn", "skip")),
+            ("mixture_stop", mixture_stop, ("first_exhausted", "all_exhausted")),
         ):
             if choice not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {choice!r}.")
-        self.sources: dict[Stage, str | RowTask] = {
-            stage: source
-            for stage, source in cast(
-                "list[tuple[Stage, str | RowTask | None]]",
-                [("train", train), ("validation", validation), ("test", test), ("predict", predict)],
-            )
-            if source is not None
-        }
+        given = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.sources = {cast(Stage, stage): source for stage, source in given.items() if source is not None}
+        self._parts = {stage: parts_of(source) for stage, source in self.sources.items()}
         self.tokenizer_name = tokenizer
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_length = max_length
         self.truncation: Truncation = truncation
         self.mask_turns: MaskTurns = mask_turns
+        self.mapping = RowMapping(columns=columns or {}, roles=roles or {}, shape=shape, ranked_pairs=ranked_pairs)
+        self.mixture_stop: MixtureStop = mixture_stop
         self.on_bad_row: BadRow = on_bad_row
         self.group_by_length = group_by_length
         self.num_workers = num_workers
         self.cache_dir = cache_dir
         self.seed = seed
-        self.ledgers: dict[Stage, Ledger] = {}
-        """Counts of kept, trimmed and dropped rows, per source."""
+        self.ledgers: dict[str, Ledger] = {}
+        """Counts of kept, trimmed and dropped rows, per stage. The key of a part of a mixture is `stage/source`."""
         self._stores: dict[Stage, TokenStore] = {}
         self._tokenizer: Tokenizer | None = None
         self._limit_val_batches: int | float | None = None
@@ -157,9 +181,13 @@ class AlignDataModule(L.LightningDataModule):
         new = [name for name in _STAGES_OF[stage] if name in self.sources and name not in self._stores]
         for name in new:
             opened = self._open(name)
-            assert opened is not None
-            self._stores[name], self.ledgers[name] = opened
-            rank_zero_info(f"{name} rows from {self.ledgers[name].table()}")
+            names = [part.name for part in self._parts[name]]
+            stores = [store for store, _ in opened]
+            self._stores[name] = stores[0] if len(stores) == 1 else MixedStore(stores, names)
+            for i, (_, ledger) in enumerate(opened):
+                same = f" ({names[: i + 1].count(names[i])})" if names.count(names[i]) > 1 else ""
+                self.ledgers[name if len(opened) == 1 else f"{name}/{names[i]}{same}"] = ledger
+                rank_zero_info(f"{name} rows from {ledger.table()}")
         trainer = self.trainer
         if stage == "fit" and trainer is not None and "validation" not in self.sources:
             # A fit without validation rows does not validate. Lightning warns if there is no loader or an empty one.
@@ -168,28 +196,31 @@ class AlignDataModule(L.LightningDataModule):
             # On every rank, because `log_dir` is a broadcast.
             folder = Path(trainer.log_dir or trainer.default_root_dir)
             if trainer.is_global_zero:
-                write_ledgers(folder / "ledger.json", {str(name): ledger for name, ledger in self.ledgers.items()})
+                write_ledgers(folder / "ledger.json", self.ledgers)
 
     def teardown(self, stage: str) -> None:
         """Restore the Trainer's settings."""
         if self.trainer is not None and self._limit_val_batches is not None:
             self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
-    def _open(self, stage: Stage) -> tuple[TokenStore, Ledger] | None:
-        source = self.sources.get(stage)
-        if source is None:
-            return None
+    def _open(self, stage: Stage) -> list[tuple[TokenStore, Ledger]]:
+        """Open the store of each part of a stage, or build it."""
+        opened = []
         split = _SPLITS[stage]
-        recipe = self._recipe(stage, source)
-        path = store_path(source, split=split, recipe=recipe, tokenizer=self.tokenizer, cache_dir=self.cache_dir)
-        return build_store(path, source=source, split=split, recipe=recipe, tokenizer=self.tokenizer)
+        for part in self._parts.get(stage, ()):
+            recipe = self._recipe(stage, part)
+            path = store_path(part.rows, split=split, recipe=recipe, tokenizer=self.tokenizer, cache_dir=self.cache_dir)
+            opened.append(build_store(path, source=part.rows, split=split, recipe=recipe, tokenizer=self.tokenizer))
+        return opened
 
-    def _recipe(self, stage: Stage, source: str | RowTask) -> Recipe:
+    def _recipe(self, stage: Stage, part: SourcePart) -> Recipe:
+        mapping = part.mapping(self.mapping)
         accepted, prompts_only = self.forms, False
         if stage == "predict":
             accepted = self.predict_forms
             if "pair" in accepted:
-                pairs = _first_form(source, accepted, split=_SPLITS[stage]) == "pair"
+                rows = map_rows(read_rows(part.rows, split=_SPLITS[stage]), mapping, accepted=accepted, prompts_only=True)
+                pairs = _first_form(rows, accepted) == "pair"
                 accepted = ("pair",) if pairs else tuple(form for form in accepted if form != "pair")
             prompts_only = "pair" not in accepted
         return Recipe(
@@ -200,6 +231,7 @@ class AlignDataModule(L.LightningDataModule):
             mask_turns=self.mask_turns,
             on_bad_row=self.on_bad_row,
             prompts_only=prompts_only,
+            mapping=mapping,
         )
 
     # -- batches
@@ -230,13 +262,26 @@ class AlignDataModule(L.LightningDataModule):
         return self._loader(store, sampler, collate)
 
     def _sampler(self, store: TokenStore, batch_size: int, *, shuffle: bool, grouped: bool = True) -> LengthGroupedSampler:
+        replicas = {} if self._overfits else (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        lengths = store.lengths() if grouped else None
+        weights = [part.weight for part in self._parts.get("train", ()) if part.weight is not None]
+        if shuffle and len(weights) > 1:
+            if not isinstance(store, MixedStore):
+                raise ValueError(
+                    f"The parts of `train` have weights, which {type(self).__name__} cannot use here. Leave the weights out, so"
+                    " that an epoch has every row once."
+                )
+            return MixtureSampler(
+                lengths,
+                sizes=store.sizes,
+                weights=weights,
+                stop=self.mixture_stop,
+                batch_size=batch_size,
+                seed=self.seed,
+                **replicas,
+            )
         return LengthGroupedSampler(
-            store.lengths() if grouped else None,
-            num_rows=len(store),
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            **({} if self._overfits else (self.trainer and self.trainer.distributed_sampler_kwargs) or {}),
+            lengths, num_rows=len(store), batch_size=batch_size, shuffle=shuffle, seed=self.seed, **replicas
         )
 
     def _collate(self, store: TokenStore) -> Callable[[Sequence[StoredRow]], Any]:
@@ -317,22 +362,26 @@ class AlignDataModule(L.LightningDataModule):
             return []
         stored = [store[i] for i in range(min(limit, len(store)))]
         wanted = {row.row: row for row in stored if row.num_prompt > 0}
+        starts = store.starts if isinstance(store, MixedStore) else [0]
         prompts = []
-        rows = enumerate(read_rows(self.sources["validation"], split=_SPLITS["validation"]))
-        for index, row in islice(rows, max(wanted, default=-1) + 1):
-            if index not in wanted:
-                continue
-            forms = [form for form in self.forms if form != "text"]
-            form = form_of(row.fields, accepted=forms)
-            conversation = read_conversation(row.fields, form=form, tokenizer=self.tokenizer, mask_turns=self.mask_turns)
-            ids = wanted[index].sides[0].tokens[: wanted[index].num_prompt].tolist()
-            prompts.append((ids, prompt_text(conversation), side_text(conversation.sides[0])))
+        for start, part in zip(starts, self._parts["validation"], strict=False):
+            recipe = self._recipe("validation", part)
+            rows = read_forms(read_rows(part.rows, split=_SPLITS["validation"]), recipe=recipe)
+            for index, row in islice(enumerate(rows, start), max(0, max(wanted, default=-1) + 1 - start)):
+                if index not in wanted:
+                    continue
+                forms = [form for form in self.forms if form != "text"]
+                form = form_of(row.fields, accepted=forms)
+                conversation = read_conversation(row.fields, form=form, tokenizer=self.tokenizer, mask_turns=self.mask_turns)
+                found = wanted.pop(index)
+                ids = found.sides[0].tokens[: found.num_prompt].tolist()
+                prompts.append((ids, prompt_text(conversation), side_text(conversation.sides[0])))
         return prompts
 
 
-def _first_form(source: str | RowTask, accepted: Sequence[Form], *, split: str) -> Form | None:
+def _first_form(rows: Iterable[Row], accepted: Sequence[Form]) -> Form | None:
     """Return the form of the first row that has one."""
-    for row in read_rows(source, split=split):
+    for row in rows:
         try:
             return form_of(row.fields, accepted=accepted)
         except BadRowError:

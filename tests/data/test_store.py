@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 
+from lightning_align.data.mapping import RowMapping
 from lightning_align.data.store import Recipe, build_store, open_store, store_path
 from lightning_align.data.tokenizer import ByteTokenizer
 from tests.data.helpers import write_jsonl
@@ -69,6 +70,10 @@ def test_everything_that_the_ids_depend_on_changes_the_name(tmp_path, source):
         {"on_bad_row": "skip"},
         {"accepted": ("response",)},
         {"prompts_only": True},
+        {"mapping": RowMapping(columns={"prompt": "response"})},
+        {"mapping": RowMapping(roles={"human": "user"})},
+        {"mapping": RowMapping(shape="plain")},
+        {"mapping": RowMapping(ranked_pairs="all")},
     ]
     paths = [_path(tmp_path, source, **change) for change in changes]
     assert len({*paths, _path(tmp_path, other)}) == len(changes) + 1
@@ -131,3 +136,15 @@ def test_plain_text_and_other_rows_do_not_mix(tmp_path):
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*rows, {"prompt": "p", "response": "r"}])
     with pytest.raises(ValueError, match=r"mixed\.jsonl:3 has no field 'text'"):
         _build(tmp_path, mixed)
+
+
+def test_rows_of_several_pairs_are_numbered_by_pair(tmp_path):
+    rows = [{"prompt": str(i), "responses": ["c", "b", "a"], "ranks": [3, 2, 1 if i != 1 else 2]} for i in range(3)]
+    source = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": "x", "chosen": "a", "rejected": "b"}])
+    _, store, ledger = _build(tmp_path, source, accepted=("pair",), mapping=RowMapping(ranked_pairs="all"))
+    assert [store[i].row for i in range(len(store))] == list(range(9))
+    assert ledger.counts == {"kept": 9}
+    assert ledger.notes["shape_ranked"] == 3
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*rows, {"prompt": "x", "responses": ["", "b"], "ranks": [1, 2]}])
+    with pytest.raises(ValueError, match=r"bad\.jsonl:4 has an empty text in field 'chosen'"):
+        _build(tmp_path, bad, accepted=("pair",))

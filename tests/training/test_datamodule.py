@@ -7,6 +7,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
+from lightning_align.data.mixture import SourcePart
 from lightning_align.data.rows import RowTask
 from lightning_align.dpo.datamodule import DPODataModule
 from lightning_align.sft.datamodule import SFTDataModule
@@ -95,10 +96,14 @@ def test_fit_sees_every_row_and_leaves_a_ledger(tmp_path):
     assert {stage: entry["rows"] for stage, entry in ledger.items()} == {"train": 50, "validation": 21}
 
 
-@pytest.mark.parametrize("stop", [5, 13, 16])
-def test_a_trainer_resumes_on_the_right_batch(tmp_path, stop):
+MIXTURE = [SourcePart(Sums(30), weight=2), SourcePart(Sums(50), weight=3.0)]
+
+
+@pytest.mark.parametrize(("train", "stop"), [(Sums(50), 5), (Sums(50), 13), (Sums(50), 16), (MIXTURE, 5), (MIXTURE, 21)])
+def test_a_trainer_resumes_on_the_right_batch(tmp_path, train, stop):
     whole = Recorder()
-    _trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(whole, datamodule=_sft(tmp_path))
+    settings = {"train": train, "mixture_stop": "all_exhausted"}
+    _trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(whole, datamodule=_sft(tmp_path, **settings))
 
     def keep():
         folder = tmp_path / "checkpoints"
@@ -107,9 +112,14 @@ def test_a_trainer_resumes_on_the_right_batch(tmp_path, stop):
     options = {"limit_val_batches": 0, "enable_checkpointing": True}
     first, second = Recorder(), Recorder()
     trainer = _trainer(tmp_path, max_epochs=-1, max_steps=stop, callbacks=[keep()], **options)
-    trainer.fit(first, datamodule=_sft(tmp_path))
+    trainer.fit(first, datamodule=_sft(tmp_path, **settings))
     trainer = _trainer(tmp_path, max_epochs=2, callbacks=[keep()], **options)
-    trainer.fit(second, datamodule=_sft(tmp_path), ckpt_path=tmp_path / "checkpoints" / f"step={stop}.ckpt", weights_only=True)
+    trainer.fit(
+        second,
+        datamodule=_sft(tmp_path, **settings),
+        ckpt_path=tmp_path / "checkpoints" / f"step={stop}.ckpt",
+        weights_only=True,
+    )
     assert first.seen + second.seen == whole.seen
 
 
@@ -152,6 +162,92 @@ def test_pairs(tmp_path):
     assert [batch["chosen"]["tokens"].shape[0] for batch in batches] == [8, 2]
     assert all((batch["chosen"]["rows"] == batch["rejected"]["rows"]).all() for batch in batches)
     assert data.validation_prompts(1) == [([1, 115], "p", "y")]
+
+
+def test_rows_of_several_files(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", [{"prompt": f"{i}", "response": "r"}] * 2) for i in range(2)]
+    data = _open(SFTDataModule(paths, validation=f"{tmp_path}/*.jsonl", cache_dir=str(tmp_path / "cache")), "fit")
+    assert [data.ledgers[stage].num_kept for stage in ("train", "validation")] == [4, 4]
+    assert [prompt for _, prompt, _ in data.validation_prompts(9)] == ["0", "0", "1", "1"]
+    write_jsonl(tmp_path / "1.jsonl", [{"prompt": "p", "response": ""}])
+    with pytest.raises(ValueError, match=r"1\.jsonl:1 has an empty text"):
+        _open(SFTDataModule(paths, cache_dir=str(tmp_path / "cache")), "fit")
+
+
+def test_columns_roles_and_shapes_from_the_command_line(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", [{"ask": {"text": "q"}, "reply": "a"}, {"ask": {"text": "p"}, "reply": "b"}])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SFTDataModule, "data")
+    arguments = ["--data.columns={prompt: ask.text, response: reply}", "--data.roles.visitor=user", "--data.shape=auto"]
+    arguments += [f"--data.train={train}", f"--data.validation={train}", f"--data.cache_dir={tmp_path / 'cache'}"]
+    data = _open(parser.instantiate_classes(parser.parse_args(arguments)).data, "fit")
+    assert data.mapping.roles == {"visitor": "user"}
+    assert [prompt[1:] for prompt in data.validation_prompts(5)] == [("q", "a"), ("p", "b")]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"ask": {"text": "q"}}])
+    data = SFTDataModule(
+        predict=prompts, columns={"prompt": "ask.text", "response": "reply"}, cache_dir=str(tmp_path / "cache")
+    )
+    (batch,) = _trainer(tmp_path).predict(Recorder(), datamodule=data)
+    assert [len(ids) for ids in batch["prompts"]] == [2]
+    for settings, message in (
+        ({"columns": {"prompt": "ask.txt"}}, "The columns are: text"),
+        ({"shape": "sharegpt"}, "'sharegpt' needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _open(SFTDataModule(train, cache_dir=str(tmp_path / "cache"), **settings), "fit")
+    with pytest.raises(ValueError, match="`shape` must be one of"):
+        SFTDataModule(train, shape="parrot")
+
+
+def test_labelled_and_ranked_rows_for_scoring(tmp_path):
+    labelled = [{"prompt": "p", "completion": "ab"[i % 2] * i, "label": i % 2 == 0} for i in range(1, 5)]
+    ranked = [{"prompt": "p", "answers": [{"text": "a", "score": 1}, {"text": "b", "score": 2}]}]
+    for name, rows, expected in (("labelled", labelled, 2), ("ranked", ranked, 1)):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        data = DPODataModule(predict=source, cache_dir=str(tmp_path / "cache"))
+        (batch,) = _trainer(tmp_path).predict(Recorder(), datamodule=data)
+        assert len(batch["chosen"]["tokens"]) == expected
+
+
+def test_a_mixture_from_a_configuration(tmp_path):
+    one = write_jsonl(tmp_path / "one.jsonl", [{"ask": f"{i}", "reply": "r"} for i in range(4)])
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    two = write_jsonl(tmp_path / "two.jsonl", [{"conversations": said}] * 9)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SFTDataModule, "data", sub_configs=True)
+    columns = {"prompt": "ask", "response": "reply"}
+    parts = [{"source": one, "weight": 1, "columns": columns}, {"source": [two], "weight": 2}]
+    task = {"source": {"class_path": f"{__name__}.Sums", "init_args": {"num_rows": 3}}}
+    plain = [{"source": two}, {"source": one, "columns": columns}, task]
+    settings = {"train": parts, "validation": plain, "batch_size": 3, "cache_dir": str(tmp_path / "cache")}
+    arguments = [f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
+    parsed = parser.parse_object({"data": settings})
+    again = parser.parse_string(parser.dump(parsed))
+    for config in (parsed, again, parser.parse_args(arguments)):
+        data = parser.instantiate_classes(config).data
+        module = Recorder()
+        _trainer(tmp_path, max_epochs=3, num_sanity_val_steps=0).fit(module, datamodule=data)
+        epochs = [[row for batch in module.seen[start : start + 4] for row in batch] for start in (0, 4, 8)]
+        assert [sum(row < 4 for row in rows) for rows in epochs] == [4, 4, 4]
+        # An epoch has 8 of the 9 rows of the second source. The ninth is the first of the next epoch.
+        assert [sum(row >= 4 for row in rows) for rows in epochs] == [8, 8, 8]
+        assert {row for row in epochs[0] + epochs[1] if row >= 4} == set(range(4, 13))
+        assert sorted(module.validated) == sorted([*range(16)] * 3)
+        prompts = [prompt[1:] for prompt in data.validation_prompts(15)]
+        assert prompts[9:] == [*[(f"{i}", "r") for i in range(4)], ("0+0=", "0"), ("1+0=", "1")]
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert {name: entry["rows"] for name, entry in ledger.items()} == {
+        f"train/{one}": 4, f"train/{two}": 9, f"validation/{two}": 9, f"validation/{one}": 4, "validation/Sums": 3,
+    }  # fmt: skip
+
+
+def test_mixtures_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match=r"all or none must have a `weight`.*rows\.jsonl \(weight 1\), Sums \(weight None\)"):
+        SFTDataModule([SourcePart("rows.jsonl", weight=1), SourcePart(Sums())])
+    with pytest.raises(ValueError, match="`weight` of Sums must be positive, but got 0"):
+        SourcePart(Sums(), weight=0)
+    with pytest.raises(ValueError, match="`mixture_stop` must be one of"):
+        SFTDataModule("rows.jsonl", mixture_stop="never")
 
 
 def test_validation_prompts_and_grader(tmp_path):
@@ -198,10 +294,23 @@ def test_the_command_line_takes_paths_and_tasks(tmp_path, capsys):
     data = parser.instantiate_classes(parsed).data
     assert data.sources["train"] == "rows.jsonl"
     assert data.sources["validation"].num_rows == 7
+    # The command line of Lightning takes sub-configurations from files. A file of rows must not be taken for one.
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SFTDataModule, "data", sub_configs=True)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "response": "r"}] * 2)
+    (tmp_path / "rows.json").write_text('[{"prompt": "p", "response": "r"}]')
+    for argument in (rows, str(tmp_path / "rows.json")):
+        assert parser.instantiate_classes(parser.parse_args([f"--data.train={argument}"])).data.sources["train"] == argument
+    for argument, expected in (("[a.jsonl, b/*.csv]", ["a.jsonl", "b/*.csv"]), ("b/[0-9].csv", "b/[0-9].csv")):
+        data = parser.instantiate_classes(parser.parse_args([f"--data.train={argument}"])).data
+        assert data.sources["train"] == expected
+    assert SFTDataModule(tmp_path / "rows.jsonl")._parts["train"][0].rows == rows
     parsed = parser.parse_args(["--data.train", path, "--data.train.num_rows=9", "--data.validation=v.jsonl"])
-    data = parser.instantiate_classes(parsed).data
-    assert data.sources["validation"] == "v.jsonl"
-    assert "The source of the training rows" in parser.format_help()
+    for config in (parsed, parser.parse_string(parser.dump(parsed))):
+        data = parser.instantiate_classes(config).data
+        assert data.sources["validation"] == "v.jsonl"
+        assert data.sources["train"].num_rows == 9
+    assert "source of the training rows" in parser.format_help()
 
 
 @pytest.mark.parametrize(
