@@ -8,7 +8,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +19,16 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
 
+from lightning_align.data.conversations import BadRowError, MaskTurns
 from lightning_align.data.encode import EncodedRow, Truncation, encode_rows
-from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of
+from lightning_align.data.forms import Form, form_of
 from lightning_align.data.ledger import BadRow, Ledger
 from lightning_align.data.packing import encode_blocks
 from lightning_align.data.rows import Row, RowTask, read_rows, source_fingerprint
 from lightning_align.data.tokenizer import Tokenizer
 from lightning_align.runtime.files import publish, publish_text
 
-_FORMAT = 3
+_FORMAT = 4
 """The version of the format. Increase it when the same settings produce other ids or another layout."""
 _ROWS_PER_BATCH = 1024
 
@@ -44,6 +45,7 @@ class Recipe:
     mask_turns: MaskTurns
     on_bad_row: BadRow
     prompts_only: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class StoredTokens(NamedTuple):
@@ -223,6 +225,7 @@ def _encode(rows: Iterable[Row], *, recipe: Recipe, tokenizer: Tokenizer, ledger
         truncation=recipe.truncation,
         mask_turns=recipe.mask_turns,
         prompts_only=recipe.prompts_only,
+        chat_template_kwargs=recipe.chat_template_kwargs,
     )
 
 

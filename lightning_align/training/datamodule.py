@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_align.data.batching import (
@@ -18,9 +18,11 @@ from lightning_align.data.batching import (
     collate_prompts,
     collate_tokens,
 )
+from lightning_align.data.conversations import BadRowError, MaskTurns
 from lightning_align.data.encode import Truncation
-from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of, prompt_text, read_conversation, side_text
+from lightning_align.data.forms import Form, form_of, prompt_text, read_conversation, side_text
 from lightning_align.data.ledger import BadRow, Ledger, write_ledgers
+from lightning_align.data.messages import check_template_kwargs
 from lightning_align.data.rows import Grader, RowTask, read_rows
 from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -55,6 +57,8 @@ class AlignDataModule(L.LightningDataModule):
             of the prompt, and `drop` drops the row. Each is counted.
         mask_turns: Which turns are trained: the last turn of the assistant (`last_turn`), all turns of the assistant
             (`assistant_only`), or everything after the prompt (`all`).
+        chat_template_kwargs: Variables of the tokenizer's chat template, such as `enable_thinking`. A column of the same
+            name sets them per row, and has priority.
         group_by_length: Group rows of similar length in training batches, which saves padding. If length and content
             are related (sums of two and of three numbers, for example), groups make batches one-sided and training slower
             or unstable. Switch it off in that case.
@@ -87,6 +91,7 @@ class AlignDataModule(L.LightningDataModule):
         truncation: Truncation = "keep_start",
         mask_turns: MaskTurns = "last_turn",
         on_bad_row: BadRow = "fail",
+        chat_template_kwargs: dict[str, Any] | None = None,
         group_by_length: bool = True,
         num_workers: int = 0,
         cache_dir: str = ".cache/lightning_align",
@@ -108,6 +113,10 @@ class AlignDataModule(L.LightningDataModule):
         ):
             if choice not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {choice!r}.")
+        try:
+            check_template_kwargs(chat_template_kwargs or {})
+        except ValueError as error:
+            raise ValueError(f"`chat_template_kwargs` is wrong: {error}.") from error
         self.sources: dict[Stage, str | RowTask] = {
             stage: source
             for stage, source in cast(
@@ -123,6 +132,7 @@ class AlignDataModule(L.LightningDataModule):
         self.truncation: Truncation = truncation
         self.mask_turns: MaskTurns = mask_turns
         self.on_bad_row: BadRow = on_bad_row
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.group_by_length = group_by_length
         self.num_workers = num_workers
         self.cache_dir = cache_dir
@@ -160,6 +170,8 @@ class AlignDataModule(L.LightningDataModule):
             assert opened is not None
             self._stores[name], self.ledgers[name] = opened
             rank_zero_info(f"{name} rows from {self.ledgers[name].table()}")
+            if advice := self.ledgers[name].advice():
+                rank_zero_warn(f"{name} rows from {advice}")
         trainer = self.trainer
         if stage == "fit" and trainer is not None and "validation" not in self.sources:
             # A fit without validation rows does not validate. Lightning warns if there is no loader or an empty one.
@@ -200,6 +212,7 @@ class AlignDataModule(L.LightningDataModule):
             mask_turns=self.mask_turns,
             on_bad_row=self.on_bad_row,
             prompts_only=prompts_only,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
 
     # -- batches
@@ -324,9 +337,15 @@ class AlignDataModule(L.LightningDataModule):
                 continue
             forms = [form for form in self.forms if form != "text"]
             form = form_of(row.fields, accepted=forms)
-            conversation = read_conversation(row.fields, form=form, tokenizer=self.tokenizer, mask_turns=self.mask_turns)
+            conversation = read_conversation(
+                row.fields,
+                form=form,
+                tokenizer=self.tokenizer,
+                mask_turns=self.mask_turns,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
             ids = wanted[index].sides[0].tokens[: wanted[index].num_prompt].tolist()
-            prompts.append((ids, prompt_text(conversation), side_text(conversation.sides[0])))
+            prompts.append((ids, prompt_text(conversation), side_text(conversation)))
         return prompts
 
 

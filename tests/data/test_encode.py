@@ -2,9 +2,9 @@ import random
 
 import pytest
 
-from lightning_align.data.forms import common_prefix
 from lightning_align.data.ledger import Ledger
 from lightning_align.data.packing import encode_blocks
+from lightning_align.data.prefixes import common_prefix
 from lightning_align.data.rows import Row
 from lightning_align.data.tokenizer import ByteTokenizer
 from tests.data.helpers import WORDS, encode, small_bpe, spell
@@ -238,7 +238,7 @@ def test_planted_defects_are_all_found_and_none_invented():
         256: ({"prompt": "x", "chosen": "y", "rejected": "y"}, "identical_pair"),
         300: ({"messages": [{"role": "user", "content": "u"}]}, "no_assistant_turn"),
         301: ({"messages": [{"content": "u"}]}, "wrong_type"),
-        400: ({"prompt": [{"role": "user", "content": None}], "response": "x"}, "chat_template"),
+        400: ({"prompt": [{"role": "user", "content": None}], "response": "x"}, "wrong_type"),
         450: ({"prompt": "p" * 99, "response": "x"}, "prompt_too_long"),
         499: ({"chosen": "cat", "rejected": "dog"}, "no_prompt"),
     }

@@ -90,9 +90,12 @@ def test_templates_that_drop_or_repeat_special_tokens_give_a_warning(make, templ
     assert trained.replace("\n", "") == "dog<eos>"
 
 
-def test_a_template_that_renders_earlier_turns_differently_is_an_error(make):
-    with pytest.raises(ValueError, match=r"test:1 .*renders message 2 differently"):
-        encode({"messages": CHAT}, tokenizer=make(FORGETFUL))
+def test_a_template_that_renders_earlier_turns_differently_trains_the_last_turn_only(make):
+    tokenizer = make(FORGETFUL)
+    (row,), _ = encode({"messages": CHAT}, tokenizer=tokenizer)
+    assert spell(tokenizer, row) == ("the dog;the;dog;<eos>", "dog;<eos>")
+    with pytest.raises(ValueError, match=r"test:1 .*renders message 2 differently.*`mask_turns` 'last_turn'"):
+        encode({"messages": CHAT}, tokenizer=tokenizer, mask_turns="assistant_only")
 
 
 def test_a_template_that_rejects_a_row_names_the_row(make):
