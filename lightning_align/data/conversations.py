@@ -256,17 +256,25 @@ class ChatReader:
         """
         if not names:
             return render(messages)
-        refusal: ValueError | None = None
+        refusal = ValueError(f"the template does not write the call of the tool {names[0]!r}")
+        try:
+            # The list of the tools has their names too.
+            without = _text(render([{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]))
+        except ValueError:
+            without = ""
+        rejected: ValueError | None = None
+        is_written = False
         for as_json, as_null in product((False, True), repeat=2):
             try:
                 segments = render([_call_form(message, as_json=as_json, as_null=as_null) for message in messages])
             except ValueError as error:
-                refusal = refusal or error
+                rejected = rejected or error
                 continue
+            is_written = True
             text = _text(segments)
-            if all(name in text for name in names):
+            if all(text.count(name) > without.count(name) for name in names):
                 return segments
-        raise refusal or ValueError(f"the template does not write the call of the tool {names[0]!r}")
+        raise refusal if is_written or rejected is None else rejected
 
 
 def _call_form(message: Message, *, as_json: bool, as_null: bool) -> Message:

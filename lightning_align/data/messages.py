@@ -1,8 +1,9 @@
 """Messages in one form, whatever file they come from, before a chat template sees them.
 
 Files store the same message in different ways. JSON omits a field, while Arrow adds it as null, because all rows of a
-column have the same fields. Content is a string or a list of parts. `normalize_messages` removes these differences, so the
-same rows give the same ids from any file.
+column have the same fields, in the same order. Content is a string or a list of parts. `normalize_messages` removes these
+differences, so the same rows give the same ids from any file. An object that is given as a string of JSON keeps its order
+and its nulls.
 """
 
 import json
@@ -15,6 +16,15 @@ _FLAGS = ("weight", "train", "training")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _TOOL_ROLES = ("tool", "function", "ipython")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_ORDER = (
+    *("role", "content", "id", "type", "function", "name", "description", "parameters", "arguments"),
+    *("properties", "required"),
+)
+"""The usual order of the fields of messages, calls and tools. Other fields follow by their names."""
+
+
+class _Normal(dict[str, Any]):
+    """A message in the form that `normalize_messages` returns."""
 
 
 def normalize_messages(messages: list[Any]) -> list[dict[str, Any]]:
@@ -30,15 +40,20 @@ def normalize_messages(messages: list[Any]) -> list[dict[str, Any]]:
     return [_normalize(message, number) for number, message in enumerate(messages, start=1)]
 
 
-def without_nulls(value: Any) -> Any:
-    """Remove the fields of objects that are null, at every depth. Whole numbers become integers, as Arrow may store floats."""
+def canonical(value: Any) -> Any:
+    """Remove what depends on the kind of file: nulls in objects, the order of their fields, and integers stored as floats."""
     if isinstance(value, Mapping):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+        names = [name for name, item in value.items() if item is not None]
+        return {name: canonical(value[name]) for name in sorted(names, key=_place)}
     if isinstance(value, list | tuple):
-        return [without_nulls(item) for item in value]
+        return [canonical(item) for item in value]
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return value
+
+
+def _place(name: Any) -> tuple[int, str]:
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER), str(name)
 
 
 def is_blank(text: str) -> bool:
@@ -72,7 +87,7 @@ def read_tools(value: Any) -> list[Any] | None:
         ValueError: If the value is something else.
     """
     # Schemas in JSON stay as they are: a null in them is meant.
-    tools = _parsed(value) if isinstance(value, str) else without_nulls(value)
+    tools = _parsed(value) if isinstance(value, str) else canonical(value)
     tools = [tools] if isinstance(tools, dict) and tools else tools
     if not tools:
         return None
@@ -90,7 +105,7 @@ def read_template_kwargs(value: Any) -> dict[str, Any]:
     Raises:
         ValueError: If the value is something else, or it has a name that is no variable of a template.
     """
-    value = _parsed(value) if isinstance(value, str) else without_nulls(value)
+    value = _parsed(value) if isinstance(value, str) else canonical(value)
     if not isinstance(value, dict):
         if not value:
             return {}
@@ -127,13 +142,16 @@ def _parsed(text: str) -> Any:
 
 
 def _normalize(message: Any, number: int) -> dict[str, Any]:
+    if isinstance(message, _Normal):
+        return message
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"message {number} must be an object with `role` and `content`, but got {str(message)[:60]!r}")
     role = message["role"]
     fields: dict[str, Any] = {"role": role, "content": message.get("content")}
-    for name, value in message.items():
+    for name in sorted(message, key=_place):
+        value = message[name]
         if name not in fields and value is not None:
-            value = without_nulls(value)
+            value = canonical(value)
             # An object of nulls only is how some writers of Arrow files store an object that is missing.
             if not (isinstance(value, dict | list) and not value):
                 fields[name] = value
@@ -153,7 +171,7 @@ def _normalize(message: Any, number: int) -> dict[str, Any]:
     if isinstance(fields.get("tool_calls"), list):
         fields["tool_calls"] = [_with_arguments(call) for call in fields["tool_calls"]]
     fields["content"] = _content(fields, number)
-    return fields
+    return _Normal(fields)
 
 
 def _content(fields: dict[str, Any], number: int) -> str:
@@ -167,7 +185,7 @@ def _content(fields: dict[str, Any], number: int) -> str:
     if isinstance(content, list | tuple):
         return _text(content, number)
     if role in _TOOL_ROLES and isinstance(content, Mapping):
-        return json.dumps(without_nulls(content), ensure_ascii=False)
+        return json.dumps(canonical(content), ensure_ascii=False)
     raise ValueError(
         f"`content` of message {number}, of the role {role}, must be a string or a list of text parts, but got a"
         f" {type(content).__name__}"
@@ -182,7 +200,7 @@ def _text(part: Any, number: int) -> str:
         return "".join(_text(item, number) for item in part if item is not None)
     kind = None
     if isinstance(part, Mapping):
-        part = without_nulls(part)
+        part = canonical(part)
         kind = part.get("type", "text")
         text = part.get("text")
         if kind in _TEXT_PARTS and isinstance(text, str):
