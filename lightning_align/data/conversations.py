@@ -76,6 +76,13 @@ def restore(text: str, stand_ins: Mapping[str, str]) -> str:
     return text.translate({ord(character): literal for character, literal in stand_ins.items()}) if stand_ins else text
 
 
+def without_markers(text: str, tokenizer: Tokenizer) -> str:
+    """Remove the texts of the special tokens that begin and end turns."""
+    for marker in tokenizer.markers:
+        text = text.replace(marker, "")
+    return text
+
+
 class ChatReader:
     """A converter of normalized messages to turns.
 
@@ -176,10 +183,7 @@ class ChatReader:
     def _check_answers(self, messages: Sequence[Message], targets: Collection[int], turns: Mapping[int, Turn]) -> None:
         for index in sorted(targets):
             said = _letters(self._escape(messages[index]["content"]))
-            written = turns[index].response
-            for marker in self._tokenizer.markers:
-                written = written.replace(marker, "")
-            if is_blank(written):
+            if is_blank(without_markers(turns[index].response, self._tokenizer)):
                 raise BadRowError(
                     "empty_response", f"has a message {index + 1} of which the chat template writes no text to train on"
                 )

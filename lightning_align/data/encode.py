@@ -253,6 +253,9 @@ class _Encoder:
             ids, offsets = ids[1:], offsets[1:]
         if turn.eos:
             ids = with_eos(ids, self.tokenizer)
+        if turn.trained and self.tokenizer.eos_id in ids[:-1]:
+            # Strings are used as they are, so a response can contain the token. The model learns to stop there.
+            notes.add("end_token_inside")
         return _Span(ids, offsets, origin, turn.response, turn.trained, stand_ins)
 
     def _check_ids(self, parts: list[list[int]]) -> None:

@@ -17,7 +17,7 @@ are. Lists of messages are rendered with the chat template of the tokenizer.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from lightning_align.data.conversations import BadRowError, ChatReader, Conversation, MaskTurns, Turn, restore
+from lightning_align.data.conversations import BadRowError, ChatReader, Conversation, MaskTurns, Turn, restore, without_markers
 from lightning_align.data.messages import is_blank, normalize_messages, read_template_kwargs, read_tools, shown
 from lightning_align.data.prefixes import common_turns
 from lightning_align.data.tokenizer import Message, Tokenizer
@@ -55,12 +55,13 @@ def form_of(fields: dict[str, Any], *, accepted: Sequence[Form]) -> Form:
     for form in accepted:
         if present.issuperset(FIELDS[form]):
             return form
+    wanted = [name for form in accepted for name in FIELDS[form] if name not in present]
     missing = min(([name for name in FIELDS[form] if name not in present] for form in accepted), key=len)
     raise BadRowError(
         "missing_field",
         f"has no field {' and no field '.join(map(repr, missing))} (it has "
         f"{', '.join(map(repr, sorted(present))) or 'none'}):"
-        f" expected {' or '.join(DESCRIPTIONS[form] for form in accepted)}{advise_columns(fields, missing)}",
+        f" expected {' or '.join(DESCRIPTIONS[form] for form in accepted)}{advise_columns(fields, wanted)}",
     )
 
 
@@ -89,7 +90,9 @@ def read_conversation(
     prompt, answers = _parts(fields, form, names)
     if isinstance(prompt, str):
         check_question(fields, form, [prompt, *answers], has_prompt=not is_blank(prompt))
-        return _read_strings(prompt, answers, names)._replace(columns=_columns(fields, form), notes=_unused_tools(fields))
+        return _read_strings(prompt, answers, names, tokenizer)._replace(
+            columns=_columns(fields, form), notes=_unused_tools(fields)
+        )
     return _read_chat(fields, form, prompt, answers, tokenizer, mask_turns, chat_template_kwargs)
 
 
@@ -182,14 +185,14 @@ def _without_repeated(prompt: list[Message], answer: Any) -> Any:
     return answer[num:] if repeats and prompt[0]["role"] != "assistant" else answer
 
 
-def _read_strings(prompt: str, answers: list[Any], names: Sequence[str]) -> Conversation:
+def _read_strings(prompt: str, answers: list[Any], names: Sequence[str], tokenizer: Tokenizer) -> Conversation:
     for name, answer in zip(names, answers, strict=True):
         if not isinstance(answer, str):
             raise BadRowError(
                 "wrong_type",
                 f"has a string as prompt and messages in field {name!r}, expected both as strings or both as messages",
             )
-        if is_blank(answer):
+        if is_blank(without_markers(answer, tokenizer)):
             raise BadRowError("empty_response", f"has an empty text in field {name!r}, expected text to train on")
     sides = [[Turn(prompt, answer, True, True)] for answer in answers]
     return Conversation([], prompt, sides, templated=False)

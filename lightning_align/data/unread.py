@@ -30,7 +30,7 @@ def question_column(fields: Mapping[str, Any], *, besides: Collection[str]) -> s
     The plainest name is returned: ``instruction`` before ``input``, because the second is often an addition to the first.
     """
     found = [name for name, value in fields.items() if name not in besides and _is_question(name, value)]
-    order = ("instruction", "question", "query", "problem")
+    order = ("instruction", "question", "query", "problem", "messages", "text")
     return min(found, key=lambda name: order.index(name) if name in order else len(order), default=None)
 
 
@@ -48,7 +48,8 @@ def check_question(fields: Mapping[str, Any], form: str, texts: Sequence[str], *
     """
     if has_prompt:
         return
-    name = question_column(fields, besides=("prompt", "response", "chosen", "rejected", "messages", "text", "system", "tools"))
+    others = ("messages", "text") if form != "pair" else ()
+    name = question_column(fields, besides=("prompt", "response", "chosen", "rejected", "system", "tools", *others))
     if name is None:
         return
     value = fields[name]
@@ -82,7 +83,8 @@ def advise_columns(fields: Mapping[str, Any], missing: Sequence[str]) -> str:
 
 
 def _is_question(name: str, value: Any) -> bool:
-    if not _QUESTION.search(name) or _ID.search(name):
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+    if name not in ("messages", "text") and (not _QUESTION.search(words) or _ID.search(words)):
         return False
     if isinstance(value, str):
         return bool(value.strip())

@@ -79,6 +79,14 @@ def test_special_tokens_in_the_text_are_not_doubled(bpe):
     assert ledger.notes["double_bos"] == 2
 
 
+def test_an_end_token_inside_a_response_is_noted_and_alone_it_is_no_response(bpe):
+    rows = [{"prompt": "the", "response": text} for text in (" fox<eos> dog", " fox<eos>", "<eos>", "<bos> <eos>")]
+    encoded, ledger = encode(*rows, tokenizer=bpe, on_bad_row="skip")
+    assert [spell(bpe, row)[1] for row in encoded] == [" fox<eos> dog<eos>", " fox<eos>"]
+    assert ledger.notes["end_token_inside"] == 1
+    assert ledger.counts == {"kept": 2, "dropped/empty_response": 2}
+
+
 @pytest.mark.parametrize(
     ("max_length", "truncation", "outcome", "text", "trained"),
     [
