@@ -11,7 +11,9 @@ form                                      fields
 ========================================  ==========================================================================
 
 The fields ``prompt``, ``response``, ``chosen`` and ``rejected`` are strings or lists of messages. Strings are used as they
-are. Lists of messages are rendered with the chat template of the tokenizer.
+are. Lists of messages are rendered with the chat template of the tokenizer. Beside them, three fields are read: ``tools`` (a
+list of tools or its JSON), ``system`` (the system message, if the conversation has none) and ``chat_template_kwargs``
+(variables of the template). A message with ``weight: 0``, ``train: false`` or ``training: false`` is not a target.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -39,6 +39,10 @@ class TurnFinder:
                 continue
             last = index == len(messages) - 1 and not add_generation_prompt
             start = self._start(messages[:index], whole)
+            if start is None and last and exact is not None and list(exact) == [index]:
+                # Only the last turn matters: it goes behind what the template writes at generation.
+                prompt, answer = self._last(messages[:index], whole)
+                whole, start, turns, position = prompt + answer, len(prompt) if prompt else None, [], 0
             end = None
             if start is not None and start >= position:
                 end = len(whole) if last else self._end(messages[: index + 1], whole, start)
@@ -95,11 +99,9 @@ class TurnFinder:
         prompt = self._try(given, True)
         if prompt is not None and whole.startswith(prompt):
             return len(prompt)
-        answers: list[Message] = [{"role": "assistant", "content": content} for content in ("0", "x")]
-        first, second = (self._try([*given, answer], False) for answer in answers)
-        if first is None or second is None:
+        header = self._header(given, whole)
+        if header is None:
             return None
-        header = whole[: min(num_shared(first, second), num_shared(first, whole))]
         if prompt is None:
             return self._boundary(whole, len(header)) if not given else None
         length = num_shared(prompt, header)
@@ -107,6 +109,29 @@ class TurnFinder:
         if body is None or length < num_shared(prompt, body):
             return None
         return self._boundary(whole, length)
+
+    def _last(self, given: Sequence[Message], whole: str) -> tuple[str, str]:
+        """Split a conversation whose messages before the last one change because of it.
+
+        Returns:
+            The generation prompt, and the text of the last message. The first is empty if it cannot be found.
+        """
+        prompt, body = self._try(given, True), self._try(given, False)
+        header = self._header(given, whole)
+        if prompt is not None and body is not None and header is not None:
+            opening = prompt[num_shared(prompt, body) :]
+            place = header.rfind(opening)
+            if opening.strip() and place >= 0:
+                return prompt, whole[place + len(opening) :]
+        return "", whole
+
+    def _header(self, given: Sequence[Message], whole: str) -> str | None:
+        """Return what the template writes in front of the content of the message behind the given ones."""
+        answers: list[Message] = [{"role": "assistant", "content": content} for content in ("0", "x")]
+        first, second = (self._try([*given, answer], False) for answer in answers)
+        if first is None or second is None:
+            return None
+        return whole[: min(num_shared(first, second), num_shared(first, whole))]
 
     def _end(self, given: Sequence[Message], whole: str, start: int) -> int | None:
         """Find where the last of the given messages ends. Only a template's end of the conversation may be missing."""
