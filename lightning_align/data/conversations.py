@@ -187,7 +187,9 @@ class ChatReader:
                 raise BadRowError(
                     "empty_response", f"has a message {index + 1} of which the chat template writes no text to train on"
                 )
-            if said not in _letters(turns[index].response):
+            given, written = _letters(turns[index].context), _letters(turns[index].response)
+            # The generation prompt may write the beginning of the content.
+            if said not in written and (given + written).find(said, max(0, len(given) - len(said) + 1)) < 0:
                 self._notes.add("answer_rewritten")
 
     def _without_end(self, message: Message) -> Message:

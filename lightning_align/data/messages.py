@@ -58,7 +58,7 @@ def _place(name: Any) -> tuple[int, str]:
 
 def is_blank(text: str) -> bool:
     """Check whether a text has no visible character."""
-    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
+    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
 def says_something(message: Mapping[str, Any]) -> bool:

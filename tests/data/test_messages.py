@@ -357,6 +357,24 @@ def test_a_template_that_drops_a_part_of_an_answer_is_noted(tmp_path):
     assert ledger.counts == {"kept": 2, "dropped/empty_response": 1}
 
 
+def test_a_thought_that_the_generation_prompt_opens_is_a_part_of_the_answer(tmp_path):
+    tokenizer = chat_tokenizer(PLAIN.replace("{{ start or '' }}", "<think>\n"), tmp_path)
+    thought, plain = "<think>\nr\n</think>\n\nYes", "No"
+    (row, bare), ledger = encode(
+        {"messages": [user("Hi"), answer(thought)]}, {"messages": [user("Hi"), answer(plain)]}, tokenizer=tokenizer
+    )
+    assert spell(tokenizer, row)[1] == "r\n</think>\n\nYes<|im_end|>"
+    assert spell(tokenizer, bare)[1] == "No<|im_end|>"
+    assert spell(tokenizer, bare)[0].endswith("assistant\nNo<|im_end|>")
+    assert ledger.notes == {"generation_prompt_differs": 1}
+    # Both sides of a pair have one prompt.
+    (pair,), _ = encode({"prompt": [user("Hi")], "chosen": [answer(thought)], "rejected": [answer(plain)]}, tokenizer=tokenizer)
+    assert [spell(tokenizer, pair, side)[1] for side in (0, 1)] == [f"{thought}<|im_end|>", "No<|im_end|>"]
+    # The prompt never ends inside what the answer begins with.
+    (row,), _ = encode({"messages": [user("Hi"), answer("<tool>x")]}, tokenizer=tokenizer)
+    assert spell(tokenizer, row)[1] == "<tool>x<|im_end|>"
+
+
 SYSTEM, QUESTION = system("S"), user("Q")
 
 
