@@ -11,24 +11,16 @@ Three rules hold for every encoded row.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from lightning_align.data.forms import (
-    BadRowError,
-    Conversation,
-    Form,
-    MaskTurns,
-    Turn,
-    form_of,
-    read_conversation,
-    read_prompt,
-    side_text,
-)
+from lightning_align.data.conversations import BadRowError, Conversation, MaskTurns, Turn, restore
+from lightning_align.data.forms import Form, form_of, read_conversation, read_prompt, side_text
 from lightning_align.data.ledger import KEPT, PROMPT_TRIMMED, RESPONSE_TRIMMED, Ledger
 from lightning_align.data.rows import Row
-from lightning_align.data.tokenizer import Tokenizer
+from lightning_align.data.tokenizer import Encoding, Tokenizer
+from lightning_align.data.unread import unread_columns
 
 Truncation = Literal["keep_start", "keep_end", "drop"]
 _ROWS_PER_CALL = 256
@@ -70,6 +62,8 @@ class _Span(NamedTuple):
     """The offset at which the text begins."""
     text: str
     is_target: bool
+    stand_ins: Mapping[str, str]
+    """The texts that characters of the text stand for."""
 
 
 def encode_rows(
@@ -82,6 +76,7 @@ def encode_rows(
     truncation: Truncation,
     mask_turns: MaskTurns,
     prompts_only: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[EncodedRow]:
     """Encode rows and count each of them in the ledger.
 
@@ -99,18 +94,24 @@ def encode_rows(
             have no field for the prompt. Their response is the last turn of the assistant with ``last_turn``, everything
             from the first turn of the assistant with ``assistant_only``, and the whole conversation with ``all``.
         prompts_only: Whether to encode only the prompts.
+        chat_template_kwargs: Variables of the chat template. Those of a row have priority.
 
     Raises:
-        ValueError: If a row is bad and the ledger has ``on_bad_row="fail"``.
+        ValueError: If a row is bad and the ledger has ``on_bad_row="fail"``, or there are variables but no chat template.
     """
+    if chat_template_kwargs and not tokenizer.has_template:
+        raise ValueError(
+            f"`chat_template_kwargs` must be empty, but got {dict(chat_template_kwargs)}: the tokenizer has no chat template."
+            " Use a tokenizer of transformers that has one."
+        )
     seen: set[int] = set()
     for chunk in chunks(enumerate(rows)):
         conversations: list[tuple[int, str, Conversation, tuple[float, float]]] = []
         for index, row in chunk:
             try:
-                conversation = _read(
-                    row, accepted=accepted, tokenizer=tokenizer, mask_turns=mask_turns, prompts_only=prompts_only
-                )
+                conversation = _read(row, accepted, tokenizer, mask_turns, prompts_only, chat_template_kwargs)
+                for name in unread_columns(row.fields, conversation.columns):
+                    ledger.skip_column(name)
                 numbers = _pair_numbers(row) if len(conversation.sides) == 2 else (1.0, 0.0)
             except BadRowError as error:
                 ledger.drop(error.reason, origin=row.origin, problem=error.problem)
@@ -141,15 +142,22 @@ def chunks(items: Iterable[T]) -> Iterator[list[T]]:
 
 
 def _read(
-    row: Row, *, accepted: Sequence[Form], tokenizer: Tokenizer, mask_turns: MaskTurns, prompts_only: bool
+    row: Row,
+    accepted: Sequence[Form],
+    tokenizer: Tokenizer,
+    mask_turns: MaskTurns,
+    prompts_only: bool,
+    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Conversation:
     if row.problem:
         raise BadRowError("unreadable", row.problem)
     form = form_of(row.fields, accepted=accepted)
     if prompts_only:
-        return read_prompt(row.fields, form=form, tokenizer=tokenizer)
-    conversation = read_conversation(row.fields, form=form, tokenizer=tokenizer, mask_turns=mask_turns)
-    if len(conversation.sides) == 2 and side_text(conversation.sides[0]) == side_text(conversation.sides[1]):
+        return read_prompt(row.fields, form=form, tokenizer=tokenizer, chat_template_kwargs=chat_template_kwargs)
+    conversation = read_conversation(
+        row.fields, form=form, tokenizer=tokenizer, mask_turns=mask_turns, chat_template_kwargs=chat_template_kwargs
+    )
+    if len(conversation.sides) == 2 and side_text(conversation) == side_text(conversation, 1):
         raise BadRowError("identical_pair", "has identical chosen and rejected responses, expected different ones")
     return conversation
 
@@ -188,58 +196,67 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> None:
         self.tokenizer = tokenizer
         texts: dict[str, None] = {}
+        literal: dict[str, Mapping[str, str]] = {}
         for conversation in conversations:
+            before = len(texts)
             texts[conversation.context] = None
             for turns in (conversation.history, *conversation.sides):
                 for turn in turns:
                     texts[turn.context] = texts[turn.context + turn.response] = None
+            if conversation.stand_ins:
+                literal |= dict.fromkeys(list(texts)[before:], conversation.stand_ins)
         self._encoded = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
+        for text, stand_ins in literal.items():
+            self._encoded[text] = _encode_literally(tokenizer, text, stand_ins)
 
     def encode(self, conversation: Conversation) -> _Answer:
         notes = set(conversation.notes)
         prompt: list[int] = []
         for turn in conversation.history:
             prompt += self._encoded[turn.context].ids
-            prompt += self._response(turn, notes).ids
+            prompt += self._response(turn, notes, conversation.stand_ins).ids
         prompt, doubled = with_bos(prompt + self._encoded[conversation.context].ids, self.tokenizer)
         # A chat template may write the beginning-of-sequence token itself. Only a second one is noted.
         num_twice = 2 if conversation.templated else 1
         if doubled >= num_twice:
             notes.add("double_bos")
-        sides = []
+        sides, stand_ins = [], conversation.stand_ins
         for turns in conversation.sides:
-            spans = [self._response(turns[0], notes)]
+            spans = [self._response(turns[0], notes, stand_ins)]
             for turn in turns[1:]:
                 context = self._encoded[turn.context]
-                spans.append(_Span(context.ids, context.offsets, 0, turn.context, turn.context_trained))
-                spans.append(self._response(turn, notes))
+                spans.append(_Span(context.ids, context.offsets, 0, turn.context, turn.context_trained, stand_ins))
+                spans.append(self._response(turn, notes, stand_ins))
             sides.append(spans)
         if sides and conversation.sides[0][0].context_trained:
             # With `all`, everything but the first token is a target: the rest of the prompt becomes part of each response.
             context = self._encoded[conversation.context]
             num_start = max(1, int(self.tokenizer.bos_id is not None))
             num_skipped = len(context.ids) - (len(prompt) - num_start)
-            rest = _Span(prompt[num_start:], context.offsets[num_skipped:], 0, conversation.context, True)
+            rest = _Span(prompt[num_start:], context.offsets[num_skipped:], 0, conversation.context, True, stand_ins)
             prompt, sides = prompt[:num_start], [[rest, *spans] for spans in sides]
         num_bos = int(self.tokenizer.bos_id is not None)
         self._check_ids([prompt, *(span.ids for spans in sides for span in spans)])
         return _Answer(prompt, num_bos, sides, notes)
 
-    def _response(self, turn: Turn, notes: set[str]) -> _Span:
+    def _response(self, turn: Turn, notes: set[str], stand_ins: Mapping[str, str]) -> _Span:
         context, joint = self._encoded[turn.context], self._encoded[turn.context + turn.response]
         num_context, boundary = len(context.ids), len(turn.context)
         ids, offsets, origin = joint.ids[num_context:], joint.offsets[num_context:], boundary
         starts_alike = joint.ids[:num_context] == context.ids
         if not starts_alike or (ids and offsets[0][0] < boundary):
             notes.add("merged_boundary")
-            ((ids, offsets),) = self.tokenizer.encode_batch([turn.response])
+            ids, offsets = _encode_literally(self.tokenizer, turn.response, stand_ins)
             origin = 0
         if self.tokenizer.bos_id is not None and ids[:1] == [self.tokenizer.bos_id]:
             notes.add("double_bos")
             ids, offsets = ids[1:], offsets[1:]
         if turn.eos:
             ids = with_eos(ids, self.tokenizer)
-        return _Span(ids, offsets, origin, turn.response, turn.trained)
+        if turn.trained and self.tokenizer.eos_id in ids[:-1]:
+            # Strings are used as they are, so a response can contain the token. The model learns to stop there.
+            notes.add("end_token_inside")
+        return _Span(ids, offsets, origin, turn.response, turn.trained, stand_ins)
 
     def _check_ids(self, parts: list[list[int]]) -> None:
         for ids in parts:
@@ -249,6 +266,28 @@ class _Encoder:
                     f"{self.tokenizer.vocab_size}."
                     " The tokenizer file is damaged. Write or download it again."
                 )
+
+
+def _encode_literally(tokenizer: Tokenizer, text: str, stand_ins: Mapping[str, str]) -> Encoding:
+    """Encode a text whose characters may stand for the texts of special tokens, such that these do not become the tokens.
+
+    The text is encoded in parts. Each special token's text is split behind its first character, so no part contains it.
+    """
+    parts = [""]
+    positions: list[list[int]] = [[]]
+    for position, character in enumerate(text):
+        literal = stand_ins.get(character, character)
+        parts[-1] += literal[0]
+        positions[-1].append(position)
+        if len(literal) > 1:
+            parts.append(literal[1:])
+            positions.append([position] * (len(literal) - 1))
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for encoding, places in zip(tokenizer.encode_batch(parts), positions, strict=True):
+        ids += encoding.ids
+        offsets += [(places[start], places[end - 1] + 1) if end > start else (0, 0) for start, end in encoding.offsets]
+    return Encoding(ids, offsets)
 
 
 def with_bos(ids: list[int], tokenizer: Tokenizer) -> tuple[list[int], int]:
@@ -330,6 +369,7 @@ def _flatten(prompt: list[int], spans: Sequence[_Span], *, room: int, eos_id: in
             if num_spelled and ids[num_spelled - 1] == eos_id:
                 num_spelled -= 1
             if num_spelled:
-                num_bytes += len(span.text[: span.offsets[num_spelled - 1][1] - span.origin].encode())
+                text = span.text[: span.offsets[num_spelled - 1][1] - span.origin]
+                num_bytes += len(restore(text, span.stand_ins).encode())
     targets[:1] = [False]
     return EncodedTokens(tokens, targets, num_bytes)

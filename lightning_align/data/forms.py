@@ -11,17 +11,22 @@ form                                      fields
 ========================================  ==========================================================================
 
 The fields ``prompt``, ``response``, ``chosen`` and ``rejected`` are strings or lists of messages. Strings are used as they
-are. Lists of messages are rendered with the chat template of the tokenizer.
+are. Lists of messages are rendered with the chat template of the tokenizer. Beside them, three fields are read: ``tools`` (a
+list of tools or its JSON), ``system`` (the system message, if the conversation has none) and ``chat_template_kwargs``
+(variables of the template). A message with ``weight: 0``, ``train: false`` or ``training: false`` is not a target.
 """
 
-import unicodedata
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-from lightning_align.data.tokenizer import Message, Segment, Tokenizer, check_messages
+from lightning_align.data.conversations import BadRowError, ChatReader, Conversation, MaskTurns, Turn, restore, without_markers
+from lightning_align.data.messages import is_blank, normalize_messages, read_template_kwargs, read_tools, shown
+from lightning_align.data.prefixes import common_turns
+from lightning_align.data.rows import Row
+from lightning_align.data.tokenizer import Message, Tokenizer
+from lightning_align.data.unread import advise_columns, check_question
 
 Form = Literal["response", "pair", "messages", "text", "prompt"]
-MaskTurns = Literal["last_turn", "assistant_only", "all"]
 
 FIELDS: dict[Form, tuple[str, ...]] = {
     "pair": ("chosen", "rejected"),
@@ -39,48 +44,6 @@ DESCRIPTIONS: dict[Form, str] = {
 }
 
 
-class Turn(NamedTuple):
-    """A response and the text before it."""
-
-    context: str
-    response: str
-    trained: bool
-    """Whether the response is a target."""
-    eos: bool
-    """Whether to append an end-of-sequence id, because the text does not contain one."""
-    context_trained: bool = False
-    """Whether the context is a target too. Only ``mask_turns="all"`` sets it."""
-
-
-class Conversation(NamedTuple):
-    """A row as turns. The prompt is everything before the response of each side's first turn."""
-
-    history: list[Turn]
-    """The completed turns of the prompt."""
-    context: str
-    """The rest of the prompt, between the history and the response. It is the context of each side's first turn."""
-    sides: list[list[Turn]]
-    """The turns of each response: none for a prompt, one response, or the chosen and the rejected response."""
-    templated: bool
-    """Whether a chat template rendered the texts."""
-    notes: tuple[str, ...] = ()
-    """The notes that the ledger counts for the row."""
-
-
-class BadRowError(ValueError):
-    """An error in a row that makes it unusable.
-
-    Args:
-        reason: The name under which the ledger counts the row.
-        problem: What is wrong with the row.
-    """
-
-    def __init__(self, reason: str, problem: str) -> None:
-        super().__init__(problem)
-        self.reason = reason
-        self.problem = problem
-
-
 def form_of(fields: dict[str, Any], *, accepted: Sequence[Form]) -> Form:
     """Find the form of a row.
 
@@ -95,16 +58,24 @@ def form_of(fields: dict[str, Any], *, accepted: Sequence[Form]) -> Form:
     for form in accepted:
         if present.issuperset(FIELDS[form]):
             return form
+    wanted = [name for form in accepted for name in FIELDS[form] if name not in present]
     missing = min(([name for name in FIELDS[form] if name not in present] for form in accepted), key=len)
     raise BadRowError(
         "missing_field",
         f"has no field {' and no field '.join(map(repr, missing))} (it has "
         f"{', '.join(map(repr, sorted(present))) or 'none'}):"
-        f" expected {' or '.join(DESCRIPTIONS[form] for form in accepted)}",
+        f" expected {' or '.join(DESCRIPTIONS[form] for form in accepted)}{advise_columns(fields, wanted)}",
     )
 
 
-def read_conversation(fields: dict[str, Any], *, form: Form, tokenizer: Tokenizer, mask_turns: MaskTurns) -> Conversation:
+def read_conversation(
+    fields: dict[str, Any],
+    *,
+    form: Form,
+    tokenizer: Tokenizer,
+    mask_turns: MaskTurns,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Conversation:
     """Convert a row of any form except ``text`` to turns.
 
     Args:
@@ -112,34 +83,25 @@ def read_conversation(fields: dict[str, Any], *, form: Form, tokenizer: Tokenize
         form: The form of the row, as returned by `form_of`.
         tokenizer: The tokenizer that renders messages with its chat template.
         mask_turns: Which turns are targets. See `lightning_align.data.encode.encode_rows`.
+        chat_template_kwargs: Variables of the chat template. Those of the row have priority.
 
     Raises:
-        BadRowError: If a field has the wrong type or is empty, or the template rejects the messages.
+        BadRowError: If a field has the wrong type or is empty, the question of the row is in a field that is not read, or
+            the template rejects the messages.
     """
-    if form == "messages":
-        return _read_messages(_messages(fields, "messages"), tokenizer=tokenizer, mask_turns=mask_turns)
-    names = {"pair": ("chosen", "rejected"), "response": ("response",), "prompt": ()}[form]
-    answers = [_text_or_messages(fields, name) for name in names]
-    prompt = None if fields.get("prompt") is None else _text_or_messages(fields, "prompt")
-    if isinstance(prompt, str) and answers and all(isinstance(answer, list) for answer in answers):
-        # A common layout: the prompt is a string, and the first message of each response repeats it.
-        firsts = [answer[0]["content"] for answer in answers if isinstance(answer, list) and answer]
-        if len(firsts) == len(answers) and all(first == prompt for first in firsts):
-            prompt = None
-            if len(answers) == 1:
-                prompt, answers = answers[0][:1], [answers[0][1:]]
-        else:
-            raise BadRowError(
-                "wrong_type", "has a string as prompt and messages as responses, expected both as strings or both as messages"
-            )
-    if prompt is None:
-        prompt, answers = _split_common(answers, names)
+    names = {"pair": ("chosen", "rejected"), "response": ("response",), "prompt": (), "messages": ()}[form]
+    prompt, answers = _parts(fields, form, names)
     if isinstance(prompt, str):
-        return _read_strings(prompt, answers, names)
-    return _read_chat(prompt, answers, names, tokenizer=tokenizer, mask_turns=mask_turns)
+        check_question(fields, form, [prompt, *answers], has_prompt=not is_blank(prompt))
+        return _read_strings(prompt, answers, names, tokenizer)._replace(
+            columns=_columns(fields, form), notes=_unused_tools(fields)
+        )
+    return _read_chat(fields, form, prompt, answers, tokenizer, mask_turns, chat_template_kwargs)
 
 
-def read_prompt(fields: dict[str, Any], *, form: Form, tokenizer: Tokenizer) -> Conversation:
+def read_prompt(
+    fields: dict[str, Any], *, form: Form, tokenizer: Tokenizer, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> Conversation:
     """Convert the prompt of a row to turns.
 
     The prompt of a row of messages is all messages, without the last one if it is from the assistant.
@@ -151,137 +113,162 @@ def read_prompt(fields: dict[str, Any], *, form: Form, tokenizer: Tokenizer) -> 
         messages = _messages(fields, "messages")
         if messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        fields = {"prompt": messages}
+        fields = {**fields, "messages": None, "prompt": messages}
     elif form == "pair" and fields.get("prompt") is None:
-        return read_conversation(fields, form="pair", tokenizer=tokenizer, mask_turns="last_turn")._replace(sides=[])
-    return read_conversation(fields, form="prompt", tokenizer=tokenizer, mask_turns="last_turn")
+        prompt, _ = _parts(fields, form, ("chosen", "rejected"))
+        fields = {**fields, "prompt": prompt}
+    conversation = read_conversation(
+        fields, form="prompt", tokenizer=tokenizer, mask_turns="last_turn", chat_template_kwargs=chat_template_kwargs
+    )
+    return conversation._replace(columns=conversation.columns | set(FIELDS[form]))
 
 
 def prompt_text(conversation: Conversation) -> str:
     """Return the prompt as text."""
-    return "".join(turn.context + turn.response for turn in conversation.history) + conversation.context
+    text = "".join(turn.context + turn.response for turn in conversation.history) + conversation.context
+    return restore(text, conversation.stand_ins)
 
 
-def side_text(side: Sequence[Turn]) -> str:
+def side_text(conversation: Conversation, side: int = 0) -> str:
     """Return a response as text, without the prompt."""
-    return side[0].response + "".join(turn.context + turn.response for turn in side[1:])
+    first, *others = conversation.sides[side]
+    text = first.response + "".join(turn.context + turn.response for turn in others)
+    return restore(text, conversation.stand_ins)
 
 
-def common_prefix(first: str, second: str) -> str:
-    """Find the common beginning of two texts.
+def _parts(fields: dict[str, Any], form: Form, names: Sequence[str]) -> tuple[str | list[Message], list[Any]]:
+    """Return the prompt and the responses of a row, as strings or as messages. All messages of a conversation are a prompt."""
+    if form == "messages":
+        return _messages(fields, "messages"), []
+    answers = [_text_or_messages(fields, name) for name in names]
+    prompt = None if fields.get("prompt") is None else _text_or_messages(fields, "prompt")
+    if isinstance(prompt, str) and answers and all(isinstance(answer, list) for answer in answers):
+        prompt, answers = _with_string_prompt(prompt, answers, names)
+    elif isinstance(prompt, list) and prompt and answers:
+        answers = [_without_repeated(prompt, answer) for answer in answers]
+    if prompt is None:
+        prompt, answers = _split_common(fields, answers, names)
+    return prompt, answers
 
-    It is shortened so that the rest of each text begins with a whole word and the space before it.
+
+def _with_string_prompt(prompt: str, answers: list[Any], names: Sequence[str]) -> tuple[list[Message] | None, list[Any]]:
+    """Read a row whose prompt is a string and whose responses are messages.
+
+    The responses are what follows the prompt, or conversations that repeat it in a message of the user. System messages
+    before the response come before the prompt.
     """
-    length = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
-    following = (first[length : length + 1], second[length : length + 1])
-    # Shorten it if it ends inside a word of either text, or before a combining mark of its last character.
-    if length and any(character and _continues(first[length - 1], character) for character in following):
-        length -= 1
-        while length and _continues(first[length - 1], first[length]):
-            length -= 1
-    # The tokens of many tokenizers include the space before a word.
-    if length and first[length - 1] == " ":
-        length -= 1
-    return first[:length]
+    systems = [_leading(answer, ("system", "developer")) for answer in answers]
+    rests = [answer[len(system) :] for answer, system in zip(answers, systems, strict=True)]
+    if all(rest and rest[0]["role"] == "assistant" for rest in rests):
+        if any(system != systems[0] for system in systems):
+            raise BadRowError("wrong_type", "has different system messages in its chosen and rejected responses")
+        return [*systems[0], {"role": "user", "content": prompt}], rests
+    asked = [[m["content"].strip() for m in answer if m["role"] == "user"] for answer in answers]
+    if not all(prompt.strip() in contents for contents in asked):
+        raise BadRowError(
+            "wrong_type",
+            f"has a string as prompt and messages in {' and '.join(names)} that begin with another one, expected both as"
+            " strings, both as messages, or messages that repeat the prompt",
+        )
+    if len(answers) == 2:
+        return None, answers  # the conversations have the prompt in common
+    index = next(i for i, m in enumerate(answers[0]) if m["role"] == "user" and m["content"].strip() == prompt.strip())
+    return answers[0][: index + 1], [answers[0][index + 1 :]]
 
 
-def _continues(before: str, character: str) -> bool:
-    if unicodedata.combining(character) or character in "\u200d\ufe0f" or before == "\u200d":
-        return True
-    return _is_word(before) and _is_word(character)
+def _leading(messages: list[Message], roles: Sequence[str]) -> list[Message]:
+    num_leading = next((i for i, message in enumerate(messages) if message["role"] not in roles), len(messages))
+    return messages[:num_leading]
 
 
-def _is_word(character: str) -> bool:
-    # Chinese and Japanese have no spaces between words, so each character counts as a word.
-    return (character.isalnum() or character == "_") and not 0x2E80 <= ord(character) <= 0x9FFF
+def _without_repeated(prompt: list[Message], answer: Any) -> Any:
+    """Remove the messages of the prompt from the beginning of a response that repeats them."""
+    num = len(prompt)
+    repeats = isinstance(answer, list) and [*map(shown, answer[:num])] == [*map(shown, prompt)]
+    return answer[num:] if repeats and prompt[0]["role"] != "assistant" else answer
 
 
-def _read_strings(prompt: str, answers: list[Any], names: Sequence[str]) -> Conversation:
+def _read_strings(prompt: str, answers: list[Any], names: Sequence[str], tokenizer: Tokenizer) -> Conversation:
     for name, answer in zip(names, answers, strict=True):
         if not isinstance(answer, str):
             raise BadRowError(
                 "wrong_type",
                 f"has a string as prompt and messages in field {name!r}, expected both as strings or both as messages",
             )
-        if not answer.strip():
+        if is_blank(without_markers(answer, tokenizer)):
             raise BadRowError("empty_response", f"has an empty text in field {name!r}, expected text to train on")
     sides = [[Turn(prompt, answer, True, True)] for answer in answers]
     return Conversation([], prompt, sides, templated=False)
 
 
 def _read_chat(
-    prompt: list[Message], answers: list[Any], names: Sequence[str], *, tokenizer: Tokenizer, mask_turns: MaskTurns
+    fields: dict[str, Any],
+    form: Form,
+    prompt: list[Message],
+    answers: list[Any],
+    tokenizer: Tokenizer,
+    mask_turns: MaskTurns,
+    chat_template_kwargs: Mapping[str, Any] | None,
 ) -> Conversation:
-    if not answers:
-        history, context = _turns(_render(tokenizer, prompt, generate=True))
-        return Conversation(history, context, [], templated=True)
-    sides = []
-    for name, answer in zip(names, answers, strict=True):
-        messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        if not messages or messages[0]["role"] != "assistant":
-            raise BadRowError(
-                "wrong_role", f"does not begin with a message of the assistant in field {name!r}, expected the response there"
-            )
-        sides.append(_read_messages([*prompt, *messages], tokenizer=tokenizer, mask_turns=mask_turns, num_given=len(prompt)))
-    if any(side.context != sides[0].context or side.history != sides[0].history for side in sides):
-        raise BadRowError("chat_template", "has a prompt that the chat template renders differently for the two responses")
-    notes = tuple(note for side in sides for note in side.notes)
-    return sides[0]._replace(sides=[side.sides[0] for side in sides], notes=notes)
-
-
-def _read_messages(
-    messages: list[Message], *, tokenizer: Tokenizer, mask_turns: MaskTurns, num_given: int | None = None
-) -> Conversation:
-    """Convert the messages of a prompt and a response to turns.
-
-    Args:
-        messages: The messages.
-        tokenizer: The tokenizer that renders them.
-        mask_turns: Which turns are targets.
-        num_given: The number of messages that are the prompt. None: ``mask_turns`` decides.
-    """
-    speakers = [message["role"] == "assistant" for message in messages]
-    if not any(speakers):
-        raise BadRowError("no_assistant_turn", "has no message of the assistant, expected at least one to train on")
-    # Messages after the last one of the assistant do not affect any target.
-    last = len(speakers) - 1 - speakers[::-1].index(True)
-    notes = () if last == len(messages) - 1 else ("trailing_turns",)
-    turns, _ = _turns(_render(tokenizer, messages[: last + 1], generate=False))
-    if num_given is None:
-        num_history = len(turns) - 1 if mask_turns == "last_turn" else 0
+    columns = set(_columns(fields, form))
+    silent = ("assistant", "system", "developer")
+    asked = any(message["role"] not in silent and not is_blank(message["content"]) for message in prompt)
+    check_question(fields, form, [message["content"] for message in prompt], has_prompt=asked)
+    system = fields.get("system")
+    if isinstance(system, str) and not is_blank(system):
+        given = [message["content"] for message in prompt if message["role"] in ("system", "developer")]
+        if not given:
+            prompt = [{"role": "system", "content": system}, *prompt]
+        if not given or system.strip() in [content.strip() for content in given]:
+            columns.add("system")
+    options = _option(fields, "chat_template_kwargs", read_template_kwargs) or {}
+    tools = _option(fields, "tools", read_tools)
+    columns |= {"tools"} | ({"chat_template_kwargs"} if tokenizer.has_template else set())
+    reader = ChatReader(
+        tokenizer, mask_turns=mask_turns, tools=tools, template_kwargs={**(chat_template_kwargs or {}), **options}
+    )
+    if form == "messages":
+        conversation = reader.messages(prompt)
+    elif not answers:
+        conversation = reader.prompt(prompt)
     else:
-        num_history = sum(speakers[:num_given])
-    history, answer = turns[:num_history], turns[num_history:]
-    context = answer[0].context
-    if mask_turns == "all":
-        answer = [turn._replace(context_trained=num_given is None or i > 0) for i, turn in enumerate(answer)]
-    elif mask_turns == "last_turn":
-        answer = [turn._replace(trained=i == len(answer) - 1) for i, turn in enumerate(answer)]
-    if any(turn.trained and not turn.response.strip() for turn in answer):
-        raise BadRowError("empty_response", "has an empty message of the assistant, expected text to train on")
-    return Conversation([turn._replace(trained=False) for turn in history], context, [answer], templated=True, notes=notes)
+        names = ("chosen", "rejected") if len(answers) == 2 else ("response",)
+        conversations = []
+        for name, answer in zip(names, answers, strict=True):
+            messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            if not messages or messages[0]["role"] != "assistant":
+                raise BadRowError(
+                    "wrong_role",
+                    f"does not begin with a message of the assistant in field {name!r}, expected the response there",
+                )
+            conversations.append(messages)
+        conversation = reader.answers(prompt, conversations)
+    if "tools_not_shown" in conversation.notes:
+        columns.discard("tools")
+    return conversation._replace(columns=frozenset(columns))
 
 
-def _turns(segments: Sequence[Segment]) -> tuple[list[Turn], str]:
-    turns: list[Turn] = []
-    context = ""
-    for segment in segments:
-        if segment.trained:
-            turns.append(Turn(context, segment.text, True, segment.eos))
-            context = ""
-        else:
-            context += segment.text
-    return turns, context
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, generate: bool) -> list[Segment]:
+def _option(fields: dict[str, Any], name: str, read: Callable[[Any], Any]) -> Any:
+    value = fields.get(name)
+    if value is None:
+        return None
     try:
-        return tokenizer.render(messages, add_generation_prompt=generate)
+        return read(value)
     except ValueError as error:
-        raise BadRowError("chat_template", f"cannot be rendered with the chat template: {error}") from error
+        raise BadRowError("wrong_type", f"has a wrong value in field {name!r}: {error}") from error
 
 
-def _split_common(answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
+def _columns(fields: dict[str, Any], form: Form) -> frozenset[str]:
+    read = {*FIELDS[form], "prompt", *(("weight", "margin") if form == "pair" else ())}
+    return frozenset(read)
+
+
+def _unused_tools(fields: dict[str, Any]) -> tuple[str, ...]:
+    # Strings are used as they are, so there is no template that could show the tools.
+    return ("tools_not_shown",) if fields.get("tools") else ()
+
+
+def _split_common(fields: dict[str, Any], answers: list[Any], names: Sequence[str]) -> tuple[str | list[Message], list[Any]]:
     """Split the chosen and the rejected response of a row without a prompt into their common prompt and the rest of each."""
     chosen, rejected = answers
     if type(chosen) is not type(rejected):
@@ -289,20 +276,32 @@ def _split_common(answers: list[Any], names: Sequence[str]) -> tuple[Any, list[A
             "wrong_type", f"has a string and messages in {' and '.join(names)}, expected both as strings or both as messages"
         )
     if isinstance(chosen, str):
-        prompt = common_prefix(chosen, rejected)
-        if not prompt and chosen != rejected:
+        if chosen.strip() == rejected.strip():
+            if is_blank(chosen):
+                raise BadRowError("empty_response", "has an empty text in field 'chosen', expected text to train on")
+            raise BadRowError("identical_pair", "has identical chosen and rejected responses, expected different ones")
+        prompt, is_asked = common_turns(chosen, rejected)
+        check_question(fields, "pair", answers, has_prompt=is_asked)
+        if not prompt:
             raise BadRowError(
                 "no_prompt", "has no field 'prompt', and its chosen and rejected responses do not begin with the same text"
             )
-        return prompt, [chosen[len(prompt) :], rejected[len(prompt) :]]
-    length = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
-    if chosen == rejected:
-        length -= 1
+        rests = [chosen[len(prompt) :], rejected[len(prompt) :]]
+        if any(map(is_blank, rests)):
+            raise BadRowError(
+                "no_prompt",
+                "has no field 'prompt', and one of its responses begins the other, so the end of the prompt is unknown:"
+                " expected a field 'prompt', or a line such as 'Assistant:' before the response",
+            )
+        return prompt, rests
+    shared = [[shown(message) for message in answer] for answer in answers]
+    if shared[0] == shared[1]:
+        raise BadRowError("identical_pair", "has identical chosen and rejected responses, expected different ones")
+    length = next((i for i, (a, b) in enumerate(zip(*shared, strict=False)) if a != b), min(map(len, shared)))
     while length > 0 and not all(side[length : length + 1] and side[length]["role"] == "assistant" for side in answers):
         length -= 1
     if length <= 0:
+        check_question(fields, "pair", [], has_prompt=False)
         raise BadRowError(
             "no_prompt", "has no field 'prompt', and its chosen and rejected responses have no messages of a prompt in common"
         )
@@ -320,7 +319,16 @@ def _messages(fields: dict[str, Any], name: str) -> list[Message]:
         wanted = "a list of messages" if name == "messages" else "a string or a list of messages"
         raise BadRowError("wrong_type", f"has a value of type {type(value).__name__} in field {name!r}, expected {wanted}")
     try:
-        check_messages(value)
+        return list(normalize_messages(value))
     except ValueError as error:
         raise BadRowError("wrong_type", f"has a bad message in field {name!r}: {error}") from error
-    return value
+
+
+def first_form(rows: Iterable[Row], accepted: Sequence[Form]) -> Form | None:
+    """Return the form of the first row that has one, or None."""
+    for row in rows:
+        try:
+            return form_of(row.fields, accepted=accepted)
+        except BadRowError:
+            continue
+    return None

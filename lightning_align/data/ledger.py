@@ -19,10 +19,14 @@ PROMPT_TRIMMED = "prompt_trimmed"
 RESPONSE_TRIMMED = "response_trimmed"
 LIMITS = ("too_long", "prompt_too_long", "response_too_long")
 """The reasons for a drop that come from the user's length limits. Such rows are not bad."""
-TIED, UNPAIRED = "tied", "unpaired"
-NOT_BAD = (*LIMITS, TIED, UNPAIRED)
-"""The reasons for a drop that no correction of the row would change: a limit, answers of equal rank, and a labelled answer
-without one of the other label."""
+TIED, UNPAIRED, NO_TARGET = "tied", "unpaired", "no_target"
+NOT_BAD = (*LIMITS, TIED, UNPAIRED, NO_TARGET)
+"""The reasons for a drop that no correction of the row would change: a limit, answers of equal rank, a labelled answer without
+an answer of the other label, and an answer that the row excludes from training."""
+_MOST_TRIMMED = 0.1
+"""The share of responses without their end, or of rows over a limit, above which a warning gives advice."""
+_MOST_COLUMNS = 12
+"""The number of unread columns that the table names."""
 _NUM_EXAMPLES = 5
 """The number of dropped rows that are kept as examples, per reason."""
 
@@ -50,6 +54,8 @@ class Ledger:
         """The number of rows per note, such as ``duplicate``, ``double_bos`` or ``merged_boundary``."""
         self.examples: dict[str, list[str]] = {}
         """The first dropped rows per reason."""
+        self.unread: Counter[str] = Counter()
+        """The number of rows per column that had a value and was not read."""
 
     @property
     def num_rows(self) -> int:
@@ -73,6 +79,10 @@ class Ledger:
     def note(self, what: str) -> None:
         """Count a note on a row. It does not depend on the outcome of the row."""
         self.notes[what] += 1
+
+    def skip_column(self, name: str) -> None:
+        """Count a column of a row that was not read."""
+        self.unread[name] += 1
 
     def drop(self, reason: str, *, origin: str, problem: str) -> None:
         """Count a row that is dropped.
@@ -125,7 +135,29 @@ class Ledger:
         lines = [f"{self.source}: {self.num_rows} rows"]
         for title, counts in (("", self.counts), ("note: ", self.notes)):
             lines += [f"  {title + name:<32}{count:>10}" for name, count in sorted(counts.items()) if count]
+        if self.unread:
+            columns = [f"{name} ({count})" for name, count in self.unread.most_common(_MOST_COLUMNS)]
+            others = len(self.unread) - len(columns)
+            lines.append(f"  columns not read: {', '.join(columns)}{f' and {others} more' if others else ''}")
         return "\n".join(lines)
+
+    def advice(self) -> str:
+        """Return a warning if much of the source is lost to the length limit, or an empty text."""
+        num_over = sum(self.counts[f"dropped/{reason}"] for reason in LIMITS)
+        num_trimmed = self.counts[RESPONSE_TRIMMED] + self.counts[PROMPT_TRIMMED]
+        losses = []
+        if self.counts[RESPONSE_TRIMMED] > _MOST_TRIMMED * self.num_kept:
+            losses.append(
+                f"{self.counts[RESPONSE_TRIMMED]} of {self.num_kept} rows lost the end of their response and its"
+                " end-of-sequence token, so the model does not learn to stop there"
+            )
+        elif num_trimmed and num_trimmed == self.num_kept:
+            losses.append(f"all {self.num_kept} rows lost a part of their prompt")
+        if num_over > _MOST_TRIMMED * self.num_rows:
+            losses.append(f"{num_over} of {self.num_rows} rows were dropped because they are too long")
+        if not losses:
+            return ""
+        return f"{self.source}: {'; '.join(losses)}. Increase `max_length`, or choose another `truncation`."
 
     def metrics(self) -> dict[str, int]:
         """Return the counts as a flat dictionary, for a logger."""
@@ -140,6 +172,7 @@ class Ledger:
             "counts": dict(sorted(self.counts.items())),
             "notes": dict(sorted(self.notes.items())),
             "examples": self.examples,
+            "unread": dict(sorted(self.unread.items())),
         }
 
     @classmethod
@@ -153,6 +186,7 @@ class Ledger:
         ledger.counts.update(content["counts"])
         ledger.notes.update(content["notes"])
         ledger.examples.update(content["examples"])
+        ledger.unread.update(content.get("unread", {}))
         return ledger
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, get_args
 
+from lightning_align.data.conversations import BadRowError
 from lightning_align.data.files import Row
-from lightning_align.data.forms import BadRowError, Form
+from lightning_align.data.forms import Form
 from lightning_align.data.ledger import UNPAIRED, Ledger
 from lightning_align.data.shapes import Fields, RankedPairs, Shape, convert, find_shape
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 
+from lightning_align.data.conversations import BadRowError
 from lightning_align.data.encode import EncodedRow, EncodedTokens, chunks, with_bos, with_eos
-from lightning_align.data.forms import BadRowError, form_of
+from lightning_align.data.forms import FIELDS, form_of
 from lightning_align.data.ledger import Ledger
 from lightning_align.data.rows import Row
 from lightning_align.data.tokenizer import Encoding, Tokenizer
+from lightning_align.data.unread import unread_columns
 
 
 def encode_blocks(rows: Iterable[Row], *, tokenizer: Tokenizer, ledger: Ledger, max_length: int) -> Iterator[EncodedRow]:
@@ -34,6 +36,8 @@ def encode_blocks(rows: Iterable[Row], *, tokenizer: Tokenizer, ledger: Ledger, 
         for index, row in chunk:
             try:
                 texts.append((index, _read_text(row)))
+                for name in unread_columns(row.fields, FIELDS["text"]):
+                    ledger.skip_column(name)
             except BadRowError as error:
                 ledger.drop(error.reason, origin=row.origin, problem=error.problem)
         for (index, text), encoding in zip(texts, tokenizer.encode_batch([text for _, text in texts]), strict=True):

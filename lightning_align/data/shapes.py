@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable
 from itertools import combinations, pairwise
 from typing import Any, Literal
 
-from lightning_align.data.forms import BadRowError, Form
+from lightning_align.data.conversations import BadRowError
+from lightning_align.data.forms import Form
 from lightning_align.data.ledger import TIED
 
 Shape = Literal["auto", "plain", "sharegpt", "alpaca", "completion", "pair", "ranked", "labelled", "choice"]

@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from lightning_align.data.conversations import BadRowError, MaskTurns
 from lightning_align.data.encode import EncodedRow, Truncation, encode_rows
-from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of
+from lightning_align.data.forms import Form, form_of
 from lightning_align.data.ledger import BadRow, Ledger
 from lightning_align.data.mapping import RowMapping, map_rows
 from lightning_align.data.packing import encode_blocks
@@ -46,6 +47,7 @@ class Recipe:
     on_bad_row: BadRow
     prompts_only: bool = False
     mapping: RowMapping = field(default_factory=RowMapping)
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class StoredTokens(NamedTuple):
@@ -235,6 +237,7 @@ def _encode(rows: Iterable[Row], *, recipe: Recipe, tokenizer: Tokenizer, ledger
         truncation=recipe.truncation,
         mask_turns=recipe.mask_turns,
         prompts_only=recipe.prompts_only,
+        chat_template_kwargs=recipe.chat_template_kwargs,
     )
 
 

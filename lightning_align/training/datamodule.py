@@ -1,13 +1,13 @@
 """The base data module: rows from sources, tokenized once, as batches."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_align.data.batching import (
@@ -18,12 +18,14 @@ from lightning_align.data.batching import (
     collate_prompts,
     collate_tokens,
 )
+from lightning_align.data.conversations import MaskTurns
 from lightning_align.data.encode import Truncation
-from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of, prompt_text, read_conversation, side_text
+from lightning_align.data.forms import Form, first_form, form_of, prompt_text, read_conversation, side_text
 from lightning_align.data.ledger import BadRow, Ledger, write_ledgers
 from lightning_align.data.mapping import RowMapping, map_rows
+from lightning_align.data.messages import check_template_kwargs
 from lightning_align.data.mixture import MixedStore, MixtureSampler, MixtureStop, SourcePart, parts_of
-from lightning_align.data.rows import Grader, Row, RowTask, read_rows
+from lightning_align.data.rows import Grader, RowTask, read_rows
 from lightning_align.data.shapes import RankedPairs, Shape
 from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, read_forms, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -63,6 +65,8 @@ class AlignDataModule(L.LightningDataModule):
             of the prompt, and `drop` drops the row. Each is counted.
         mask_turns: Which turns are trained: the last turn of the assistant (`last_turn`), all turns of the assistant
             (`assistant_only`), or everything after the prompt (`all`).
+        chat_template_kwargs: Variables of the tokenizer's chat template, such as `enable_thinking`. A column of the same
+            name sets them per row, and has priority.
         group_by_length: Group rows of similar length in training batches, which saves padding. If length and content
             are related (sums of two and of three numbers, for example), groups make batches one-sided and training slower
             or unstable. Switch it off in that case.
@@ -113,6 +117,7 @@ class AlignDataModule(L.LightningDataModule):
         ranked_pairs: RankedPairs = "best_worst",
         mixture_stop: MixtureStop = "first_exhausted",
         on_bad_row: BadRow = "fail",
+        chat_template_kwargs: dict[str, Any] | None = None,
         group_by_length: bool = True,
         num_workers: int = 0,
         cache_dir: str = ".cache/lightning_align",
@@ -135,6 +140,10 @@ class AlignDataModule(L.LightningDataModule):
         ):
             if choice not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {choice!r}.")
+        try:
+            check_template_kwargs(chat_template_kwargs or {})
+        except ValueError as error:
+            raise ValueError(f"`chat_template_kwargs` is wrong: {error}.") from error
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.sources = {cast(Stage, stage): source for stage, source in given.items() if source is not None}
         self._parts = {stage: parts_of(source) for stage, source in self.sources.items()}
@@ -147,6 +156,7 @@ class AlignDataModule(L.LightningDataModule):
         self.mapping = RowMapping(columns=columns or {}, roles=roles or {}, shape=shape, ranked_pairs=ranked_pairs)
         self.mixture_stop: MixtureStop = mixture_stop
         self.on_bad_row: BadRow = on_bad_row
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.group_by_length = group_by_length
         self.num_workers = num_workers
         self.cache_dir = cache_dir
@@ -188,6 +198,8 @@ class AlignDataModule(L.LightningDataModule):
                 same = f" ({names[: i + 1].count(names[i])})" if names.count(names[i]) > 1 else ""
                 self.ledgers[name if len(opened) == 1 else f"{name}/{names[i]}{same}"] = ledger
                 rank_zero_info(f"{name} rows from {ledger.table()}")
+                if advice := ledger.advice():
+                    rank_zero_warn(f"{name} rows from {advice}")
         trainer = self.trainer
         if stage == "fit" and trainer is not None and "validation" not in self.sources:
             # A fit without validation rows does not validate. Lightning warns if there is no loader or an empty one.
@@ -220,7 +232,7 @@ class AlignDataModule(L.LightningDataModule):
             accepted = self.predict_forms
             if "pair" in accepted:
                 rows = map_rows(read_rows(part.rows, split=_SPLITS[stage]), mapping, accepted=accepted, prompts_only=True)
-                pairs = _first_form(rows, accepted) == "pair"
+                pairs = first_form(rows, accepted) == "pair"
                 accepted = ("pair",) if pairs else tuple(form for form in accepted if form != "pair")
             prompts_only = "pair" not in accepted
         return Recipe(
@@ -232,6 +244,7 @@ class AlignDataModule(L.LightningDataModule):
             on_bad_row=self.on_bad_row,
             prompts_only=prompts_only,
             mapping=mapping,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
 
     # -- batches
@@ -372,18 +385,14 @@ class AlignDataModule(L.LightningDataModule):
                     continue
                 forms = [form for form in self.forms if form != "text"]
                 form = form_of(row.fields, accepted=forms)
-                conversation = read_conversation(row.fields, form=form, tokenizer=self.tokenizer, mask_turns=self.mask_turns)
+                conversation = read_conversation(
+                    row.fields,
+                    form=form,
+                    tokenizer=self.tokenizer,
+                    mask_turns=self.mask_turns,
+                    chat_template_kwargs=self.chat_template_kwargs,
+                )
                 found = wanted.pop(index)
                 ids = found.sides[0].tokens[: found.num_prompt].tolist()
-                prompts.append((ids, prompt_text(conversation), side_text(conversation.sides[0])))
+                prompts.append((ids, prompt_text(conversation), side_text(conversation)))
         return prompts
-
-
-def _first_form(rows: Iterable[Row], accepted: Sequence[Form]) -> Form | None:
-    """Return the form of the first row that has one."""
-    for row in rows:
-        try:
-            return form_of(row.fields, accepted=accepted)
-        except BadRowError:
-            continue
-    return None

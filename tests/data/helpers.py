@@ -8,7 +8,7 @@ from typing import Any
 from lightning_align.data.encode import EncodedRow, encode_rows
 from lightning_align.data.ledger import Ledger
 from lightning_align.data.rows import Row
-from lightning_align.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, train_tokenizer
+from lightning_align.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
 FORMS = ("pair", "response", "messages")
 WORDS = "the quick brown fox jumps over a lazy dog while seven small birds sing along 12 + 345 = 357".split()
@@ -29,6 +29,22 @@ def small_bpe(folder: Path, *, vocab_size: int = 400) -> FileTokenizer:
     return FileTokenizer(str(folder / "bpe.json"))
 
 
+def chat_tokenizer(template: str, folder: Path, *, eos: str = "<|im_end|>", marks: Iterable[str] = ()) -> Tokenizer:
+    """Make a transformers tokenizer of bytes with a chat template and the special tokens of ChatML or others."""
+    import transformers
+    from tokenizers import Tokenizer as Model
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Model(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model.add_special_tokens(list(dict.fromkeys([eos, "<pad>", "<bos>", "<|im_start|>", "<|im_end|>", *marks])))
+    source = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token=eos, pad_token="<pad>", bos_token="<bos>")
+    source.chat_template = template
+    source.save_pretrained(str(folder / "tokenizer"))
+    return load_tokenizer(str(folder / "tokenizer"))
+
+
 def encode(
     *fields: dict[str, Any],
     tokenizer: Tokenizer | None = None,
@@ -37,6 +53,7 @@ def encode(
     mask_turns: Any = "last_turn",
     on_bad_row: Any = "fail",
     prompts_only: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[list[EncodedRow], Ledger]:
     """Encode rows given as dictionaries."""
     ledger = Ledger("test", on_bad_row=on_bad_row)
@@ -45,11 +62,12 @@ def encode(
         rows,
         tokenizer=tokenizer or ByteTokenizer(),
         ledger=ledger,
-        accepted=("prompt", "messages") if prompts_only else FORMS,
+        accepted=("prompt", "messages", "pair") if prompts_only else FORMS,
         max_length=max_length,
         truncation=truncation,
         mask_turns=mask_turns,
         prompts_only=prompts_only,
+        chat_template_kwargs=chat_template_kwargs,
     )
     return list(encoded), ledger
 

@@ -2,9 +2,9 @@ import random
 
 import pytest
 
-from lightning_align.data.forms import common_prefix
 from lightning_align.data.ledger import Ledger
 from lightning_align.data.packing import encode_blocks
+from lightning_align.data.prefixes import common_prefix
 from lightning_align.data.rows import Row
 from lightning_align.data.tokenizer import ByteTokenizer
 from tests.data.helpers import WORDS, encode, small_bpe, spell
@@ -77,6 +77,14 @@ def test_special_tokens_in_the_text_are_not_doubled(bpe):
     assert row.sides[0].num_bytes == 5
     assert spell(bpe, second)[0] == "<bos>the fox<eos>"
     assert ledger.notes["double_bos"] == 2
+
+
+def test_an_end_token_inside_a_response_is_noted_and_alone_it_is_no_response(bpe):
+    rows = [{"prompt": "the", "response": text} for text in (" fox<eos> dog", " fox<eos>", "<eos>", "<bos> <eos>")]
+    encoded, ledger = encode(*rows, tokenizer=bpe, on_bad_row="skip")
+    assert [spell(bpe, row)[1] for row in encoded] == [" fox<eos> dog<eos>", " fox<eos>"]
+    assert ledger.notes["end_token_inside"] == 1
+    assert ledger.counts == {"kept": 2, "dropped/empty_response": 2}
 
 
 @pytest.mark.parametrize(
@@ -238,7 +246,7 @@ def test_planted_defects_are_all_found_and_none_invented():
         256: ({"prompt": "x", "chosen": "y", "rejected": "y"}, "identical_pair"),
         300: ({"messages": [{"role": "user", "content": "u"}]}, "no_assistant_turn"),
         301: ({"messages": [{"content": "u"}]}, "wrong_type"),
-        400: ({"prompt": [{"role": "user", "content": None}], "response": "x"}, "chat_template"),
+        400: ({"prompt": [{"role": "user", "content": None}], "response": "x"}, "wrong_type"),
         450: ({"prompt": "p" * 99, "response": "x"}, "prompt_too_long"),
         499: ({"chosen": "cat", "rejected": "dog"}, "no_prompt"),
     }

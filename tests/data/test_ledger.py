@@ -38,6 +38,30 @@ def test_length_limits_are_not_errors():
     assert ledger.counts["dropped/too_long"] == 1
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "advice"),
+    [
+        ({"kept": 9, "response_trimmed": 1}, ""),
+        ({"kept": 8, "response_trimmed": 1}, "1 of 9 rows lost the end of their response"),
+        ({"response_trimmed": 3}, "3 of 3 rows lost the end of their response"),
+        ({"prompt_trimmed": 3}, "all 3 rows lost a part of their prompt"),
+        ({"kept": 1, "prompt_trimmed": 3}, ""),
+        ({"kept": 9, "too_long": 1}, ""),
+        ({"kept": 8, "too_long": 1}, "1 of 9 rows were dropped because they are too long"),
+        ({"kept": 1, "no_target": 9}, ""),
+    ],
+)
+def test_rows_that_lose_much_give_advice(outcomes, advice):
+    ledger = Ledger("a")
+    for outcome, count in outcomes.items():
+        for _ in range(count):
+            if outcome in ("too_long", "no_target"):
+                ledger.drop(outcome, origin="a:1", problem="is so")
+            else:
+                ledger.keep(outcome)
+    assert (advice in ledger.advice() and "Increase `max_length`" in ledger.advice()) if advice else not ledger.advice()
+
+
 def test_warn_once_with_five_examples():
     ledger = Ledger("a", on_bad_row="warn")
     ledger.keep()

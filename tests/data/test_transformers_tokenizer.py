@@ -90,9 +90,31 @@ def test_templates_that_drop_or_repeat_special_tokens_give_a_warning(make, templ
     assert trained.replace("\n", "") == "dog<eos>"
 
 
-def test_a_template_that_renders_earlier_turns_differently_is_an_error(make):
-    with pytest.raises(ValueError, match=r"test:1 .*renders message 2 differently"):
-        encode({"messages": CHAT}, tokenizer=make(FORGETFUL))
+def test_a_template_that_renders_earlier_turns_differently_trains_the_last_turn_only(make):
+    tokenizer = make(FORGETFUL)
+    (row,), _ = encode({"messages": CHAT}, tokenizer=tokenizer)
+    assert spell(tokenizer, row) == ("the dog;the;dog;<eos>", "dog;<eos>")
+    with pytest.raises(ValueError, match=r"test:1 .*renders message 2 differently.*`mask_turns` 'last_turn'"):
+        encode({"messages": CHAT}, tokenizer=tokenizer, mask_turns="assistant_only")
+
+
+def test_the_last_turn_follows_the_history_as_it_is_written_at_generation(make):
+    # The last turn of the assistant is written with a mark, which is another turn when no answer follows.
+    marked = (
+        "{% set last = namespace(i=-1) %}{% for m in messages %}{% if m['role'] == 'assistant' %}{% set last.i = loop.index0 %}"
+        "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.index0 == last.i %}* {% endif %}"
+        "{{ m['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make(marked)
+    (row,), ledger = encode({"messages": CHAT}, tokenizer=tokenizer)
+    text, trained = spell(tokenizer, row)
+    assert trained == "* dog<eos>" and "assistant\n* a fox<eos>" in text and text.count("*") == 2
+    (prompt,), _ = encode({"prompt": CHAT[:3]}, tokenizer=tokenizer, prompts_only=True)
+    assert prompt.sides[0].tokens == row.sides[0].tokens[: row.num_prompt]
+    pair = {"prompt": CHAT[:3], "chosen": CHAT[3:], "rejected": "a fox"}
+    (both,), _ = encode(pair, tokenizer=tokenizer)
+    assert both.sides[0] == row.sides[0] and spell(tokenizer, both, 1)[1] == "* a fox<eos>"
+    assert not ledger.notes
 
 
 def test_a_template_that_rejects_a_row_names_the_row(make):

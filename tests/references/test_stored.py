@@ -207,6 +207,7 @@ def test_a_sweep_scores_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert spy.rows == 48
 
 
+@pytest.mark.filterwarnings("ignore:.*rows lost the end of their response")  # that is what is tested
 def test_rows_that_were_cut_elsewhere_are_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i}+1=", "chosen": "a" * 20 + str(i), "rejected": "b" * 20 + str(i)} for i in range(10)]

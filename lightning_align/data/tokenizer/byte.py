@@ -1,7 +1,8 @@
 """The byte tokenizer, which needs no file and no training."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from lightning_align.data.tokenizer.chat import render_plain
 from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment
@@ -17,6 +18,8 @@ class ByteTokenizer:
     bos_id: int | None = 1
     eos_id: int = 2
     pad_id: int = 0
+    markers: tuple[str, ...] = ()
+    has_template: bool = False
     fingerprint: str = "bytes-1"
     _specials = ("<pad>", "<bos>", "<eos>")
 
@@ -37,8 +40,16 @@ class ByteTokenizer:
         parts = (bytes([i - 3]) if i >= 3 else b"" if skip_special else self._specials[i].encode() for i in ids)
         return b"".join(parts).decode("utf-8", errors="replace")
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
-        """See `Tokenizer.render` and `render_plain`."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        exact: Collection[int] | None = None,
+    ) -> list[Segment]:
+        """See `Tokenizer.render` and `render_plain`. The built-in template has no tools and no variables."""
         return render_plain(messages, add_generation_prompt=add_generation_prompt)
 
 

@@ -16,7 +16,7 @@ def render_plain(messages: Sequence[Message], *, add_generation_prompt: bool) ->
     """
     check_messages(messages)
     segments: list[Segment] = []
-    for message in messages:
+    for index, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if not isinstance(content, str):
             raise ValueError(
@@ -24,7 +24,7 @@ def render_plain(messages: Sequence[Message], *, add_generation_prompt: bool) ->
             )
         if role == "assistant":
             segments.append(Segment("<|assistant|>\n", role, False))
-            segments.append(Segment(content, role, True, eos=True))
+            segments.append(Segment(content, role, True, eos=True, message=index))
         else:
             segments.append(Segment(f"<|{role}|>\n{content}\n", role, False))
     if add_generation_prompt:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -30,6 +31,8 @@ class FileTokenizer:
         ValueError: If the file cannot be read, has no end-of-sequence token, or lacks a token that an argument names.
     """
 
+    has_template: bool = False
+
     def __init__(self, path: str, *, bos: str | None = None, eos: str | None = None, pad: str | None = None) -> None:
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -53,6 +56,8 @@ class FileTokenizer:
         self.bos_id: int | None = bos_id
         self.eos_id: int = eos_id
         self.pad_id: int = eos_id if pad_id is None else pad_id
+        ids = dict.fromkeys(i for i in (eos_id, bos_id, self.pad_id) if i is not None)
+        self.markers: tuple[str, ...] = tuple(str(self._model.id_to_token(i)) for i in ids)
         self.fingerprint: str = hash_parts(self._model.to_str(), str((bos_id, eos_id, self.pad_id)))
         self._text = text
         self.vocabulary_fingerprint = hash_vocabulary(self._model)
@@ -95,8 +100,16 @@ class FileTokenizer:
         """See `Tokenizer.decode`."""
         return self._model.decode(list(ids), skip_special_tokens=skip_special)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
-        """See `Tokenizer.render` and `render_plain`."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        exact: Collection[int] | None = None,
+    ) -> list[Segment]:
+        """See `Tokenizer.render` and `render_plain`. The built-in template has no tools and no variables."""
         return render_plain(messages, add_generation_prompt=add_generation_prompt)
 
 

@@ -1,6 +1,6 @@
 """The interface of a tokenizer and the types that it takes and returns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 Message = Mapping[str, Any]
@@ -24,6 +24,8 @@ class Segment(NamedTuple):
     """Whether the text is what an assistant says. If not, it is a prompt or part of the template."""
     eos: bool = False
     """Whether to append an end-of-sequence id, because the text does not contain one."""
+    message: int = -1
+    """The index of the message that a trained segment renders. -1 for other segments."""
 
 
 class Tokenizer(Protocol):
@@ -50,6 +52,19 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def markers(self) -> tuple[str, ...]:
+        """The texts of the special tokens that begin and end turns or sequences, the end-of-sequence token first.
+
+        A message that contains such a text means the text, not the token. Empty if no text becomes a special token.
+        """
+        ...
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it has a chat template of its own. The built-in template has no tools and no variables."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """A hash of everything that the ids depend on."""
         ...
@@ -62,14 +77,26 @@ class Tokenizer(Protocol):
         """Convert ids to text. Special tokens are left out if ``skip_special`` is true."""
         ...
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        exact: Collection[int] | None = None,
+    ) -> list[Segment]:
         """Render a conversation as text.
 
         Args:
             messages: The turns of the conversation.
             add_generation_prompt: Whether to end with the text that starts the next turn of the assistant.
+            tools: The JSON schemas of the tools that the model may call.
+            template_kwargs: Further variables of the chat template.
+            exact: The indices of the messages that need a segment of their own. Other messages of the assistant may be
+                part of the text between them. None: all messages of the assistant.
 
         Raises:
-            ValueError: If a message is malformed or the template rejects it.
+            ValueError: If a message is malformed, the template rejects it, or a message in ``exact`` cannot be located.
         """
         ...

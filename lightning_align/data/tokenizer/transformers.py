@@ -1,7 +1,9 @@
 """A tokenizer of the transformers library with its chat template."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import tokenizers
 from lightning_align.data.tokenizer.chat import check_messages, render_plain
 from lightning_align.data.tokenizer.file import FileTokenizer, hash_parts, hash_vocabulary
 from lightning_align.data.tokenizer.protocol import Message, Segment
+from lightning_align.data.tokenizer.turns import TurnFinder
 from lightning_align.runtime.hub import out_of_reach
 
 
@@ -58,6 +61,10 @@ class TransformersTokenizer(FileTokenizer):
         template = str(source.chat_template or "")
         self.fingerprint = hash_parts(self._model.to_str(), str((self.bos_id, self.eos_id, self.pad_id)), template)
         self.vocabulary_fingerprint = hash_vocabulary(self._model)
+        self.has_template = bool(template)
+        self._parts = False
+        self._parts = bool(template) and self._takes_parts()
+        self.markers = self._find_markers()
         if faults := self._template_faults():
             warnings.warn(f"the chat template of {name} {'; it '.join(faults)}", stacklevel=2)
 
@@ -80,7 +87,8 @@ class TransformersTokenizer(FileTokenizer):
         if self.bos_id is not None and not text.startswith(bos):
             faults.append(f"does not begin with {bos}: training adds it, and serving the model must add it too")
         for segment, following in zip(segments, [*segments[1:], None], strict=True):
-            if segment.trained and not segment.text.endswith(eos):
+            # A template may write the token at the end of the conversation only.
+            if segment.message == len(turns) - 1 and not segment.text.endswith(eos):
                 faults.append(f"does not end the turns of the assistant with {eos}: training adds it after the last turn only")
                 break
             if segment.trained and following is not None and following.text.lstrip().startswith(eos):
@@ -92,43 +100,89 @@ class TransformersTokenizer(FileTokenizer):
         """Save the tokenizer with its chat template."""
         self._source.save_pretrained(folder)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
-        """See `Tokenizer.render`.
-
-        The text of an assistant turn is the difference between two renderings: the conversation before the turn with a
-        generation prompt, and the conversation up to and including the turn.
-        """
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        exact: Collection[int] | None = None,
+    ) -> list[Segment]:
+        """See `Tokenizer.render`. The turns of the assistant are located by `TurnFinder`."""
         if not self._source.chat_template:
             return render_plain(messages, add_generation_prompt=add_generation_prompt)
         check_messages(messages)
-        whole = self._apply(messages, add_generation_prompt)
-        segments: list[Segment] = []
-        position = 0
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._apply(messages[:index], True)
-            after = self._apply(messages[: index + 1], False)
-            if not (whole.startswith(before) and whole.startswith(after) and position <= len(before) <= len(after)):
-                raise ValueError(
-                    f"the chat template of {self._name} renders message {index + 1} differently when more messages follow,"
-                    " so the turns of the assistant cannot be located. Use a template that only appends, or one turn per row"
-                )
-            response = after[len(before) :]
-            # Text that the template writes after the end of a turn (usually a line break) is not part of the response.
-            head, eos, _ = response.partition(str(self._source.eos_token))
-            segments.append(Segment(whole[position : len(before)], "user", False))
-            segments.append(Segment(head + eos, "assistant", True, eos=not eos and index == len(messages) - 1))
-            position = len(before) + len(head) + len(eos)
-        segments.append(Segment(whole[position:], "user", False))
-        return [segment for segment in segments if segment.text or segment.trained]
+        finder = TurnFinder(
+            partial(self._apply, tools=tools, template_kwargs=template_kwargs),
+            eos=str(self._source.eos_token),
+            boundary=self._boundary,
+        )
+        try:
+            return finder.segments(messages, add_generation_prompt=add_generation_prompt, exact=exact)
+        except _RejectedError:
+            raise
+        except ValueError as error:
+            raise ValueError(
+                f"the chat template of {self._name} {error}, so the turns of the assistant cannot be located. Use"
+                " `mask_turns` 'last_turn', one turn per row, or a template that only appends"
+            ) from error
 
-    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _boundary(self, text: str, position: int) -> int:
+        (encoding,) = self.encode_batch([text])
+        return max((end for _, end in encoding.offsets if end <= position), default=0)
+
+    def _find_markers(self) -> tuple[str, ...]:
+        """Return the end, beginning and padding tokens, and the special tokens that the template writes itself."""
+        names = [str(self._model.id_to_token(i)) for i in (self.eos_id, self.bos_id, self.pad_id) if i is not None]
+        if self._source.chat_template:
+            conversation: list[Message] = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "1"}]
+            text = ""
+            for messages, generate in ((conversation, False), ((conversation * 2)[:3], True)):
+                with suppress(ValueError):
+                    text += self._apply(messages, generate)
+            specials = [token.content for token in self._model.get_added_tokens_decoder().values() if token.special]
+            names += [special for special in specials if special in text]
+        return tuple(dict.fromkeys(names))
+
+    def _takes_parts(self) -> bool:
+        """Check whether the template writes content only if it is a list of parts."""
+        for shape in (False, True):
+            self._parts = shape
+            with suppress(ValueError):
+                if "Q7z" in self._apply([{"role": "user", "content": "Q7z"}], True):
+                    return shape
+        return False
+
+    def _apply(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        *,
+        tools: Sequence[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        given = [dict(message) for message in messages]
+        if self._parts:
+            given = [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                if isinstance(message["content"], str)
+                else message
+                for message in given
+            ]
         try:
             rendered = self._source.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+                given,
+                tools=None if tools is None else list(tools),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **(template_kwargs or {}),
             )
         except Exception as error:
             # Templates are programs: jinja2 passes on any exception that they raise.
-            raise ValueError(f"the chat template of {self._name} rejects the messages ({error})") from error
+            raise _RejectedError(f"the chat template of {self._name} rejects the messages ({error})") from error
         return str(rendered)
+
+
+class _RejectedError(ValueError):
+    """An error of the template itself."""
