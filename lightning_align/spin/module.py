@@ -170,8 +170,9 @@ class SPINModule(AlignModule):
         if self.lora is None and (self.opponent_kind in ("base", "mixture") or self.monitor_kl):
             if self._awaits_weights:
                 raise ValueError(
-                    f"`opponent` {self.opponent_kind!r} or `monitor_kl` needs the weights at the start of the run, "
-                    f"but `init_from` is {self.init_from}, which is not a file. Set `init_from` to the checkpoint that the run began with."
+                    f"`opponent` {self.opponent_kind!r} or `monitor_kl` needs the weights at the start of the run, but "
+                    f"`init_from` is {self.init_from}, which is not a file. Set `init_from` to the checkpoint that the run "
+                    "began with."
                 )
             base = frozen_copy(policy).model
             self.base_hash = weights_hash(base)
