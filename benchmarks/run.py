@@ -1,7 +1,16 @@
-"""Run what is timed, the studies, or what is named, and write RESULTS.md beside this file; the others' sections stay."""
+"""Run benchmarks and studies, and write their results to RESULTS.md.
+
+python benchmarks/run.py                        all benchmarks
+python benchmarks/run.py --studies              all studies
+python benchmarks/run.py dpo/step.py            the named scripts; the other sections of RESULTS.md stay
+python benchmarks/run.py dpo/step.py --rounds 2 one script with options of your own; RESULTS.md stays as it is
+python benchmarks/run.py --list                 what there is
+"""
 
 import argparse
+import ast
 import datetime
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -9,52 +18,52 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-HERE = Path(__file__).parent
-# What runs in which order, with which arguments: first what is timed, beside a peer or alone, which wants a quiet machine.
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+# Each entry is a section of RESULTS.md: a script and its options. Benchmarks measure time or memory and need a quiet machine.
 TIMED = (
-    ("logprobs.py",),
-    ("dpo_step.py",),
-    ("dpo_step.py", "--thp"),
-    ("stored_step.py",),
-    ("reference_facts.py",),
-    ("trainer_overhead.py",),
-    ("kept_memory.py",),
-    ("precision.py",),
-    ("trl_dpo.py",),
-    ("trl_dpo.py", "--thp"),
-    ("trl_dpo.py", "--vocabulary", "128000", "--rounds", "2"),
-    ("trl_sft.py",),
-    ("trl_sft.py", "--thp"),
-    ("generation.py", "--peer-length", "160", "--rounds", "2"),
-    ("spin_step.py",),
-    ("calm_step.py",),
-    ("retrieval_chunks.py",),
-    ("retrieval_vectors.py",),
-    ("retrieval_search.py", "--queries", "8192"),
-    ("retro_model_step.py",),
+    ("scoring/logprobs.py",),
+    ("dpo/step.py",),
+    ("dpo/step.py", "--thp"),
+    ("dpo/stored_step.py",),
+    ("dpo/reference.py",),
+    ("dpo/trl_losses.py",),
+    ("training/trainer_overhead.py",),
+    ("training/kept_memory.py",),
+    ("training/precision.py",),
+    ("dpo/trl_step.py",),
+    ("dpo/trl_step.py", "--thp"),
+    ("dpo/trl_step.py", "--vocabulary", "128000", "--rounds", "2"),
+    ("sft/trl_step.py",),
+    ("sft/trl_step.py", "--thp"),
+    ("generation/sampling.py", "--peer-length", "160", "--rounds", "2"),
+    ("spin/step.py",),
+    ("calm/step.py",),
+    ("retrieval/chunks.py",),
+    ("retrieval/vectors.py",),
+    ("retrieval/search.py", "--queries", "8192"),
+    ("retro/step.py",),
 )
-# Then what is learned, or survives: hours of training on two cores, on however busy a machine. Those with a .json beside
-# them keep each run's result there and do what is missing.
+# Studies train models and look at what they learned, or kill runs and look at what survived. They take hours; other load on the
+# machine does not matter. A study with a .json file beside it stores each result there and runs only what is missing.
 STUDIES = (
-    ("frontier.py",),
-    ("spin_kill.py",),
-    ("spin_markov.py",),
-    ("spin_arithmetic.py",),
-    ("spin_rows.py",),
-    ("calm_key_value.py", "--seeds", "0", "1", "2"),
-    ("retrieval_kill.py",),
-    ("retro_model_facts.py",),
-    ("retro_stdlib.py",),
+    ("studies/dpo/frontier.py",),
+    ("studies/spin/kill.py",),
+    ("studies/spin/markov.py",),
+    ("studies/spin/arithmetic.py",),
+    ("studies/spin/rows.py",),
+    ("studies/calm/key_value.py", "--seeds", "0", "1", "2"),
+    ("studies/retro/database_kill.py",),
+    ("studies/retro/facts.py",),
+    ("studies/retro/stdlib.py",),
 )
 SECTIONS = TIMED + STUDIES
 
-OF_PAIRS = ("dpo_step.py", "trl_dpo.py", "trl_sft.py")
+OF_PAIRS = ("dpo/step.py", "dpo/trl_step.py", "sft/trl_step.py")
 
 
 def machine() -> str:
-    """What the numbers were measured on."""
+    """The machine that runs this."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
     model = next(names, platform.processor())
@@ -63,23 +72,34 @@ def machine() -> str:
 
 
 def head() -> str:
-    """The page's beginning."""
+    """The first lines of the page."""
     return f"""# Benchmarks
 
-{machine()}; Python {platform.python_version()}, torch {torch.__version__}.
+{machine()}; Python {platform.python_version()}, torch {importlib.metadata.version("torch")}.
 
-Sides alternate within a process; ratios are medians of the ratios of neighbours. "Load of others" is the number of
-cores that anything but the benchmark kept busy meanwhile: where it is not near 0, repeat before believing the row.
+The sides of a comparison take turns in one run. Each ratio is the median of the ratios of neighboring rounds. "Background
+load" is the number of cores that other processes kept busy. Where it is not near 0, repeat the run before you trust the row.
 """
 
 
+def listing() -> str:
+    """The scripts, each with the first line of its docstring."""
+    lines = []
+    for title, sections_ in (("Benchmarks:", TIMED), ("Studies:", STUDIES)):
+        lines.append(title)
+        for script in dict.fromkeys(script for script, *_ in sections_):
+            about = ast.get_docstring(ast.parse((HERE / script).read_text(encoding="utf-8"))) or ""
+            lines.append(f"  {script:<30} {about.splitlines()[0]}")
+    return "\n".join(lines)
+
+
 def marker(script: str, options: tuple[str, ...]) -> str:
-    """What begins a section's last line; its date follows."""
-    return f"`python benchmarks/{shlex.join([script, *options])}"
+    """The start of a section's last line, before the date."""
+    return f"`python benchmarks/run.py {shlex.join([script, *options])}"
 
 
 def sections(page: str) -> dict[str, str]:
-    """What a page has, by the line that each section ends with; a section may have several headings."""
+    """The sections of a page, by their last line. A section may have several headings."""
     found, lines = {}, list[str]()
     for line in page[page.find("\n## ") + 1 :].splitlines() if "\n## " in page else ():
         lines.append(line)
@@ -88,49 +108,89 @@ def sections(page: str) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    """Parse the command line, run, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scripts", nargs="*", help="what to measure, as dpo_step.py; where nothing is named, all that is timed")
-    parser.add_argument("--studies", action="store_true", help="run what trains models for a result, which takes hours")
-    parser.add_argument("--pairs", metavar="FILE", help=f"for {', '.join(OF_PAIRS)}: JSONL with prompt, chosen and rejected")
-    parser.add_argument("--output", type=Path, default=HERE / "RESULTS.md")
-    arguments = parser.parse_args()
-    names = {script for script, *_ in SECTIONS}
-    if unknown := set(arguments.scripts) - names:
-        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(sorted(names))}")
-    old = arguments.output.read_text(encoding="utf-8") if arguments.output.exists() else ""
-    kept = sections(old)
+def start(script: str, *options: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process that can import `benchmarks` and this checkout's `lightning_align`."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, str(HERE / script), *options],
+        check=False,
+        stdout=subprocess.PIPE if capture else None,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def record(todo: list[tuple[str, ...]], pairs: str | None, output: Path) -> list[str]:
+    """Run sections and write the page after each of them, so that an interrupted run keeps what it has.
+
+    Args:
+        todo: the sections.
+        pairs: a file for the scripts that take pairs.
+        output: the page; its other sections stay.
+
+    Returns:
+        The commands that failed.
+    """
+    kept = sections(output.read_text(encoding="utf-8") if output.exists() else "")
     done: dict[tuple[str, ...], str] = {}
     for script, *options in SECTIONS:
         for line, section in kept.items():
             if line.startswith(marker(script, tuple(options)) + "`"):
                 done[script, *options] = section
-    # Measured with other arguments than the list's: nothing here can make them again, so they stay, behind the others.
+    # Sections of commands that are not in the list stay at the end: nothing here can make them again.
     others = [section for section in kept.values() if section not in done.values()]
     failed = []
-    todo = [section for section in SECTIONS if section[0] in arguments.scripts] or (STUDIES if arguments.studies else TIMED)
     for number, (script, *options) in enumerate(todo, 1):
-        extra = ["--pairs", arguments.pairs] if script in OF_PAIRS and arguments.pairs else []
+        extra = ["--pairs", pairs] if script in OF_PAIRS and pairs else []
         print(f"[{number}/{len(todo)}] {shlex.join([script, *options, *extra])}", file=sys.stderr, flush=True)
-        command = [sys.executable, str(HERE / script), *options, *extra]
-        ran = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-        if ran.returncode:  # Its old section stays, and the others are measured all the same.
+        ran = start(script, *options, *extra, capture=True)
+        print(ran.stdout, flush=True)
+        if ran.returncode:  # The old section stays, and the other scripts still run.
             failed.append(shlex.join([script, *options]))
             print(f"failed with exit status {ran.returncode}", file=sys.stderr, flush=True)
             continue
-        # A path says nothing to a reader elsewhere.
+        # The path of the pairs means nothing to a reader.
         shown = f"{marker(script, tuple(options))}`" + (" with `--pairs FILE`" if extra else "")
-        # What Trainers print comes before the section's heading.
+        # Skip what a Trainer prints before the section's heading.
         told = ran.stdout[max(0, ran.stdout.find("## ")) :].rstrip()
         done[script, *options] = f"{told}\n\n{shown}, {datetime.date.today().isoformat()}\n"
-        # After every section, so that an interrupted run leaves what it has.
         page = [head(), *(done[script, *options] for script, *options in SECTIONS if (script, *options) in done), *others]
-        temporary = arguments.output.with_suffix(".tmp")
+        temporary = output.with_suffix(".tmp")
         temporary.write_text("\n".join(page), encoding="utf-8")
-        temporary.replace(arguments.output)
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}; the messages stand above")
+        temporary.replace(output)
+    return failed
+
+
+def main() -> None:
+    """Parse the command line, run, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="run.py [--studies] [--pairs FILE] [--output FILE] [--list] [SCRIPT ... | SCRIPT OPTIONS]",
+    )
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="SCRIPT", help="path in benchmarks/; SCRIPT --help: its options"
+    )
+    parser.add_argument("--list", action="store_true", help="print the scripts and what they measure")
+    parser.add_argument("--studies", action="store_true", help="run the studies, which takes hours")
+    parser.add_argument("--pairs", metavar="FILE", help=f"for {', '.join(OF_PAIRS)}: JSONL with prompt, chosen and rejected")
+    parser.add_argument("--output", type=Path, metavar="FILE", default=HERE / "RESULTS.md", help="default: RESULTS.md here")
+    arguments = parser.parse_args()
+    if arguments.list:
+        print(listing())
+        return
+    options = next((arguments.words[i:] for i, word in enumerate(arguments.words) if word.startswith("-")), [])
+    # The shell may have completed the whole path.
+    scripts = [word.removeprefix("benchmarks/") for word in arguments.words[: len(arguments.words) - len(options)]]
+    if unknown := set(scripts) - {script for script, *_ in SECTIONS}:
+        parser.error(f"no such script: {', '.join(sorted(unknown))}\n{listing()}")
+    if options:
+        if len(scripts) != 1:
+            parser.error(f"{shlex.join(options)}: options of a script follow the name of that one script")
+        sys.exit(start(scripts[0], *options).returncode)
+    todo = [section for section in SECTIONS if section[0] in scripts] or list(STUDIES if arguments.studies else TIMED)
+    if failed := record(todo, arguments.pairs, arguments.output):
+        sys.exit(f"failed: {', '.join(failed)}; see the messages above")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""The main job end to end, on a CPU: fine-tune, sample, judge, align, and compare on held-out problems.
+"""The whole workflow on a CPU: fine-tune, sample, judge, align, and compare on held-out problems.
 
-A tiny PaLM learns worked arithmetic from an author who forgets three borrows of four. It then samples two answers to each of
-many new problems; a checker says which is right; DPO learns from the pairs. Everything runs through the command line's own
-entry point, from the configurations in ``configs/``; each step prints the command it stands for.
+A tiny PaLM learns worked arithmetic from demonstrations in which three out of four borrows are forgotten. It then samples two
+answers to each of many new problems. A checker decides which answer is correct, and DPO learns from the pairs. Every step calls
+the entry point of the command line with the configurations in ``configs/``, and prints the command.
 
-Two rows stand beside DPO: as many further steps on the same demonstrations, and, fair and unflattering, as many steps of plain
-fine-tuning on the right answers of the same pairs. Settings were chosen on the validation problems; the table is of the test
-problems, which nothing else has seen.
+Two baselines train for the same number of steps as DPO. The first continues with the same demonstrations. The second, a fair
+baseline that beats DPO here, fine-tunes on the correct answers of the same pairs. Settings were chosen on the validation
+problems. The table shows the test problems, which are used for nothing else.
 
-    python examples/arithmetic_demo.py                  # one seed, with what each command prints
-    python examples/arithmetic_demo.py --seeds 0 1 2    # side by side on the cores that there are; prints go to log files
+    python examples/arithmetic_demo.py                  # one seed, with the output of each command
+    python examples/arithmetic_demo.py --seeds 0 1 2    # in parallel on the available cores; output goes to log files
 """
 
 import argparse
@@ -29,8 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = {
     "sft": "SFT on the sloppy demonstrations",
-    "further": "  + as many further steps on them",
-    "winners": "  + as many steps of SFT on the right answers alone",
+    "further": "  + the same number of further SFT steps",
+    "winners": "  + the same number of SFT steps on correct answers",
     "dpo": "  + DPO",
 }
 NUM_HELD_OUT = 200
@@ -38,7 +38,7 @@ NUM_HELD_OUT = 200
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Send what the process prints to a file, native code's words included."""
+    """Redirect the output of the process to a file, including the output of native code."""
     sys.stdout.flush()
     kept = [os.dup(1), os.dup(2)]
     with path.open("a", encoding="utf-8") as file:
@@ -52,7 +52,7 @@ def output_to(path: Path) -> Iterator[None]:
 
 
 def hold_out(pairs: Path, number: int) -> tuple[str, ...]:
-    """Part a file of pairs in two beside it, for training and for validation; return the arguments that name them."""
+    """Split a file of pairs into a training and a validation file next to it. Return the arguments that name them."""
     from lightning_align.runtime.files import publish
 
     rows = pairs.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -65,16 +65,16 @@ def hold_out(pairs: Path, number: int) -> tuple[str, ...]:
 
 
 class Seed:
-    """One seed's run, in a folder of its own; a step whose result is there is not done again."""
+    """The run of one seed, in its own folder. A step that already has a result is skipped."""
 
     def __init__(self, seed: int, folder: Path, *, configs: Path, alone: bool) -> None:
-        """Choose the folder.
+        """Create the folder.
 
         Args:
-            seed: of weights, rows and samples.
-            folder: of the demo.
-            configs: folder of the configurations.
-            alone: whether the terminal is this seed's own; otherwise what the commands print goes to a file.
+            seed: The seed of weights, rows and samples.
+            folder: The folder of the demo.
+            configs: The folder of the configurations.
+            alone: Whether no other seed runs at the same time. If another one does, the output of the commands goes to a file.
         """
         self.seed, self.folder, self.alone = seed, folder / f"seed_{seed}", alone
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class Seed:
         )
 
     def command(self, step: str, *words: str) -> Any:
-        """Run a command of `lightning-align` in this process, if it has not been run."""
+        """Run a command of `lightning-align` in this process, unless it was already run, and return its metrics."""
         from lightning_align.cli import run
 
         done = self.folder / f"{step}.json"
@@ -108,7 +108,7 @@ class Seed:
         return result
 
     def fit(self, step: str, *arguments: str) -> Path:
-        """Train a step and return its checkpoint; one that was stopped goes on where it was."""
+        """Train a step and return its checkpoint. A training that was stopped resumes."""
         last = self.folder / step / "run" / "checkpoints" / "last.ckpt"
         resume = ["--ckpt_path", str(last)] if last.exists() else []
         logger = "--trainer.logger.init_args."
@@ -124,7 +124,7 @@ class Seed:
         return "--trainer.enable_progress_bar", str(self.alone).lower()
 
     def run(self) -> None:
-        """All the steps."""
+        """Run all steps."""
         train = "--data.init_args.train"
         rows = (f"{train}.init_args.seed", str(self.seed))
         sft = self.fit("sft", *self.sft, *rows)
@@ -157,21 +157,21 @@ class Seed:
 
 
 def arguments() -> argparse.Namespace:
-    """What the user asked for."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each")
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything is written")
-    parser.add_argument("--configs", type=Path, default=ROOT / "configs", help="folder of the configurations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the seeds; each is one run")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="the output folder")
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs", help="the folder of the configurations")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run the seeds side by side, then print the table."""
+    """Run the seeds in parallel, then print the table."""
     options = arguments()
     if options.worker is not None:
-        sys.argv = sys.argv[:1]  # the commands take their own arguments
+        sys.argv = sys.argv[:1]  # the commands parse their own arguments
         Seed(options.worker, options.folder, configs=options.configs, alone=options.alone).run()
         return
     start = time.perf_counter()
@@ -179,7 +179,7 @@ def main() -> None:
     workers = min(len(options.seeds), cores)
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // workers))}
     waiting, running = list(options.seeds), {}
-    print(f"Seeds {options.seeds}, {workers} at a time; everything is written under {options.folder}/")
+    print(f"Running seeds {options.seeds}, {workers} at a time. Output folder: {options.folder}/")
     while waiting or running:
         while waiting and len(running) < workers:
             seed = waiting.pop(0)
@@ -195,15 +195,15 @@ def main() -> None:
             if process.returncode:
                 for other in running.values():
                     other.terminate()
-                where = "what it says is above" if len(options.seeds) == 1 else f"see {options.folder}/seed_{seed}/log.txt"
-                sys.exit(f"seed {seed} stopped with status {process.returncode}: {where}")
+                where = "the output above" if len(options.seeds) == 1 else f"{options.folder}/seed_{seed}/log.txt"
+                sys.exit(f"Seed {seed} failed with exit status {process.returncode}. See {where}.")
     table(options.seeds, options.folder)
-    print(f"\n{time.perf_counter() - start:.0f} s in all. Curves, samples and histograms:")
-    print(f"  .venv/bin/tensorboard --logdir {options.folder}    then open http://localhost:6006")
+    print(f"\nTotal time: {time.perf_counter() - start:.0f} s. To see curves, samples and histograms, run")
+    print(f"  .venv/bin/tensorboard --logdir {options.folder}    and open http://localhost:6006")
 
 
 def table(seeds: list[int], folder: Path) -> None:
-    """Print what was learned."""
+    """Print the share of test problems that each policy solves."""
     solved = {
         row: [json.loads((folder / f"seed_{s}" / f"test_{row}.json").read_text())["test/solved"] for s in seeds] for row in ROWS
     }
@@ -212,12 +212,12 @@ def table(seeds: list[int], folder: Path) -> None:
     for row, title in ROWS.items():
         each = "  ".join(f"{100 * value:5.1f}" for value in solved[row])
         print(f"  {title:<54}{100 * means[row]:5.1f}   [{each} ]")
-    print(f"DPO is {100 * (means['dpo'] - means['sft']):+.1f} points from SFT, ", end="")
-    print(f"{100 * (means['dpo'] - means['further']):+.1f} from as many further steps of it.")
+    print(f"DPO is {100 * (means['dpo'] - means['sft']):+.1f} points compared with SFT and ", end="")
+    print(f"{100 * (means['dpo'] - means['further']):+.1f} compared with the further SFT steps.")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on where it was")
+        sys.exit("Stopped. Run the same command again to resume.")

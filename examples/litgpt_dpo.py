@@ -1,7 +1,7 @@
-"""DPO of a LitGPT model: it gives logits and nothing else, which is enough.
+"""DPO of a LitGPT model. A model that returns only logits is enough.
 
-LitGPT 0.5.13 asks for releases of huggingface-hub and jsonargparse from before those that transformers 5 and this library
-run with, and its models need neither: pip install --no-deps litgpt
+LitGPT 0.5.13 requires older releases of huggingface-hub and jsonargparse than transformers 5 and this library. Its models use
+neither of them, so install it without its dependencies: pip install --no-deps litgpt
 
 python examples/litgpt_dpo.py pairs.jsonl
 """
@@ -16,7 +16,7 @@ from lightning_align import DPODataModule, DPOModule
 
 
 def main(pairs: str, steps: int = 12) -> L.Trainer:
-    """Train; return the trainer, which knows what was logged."""
+    """Train a small model and return the trainer, which has the logged metrics."""
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "intermediate_size": 128}
     model = GPT(Config(block_size=128, vocab_size=259, padded_vocab_size=259, bias=False, **sizes))

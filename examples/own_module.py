@@ -1,4 +1,4 @@
-"""Somebody else's LightningModule with our callbacks: they look for the language model under the name `policy`, and no more.
+"""Your own LightningModule with the callbacks of this library. The callbacks only need the language model as `policy`.
 
 python examples/own_module.py
 """
@@ -14,35 +14,35 @@ from lightning_align import Arithmetic, ExportModel, PaLM, SampleLogger, SFTData
 
 
 class LabelSmoothing(L.LightningModule):
-    """A loss that is not among ours, by hand."""
+    """A module with a custom loss: cross entropy with label smoothing."""
 
     def __init__(self, policy: nn.Module, smoothing: float = 0.1) -> None:
-        """Hold a model.
+        """Set up the module.
 
         Args:
-            policy: the language model.
-            smoothing: share of a target that goes to all other tokens.
+            policy: The language model.
+            smoothing: The share of the target probability that is spread over the vocabulary.
         """
         super().__init__()
         self.policy, self.smoothing = policy, smoothing
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Cross entropy of the responses' tokens, each by the logits before it."""
+        """Compute the cross entropy of the response tokens. The logits at each position predict the next token."""
         logits = self.policy(batch["tokens"])[:, :-1][batch["targets"][:, 1:]]
         loss = F.cross_entropy(logits, batch["tokens"][:, 1:][batch["targets"][:, 1:]], label_smoothing=self.smoothing)
         self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing of its own: what is validated is what the callbacks decode."""
+        """Do nothing. The callbacks validate by decoding."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Return Adam for all parameters."""
         return torch.optim.Adam(self.parameters(), lr=2e-3)
 
 
 def main(steps: int = 12, folder: str = "export") -> L.Trainer:
-    """Train; return the trainer, which knows what was logged."""
+    """Train a small model and return the trainer, which has the logged metrics."""
     torch.manual_seed(0)
     train, held_out = (Arithmetic(num_rows=256, split=split) for split in ("train", "validation"))
     data = SFTDataModule(train, validation=held_out, batch_size=16, eval_batch_size=32, max_length=128)

@@ -1,4 +1,4 @@
-"""A data module of this library in a loop of your own: rows, tokens, masks and batches, and no Trainer.
+"""A data module of this library in your own training loop. It supplies tokens, masks and batches without a Trainer.
 
 python examples/plain_loop.py rows.jsonl
 """
@@ -11,7 +11,7 @@ from lightning_align import PaLM, SFTDataModule, response_logprobs
 
 
 def main(rows: str, epochs: int = 1) -> list[float]:
-    """Train a small model; return the loss of each step, in nats a token."""
+    """Train a small model and return the loss of each step, in nats per token."""
     data = SFTDataModule(rows, batch_size=4, max_length=64)
     data.setup("fit")
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
-"""Train a byte-level BPE tokenizer on a folder of text, or on the sources of Python's standard library.
+"""Train a byte-level BPE tokenizer on a folder of text, or on the source files of Python's standard library.
 
 python examples/train_bpe.py configs/retro/python_bpe.json --size 2048
 python examples/train_bpe.py texts.json --size 8192 --folder texts --glob '**/*.md'
 
-Of the files only those that FolderDocuments(part="train") takes are read, so that what is held out stays so.
+Only the files of FolderDocuments(part="train") are used. The tokenizer never sees the held-out files.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from lightning_align.data.documents import FolderDocuments, StandardLibrary
 
 
 def main() -> None:
-    """Train and write."""
+    """Train the tokenizer and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output")
-    parser.add_argument("--size", type=int, default=2048, help="of the vocabulary")
-    parser.add_argument("--folder", help="by default the standard library's")
+    parser.add_argument("--size", type=int, default=2048, help="the size of the vocabulary")
+    parser.add_argument("--folder", help="the folder of text; default is the standard library")
     parser.add_argument("--glob", default="**/*.txt")
-    parser.add_argument("--held-out", type=float, default=0.08, help="share of the files that is not read")
+    parser.add_argument("--held-out", type=float, default=0.08, help="the share of files to hold out")
     arguments = parser.parse_args()
     if arguments.folder is None:
         source: FolderDocuments = StandardLibrary(part="train", held_out=arguments.held_out)

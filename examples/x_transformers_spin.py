@@ -1,4 +1,4 @@
-"""Self-play of a model of another library, with our callbacks: x-transformers gives logits and nothing else, which is enough.
+"""Self-play with a model of x-transformers and the callbacks of this library. A model that returns only logits is enough.
 
 python examples/x_transformers_spin.py rows.jsonl
 """
@@ -13,7 +13,7 @@ from lightning_align import GenerationConfig, SelfPlayGeneration, SPINDataModule
 
 
 def main(rows: str, iterations: int = 2, folder: str = "generations") -> L.Trainer:
-    """Play; return the trainer."""
+    """Train with self-play and return the trainer."""
     torch.manual_seed(0)
     layers = Decoder(dim=64, depth=2, heads=2, rotary_pos_emb=True)
     model = TransformerWrapper(num_tokens=259, max_seq_len=128, attn_layers=layers, use_abs_pos_emb=False)

@@ -3,7 +3,7 @@
 import sys
 
 HELP = """\
-usage: lightning-align {fit,validate,test,predict,tokenizer,judge} ...
+usage: lightning-align {fit,validate,test,predict,tokenizer,judge,export} ...
 
 Align and augment language models.
 
@@ -21,18 +21,18 @@ subcommands:
 
   Available subcommands:
                         (required)
-    fit                 Train, and validate now and then.
+    fit                 Train, and validate at intervals.
     validate            Validate once.
     test                Test once.
-    predict             Continue prompts or score pairs, and write the results to a JSONL file.
+    predict             Generate responses or score pairs, and write the results to a JSONL file.
 
 Also:
 tokenizer: train a tokenizer on your rows (`lightning-align tokenizer --help`)
-judge: make preferences out of samples of a task (`lightning-align judge --help`)
+judge: turn graded samples of a task into preference pairs (`lightning-align judge --help`)
 export: write a model that transformers and vLLM read (`lightning-align export --help`)
-The arguments of a class: `lightning-align fit --model.help DPOModule`, `--data.help DPODataModule`.
+Show the arguments of a class: `lightning-align fit --model.help DPOModule`, `--data.help DPODataModule`.
 """
-"""What the parser says, which takes seconds to build; a test compares the two."""
+"""The parser's help. Building the parser takes seconds. A test compares the two."""
 
 
 def main() -> None:

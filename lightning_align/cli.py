@@ -1,7 +1,7 @@
-"""The command line: ``lightning-align fit | validate | test | predict``, and three commands on files.
+"""The command line: ``lightning-align fit | validate | test | predict``, and three commands that work on files.
 
-Everything is a ``LightningCLI``: a configuration is a constructor's arguments, ``--config`` may be given several times,
-and class names need no module path.
+It is a ``LightningCLI``: a configuration holds the arguments of constructors, ``--config`` can be given several times, and
+class names need no module path.
 """
 
 import logging
@@ -26,6 +26,7 @@ from lightning_align.data.tasks.arithmetic import judge_file
 from lightning_align.data.tokenizer import train_tokenizer
 from lightning_align.export.checkpoint import export_checkpoint
 from lightning_align.models.checkpoint import gather_command, read_checkpoint
+from lightning_align.runtime.lightning_internals import callbacks_of, is_fast_dev_run, last_saved_step, subcommand_actions
 from lightning_align.training.callbacks import PredictionWriter
 from lightning_align.training.module import AlignModule
 
@@ -34,27 +35,27 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "judge": judge_file,
     "export": export_checkpoint,
 }
-"""Commands that work on files and need no Trainer."""
+"""Commands that work on files, without a Trainer."""
 
 TRACEBACK = "LIGHTNING_ALIGN_TRACEBACK"
 
 DESCRIPTIONS = {
-    "fit": "Train, and validate now and then.",
+    "fit": "Train, and validate at intervals.",
     "validate": "Validate once.",
     "test": "Test once.",
-    "predict": "Continue prompts or score pairs, and write the results to a JSONL file.",
+    "predict": "Generate responses or score pairs, and write the results to a JSONL file.",
 }
 
 FILE_COMMANDS = """Also:
   tokenizer: train a tokenizer on your rows (`lightning-align tokenizer --help`)
-  judge:     make preferences out of samples of a task (`lightning-align judge --help`)
+  judge:     turn graded samples of a task into preference pairs (`lightning-align judge --help`)
   export:    write a model that transformers and vLLM read (`lightning-align export --help`)
-The arguments of a class: `lightning-align fit --model.help DPOModule`, `--data.help DPODataModule`.
+Show the arguments of a class: `lightning-align fit --model.help DPOModule`, `--data.help DPODataModule`.
 """
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """The usual help, without the lists of every module and optimizer that torch has."""
+    """The default help, without the lists of all modules and optimizers of torch."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(super(HelpFormatter, self)._fill_text(line, width, indent) for line in text.splitlines())
@@ -71,58 +72,59 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 class AlignParser(LightningArgumentParser):
-    """Lightning's parser with a shorter help, which the parsers that it makes for classes inherit."""
+    """Lightning's parser with a shorter help, also for the parsers that it makes for classes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
 
 
 class ResumeHint(Callback):
-    """Says how to go on after a run that was stopped or failed."""
+    """Prints how to resume after a run was stopped or failed."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Name the last checkpoint that is whole; one that the disk had no room for is not."""
+        """Print the last complete checkpoint. A checkpoint is incomplete if the disk was full."""
         for name in ("last_model_path", "best_model_path"):
             path = getattr(trainer.checkpoint_callback, name, "")
             if path and (zipfile.is_zipfile(path) or Path(path).is_dir()):
-                rank_zero_info(f"stopped at step {trainer.global_step}; to go on: the same command with --ckpt_path {path}")
+                rank_zero_info(f"stopped at step {trainer.global_step}; to resume, repeat the command with --ckpt_path {path}")
                 return
 
 
 class LastCheckpoint(Callback):
-    """Saves the end of a run that ends between two checkpoints: `every_n_train_steps` alone would leave its last steps out.
+    """Saves the last step of a run that ends between two checkpoints of `every_n_train_steps`.
 
-    In the hook in which Lightning saves steps, and not when training ends: from there a resumed run would not be the same.
+    It saves in the hook that Lightning saves steps in. A run resumed from a checkpoint of a later hook would not be the same.
     """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Bring every `last.ckpt` up to the last step."""
+        """Save every `last.ckpt` at the last step."""
         epochs = trainer.max_epochs
         last_epoch = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
-        if trainer.fast_dev_run or not (trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)):  # type: ignore[attr-defined]
+        ended = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
+        if is_fast_dev_run(trainer) or not ended:
             return
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or not callback.save_last or callback.dirpath is None:
                 continue
-            if callback._last_global_step_saved == trainer.global_step:
+            if last_saved_step(callback) == trainer.global_step:
                 continue
             name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
-            # Before it is written, since it is part of what is written.
+            # Set before saving, because the checkpoint contains it.
             callback.last_model_path = callback.last_model_path or str(Path(callback.dirpath) / name)
             trainer.save_checkpoint(callback.last_model_path, callback.save_weights_only)
 
 
 KEYWORDS = ("last", "best", "hpc", "registry")
-"""What `--ckpt_path` may be besides a path."""
+"""Values of `--ckpt_path` that are not paths."""
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration beside the run, under the next free name if a run has saved one there before."""
+    """Saves the configuration in the run's folder, under the next free name."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Choose the name, then save."""
+        """Choose the name and save."""
         folder, number = Path(trainer.log_dir or trainer.default_root_dir), 0
         name = self.config_filename
         while trainer.is_global_zero and not self.already_saved and (folder / name).exists():
@@ -133,30 +135,30 @@ class SaveConfig(SaveConfigCallback):
 
 
 class AlignCLI(LightningCLI):
-    """The four Trainer commands, with any LightningModule and any LightningDataModule."""
+    """The four Trainer commands, for any LightningModule and LightningDataModule."""
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        for action in parser._subcommands_action._choices_actions:  # type: ignore[union-attr]
-            action.help = DESCRIPTIONS[action.dest]  # Lightning takes the first lines of docstrings, which break off
+        for action in subcommand_actions(parser):
+            action.help = DESCRIPTIONS[action.dest]  # Lightning takes the first lines of docstrings, which are cut
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        # A checkpoint is data: it may hold tensors and primitives, and nothing that runs when it is read.
+        # A checkpoint is data. It may hold tensors and primitives, and no code that runs when it is loaded.
         parser.set_defaults({"weights_only": True})
         if subcommand == "predict":
             parser.add_argument("--output", type=str, default="predictions.jsonl", help="JSONL file for the predictions")
-            # What goes to the file need not be held in memory as well.
+            # Predictions go to the file, so they need not be kept in memory.
             parser.set_defaults({"return_predictions": False})
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and keep what to parse again when a checkpoint is given."""
+        """Parse the arguments, and keep them to parse them again when a checkpoint is given."""
         self._args = cast("Sequence[str] | None", args)
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
-        """Take from the checkpoint what the command does not say; Lightning's own lets the checkpoint win over the command."""
+        """Use the checkpoint's arguments where the command line gives none. Lightning lets the checkpoint override both."""
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if not path or path in KEYWORDS or "://" in path:
@@ -170,8 +172,8 @@ class AlignCLI(LightningCLI):
         made_by = saved.get("_class_path") or model.class_path
         if made_by.rpartition(".")[2] != model.class_path.rpartition(".")[2]:
             raise ValueError(
-                f"--ckpt_path {path} is a run of {made_by}, and the model is {model.class_path}: to begin a new run with its "
-                "weights give it as --model.init_from, to go on with that run give its own configuration"
+                f"--ckpt_path {path} must be of a run of {model.class_path}, but is of {made_by}. To start a new run from its "
+                "weights, give it as --model.init_from. To resume that run, give its own configuration."
             )
         module, _, name = model.class_path.rpartition(".")
         if not issubclass(getattr(import_module(module), name), AlignModule):
@@ -186,25 +188,25 @@ class AlignCLI(LightningCLI):
     def _check_sharded(path: str, trainer: Namespace) -> None:
         command, strategy = gather_command(path), trainer.strategy
         if command is None:
-            read_checkpoint(path)  # says that it is no file
+            read_checkpoint(path)  # raises, because it is not a file
         if isinstance(strategy, str) and "fsdp" not in strategy:
             raise ValueError(
-                f"--ckpt_path {path} is a sharded checkpoint, a folder: run with a sharded strategy (such as --config "
-                f"configs/trainer/fsdp2.yaml), or make one file of it, which any run goes on from: {command}"
+                f"--ckpt_path {path} is a sharded checkpoint (a folder), which needs a sharded strategy. Add --config "
+                f"configs/trainer/fsdp2.yaml, or convert it to a single file that any run can resume from: {command}"
             )
 
     def before_fit(self) -> None:
-        """Leave nothing of the run out, and say how to go on if it is stopped."""
-        self.trainer.callbacks += [LastCheckpoint(), ResumeHint()]  # type: ignore[attr-defined]
+        """Save the last step, and print how to resume if the run is stopped."""
+        callbacks_of(self.trainer).extend([LastCheckpoint(), ResumeHint()])
 
     def before_predict(self) -> None:
         """Write predictions to the file that ``--output`` names."""
         config: Namespace = self.config["predict"]
-        self.trainer.callbacks.insert(0, PredictionWriter(config["output"]))  # type: ignore[attr-defined]
+        callbacks_of(self.trainer).insert(0, PredictionWriter(config["output"]))
 
 
 def _overlay(saved: Any, given: Any) -> Any:
-    """What was given, completed with what was saved; of a class only where it is the same one."""
+    """Merge given arguments into saved ones. Saved arguments of another class are dropped."""
     if not (isinstance(saved, Mapping) and isinstance(given, Mapping)):
         return given
     if "class_path" in given and str(given["class_path"]).rpartition(".")[2] != str(saved.get("class_path")).rpartition(".")[2]:
@@ -213,12 +215,12 @@ def _overlay(saved: Any, given: Any) -> Any:
 
 
 def _quieten(command: str) -> None:
-    """Keep off the screen what a user can do nothing about."""
+    """Hide warnings that users cannot act on."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning)  # lightning 2.6
-    # A checkpoint remembers its folder; one that is validated or continued elsewhere is no mistake.
+    # A checkpoint stores its folder. Using it in another folder is not a mistake.
     warnings.filterwarnings("ignore", message="The dirpath has changed from", category=UserWarning)
     if command != "fit":
-        # What the callbacks of the training kept is of use to a training alone.
+        # The states of training callbacks are only needed for training.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`", category=UserWarning)
     advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not advertisements.filters:
@@ -226,15 +228,15 @@ def _quieten(command: str) -> None:
 
 
 def _refuse_empty_files(arguments: Sequence[str]) -> None:
-    """The parser reads an empty file in the place of a source as "null", and would go on as if none had been given."""
+    """Raise for an empty data file. The parser would read it as "null", as if no file was given."""
     words = [part for argument in arguments for part in argument.split("=", 1)]
     for flag, value in pairwise(words):
         if flag.startswith("--data.") and Path(value).is_file() and not Path(value).stat().st_size:
-            raise ValueError(f"{flag} is {value}, which is an empty file: give one with rows")
+            raise ValueError(f"{flag} must be a file with rows, but {value} is empty.")
 
 
 def _root(error: ValueError) -> BaseException:
-    """What a constructor said; the parser wraps it in what it tried besides and in the whole configuration."""
+    """Return the error of the constructor. The parser wraps it in the errors of other types and the whole configuration."""
     found: BaseException = error
     while str(found).startswith("Does not validate against any of the Union subtypes") and found.__cause__ is not None:
         found = found.__cause__
@@ -250,18 +252,18 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
     """Run the command line.
 
     Args:
-        args: such as ``["fit", "--config", "configs/sft/arithmetic.yaml"]``; by default the process's own.
+        args: Arguments such as ``["fit", "--config", "configs/sft/arithmetic.yaml"]``. Default is those of the process.
 
     Returns:
-        What ran, with its ``trainer``, ``model`` and ``datamodule``; None for a command that has no Trainer.
+        The command line that ran, with ``trainer``, ``model`` and ``datamodule``. None for a command without a Trainer.
 
     Raises:
-        SystemExit: with status 1 and a message if what the user gave cannot be used, 2 if it cannot be parsed.
+        SystemExit: With status 1 and a message if an argument cannot be used, with status 2 if it cannot be parsed.
     """
     arguments = sys.argv[1:] if args is None else list(args)
     _quieten(arguments[0] if arguments else "")
     for name in lightning_align.__all__:
-        getattr(lightning_align, name)  # a class can be named without its path once it is imported
+        getattr(lightning_align, name)  # a class that is imported can be named without its path
     try:
         _refuse_empty_files(arguments)
         if arguments and arguments[0] in COMMANDS:
@@ -288,7 +290,7 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
             },
             parser_kwargs={
                 "prog": "lightning-align",
-                "usage": "lightning-align {fit,validate,test,predict,tokenizer,judge} ...",
+                "usage": "lightning-align {fit,validate,test,predict,tokenizer,judge,export} ...",
                 "description": "Align and augment language models.",
                 "epilog": FILE_COMMANDS,
                 "default_env": False,
@@ -298,17 +300,17 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
             args=None if args is None else arguments,
         )
     except ValueError as error:
-        # What a user can mend is a ValueError that says how; forty frames of a trainer above it help nobody.
+        # A ValueError tells the user what to do. The traceback through the Trainer would hide it.
         if os.environ.get(TRACEBACK):
             raise
         sys.exit(f"lightning-align: error: {_root(error)}\n(the traceback is printed with {TRACEBACK}=1)")
     except OSError as error:
-        # Full disks, folders that nobody may write to: what Lightning, loggers and libraries leave to the system to say.
+        # Full disks, missing permissions: errors of the system that Lightning, loggers and libraries pass on.
         if os.environ.get(TRACEBACK):
             raise
         place = error.filename2 or error.filename
         sys.exit(
-            f"lightning-align: error: {place or 'the disk'}: {error.strerror or error}: choose another path, or free this one\n"
+            f"lightning-align: error: {place or 'the disk'}: {error.strerror or error}. Choose another path or free this one.\n"
             f"(the traceback is printed with {TRACEBACK}=1)"
         )
     except KeyboardInterrupt:

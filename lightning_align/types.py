@@ -1,8 +1,7 @@
-"""Batches that travel between the rooms, and the shape legend that every file uses.
+"""The batch types that several packages share, and the legend of the shape letters that every file uses.
 
-Legend: ``B`` rows of a batch, ``N`` positions of a row, ``V`` vocabulary, ``D`` model width, ``H`` heads, ``K`` head
-    width,
-``T`` selected (response) positions of a whole batch, ``S`` columns of a key-value cache.
+Legend: ``B`` rows of a batch, ``N`` positions of a row, ``V`` vocabulary size, ``D`` model width, ``H`` attention heads, ``K``
+head width, ``T`` selected (response) positions of a whole batch, ``S`` columns of a key-value cache.
 """
 
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -12,10 +11,10 @@ from torch import Tensor
 
 
 class TokenBatch(TypedDict):
-    """Token rows, padded on the right.
+    """Rows of tokens, padded on the right.
 
-    Right padding is part of the contract: under causal attention no real position can then see a pad, so models that
-    take tokens only need no mask.
+    Consumers rely on right padding: under causal attention no real token can attend to padding, so models that accept only
+    tokens need no mask.
     """
 
     tokens: Tensor
@@ -23,43 +22,43 @@ class TokenBatch(TypedDict):
     mask: Tensor
     """(B, N) bool, true at real tokens."""
     targets: Tensor
-    """(B, N) bool, true at the tokens that are predicted and trained: the response and its end-of-sequence token."""
+    """(B, N) bool, true at the tokens that are predicted and trained on: the response and its end-of-sequence token."""
     num_bytes: NotRequired[Tensor]
-    """(B,) int64, UTF-8 bytes of the text that the targets spell; what bits per byte divide by."""
+    """(B,) int64 number of UTF-8 bytes of the target text. It is the denominator of bits per byte."""
     rows: NotRequired[Tensor]
-    """(B,) int64, index of each row in its source, so that a result can be traced back to its line."""
+    """(B,) int64 index of each row in its source, so that a result can be traced back to its line."""
     target_weights: NotRequired[Tensor]
-    """(B, N) float32, what the log-prob of each target counts in the sum of its row; 1 where there are none."""
+    """(B, N) float32 weight of each target's log-prob in the sum of its row. Without this entry all weights are 1."""
 
 
 class PreferenceBatch(TypedDict):
-    """Pairs: row ``b`` of ``chosen`` is preferred over row ``b`` of ``rejected``."""
+    """Preference pairs. Row ``b`` of ``chosen`` is preferred over row ``b`` of ``rejected``."""
 
     chosen: TokenBatch
     rejected: TokenBatch
     weights: NotRequired[Tensor]
-    """(B,) float32, what the loss of each pair is multiplied with."""
+    """(B,) float32 factor on the loss of each pair."""
     margins: NotRequired[Tensor]
-    """(B,) float32, by how much the reward of chosen should exceed that of rejected."""
+    """(B,) float32 margin by which the reward of ``chosen`` should exceed that of ``rejected``."""
     reference: NotRequired["LogProbs"]
-    """(2B,) log-probs under the reference, chosen rows first, where they are known beforehand."""
+    """(2B,) log-probs under the reference, chosen rows first. Present only if they were computed in advance."""
 
 
 class SelfPlayBatch(TypedDict):
-    """Real and generated responses to the same prompts, and what the opponent thinks of them."""
+    """Real and generated responses to the same prompts, with their log-probs under the opponent."""
 
     pairs: TokenBatch
-    """(2B, N): B real rows, then B generated rows in the same order."""
+    """(2B, N) tokens: B real rows, then B generated rows in the same order."""
     opponent: Tensor
-    """(2B,) float32, log-probs of these responses under the opponent, sums in nats."""
+    """(2B,) float32 log-probs of these responses under the opponent: sums over each response, in nats."""
 
 
 class PromptBatch(TypedDict):
-    """Prompts to continue, of any lengths, unpadded."""
+    """Prompts to continue. They may differ in length and are not padded."""
 
     prompts: list[list[int]]
     rows: Tensor
-    """(B,) int64, index of each prompt in its source."""
+    """(B,) int64 index of each prompt in its source."""
 
 
 class LogProbs(NamedTuple):
@@ -72,22 +71,22 @@ class LogProbs(NamedTuple):
 
     @property
     def means(self) -> Tensor:
-        """(B,) mean per target token; 0 where a row has no target."""
+        """(B,) mean per target token, in nats. It is 0 for a row without targets."""
         return self.sums / self.counts.clamp(min=1)
 
 
 class Document(NamedTuple):
-    """A text with a name."""
+    """A text with an id."""
 
     id: str
-    """What people find it by: a path, a row. Different in every document of a source."""
+    """A name by which a person can find the document, such as a path or a row. It is unique within a source."""
     text: str
 
 
 class MarkedText(NamedTuple):
-    """The ids of a document, and where some of them stand in its text."""
+    """The token ids of a document, and the positions of some tokens in its text."""
 
     ids: NDArray[Any]
     """(L,) token ids, without special tokens."""
     marks: list[int]
-    """Where in the text, in characters, the tokens begin that were asked for."""
+    """The offset in the text, in characters, at which each requested token begins."""

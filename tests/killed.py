@@ -28,19 +28,23 @@ from lightning_align.training.schedules import WarmupDecay
 from tests.toys import tiny_palm
 
 STEPS = 36
+HANGS = 400
 
 
 class Seen(Callback):
     """Keeps which rows each optimizer step saw, and the loss of each micro-batch, in the checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.parent = os.getppid()
         self.rows: list[list[int]] = []
         self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.rows.append(batch["chosen"]["rows"].tolist())
         self.losses.append(float(outputs["loss"]))
-        time.sleep(0.005)  # a run that lasts long enough to be killed
+        while trainer.global_step >= self.most and os.getppid() == self.parent:
+            time.sleep(0.05)  # until it is killed: on a fast machine too, no child that is to be killed comes to the end
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "losses": self.losses}
@@ -54,8 +58,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem.partition("=")[2]))
 
 
-def train(folder: Path, rows: str, output: Path) -> None:
-    """Go on from the last checkpoint to the end, and write everything that there is."""
+def train(folder: Path, rows: str, output: Path, most: int) -> None:
+    """Go on from the last checkpoint to the end, and write everything that there is; wait to be killed after `most` steps."""
     L.seed_everything(3, verbose=False)
     module = DPOModule(
         tiny_palm(num_tokens=259, ff_dropout=0.2),
@@ -65,7 +69,7 @@ def train(folder: Path, rows: str, output: Path) -> None:
         lr_scheduler=functools.partial(WarmupDecay, total_steps=STEPS, warmup_steps=4),
     )
     data = DPODataModule(rows, validation=rows, batch_size=2, max_length=32, cache_dir=str(folder))
-    seen = Seen()
+    seen = Seen(most)
     keep = ModelCheckpoint(folder / "run", filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
     trainer = L.Trainer(
         accelerator="cpu",
@@ -96,26 +100,34 @@ def train(folder: Path, rows: str, output: Path) -> None:
     os.replace(output.with_suffix(".tmp"), output)
 
 
-def child(folder: Path, rows: str, output: Path, *, kill: Callable[[float, bool], bool] = lambda age, moved: False) -> bool:
+def child(
+    folder: Path,
+    rows: str,
+    output: Path,
+    *,
+    most: int = STEPS + 1,
+    kill: Callable[[float, bool], bool] = lambda age, moved: False,
+) -> bool:
     """Train in a fork; whether it came to the end.
 
     Args:
         folder: of its checkpoints.
         rows: what to train on.
         output: for its result.
+        most: number of optimizer steps of the whole run after which it waits to be killed.
         kill: whether to kill it, from its age in seconds and whether it has written a checkpoint.
     """
     before = checkpoints(folder / "run")[-1:]
     process = os.fork()
     if process == 0:
         try:
-            train(folder, rows, output)
+            train(folder, rows, output, most)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
     begin = time.monotonic()
-    while (age := time.monotonic() - begin) < 60:
+    while (age := time.monotonic() - begin) < HANGS:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
             assert os.waitstatus_to_exitcode(status) == 0, "the training failed"
@@ -125,12 +137,11 @@ def child(folder: Path, rows: str, output: Path, *, kill: Callable[[float, bool]
         time.sleep(0.002)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    assert age < 60, "the training hangs"
+    assert age < HANGS, "the training hangs"
     return False
 
 
 def main(folder: Path, kills: int) -> None:
-    torch.set_num_threads(1)
     rows = folder / "rows.jsonl"
     pairs = [{"prompt": f"{i}+{i * i}=", "chosen": str(i + i * i), "rejected": str(i)} for i in range(3, 25)]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -147,7 +158,8 @@ def main(folder: Path, kills: int) -> None:
                 since[0] = age
             return age > wait * 4 if early else moved and age - since[0] > wait
 
-        assert not child(folder / "b", str(rows), folder / "killed.pt", kill=kill), f"it came to its end after {number} kills"
+        most = (number + 1) * STEPS // (kills + 1)
+        assert not child(folder / "b", str(rows), folder / "killed.pt", most=most, kill=kill)
         at += [path.stem for path in checkpoints(folder / "b" / "run")[-1:]]
     assert child(folder / "b", str(rows), folder / "killed.pt")
     print("the last checkpoint at each kill:", ", ".join(at))

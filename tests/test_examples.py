@@ -1,4 +1,4 @@
-"""The examples run: each is what a project of somebody else's would write."""
+"""The examples run, as in a project that uses the library."""
 
 import importlib
 import json
@@ -56,7 +56,7 @@ def test_somebodys_command_line_and_module() -> None:
     ]
     words = ["--data", "SFTDataModule", "--data.train", "rows.jsonl", "--data.batch_size", "4", "--trainer.max_epochs=-1"]
     cli = load("own_cli").main(["fit", "--model", "Unigram", *words, *quiet])
-    assert float(cli.trainer.callback_metrics["train/loss"]) < 4.5, "log 259 is 5.6"
+    assert float(cli.trainer.callback_metrics["train/loss"]) < 4.5, "log 259 is 5.6"  # the worst of four seeds is 3.9
 
 
 def test_self_play_of_a_model_of_x_transformers() -> None:

@@ -1,8 +1,8 @@
-"""The README's commands and examples, run in order in one folder, as a reader would.
+"""Runs the commands and examples of the README in order in one folder, as a reader would.
 
-In ``bash`` blocks, ``lightning-align`` commands run for real, with a configuration appended that makes them small; those that
-need several devices or a launcher are parsed. ``python`` blocks are executed, one after the other in one namespace. ``make``
-targets and paths have to exist. ``sh`` blocks are for readers only.
+The ``lightning-align`` commands in ``bash`` blocks run for real, with an appended configuration that makes them small. Commands
+that need several devices or a launcher are only parsed. ``python`` blocks run one after the other in one namespace. ``make``
+targets and paths must exist. ``sh`` blocks do not run.
 """
 
 import json
@@ -37,7 +37,7 @@ def facts(role: str) -> dict[str, object]:
 
 
 def small(words: list[str]) -> dict[str, object]:
-    """What makes a command small without changing what it does."""
+    """Return the configuration that makes a command small without changing what it does."""
     config = " ".join(words)
     model: dict[str, object] = {"lr_scheduler": {"init_args": {"total_steps": 4, "warmup_steps": 1}}}
     model["generation"] = {"max_new_tokens": 4}
@@ -45,7 +45,7 @@ def small(words: list[str]) -> dict[str, object]:
     trainer: dict[str, object] = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     callbacks: list[dict[str, object]] = []
     if "configs/spin/" in config:
-        model.pop("lr_scheduler")  # of which there is none
+        model.pop("lr_scheduler")  # the configuration has no schedule
         callbacks.append({"class_path": "SelfPlayGeneration", "init_args": {"iterations": 2, "epochs": 1}})
     if "configs/calm/" in config:
         rows = {name: {"init_args": {"num_rows": 16}} for name in ("train", "validation")}
@@ -78,7 +78,7 @@ def small(words: list[str]) -> dict[str, object]:
 
 
 def launch(words: list[str]) -> None:
-    """Run a command of the README, or parse it where it needs more devices than a test has."""
+    """Run a command of the README, or only parse it if it needs more devices than a test has."""
     elsewhere = words[0] in LAUNCHERS or any("configs/trainer/" in word for word in words)
     words = words[words.index("lightning_align" if words[0] == "torchrun" else "lightning-align") + 1 :]
     if elsewhere:
@@ -99,7 +99,7 @@ def write_rows(path: str, rows: list[dict[str, str]]) -> None:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as the README's reader has it: the configurations, and rows of their own."""
+    """The folder of a reader of the README: the configurations, and the reader's own rows."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-align"])
     shutil.copytree(ROOT / "configs", "configs")
@@ -139,7 +139,7 @@ def test_a_reader_can_follow_it_from_top_to_bottom(reader: Path, capsys: pytest.
         elif language == "python":
             exec(compile(block, "README.md", "exec"), names)
             ran += 1
-    assert ran >= 12, "the blocks are not where this test looks for them"
+    assert ran >= 12, "the test does not find the code blocks"
     assert len((reader / "answers.jsonl").read_text().splitlines()) == 2
 
     logged: set[str] = set()

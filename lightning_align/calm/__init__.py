@@ -1,1 +1,1 @@
-"""CALM: two or more frozen language models composed by trained cross-attention."""
+"""CALM: composition of two or more frozen language models by trained cross-attention."""

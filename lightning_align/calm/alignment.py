@@ -1,7 +1,7 @@
-"""One text, two tokenizers: where each token ends, in characters.
+"""Alignment of one text under two tokenizers, by the number of characters up to the end of each token.
 
 A position of the anchor sees the augment's tokens that end at or before its own end. The end-of-sequence token counts as one
-character behind the text: a position that has yet to predict it must not see that the other model has reached it.
+character after the text. Without this, the position that predicts it would see that the augment has already reached it.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,21 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def char_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]:
-    """The text of ids, and the number of its characters that are complete with each id.
+    """Decode a row and count the characters that are complete after each token.
 
     Args:
-        tokenizer: theirs.
-        ids: of one row, without padding.
+        tokenizer: The tokenizer that produced the ids.
+        ids: The token ids of one row, without padding.
+
+    Returns:
+        The text, and for each token the number of characters up to and including it.
     """
     text = tokenizer.decode(ids)
     ends: list[int] = []
     for count in range(1, len(ids) + 1):
-        # The first bytes of a character decode to a replacement; until its last byte it is not there.
-        whole = tokenizer.decode(ids[:count]).rstrip(_INCOMPLETE)
-        ends.append(max(len(whole), ends[-1] if ends else 0))
+        # The first bytes of a character decode to a replacement character. The character counts from its last byte on.
+        complete = tokenizer.decode(ids[:count]).rstrip(_INCOMPLETE)
+        ends.append(max(len(complete), ends[-1] if ends else 0))
     if ids and ids[-1] == tokenizer.eos_id:
         ends[-1] = len(text) + 1
     return text, ends
@@ -38,12 +41,12 @@ def realign(ids: Sequence[int], tokenizer: Tokenizer, other: Tokenizer) -> tuple
     """Encode a row again with another tokenizer.
 
     Args:
-        ids: of one row, without padding.
-        tokenizer: theirs.
-        other: the augment's.
+        ids: The token ids of one row, without padding.
+        tokenizer: The tokenizer that produced the ids.
+        other: The augment's tokenizer.
 
     Returns:
-        Ids of the other tokenizer, their ends, and the ends of ``ids``.
+        The ids of the other tokenizer, the character ends of these ids, and the character ends of ``ids``.
     """
     text, ends = char_ends(tokenizer, ids)
     (encoding,) = other.encode_batch([text])
@@ -56,13 +59,16 @@ def realign(ids: Sequence[int], tokenizer: Tokenizer, other: Tokenizer) -> tuple
 
 
 def realign_batch(tokens: Tensor, mask: Tensor, tokenizer: Tokenizer, other: Tokenizer) -> AugmentInput:
-    """What an augment with its own tokenizer reads of a batch.
+    """Encode a batch again for an augment that has its own tokenizer.
 
     Args:
-        tokens: (B, N) ids of the anchor, padded on the right.
-        mask: (B, N) bool.
-        tokenizer: the anchor's.
-        other: the augment's.
+        tokens: (B, N) token ids of the anchor, padded on the right.
+        mask: (B, N) bool, true at real tokens.
+        tokenizer: The anchor's tokenizer.
+        other: The augment's tokenizer.
+
+    Returns:
+        The augment's tokens, padded on the right, with the character ends of both models' tokens.
     """
     rows = [row[: int(length)].tolist() for row, length in zip(tokens.cpu(), mask.sum(dim=1), strict=True)]
     parts = [realign(row, tokenizer, other) for row in rows]

@@ -1,4 +1,4 @@
-"""What a composition keeps from one token to the next: three caches, of the anchor, of the augments, of what passes between."""
+"""The decoding cache of a composition: the anchor's cache, the augments' caches, and each connection's keys and values."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,37 +9,55 @@ from lightning_align.calm.connections import Visible
 
 
 class Attended(NamedTuple):
-    """What a connection attends to."""
+    """What one connection attends to in one forward pass."""
 
     k: Tensor
+    """(B, H, M, K) keys."""
     v: Tensor
+    """(B, H, M, K) values."""
     positions: Tensor
-    """Of the anchor, in the unit of the keys' positions."""
+    """(N,) or (B, N) int64, positions of the anchor's tokens, in the unit of the keys' positions (columns or characters)."""
     visible: Visible
+    """Which keys each position of the anchor may see."""
 
 
 @dataclass
 class CALMCache:
-    """The past of a composition: the anchor's, the augments', and the projected keys and values of each connection."""
+    """The state of a composition between decoding steps."""
 
     anchor: Any
+    """The anchor's cache."""
     augments: list[Any]
+    """The cache of each augment. None for an augment that reads a prefix."""
     capacity: int
+    """The number of columns that the cache can hold."""
     attended: list[Attended | None] = field(default_factory=list)
-    """Of each connection; of an aligned one the keys and values have room for `capacity` columns."""
+    """The keys and values of each connection. Those of an aligned augment are allocated for `capacity` columns."""
     length: int = 0
+    """The number of columns read so far."""
 
 
-def remember(cache: CALMCache, index: int, new: Attended, past: int, prefix: bool) -> Attended:
-    """Put a connection's new keys and values into the cache, and give all that it holds."""
+def update_cache(cache: CALMCache, index: int, new: Attended, past: int, prefix: bool) -> Attended:
+    """Add a connection's new keys and values to the cache.
+
+    Args:
+        cache: The cache, updated in place.
+        index: The index of the connection.
+        new: The new keys and values.
+        past: The number of columns that the cache held before.
+        prefix: Whether the augment reads a prefix. Its keys and values are stored as they are, not appended.
+
+    Returns:
+        ``new``, with all keys and values that the cache now holds for this connection.
+    """
     if prefix:
         cache.attended[index] = new
         return new
     stop = past + new.k.shape[2]
-    room = cache.attended[index]
-    if room is None:
+    stored = cache.attended[index]
+    if stored is None:
         shape = (*new.k.shape[:2], cache.capacity, new.k.shape[3])
-        room = new._replace(k=new.k.new_empty(shape), v=new.v.new_empty(shape))
-        cache.attended[index] = room
-    room.k[:, :, past:stop], room.v[:, :, past:stop] = new.k, new.v
-    return new._replace(k=room.k[:, :, :stop], v=room.v[:, :, :stop])
+        stored = new._replace(k=new.k.new_empty(shape), v=new.v.new_empty(shape))
+        cache.attended[index] = stored
+    stored.k[:, :, past:stop], stored.v[:, :, past:stop] = new.k, new.v
+    return new._replace(k=stored.k[:, :, :stop], v=stored.v[:, :, :stop])

@@ -1,7 +1,7 @@
-"""Which layers are connected, and the cross-attention that connects two of them.
+"""The pairs of connected layers, and the cross-attention that connects the two layers of a pair.
 
-Bansal et al. 2024, arXiv 2401.02412, section 3.1: with H_A the augment's hidden state after layer i and H_B the anchor's after
-layer j, what layer j + 1 reads is  H_B + f_cross(f_proj(H_A), H_B).
+Bansal et al. 2024, arXiv 2401.02412, section 3.1: let H_A be the augment's hidden state after layer i, and H_B the anchor's
+hidden state after layer j. Layer j + 1 of the anchor then reads  H_B + f_cross(f_proj(H_A), H_B).
 """
 
 from collections.abc import Sequence
@@ -17,62 +17,72 @@ from lightning_align.models.palm import rotary, rotate
 
 
 def even_pairs(num_augment: int, num_anchor: int, num_connections: int) -> list[tuple[int, int]]:
-    """The paper's spacing: a gap of N / n in each model, both last layers included.
+    """Compute the paper's spacing of connections: a gap of N / n layers in each model, including both last layers.
 
     Args:
-        num_augment: N_A, layers of the augment.
-        num_anchor: N_B, layers of the anchor.
-        num_connections: n.
+        num_augment: N_A, the number of layers of the augment.
+        num_anchor: N_B, the number of layers of the anchor.
+        num_connections: n, the number of connections.
 
     Returns:
-        (augment layer, anchor layer), counted from 1: ``even_pairs(12, 4, 4) == [(3, 1), (6, 2), (9, 3), (12, 4)]``.
+        Pairs (augment layer, anchor layer), counted from 1: ``even_pairs(12, 4, 4) == [(3, 1), (6, 2), (9, 3), (12, 4)]``.
 
     Raises:
-        ValueError: if a model has fewer layers than that.
+        ValueError: If a model has fewer than ``num_connections`` layers, or ``num_connections`` is less than 1.
     """
     if not 1 <= num_connections <= min(num_augment, num_anchor):
         raise ValueError(
-            f"{num_connections} connections between an augment of {num_augment} and an anchor of {num_anchor} layers: expected "
-            f"1 to {min(num_augment, num_anchor)}; name the pairs with `connections` to use a layer more than once"
+            f"`num_connections` must be between 1 and {min(num_augment, num_anchor)}, but got {num_connections}. The augment "
+            f"has {num_augment} layers and the anchor {num_anchor}. To use a layer twice, list the pairs in `connections`."
         )
     steps = range(1, num_connections + 1)
     return [(i * num_augment // num_connections, i * num_anchor // num_connections) for i in steps]
 
 
 def check_pairs(pairs: Sequence[Sequence[int]], num_augment: int, num_anchor: int) -> list[tuple[int, int]]:
-    """Check explicit pairs.
+    """Check pairs of layers that the user listed.
+
+    Args:
+        pairs: Pairs [augment layer, anchor layer], counted from 1.
+        num_augment: The number of layers of the augment.
+        num_anchor: The number of layers of the anchor.
+
+    Returns:
+        The pairs as tuples.
 
     Raises:
-        ValueError: naming a pair that is out of range, is no pair, or is given twice.
+        ValueError: If there are no pairs, or an entry is not a pair, is out of range, or is given twice.
     """
     checked: list[tuple[int, int]] = []
     for pair in pairs:
         if len(pair) != 2:
-            raise ValueError(f"connection {list(pair)}: expected a pair [augment layer, anchor layer], counted from 1")
+            raise ValueError(
+                f"`connections` must contain pairs [augment layer, anchor layer], counted from 1, but got {list(pair)}."
+            )
         augment, anchor = pair
-        for what, layer, last in (("augment", augment, num_augment), ("anchor", anchor, num_anchor)):
+        for name, layer, last in (("augment", augment, num_augment), ("anchor", anchor, num_anchor)):
             if not 1 <= layer <= last:
-                raise ValueError(f"connection {list(pair)}: {what} layer {layer} is out of range, it has layers 1 to {last}")
+                raise ValueError(f"connection {list(pair)}: the {name} layer must be between 1 and {last}, but got {layer}.")
         if (augment, anchor) in checked:
-            raise ValueError(f"connection {list(pair)} is given twice: leave one out")
+            raise ValueError(f"`connections` contains {list(pair)} twice. Remove the duplicate.")
         checked.append((augment, anchor))
     if not checked:
-        raise ValueError("connections is empty: give at least one pair [augment layer, anchor layer]")
+        raise ValueError("`connections` is empty. Pass at least one pair [augment layer, anchor layer].")
     return checked
 
 
 @dataclass
 class ConnectionConfig:
-    """What a connection is made of.
+    """The architecture of the connections.
 
     Args:
-        heads: of the cross-attention.
-        dim_head: width of a head; by default the anchor's width over `heads`.
-        project: whether the augment's hidden state is first projected to the anchor's width, as in the paper.
-        norm: whether both hidden states are normalised (RMSNorm) before they meet.
-        gate: whether each head is gated by the anchor's hidden state.
-        rotary: whether the attention knows the distance between two positions, which the paper does not say; positions of a
-            separate prompt have none.
+        heads: The number of heads of the cross-attention.
+        dim_head: The width of a head. Default is the anchor's width divided by `heads`.
+        project: Whether to project the augment's hidden state to the anchor's width first, as the paper does.
+        norm: Whether to apply RMSNorm to both hidden states before the attention.
+        gate: Whether to scale each head's output by a sigmoid gate that is computed from the anchor's hidden state.
+        rotary: Whether to apply rotary position embeddings, so that the attention knows the distance between two positions.
+            The paper does not specify this. It has no effect for an augment that reads a prefix.
     """
 
     heads: int = 8
@@ -85,46 +95,55 @@ class ConnectionConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         if self.heads < 1 or (self.dim_head is not None and self.dim_head < 1):
-            raise ValueError(f"connection: heads is {self.heads} and dim_head {self.dim_head}; both must be at least 1")
+            raise ValueError(
+                "connection: `heads` and `dim_head` must be at least 1, "
+                f"but got heads={self.heads} and dim_head={self.dim_head}."
+            )
 
 
 class Visible(NamedTuple):
-    """Who may see whom: without a mask every position, or, if causal, those up to its own column."""
+    """Which positions of the augment each position of the anchor may see."""
 
     mask: Tensor | None
-    """(B, 1, N, M) bool."""
+    """(B, 1, N, M) bool, true at visible pairs. None means all pairs, or the lower triangle if `causal` is true."""
     causal: bool = False
+    """Whether a position sees only columns up to its own. It applies only without a mask."""
     blind: Tensor | None = None
-    """(B, N, 1) bool, true at positions that see nothing; None where there are none."""
+    """(B, N, 1) bool, true at positions of the anchor that see nothing. None if there are no such positions."""
 
 
 def visible_where(mask: Tensor) -> Visible:
-    """Visibility by a mask (B, N, M) or (B, 1, M) that may leave positions without anything to see."""
+    """Build the visibility from a mask (B, N, M) or (B, 1, M), in which some positions may see nothing."""
     return Visible(mask.unsqueeze(1), blind=~mask.any(dim=-1, keepdim=True))
 
 
 class Connection(nn.Module):
-    """Cross-attention from one layer of the anchor to one of an augment; its output starts at exactly 0."""
+    """Cross-attention from a layer of the anchor to a layer of an augment. Before training, its output is exactly 0."""
 
     def __init__(self, dim: int, dim_augment: int, config: ConnectionConfig, *, rotates: bool = True) -> None:
-        """Build and initialise.
+        """Build and initialize the connection.
 
         Args:
             dim: D, the anchor's width.
             dim_augment: A, the augment's width.
-            config: what it is made of.
-            rotates: whether the two models' positions can be compared at all.
+            config: The architecture of the connection.
+            rotates: Whether positions of the two models can be compared. If False, rotary embeddings are off.
 
         Raises:
-            ValueError: if the heads do not divide the width, or a head of odd width is to rotate.
+            ValueError: If the number of heads does not divide the width, or rotary embeddings get a head of odd width.
         """
         super().__init__()
         heads, dim_head = config.heads, config.dim_head or dim // config.heads
         if config.dim_head is None and dim % heads:
-            raise ValueError(f"connection: {heads} heads do not divide the anchor's width {dim}: give `dim_head` as well")
+            raise ValueError(
+                f"connection: `heads` must divide the anchor's width {dim}, but got {heads}. Change it, or also set `dim_head`."
+            )
         self.rotary = config.rotary and rotates
         if self.rotary and dim_head % 2:
-            raise ValueError(f"connection: dim_head is {dim_head}; rotary positions need an even one, or `rotary: false`")
+            raise ValueError(
+                f"connection: `dim_head` must be even for rotary embeddings, but got {dim_head}. "
+                "Change it, or set `rotary: false`."
+            )
         self.heads, self.dim_head = heads, dim_head
         inner, width = heads * dim_head, dim if config.project else dim_augment
         self.norm = nn.RMSNorm(dim, eps=1e-6) if config.norm else nn.Identity()
@@ -135,13 +154,13 @@ class Connection(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False)
         self.gate = nn.Linear(dim, heads) if config.gate else None
         if self.rotary:
-            # Without them the score of two positions could not depend on their distance alone, whatever they hold.
+            # Without these biases, no part of a score could depend on the distance alone, independent of the hidden states.
             self.q_bias = nn.Parameter(torch.empty(heads, dim_head))
             self.k_bias = nn.Parameter(torch.empty(heads, dim_head))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights N(0, 1/fan_in), the output 0, gates open."""
+        """Initialize weights from N(0, 1/fan_in), the output projection to 0, and the gates to open (sigmoid(10))."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -156,11 +175,11 @@ class Connection(nn.Module):
             nn.init.normal_(self.k_bias)
 
     def keys_values(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What the anchor attends to.
+        """Compute keys and values from the augment's hidden states.
 
         Args:
             states: (B, M, A) hidden states of the augment.
-            positions: (M,) or (B, M) int64.
+            positions: (M,) or (B, M) int64, positions of the augment's tokens.
 
         Returns:
             Keys and values, each (B, H, M, K).
@@ -171,20 +190,23 @@ class Connection(nn.Module):
         return k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, hidden: Tensor, k: Tensor, v: Tensor, positions: Tensor, visible: Visible) -> Tensor:
-        """What is added to the anchor's stream, (B, N, D).
+        """Compute what the connection adds to the anchor's residual stream.
 
         Args:
-            hidden: (B, N, D) of the anchor.
-            k: (B, H, M, K) from `keys_values`.
-            v: the same.
-            positions: (N,) or (B, N) int64.
-            visible: who may see whom.
+            hidden: (B, N, D) hidden states of the anchor.
+            k: (B, H, M, K) keys from `keys_values`.
+            v: (B, H, M, K) values from `keys_values`.
+            positions: (N,) or (B, N) int64, positions of the anchor's tokens.
+            visible: Which keys each position may see.
+
+        Returns:
+            (B, N, D), 0 at positions that see nothing.
         """
         normed, q = self._queries(hidden, positions)
         k, v = k.to(q.dtype), v.to(q.dtype)
         mask, blind = visible.mask, visible.blind
         if mask is not None and blind is not None:
-            # A softmax over nothing would be NaN: who sees nothing is let see all, and what it saw is thrown away.
+            # A softmax over no keys is NaN. Positions that see nothing attend to all keys here, and their output is set to 0.
             mask = mask | blind.unsqueeze(1)  # (B, 1, N or 1, M)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible.causal and mask is None)
         mixed = rearrange(mixed, "b h n k -> b n h k")
@@ -195,7 +217,17 @@ class Connection(nn.Module):
 
     @torch.no_grad()
     def attention(self, hidden: Tensor, k: Tensor, positions: Tensor, visible: Visible) -> Tensor:
-        """The attention weights (B, H, N, M), to look at; rows that see nothing are 0."""
+        """Compute the attention weights for display.
+
+        Args:
+            hidden: (B, N, D) hidden states of the anchor.
+            k: (B, H, M, K) keys from `keys_values`.
+            positions: (N,) or (B, N) int64, positions of the anchor's tokens.
+            visible: Which keys each position may see.
+
+        Returns:
+            (B, H, N, M) float32, 0 for positions that see nothing.
+        """
         _, q = self._queries(hidden, positions)
         scores = q @ k.to(q.dtype).transpose(-1, -2) / self.dim_head**0.5
         if visible.mask is not None:

@@ -1,4 +1,4 @@
-"""Rows for composed models: those of fine-tuning, and for augments with a tokenizer of their own the same text in their ids."""
+"""The data module of CALM: the rows of fine-tuning, encoded again for each augment that has its own tokenizer."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,18 +17,19 @@ from lightning_align.types import TokenBatch
 
 
 class CALMBatch(TokenBatch):
-    """Token rows of the anchor, and what the augments read besides."""
+    """Token rows of the anchor, and the inputs of the augments."""
 
     augments: NotRequired[list[AugmentInput | None]]
-    """Of each augment; None where it reads the anchor's tokens or, by the prompt, a prefix."""
+    """The input of each augment. None for an augment that reads the anchor's tokens, or the prompt as a prefix."""
 
 
 class CALMDataModule(AlignDataModule):
     """Rows of prompt and response, of messages, or of text (which is packed), for the anchor and its augments.
 
     Args:
-        augment_tokenizers: Tokenizer of each augment, null where it reads the anchor's ids or a prefix; left out if all
-            do. An augment that has one is set to `tokens: own`.
+        augment_tokenizers: The tokenizer of each augment, in order. Use null for an augment that reads the anchor's token ids
+            or a prefix. Set `tokens: own` for each augment that has a tokenizer here. By default no augment has its own
+            tokenizer.
     """
 
     kind: ClassVar[str] = "calm"
@@ -39,8 +40,16 @@ class CALMDataModule(AlignDataModule):
         self.augment_tokenizers = [None if name is None else load_tokenizer(name) for name in augment_tokenizers or ()]
 
     def augment_inputs(self, tokens: Tensor, mask: Tensor) -> list[AugmentInput | None]:
-        """What each augment reads of a batch of the anchor's ids, padded on the right."""
-        return _inputs(tokens, mask, self.tokenizer, self.augment_tokenizers)
+        """Encode a batch of the anchor again for each augment that has its own tokenizer.
+
+        Args:
+            tokens: (B, N) token ids of the anchor, padded on the right.
+            mask: (B, N) bool, true at real tokens.
+
+        Returns:
+            The input of each augment. None for an augment that has no tokenizer of its own.
+        """
+        return _augment_inputs(tokens, mask, self.tokenizer, self.augment_tokenizers)
 
     def _collate(self, store: TokenStore) -> Callable[[Sequence[StoredRow]], Any]:
         if not any(self.augment_tokenizers):
@@ -51,10 +60,10 @@ class CALMDataModule(AlignDataModule):
 
 def _collate(rows: Sequence[StoredRow], *, pad_id: int, tokenizer: Tokenizer, others: Sequence[Tokenizer | None]) -> CALMBatch:
     batch = collate_tokens(rows, pad_id=pad_id)
-    return {**batch, "augments": _inputs(batch["tokens"], batch["mask"], tokenizer, others)}
+    return {**batch, "augments": _augment_inputs(batch["tokens"], batch["mask"], tokenizer, others)}
 
 
-def _inputs(
+def _augment_inputs(
     tokens: Tensor, mask: Tensor, tokenizer: Tokenizer, others: Sequence[Tokenizer | None]
 ) -> list[AugmentInput | None]:
     return [None if other is None else realign_batch(tokens, mask, tokenizer, other) for other in others]

@@ -1,4 +1,4 @@
-"""CALM training: the next-token loss of a frozen anchor that reads frozen augments, with respect to the connections alone."""
+"""The LightningModule of CALM: it trains only the connections, on the next-token loss of the composition."""
 
 import dataclasses
 import warnings
@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.models.building import Backbone, build_backbone
 from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.language_model import has_hidden
+from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.logits import logits_logprobs
 from lightning_align.scoring.sums import sum_logprobs
@@ -32,16 +32,19 @@ from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs
 
 FROZEN = ("policy.anchor.", "policy.augments.")
-"""What a checkpoint leaves out."""
+"""Prefixes of the weights that a checkpoint does not contain."""
 
 
 def composed_logprobs(model: CALM, batch: CALMBatch, inputs: Sequence[AugmentInput | None]) -> LogProbs:
-    """Sums and counts of the log-probs of the responses under a composition.
+    """Compute the log-probs of the responses under a composition.
 
     Args:
-        model: the composition.
-        batch: (B, N), padded on the right.
-        inputs: of each augment.
+        model: The composition.
+        batch: (B, N) token rows, padded on the right.
+        inputs: The input of each augment.
+
+    Returns:
+        The sum of the log-probs of each row's targets, and their count.
     """
     rows, before, targets = select_targets(batch)
     if has_hidden(model):
@@ -53,10 +56,13 @@ def composed_logprobs(model: CALM, batch: CALMBatch, inputs: Sequence[AugmentInp
 
 
 class CALMModule(AlignModule):
-    """Trains the connections of a `CALM`; a checkpoint holds them and the hashes of the frozen models, and no more."""
+    """A LightningModule that trains the connections of a `CALM`.
+
+    A checkpoint contains the connections and the weight hashes of the frozen models, not the weights of the frozen models.
+    """
 
     policy: CALM
-    objects = ("anchor", "augments", "connection")
+    object_arguments = (*AlignModule.object_arguments, "anchor", "augments", "connection")
 
     def __init__(
         self,
@@ -75,36 +81,36 @@ class CALMModule(AlignModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationConfig | None = None,
     ) -> None:
-        """Describe the run; the models are built in ``configure_model``.
+        """Store the arguments. The models are built in ``configure_model``.
 
         Args:
-            anchor: the model that is augmented: a module or a factory in code, `class_path` and `init_args` or the path of a
+            anchor: The model to augment: a module or a factory in code, `class_path` and `init_args` or the path of a
                 checkpoint in YAML.
-            augments: the models that augment it, and how each is connected.
-            connection: what the connections are made of.
-            combine: where several connections end at one layer, whether each sees what the one before it added (`sequence`) or
-                all see the layer's own state (`sum`).
-            anchor_layers: names of the anchor's layers, such as `model.layers.*`; by default they are found.
-            anchor_position: whether connections are added to a layer's input or to its output.
-            loss_on: whether to train on the responses, or on `all` tokens; not on all where an augment reads the prompt as a
-                prefix, which every position of the prompt would see the end of.
-            connections_from: safetensors file of connections to begin with, as `CALM.save_connections` writes it.
-            store_states: folder in which the augments' hidden states of training rows are kept, to be computed once and not in
-                every epoch.
-            attention_maps: whether to show in TensorBoard, at each validation, what the first row's positions attend to.
-            optimizer: factory over parameters; by default AdamW at 1e-3.
-            lr_scheduler: factory over the optimizer; stepped every optimizer step.
-            generation: how `predict` and the sample logger decode.
+            augments: The models that augment the anchor, and how each is connected.
+            connection: The architecture of the connections.
+            combine: How to combine several connections that end at the same layer. With `sequence`, each sees the output of the
+                one before it. With `sum`, all see the layer's own hidden state.
+            anchor_layers: The names of the anchor's layers, such as `model.layers.*`. By default they are found automatically.
+            anchor_position: Whether to add connections to a layer's input or to its output.
+            loss_on: Whether to train on the `response` or on `all` tokens. `all` is not allowed if an augment reads the prompt
+                as a prefix, because every position of the prompt would see the tokens that it predicts.
+            connections_from: A safetensors file of connections to start from, written by `CALM.save_connections`.
+            store_states: A folder for the augments' hidden states of training rows. They are then computed once and not in
+                every epoch. By default they are not stored.
+            attention_maps: Whether to log the attention weights of the first row to TensorBoard at each validation.
+            optimizer: A factory that gets the parameter groups. Default is AdamW with learning rate 1e-3.
+            lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
+            generation: How `predict` and the sample logger decode.
 
         Raises:
-            ValueError: if an option is none of its choices, or two do not go together.
+            ValueError: If an option has an unknown value, or two options cannot be combined.
         """
         for name, value, choices in (("loss_on", loss_on, ("response", "all")), ("combine", combine, ("sequence", "sum"))):
             if value not in choices:
-                raise ValueError(f"CALMModule: {name} is {value!r}, expected one of {', '.join(choices)}")
+                raise ValueError(f"CALMModule: `{name}` must be one of {', '.join(choices)}, but got {value!r}.")
         if anchor is None:
-            raise ValueError("anchor was a module when the run was made, which a checkpoint cannot hold: give it again")
-        given = _given_hyperparameters.get() is not None
+            raise ValueError(_missing_module("anchor"))
+        given = built_from_config()
         super().__init__(cast(Backbone, anchor), optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation)
         sources = [augments] if isinstance(augments, (Augment, nn.Module)) else list(augments)
         self._augments = [
@@ -114,9 +120,9 @@ class CALMModule(AlignModule):
         prefix = next((index for index, augment in enumerate(self._augments) if augment.alignment == "prefix"), None)
         if loss_on == "all" and prefix is not None:
             raise ValueError(
-                f"CALMModule: loss_on is 'all', and augment {prefix} reads the prompt as a prefix, which every position sees "
-                "all of: the loss would be on tokens that are seen before they are predicted. Set loss_on to 'response', or "
-                "the augment's alignment to 'aligned'"
+                f"CALMModule: `loss_on` must be 'response', but got 'all', because augment {prefix} reads the prompt as a "
+                "prefix. Every position sees all of a prefix, so the loss would include tokens that are visible before they "
+                "are predicted. Set `loss_on` to 'response', or the augment's `alignment` to 'aligned'."
             )
         self.connection = ConnectionConfig(**connection) if isinstance(connection, Mapping) else connection
         if not given:
@@ -135,8 +141,9 @@ class CALMModule(AlignModule):
 
     default_lr = 1e-3
 
-    def _build_policy(self) -> CALM:
-        (anchor,) = self._backbone
+    def build_policy(self) -> CALM:
+        """Build the composition of the anchor and its augments."""
+        anchor = self.source.backbone
         augments = [dataclasses.replace(a, model=_build(a.model, f"augments[{i}].model")) for i, a in enumerate(self._augments)]
         policy = CALM(
             _build(anchor, "anchor"),
@@ -148,22 +155,25 @@ class CALMModule(AlignModule):
         )
         if self.connections_from is not None:
             policy.load_connections(self.connections_from)
-        _ = policy.identity  # now, before any sharding
+        _ = policy.identity  # hashes the weights before they are sharded
         rank_zero_info(policy.describe())
         return policy
 
     def setup(self, stage: str) -> None:
-        """Find out now, not at the first batch, whether the data module's tokenizers are of use to the augments.
+        """Check that the data module's tokenizers fit the augments, before the first batch.
+
+        Args:
+            stage: The stage that Lightning sets up.
 
         Raises:
-            ValueError: if one is not.
+            ValueError: If a tokenizer does not fit its augment.
         """
         super().setup(stage)
-        tokenizers = getattr(getattr(self.trainer, "datamodule", None), "augment_tokenizers", ())
+        tokenizers = getattr(datamodule_of(self.trainer), "augment_tokenizers", ())
         if tokenizers and len(tokenizers) != len(self._augments):
             raise ValueError(
-                f"augment_tokenizers are {len(tokenizers)}, expected {len(self._augments)}, one for each augment in order: "
-                "null for one that reads the anchor's ids"
+                f"`augment_tokenizers` must have one entry per augment, {len(self._augments)} in all, "
+                f"but got {len(tokenizers)}. Use null for an augment that reads the anchor's token ids."
             )
         for index, (tokenizer, augment) in enumerate(zip(tokenizers, self._augments, strict=False)):
             if tokenizer is not None:
@@ -172,17 +182,17 @@ class CALMModule(AlignModule):
     # -- training
 
     def on_fit_start(self) -> None:
-        """Keep Lightning from wondering, at every start, at models that are in evaluation mode for good."""
+        """Ignore Lightning's warning about modules in eval mode. The frozen models are always in eval mode."""
         warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
 
     def _inputs(self, batch: CALMBatch, *, stored: bool = False) -> list[AugmentInput | None]:
-        """What each augment reads: what the batch says, the prompt as a prefix, or states from the disk."""
+        """Determine the input of each augment: the batch's own entry, the prompt as a prefix, or stored hidden states."""
         readers = self.policy.readers
         inputs: list[AugmentInput | None] = list(batch.get("augments", [None] * len(readers)))
         for index, reader in enumerate(readers):
             given = inputs[index]
             if given is not None and given.ends is not None:
-                check_realigned(index, prefix=reader.prefix, own=reader.own)  # before it is read, perhaps from the disk
+                check_realigned(index, prefix=reader.prefix, own=reader.own)  # before its states are stored
             if given is None and reader.prefix:
                 prompt = batch["mask"] & (batch["targets"].cumsum(dim=1) == 0)
                 inputs[index] = given = AugmentInput(batch["tokens"], prompt)
@@ -190,15 +200,15 @@ class CALMModule(AlignModule):
                 tokens, mask = (batch["tokens"], batch["mask"]) if given is None else (given.tokens, given.mask)
                 if index not in self._stores:
                     dtypes = sorted({str(parameter.dtype) for parameter in reader.model.parameters()})
-                    place = f"{reader.depths} {self._augments[index].position}"
-                    key = f"{self.policy.identity[f'augments.{index}']} {place} {dtypes} {self.trainer.precision}"
+                    site = f"{reader.depths} {self._augments[index].position}"
+                    key = f"{self.policy.identity[f'augments.{index}']} {site} {dtypes} {self.trainer.precision}"
                     self._stores[index] = StateStore(self.store_states, key)
                 states = self._stores[index].fetch(reader, tokens, torch.ones_like(tokens) > 0 if mask is None else mask)
                 inputs[index] = (given or AugmentInput(tokens))._replace(states=states)
         return inputs
 
     def _targeted(self, batch: CALMBatch) -> CALMBatch:
-        """The batch with the targets that the loss is to be on."""
+        """Return the batch with the targets that `loss_on` selects."""
         if self.loss_on == "response":
             return batch
         targets = batch["mask"].clone()
@@ -206,9 +216,12 @@ class CALMModule(AlignModule):
         return {**batch, "targets": targets}
 
     def training_step(self, batch: CALMBatch, batch_idx: int) -> Tensor:
-        """Sum of -log p(response) over the micro-batch, to be divided by the tokens of the optimizer batch."""
+        """Compute the sum of -log p(response) over the micro-batch, in nats.
+
+        The gradient is divided by the number of target tokens in the optimizer batch before the optimizer step.
+        """
         inputs = self._inputs(batch, stored=True)
-        if self._logs_this_step:
+        if self.logs_this_step:
             with self.policy.tracing() as traces:
                 logprobs = composed_logprobs(self.policy, self._targeted(batch), inputs)
             self.log_dict({f"train/contribution/{trace.name}": trace.ratio for trace in traces})
@@ -220,12 +233,12 @@ class CALMModule(AlignModule):
         return self.weighted(loss, count)
 
     def on_train_epoch_end(self) -> None:
-        """Make what was stored last."""
+        """Write the index of the stored states, so that a later run finds the states of this epoch."""
         for store in self._stores.values():
             store.flush()
 
     def on_fit_end(self) -> None:
-        """Close the stored states."""
+        """Close the files of stored states."""
         for store in self._stores.values():
             store.close()
         self._stores = {}
@@ -233,34 +246,27 @@ class CALMModule(AlignModule):
     # -- evaluation
 
     def _evaluate(self, metric: TokenNLL, batch: CALMBatch) -> None:
-        # The bytes of a batch are those of its responses.
+        # `num_bytes` counts only the bytes of the responses.
         num_bytes = batch.get("num_bytes") if self.loss_on == "response" else None
         metric.update(*composed_logprobs(self.policy, self._targeted(batch), self._inputs(batch)), num_bytes)
 
     def validation_step(self, batch: CALMBatch, batch_idx: int) -> None:
-        """Add a batch to ``val/loss``, ``val/perplexity`` and ``val/bits_per_byte``."""
+        """Update ``val/loss``, ``val/perplexity`` and ``val/bits_per_byte`` with a batch."""
         if self.attention_maps and batch_idx == 0 and not self.trainer.sanity_checking:
             self._show_attention(batch)
         self._evaluate(self.val_nll, batch)
 
     def test_step(self, batch: CALMBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """Update ``test/loss``, ``test/perplexity`` and ``test/bits_per_byte`` with a batch."""
         self._evaluate(self.test_nll, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log what the epoch's sums and counts give."""
-        self._log_nll("val", self.val_nll)
+        self.log_evaluation("val", self.val_nll.compute_and_reset())
 
     def on_test_epoch_end(self) -> None:
         """Log what the epoch's sums and counts give."""
-        self._log_nll("test", self.test_nll)
-
-    def _log_nll(self, stage: str, metric: TokenNLL) -> None:
-        values: dict[str, Any] = metric.compute()
-        metric.reset()
-        for name, value in values.items():
-            # The metric is the same on every rank already; sync_dist only tells Lightning so.
-            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        self.log_evaluation("test", self.test_nll.compute_and_reset())
 
     def _show_attention(self, batch: CALMBatch) -> None:
         with self.policy.tracing(maps=True) as traces:
@@ -269,7 +275,7 @@ class CALMModule(AlignModule):
         for logger in loggers if self.trainer.is_global_zero else ():
             for trace in traces:
                 assert trace.weights is not None
-                image = trace.weights[0].amax(dim=0)  # of the heads the one that looks hardest
+                image = trace.weights[0].amax(dim=0)  # the maximum over heads
                 logger.experiment.add_image(f"val/attention/{trace.name}", image[None], self.trainer.global_step)
 
     # -- prediction
@@ -283,15 +289,15 @@ class CALMModule(AlignModule):
         ids: Sequence[int] | None = None,
         decode: Callable[[list[int]], str] | None = None,
     ) -> list[list[Generation]]:
-        """Continue prompts; see `AlignModule.continue_prompts`.
+        """Continue prompts. See `AlignModule.continue_prompts` for the arguments.
 
-        An augment with its own tokenizer reads the text so far at every step, and one that reads a prefix without a cache
-        has to be given it: then prompts are continued one by one.
+        Prompts are continued separately in two cases. An augment with its own tokenizer reads the whole text again at every
+        step. An augment that reads a prefix needs the prompt at every step if the composition has no cache.
         """
         readers = self.policy.readers
         if not any(r.own or (r.prefix and self.policy.make_cache is None) for r in readers):
             return super().continue_prompts(prompts, config, eos_id=eos_id, ids=ids, decode=decode)
-        realign = getattr(getattr(self._trainer, "datamodule", None), "augment_inputs", None)
+        realign = getattr(datamodule_of(trainer_of(self)), "augment_inputs", None)
         results = []
         for number, prompt in zip(range(len(prompts)) if ids is None else ids, prompts, strict=True):
             start = torch.tensor([prompt], device=self.device)
@@ -308,37 +314,48 @@ class CALMModule(AlignModule):
     # -- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Hold the connections and what they belong to; a sharded strategy restores all weights, and so saves them."""
+        """Remove the frozen weights from the checkpoint and add their hashes.
+
+        A sharded strategy restores every weight from the checkpoint, so there the frozen weights stay in it.
+        """
         checkpoint["frozen"] = dict(self.policy.identity)
-        if not self._sharded:
+        if not self.is_sharded:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(FROZEN)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Complete the connections with the frozen models that stand here, if they are those that the run was made with.
+        """Check the hashes of the frozen models, and add their weights to the checkpoint so that loading stays strict.
 
         Raises:
-            ValueError: if they are not.
+            ValueError: If a frozen model has other weights than in training.
         """
         if self.policy is None:
             self.configure_model()
-        path = None if self._trainer is None else self._trainer.ckpt_path
+        trainer = trainer_of(self)
+        path = None if trainer is None else trainer.ckpt_path
         check_frozen(self.policy.identity, checkpoint.get("frozen", {}), path or "the checkpoint")
-        if not self._sharded:
+        if not self.is_sharded:
             own = self.state_dict()
             checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(FROZEN)}
             super().on_load_checkpoint(checkpoint)
 
 
 def _build(source: Any, name: str) -> nn.Module:
-    """A model out of a path, a factory, a description or itself."""
+    """Build a model from a checkpoint path, a factory or a description. A module is returned as it is."""
     if source is None:
-        raise ValueError(f"{name} was a module when the run was made, which a checkpoint cannot hold: give it again")
+        raise ValueError(_missing_module(name))
     return load_policy(source) if isinstance(source, str) else build_backbone(source)
 
 
+def _missing_module(name: str) -> str:
+    return (
+        f"`{name}` must be a model, but got None. The run was started with a module, which a checkpoint does not contain. "
+        f"Pass `{name}` again."
+    )
+
+
 def _described(source: Any) -> Any:
-    """What a checkpoint can hold of where a model came from."""
+    """Return what a checkpoint can store about the source of a model: a path or a description, else None."""
     if isinstance(source, nn.Module):
         return None
     return source if isinstance(source, (str, dict)) else None

@@ -1,4 +1,4 @@
-"""What can be found out about models before they are composed: weights that are no numbers, layouts, leaks of the future."""
+"""Checks of models before they are composed: non-finite weights, the layout of hidden states, causality, and weight hashes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,26 +12,42 @@ from lightning_align.calm.reading import run_model
 
 
 def check_finite(model: nn.Module, what: str) -> None:
-    """Raise a ValueError if a weight is NaN or infinite."""
+    """Check that all weights of a model are finite.
+
+    Args:
+        model: The model.
+        what: The name of the model in errors.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite.
+    """
     for name, value in model.named_parameters():
         if not value.is_meta and not bool(value.detach().isfinite().all()):
-            raise ValueError(f"{what} ({type(model).__name__}) has a weight that is no number, in {name}: load it again")
+            raise ValueError(
+                f"{what} ({type(model).__name__}) must have finite weights, but {name} contains NaN or infinity. "
+                "Load its weights again."
+            )
 
 
 @torch.no_grad()
 def probe_width(model: nn.Module, layers: Sequence[Layer], *, what: str, causal: bool, check: bool) -> int:
-    """Width of a model's residual stream, found by running two rows of three tokens that differ in the last.
+    """Run a model on two short rows, check its hidden states, and return the width of its residual stream.
+
+    The rows have three tokens and differ only in the last token.
 
     Args:
-        model: in evaluation mode.
-        layers: of the model.
-        what: its name in errors.
-        causal: whether its positions may not see later ones.
-        check: whether to look at the values, and not at the shapes alone.
+        model: The model, in eval mode.
+        layers: The layers of the model.
+        what: The name of the model in errors.
+        causal: Whether the model must be causal.
+        check: Whether to check the values of the hidden states, and not only their shapes.
+
+    Returns:
+        The width of the residual stream after the last layer.
 
     Raises:
-        ValueError: if it cannot be run on tokens, does not keep rows and positions in the first two dimensions, gives NaN, or
-            sees the future.
+        ValueError: If the model does not run on token ids, its hidden states do not have rows and positions as the first two
+            dimensions, they contain NaN or infinity, or a position depends on a later token although ``causal`` is true.
     """
     name = f"{what} ({type(model).__name__})"
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -43,19 +59,22 @@ def probe_width(model: nn.Module, layers: Sequence[Layer], *, what: str, causal:
             run_model(model, tokens)
     except (TypeError, RuntimeError, IndexError, AttributeError) as error:
         raise ValueError(
-            f"{name} cannot be run on token ids {tuple(tokens.shape)} ({error}); where it takes something else give the width "
-            "of its hidden states as `dim`"
+            f"{name} cannot be run on token ids of shape {tuple(tokens.shape)}: {error}. If it takes other inputs, set "
+            "`dim` to the width of its hidden states."
         ) from error
     finally:
         for tap in taps:
             tap.remove()
     if len(seen) != len(taps):
-        raise ValueError(f"{name} passed {len(seen)} of the {len(taps)} ends of its layers: was it compiled? Compose first")
+        raise ValueError(
+            f"{name} must pass each end of its layers once, but it passed {len(seen)} times at {len(taps)} ends. If the model "
+            "is compiled, compose it first and compile it afterwards."
+        )
     wrong = next((hidden for hidden in seen if hidden.ndim != 3 or hidden.shape[:2] != tokens.shape), None)
     if wrong is not None:
         raise ValueError(
-            f"{name} has hidden states {tuple(wrong.shape)} for token ids {tuple(tokens.shape)}; expected (rows, positions, "
-            "width)"
+            f"{name} must have hidden states of shape (rows, positions, width), but got {tuple(wrong.shape)} for token ids of "
+            f"shape {tuple(tokens.shape)}."
         )
     if check and not tokens.is_meta:
         _check_values(seen, name, causal=causal)
@@ -65,30 +84,32 @@ def probe_width(model: nn.Module, layers: Sequence[Layer], *, what: str, causal:
 def _check_values(seen: Sequence[Tensor], name: str, *, causal: bool) -> None:
     for depth, hidden in enumerate(seen):
         if not bool(hidden.isfinite().all()):
-            raise ValueError(f"{name} gives NaN or infinite hidden states after layer {depth}: its weights are damaged")
+            raise ValueError(
+                f"{name} must have finite hidden states, but they are NaN or infinite after layer {depth}. Check its weights."
+            )
         change = (hidden[0, :2] - hidden[1, :2]).abs().max()
-        # Twice the same numbers in another order of adding would differ by rounding, and by no more.
+        # The same sums in another order differ by rounding errors only.
         if causal and bool(change > 64 * torch.finfo(hidden.dtype).eps * hidden.abs().max()):
             raise ValueError(
-                f"{name} sees the future: another last token changes its hidden states before it, after layer {depth}. Aligned "
-                "models are causal; one that is not can encode a prefix (`alignment: prefix`)"
+                f"{name} must be causal, but changing the last token changes hidden states of earlier positions after layer "
+                f"{depth}. Use a causal model. An augment that is not causal can read a prefix (`alignment: prefix`)."
             )
 
 
 def check_frozen(here: Mapping[str, str], there: Mapping[str, Any], path: str | Path) -> None:
-    """Compare the frozen models with those that connections were trained for.
+    """Check that the frozen models have the weights that connections were trained with.
 
     Args:
-        here: hash of each model.
-        there: the same, of the file.
-        path: the file, for the error.
+        here: The weight hash of each model, by name.
+        there: The hashes in the file.
+        path: The path of the file, for the error.
 
     Raises:
-        ValueError: naming the models that differ.
+        ValueError: If a hash differs. It names the models.
     """
     others = [name for name, value in here.items() if there.get(name) != value]
     if others:
         raise ValueError(
-            f"{path}: its connections were trained for other weights of {' and '.join(others)}: give the models that they were "
-            "trained with, weights and all"
+            f"{path}: the connections were trained with other weights of {' and '.join(others)}. "
+            "Pass the models, with the weights, that they were trained with."
         )

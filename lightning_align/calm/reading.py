@@ -1,4 +1,7 @@
-"""Reading the hidden states of a frozen augment: no gradients, only the layers that are asked for, and nothing above them."""
+"""A reader of a frozen augment's hidden states.
+
+It computes no gradients, keeps only the requested layers, and runs no layer above the last of them.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -12,20 +15,20 @@ from lightning_align.models.language_model import has_hidden
 from lightning_align.runtime.ranks import is_sharded
 
 
-class _Enough(Exception):  # it is no error
-    """All layers that are read have been."""
+class _StopReading(Exception):  # control flow, not an error
+    """Raised when the states of all requested layers are known."""
 
 
 class Reader:
-    """Reads one augment; a plain object, so that the model stands in the module tree once.
+    """A reader of one augment. It is not a module, so that the model is registered only once in the module tree.
 
     Args:
-        model: the augment.
-        layers: all its layers.
-        depths: those that are read, counted from 1, ascending.
-        position: whether at their inputs or outputs.
-        prefix: whether it reads something of its own, once.
-        own: whether it has a tokenizer of its own.
+        model: The augment.
+        layers: All layers of the augment.
+        depths: The layers to read, counted from 1, in ascending order.
+        position: Whether to read the inputs or the outputs of these layers.
+        prefix: Whether the augment reads a separate input once, all of which is visible to every position of the anchor.
+        own: Whether the augment has its own tokenizer.
     """
 
     def __init__(
@@ -38,24 +41,27 @@ class Reader:
         """Run the model up to the last layer that is read.
 
         Args:
-            tokens: (B, M) ids, or what the model takes.
-            mask: (B, M) bool, true at what exists; with a cache of all its columns.
-            positions: (M,) or (B, M) int64, or None.
-            cache: the model's own, or None; extended in place.
+            tokens: (B, M) token ids, or another input that the model takes.
+            mask: (B, M) bool, true at real tokens. With a cache, it also covers the cached columns. None if all are real.
+            positions: (M,) or (B, M) int64, or None for the model's default.
+            cache: The model's cache, extended in place, or None.
 
         Returns:
-            Hidden states (B, M, A) by layer.
+            The hidden states (B, M, A) of each layer that is read, by layer number.
+
+        Raises:
+            ValueError: If the model did not run one of the layers.
         """
         states: dict[int, Tensor] = {}
-        # Stopping by an exception leaves the gathered parameters of a sharded model where they are, for ever.
-        stops = not is_sharded(self.model)
+        # An exception would skip the hooks that free the gathered parameters of a sharded model.
+        stops_early = not is_sharded(self.model)
 
         def keep(depth: int) -> Callable[[Tensor], None]:
             def visit(hidden: Tensor) -> None:
-                # A copy: where no gradients are kept, models may write the next layer's state over this one's.
+                # Without gradients, a model may overwrite this state in place in the next layer. So keep a copy.
                 states[depth] = hidden.detach().clone()
-                if stops and len(states) == len(self.taps):
-                    raise _Enough
+                if stops_early and len(states) == len(self.taps):
+                    raise _StopReading
 
             return visit
 
@@ -63,13 +69,13 @@ class Reader:
         with torch.no_grad(), visiting({tap: keep(depth) for depth, tap in self.taps.items()}):
             try:
                 run_model(self.model, tokens, mask=mask, positions=positions, cache=cache)
-            except _Enough:
+            except _StopReading:
                 if cache is not None:
                     cache.length = past + tokens.shape[1]
         if missing := [depth for depth in self.depths if depth not in states]:
             raise ValueError(
-                f"the augment {type(self.model).__name__} did not pass through its layers {missing}: was the composition "
-                "released, or the model compiled before it was composed?"
+                f"The augment {type(self.model).__name__} did not run its layers {missing}. Do not use a composition after "
+                "`release`, and compile a model only after composing it."
             )
         return states
 
@@ -77,10 +83,20 @@ class Reader:
 def run_model(
     model: nn.Module, tokens: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None, cache: Any = None
 ) -> Any:
-    """Call a model with what it can take of a mask, positions and a cache.
+    """Call a model with those of mask, positions and cache that it accepts.
+
+    Args:
+        model: The model.
+        tokens: (B, M) token ids, or another input that the model takes.
+        mask: (B, M) bool, true at real tokens. None if all are real.
+        positions: (M,) or (B, M) int64. Only models with the method `hidden` get them.
+        cache: The model's cache. Only models with the method `hidden` get it.
+
+    Returns:
+        The output of the model. For a model with the method `hidden`, these are the hidden states.
 
     Raises:
-        ValueError: if it takes no mask, and something in it does not exist.
+        ValueError: If the input contains padding and the model accepts no mask.
     """
     if has_hidden(model):
         return model.hidden(tokens, mask=mask, positions=positions, cache=cache)
@@ -92,5 +108,8 @@ def run_model(
     if "mask" in accepted:
         return model(tokens, mask=mask)
     if not bool(mask.all()):
-        raise ValueError(f"{type(model).__name__} takes no mask, and a part of its input is padding: give rows of one length")
+        raise ValueError(
+            f"{type(model).__name__} accepts no mask, but its input contains padding. Pass rows of equal length, or add a "
+            "`mask` argument to its forward method."
+        )
     return model(tokens)

@@ -1,4 +1,4 @@
-"""What a composition is told: which models, how each is connected, and what an augment reads."""
+"""The description of a composition: the augments, how each is connected, and what it reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,27 @@ from lightning_align.calm.layers import Position
 from lightning_align.models.building import Backbone
 
 LAYERS_PER_CONNECTION = 4
-"""The paper's N_A / n, in all its experiments."""
+"""The paper's N_A / n, the number of augment layers per connection in all its experiments."""
 
 
 @dataclass
 class Augment:
-    """An augmenting model and how it is connected; of `connections`, `num_connections` and `every` give one or none.
+    """An augmenting model and how it is connected. Set at most one of `connections`, `num_connections` and `every`.
 
     Args:
-        model: the model: a module or a factory in code, `class_path` and `init_args` or the path of a checkpoint in YAML.
-        connections: pairs [layer of this model, layer of the anchor], counted from 1.
-        num_connections: as many, evenly spaced over both models, their last layers included.
-        every: a connection for each so many layers of this model, evenly spaced over the anchor; by default 4, or one
-            connection if it has fewer layers.
-        position: whether a layer's input or its output is read.
-        layers: names of the model's layers, such as `transformer.h.*`; by default they are found.
-        alignment: `aligned`, both models read the same text; or `prefix`, this one reads something else, once.
-        tokens: whether it reads the anchor's token ids (`shared`) or has its `own` tokenizer, and is aligned by characters; by
-            default shared, if the vocabularies are of one size.
-        dim: width of its hidden states; needed only where it does not read tokens.
+        model: The model. In code, a module or a factory. In YAML, `class_path` and `init_args`, or the path of a checkpoint.
+        connections: Pairs [layer of this model, layer of the anchor], counted from 1.
+        num_connections: The number of connections, evenly spaced over both models, including their last layers.
+        every: The number of layers of this model per connection. The connections are evenly spaced over both models. Default is
+            4, or a single connection if the model has fewer than 4 layers.
+        position: Whether to read a layer's input or its output.
+        layers: The names of the model's layers, such as `transformer.h.*`. By default they are found automatically.
+        alignment: With `aligned`, both models read the same text. With `prefix`, this model reads a separate input once, and
+            every position of the anchor sees all of it.
+        tokens: With `shared`, the model reads the anchor's token ids. With `own`, it has its own tokenizer and is aligned by
+            characters. By default, it reads the anchor's token ids, and both vocabularies must have the same size. Set
+            `shared` to allow different sizes.
+        dim: The width of the model's hidden states. Required only if the model does not read tokens.
     """
 
     model: str | Backbone
@@ -44,94 +46,106 @@ class Augment:
 
 
 class AugmentInput(NamedTuple):
-    """What an augment reads besides, or in place of, the anchor's tokens."""
+    """The input of an augment that does not simply read the anchor's tokens."""
 
     tokens: Tensor
-    """(B, M) ids, or whatever the model takes as its first argument."""
+    """(B, M) token ids, or whatever the model takes as its first argument."""
     mask: Tensor | None = None
-    """(B, M) bool, true at what exists; None if all does."""
+    """(B, M) bool, true at real tokens. None if all are real."""
     ends: Tensor | None = None
-    """(B, M) int64, the characters of the text up to and with each token; for an augment with a tokenizer of its own."""
+    """(B, M) int64, the number of characters up to and including each token, for an augment with its own tokenizer."""
     anchor_ends: Tensor | None = None
-    """(B, N) int64, the same of the anchor's tokens."""
+    """(B, N) int64, the same number for each token of the anchor."""
     states: Sequence[Tensor] | None = None
-    """Hidden states (B, M, A) of the layers that are read, first to last, if they are known already."""
+    """Precomputed hidden states (B, M, A) of the layers that are read, first to last. None to compute them."""
 
 
 Inputs = Sequence[AugmentInput | None]
+"""The input of each augment. None for an augment that reads the anchor's tokens."""
 
 
 class Spot(NamedTuple):
-    """Where a connection stands."""
+    """The two layers that a connection connects."""
 
     augment: int
+    """Index of the augment, from 0."""
     augment_layer: int
+    """Layer of the augment, from 1."""
     anchor_layer: int
+    """Layer of the anchor, from 1."""
 
     @property
     def name(self) -> str:
-        """Its name in logs."""
+        """The name of the connection in logs."""
         return f"augment{self.augment}_layer{self.augment_layer}_to_layer{self.anchor_layer}"
 
 
 def check_realigned(index: int, *, prefix: bool, own: bool) -> None:
-    """Refuse a text that was encoded again for an augment that does not read it by characters.
+    """Check that an augment may get text that was encoded again with another tokenizer.
 
     Args:
-        index: of the augment.
-        prefix: whether it reads something of its own, once.
-        own: whether it has a tokenizer of its own.
+        index: The index of the augment.
+        prefix: Whether the augment reads a prefix.
+        own: Whether the augment has its own tokenizer.
 
     Raises:
-        ValueError: if it would read other ids than these or, as a prefix, the response as well.
+        ValueError: If the augment reads the anchor's ids, or a prefix. A prefix must not include the response.
     """
     if prefix:
         raise ValueError(
-            f"augment {index} reads a prefix, and augment_tokenizers[{index}] encodes whole rows for it, responses and all: "
-            "make that null, and it reads the prompt in the anchor's ids, or put an AugmentInput without ends into the batches"
+            f"augment_tokenizers[{index}] must be null, because augment {index} reads a prefix and the tokenizer would encode "
+            "whole rows with their responses. With null, the augment reads the prompt in the anchor's ids. To give it another "
+            "prefix, put an AugmentInput without `ends` into the batches."
         )
     if not own:
         raise ValueError(
-            f"augment {index} reads the anchor's ids, and augment_tokenizers[{index}] gives it others: set `tokens: own` if "
-            "this is its own tokenizer, or make that null if both models have one"
+            f"augment_tokenizers[{index}] must be null, because augment {index} reads the anchor's token ids. Set "
+            "`tokens: own` if the augment has its own tokenizer. Use null if both models share a tokenizer."
         )
 
 
 def augment_model(spec: Augment) -> nn.Module:
-    """The module of an augment; a ValueError if it is none, but something to build one from."""
+    """Return the module of an augment.
+
+    Raises:
+        ValueError: If the model is a path, a factory or a description, and not an ``nn.Module``.
+    """
     if not isinstance(spec.model, nn.Module):
         raise ValueError(
-            f"CALM: an augment's model is a {type(spec.model).__name__}, expected an nn.Module (CALMModule builds one)"
+            f"CALM: the `model` of an augment must be an nn.Module, but got a {type(spec.model).__name__}. Build it first, or "
+            "use CALMModule, which builds it."
         )
     return spec.model
 
 
 def pairs_of(spec: Augment, num_augment: int, num_anchor: int, what: str) -> list[tuple[int, int]]:
-    """The connections of an augment.
+    """Determine the pairs of layers that the connections of an augment connect.
 
     Args:
-        spec: which says how it is connected.
-        num_augment: its layers.
-        num_anchor: the anchor's.
-        what: its name in errors.
+        spec: The augment and how it is connected.
+        num_augment: The number of layers of the augment.
+        num_anchor: The number of layers of the anchor.
+        what: The name of the augment in errors.
 
     Returns:
-        (augment layer, anchor layer), counted from 1.
+        Pairs (augment layer, anchor layer), counted from 1.
 
     Raises:
-        ValueError: if there are no such layers, or it says two things.
+        ValueError: If a layer does not exist, or more than one of the options is set.
     """
     ways = {"connections": spec.connections, "num_connections": spec.num_connections, "every": spec.every}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"{what} has {' and '.join(given)}: give one of them")
+        raise ValueError(f"{what}: only one of {' and '.join(given)} can be set, but all of them are. Remove all but one.")
     try:
         if spec.connections is not None:
             return check_pairs(spec.connections, num_augment, num_anchor)
         if spec.num_connections is not None:
             return even_pairs(num_augment, num_anchor, spec.num_connections)
         if spec.every is not None and not 1 <= spec.every <= num_augment:
-            raise ValueError(f"every is {spec.every}, expected 1 to {num_augment}, the layers that it has")
+            raise ValueError(
+                f"`every` must be between 1 and {num_augment}, the number of layers of the augment, but got {spec.every}."
+            )
         return even_pairs(num_augment, num_anchor, max(1, num_augment // (spec.every or LAYERS_PER_CONNECTION)))
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error

@@ -1,4 +1,4 @@
-"""Hidden states of an augment on disk: computed when a row is first met, read ever after."""
+"""A store of an augment's hidden states on disk. A row's states are computed once and read from the file afterwards."""
 
 import hashlib
 import json
@@ -14,42 +14,45 @@ from lightning_align.runtime.ranks import world
 
 
 class StateStore:
-    """States of rows, found by the ids of the row and the identity of the model; each rank has files of its own.
+    """The hidden states of rows, keyed by the token ids of a row and the identity of the model.
 
-    The data file grows by whole rows; the index beside it is written by `flush`, after them. Rows that no index names, as a run
-    that was killed leaves them, are computed again.
+    Each rank has its own files. The data file grows by whole rows. `flush` writes the index file after the rows. If a run is
+    killed, the rows that are not in the index are computed again.
 
     Args:
-        folder: where the files are.
-        key: all that the states depend on besides the row: the model's hash, the layers that are read, the dtypes of the model
-            and the precision that it is computed in.
+        folder: The folder of the files.
+        key: Everything that the states depend on besides the row: the model's hash, the layers that are read, the dtypes of the
+            model and the precision of the computation.
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
         name = f"states-{hashlib.sha256(key.encode()).hexdigest()[:16]}-{world()[0]}"
         self.data, self.index_path = Path(folder) / f"{name}.bin", Path(folder) / f"{name}.json"
         self.data.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.data, "a+b")  # open as long as the store
+        self._file = open(self.data, "a+b")  # stays open until `close`
         self._size = os.fstat(self._file.fileno()).st_size
         self._index: dict[str, tuple[int, int]] = {}
         self._shape: tuple[int, str] | None = None
         self.misses = 0
-        """Rows that were computed."""
+        """The number of rows that were computed, not read."""
         if self.index_path.is_file():
             content = json.loads(self.index_path.read_text(encoding="utf-8"))
             self._shape = (content["width"], content["dtype"])
             self._index = {row: (start, length) for row, (start, length, stop) in content["rows"].items() if stop <= self._size}
 
     def fetch(self, reader: Reader, tokens: Tensor, mask: Tensor) -> list[Tensor]:
-        """States (B, M, A) of each layer that is read, 0 at pads.
+        """Return the hidden states of a batch, and compute those of rows that are not stored yet.
 
         Args:
-            reader: of the model.
-            tokens: (B, M) ids, padded on the right.
-            mask: (B, M) bool.
+            reader: The reader of the model.
+            tokens: (B, M) token ids, padded on the right.
+            mask: (B, M) bool, true at real tokens.
+
+        Returns:
+            The hidden states (B, M, A) of each layer that is read, 0 at pads.
 
         Raises:
-            ValueError: if the states of new rows have another width or dtype than those that are stored.
+            ValueError: If the states of new rows have another width or dtype than the stored states.
         """
         lengths = mask.sum(dim=1).tolist()
         rows = [row[:length] for row, length in zip(tokens.cpu(), lengths, strict=True)]
@@ -73,8 +76,8 @@ class StateStore:
         shape = (stacked.shape[-1], str(stacked.dtype).removeprefix("torch."))
         if self._shape not in (None, shape):
             raise ValueError(
-                f"{self.data}: holds hidden states of {self._shape}, and the augment's are now of {shape} (width, dtype): give "
-                "another folder as store_states, or remove this one"
+                f"{self.data}: the stored hidden states have (width, dtype) {self._shape}, but the augment now has {shape}. "
+                "Set `store_states` to another folder, or delete this one."
             )
         self._shape = shape
         for name, state, length in zip(names, stacked, mask.sum(dim=1).tolist(), strict=True):
@@ -85,7 +88,7 @@ class StateStore:
         self._file.flush()
 
     def flush(self) -> None:
-        """Write the index."""
+        """Write the index file."""
         if self._shape is None:
             return
         width, dtype = self._shape
@@ -95,6 +98,6 @@ class StateStore:
         publish_text(self.index_path, text)
 
     def close(self) -> None:
-        """Write the index and close the file."""
+        """Write the index file and close the data file."""
         self.flush()
         self._file.close()

@@ -1,1 +1,1 @@
-"""The data room: where rows come from, and what becomes of them on the way to a batch of token ids."""
+"""Sources of rows and documents, tokenizers, and the steps from a row to a batch of token ids."""

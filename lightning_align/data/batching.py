@@ -1,8 +1,8 @@
-"""Batches: which rows go together, how they are padded, and a loader that knows where it was.
+"""Grouping rows into batches, padding them, and a loader that can resume in the middle of an epoch.
 
-A global batch is what all ranks see in one step. It depends on the seed, the epoch and its size only, and each rank
-takes its part of it, so one process with batches of 8 and two with batches of 4 train on the same rows in the same
-steps.
+A global batch holds the rows of all ranks in one step. It depends only on the seed, the epoch and the global batch size.
+Each rank takes its part. One process with batches of 8 and two processes with batches of 4 therefore train on the same
+rows in the same steps.
 """
 
 import hashlib
@@ -18,15 +18,31 @@ from lightning_align.data.store import StoredRow, StoredTokens, TokenStore
 from lightning_align.types import PreferenceBatch, PromptBatch, TokenBatch
 
 _BATCHES_SORTED_TOGETHER = 64
+"""The number of global batches in a group of rows that is sorted by length."""
 
 
 def collate_tokens(rows: Sequence[StoredRow], *, pad_id: int) -> TokenBatch:
-    """Pads rows on the right: (B, N) with N the longest. Reads the first side of each."""
+    """Pad the first side of each row on the right.
+
+    Args:
+        rows: The B rows of the batch.
+        pad_id: The id that fills the shorter rows.
+
+    Returns:
+        The batch, with tensors of shape (B, N), where N is the length of the longest row.
+    """
     return _pad([row.sides[0] for row in rows], rows, pad_id=pad_id)
 
 
 def collate_pairs(rows: Sequence[StoredRow], *, pad_id: int) -> PreferenceBatch:
-    """Pads pairs on the right, each side to its own longest row. Weights and margins are there if any is not the usual one."""
+    """Pad pairs on the right, each side to the length of its longest row.
+
+    The batch has ``weights`` only if a weight differs from 1, and ``margins`` only if a margin differs from 0.
+
+    Args:
+        rows: The B pairs of the batch.
+        pad_id: The id that fills the shorter rows.
+    """
     batch: PreferenceBatch = {
         "chosen": _pad([row.sides[0] for row in rows], rows, pad_id=pad_id),
         "rejected": _pad([row.sides[1] for row in rows], rows, pad_id=pad_id),
@@ -39,7 +55,7 @@ def collate_pairs(rows: Sequence[StoredRow], *, pad_id: int) -> PreferenceBatch:
 
 
 def collate_prompts(rows: Sequence[StoredRow]) -> PromptBatch:
-    """Prompts as lists of ids, without their answers."""
+    """Collect the prompts as lists of ids, without the responses."""
     prompts = [row.sides[0].tokens[: row.num_prompt].tolist() for row in rows]
     return {"prompts": prompts, "rows": torch.tensor([row.row for row in rows])}
 
@@ -54,7 +70,7 @@ def _pad(sides: Sequence[StoredTokens], rows: Sequence[StoredRow], *, pad_id: in
         targets[i, : len(side.targets)] = side.targets
     return {
         "tokens": torch.from_numpy(tokens),
-        # From the lengths: a pad may have the id of a real token.
+        # Computed from the lengths, because the padding id may also be the id of a real token.
         "mask": torch.arange(width) < lengths[:, None],
         "targets": torch.from_numpy(targets),
         "num_bytes": torch.tensor([side.num_bytes for side in sides]),
@@ -63,11 +79,12 @@ def _pad(sides: Sequence[StoredTokens], rows: Sequence[StoredRow], *, pad_id: in
 
 
 class RowLists(Dataset[list[StoredRow]]):
-    """The rows of a store by lists of indices, which is what the samplers here yield.
+    """A dataset that returns the rows of a store for a list of indices.
 
     Args:
-        store: The rows.
-        batches: Lists of indices that a plain sampler may ask for by their number; None where the sampler yields the lists.
+        store: The store of the rows.
+        batches: Lists of row indices, for samplers that yield the number of a batch. None if the sampler yields the lists
+            of row indices itself.
     """
 
     def __init__(self, store: TokenStore, batches: list[list[int]] | None = None) -> None:
@@ -85,28 +102,31 @@ class RowLists(Dataset[list[StoredRow]]):
 
 
 class LengthGroupedSampler(DistributedSampler[list[int]]):
-    """Yields each rank's batches, as lists of indices, of rows of about one length.
+    """A sampler that yields the batches of one rank, as lists of row indices, with rows of similar length together.
 
-    Every row comes once an epoch, and every rank has the same number of batches. An epoch is cut in stretches of 64
-    global batches; each stretch is sorted by length and cut in batches, and then all batches are shuffled. The last
-    global batch may be smaller, and its parts may differ by one row from rank to rank. Where it has fewer rows than
-    there are ranks, and so some rank would have none, its rows join the batch before it; this is the one case in which
-    the global batches depend on the number of ranks.
+    Every row occurs once per epoch, and every rank has the same number of batches. The rows of an epoch are shuffled and
+    split into groups of 64 global batches. Each group is sorted by length and split into batches. Then all batches are
+    shuffled.
 
-    A `DistributedSampler`, so that the Trainer leaves it in its place and tells it the epoch.
+    The last global batch may be smaller. The ranks' parts of it may then differ by one row. If it has fewer rows than
+    there are ranks, its rows are added to the batch before it, so that no rank is without a row. Only in this case do the
+    global batches depend on the number of ranks.
+
+    The class is a `DistributedSampler`, so the Trainer does not replace it and calls `set_epoch`.
 
     Args:
-        lengths: (rows,) length of each row; None keeps rows of any length together.
-        num_rows: Number of rows.
-        batch_size: Rows of one batch of one rank.
-        num_replicas: Number of ranks.
-        rank: Which of them this is.
-        shuffle: Whether each epoch has its own order. Without it the stretches and batches keep theirs.
-        seed: Where the orders start from.
-        drop_last: Whether to leave the rows that fill no global batch out, others every epoch.
+        lengths: The length of each row, of shape (rows,). None does not group rows by length.
+        num_rows: The number of rows.
+        batch_size: The number of rows per batch and rank.
+        num_replicas: The number of ranks.
+        rank: The rank of this process.
+        shuffle: Whether to shuffle the rows in each epoch. If false, every epoch has the same order.
+        seed: The seed of the shuffling.
+        drop_last: Whether to drop the rows that do not fill a global batch. With ``shuffle``, different rows are dropped
+            in each epoch.
 
     Raises:
-        ValueError: If a number is out of range or there are too few rows for every rank to have one.
+        ValueError: If ``batch_size`` is less than 1, or there are too few rows for every rank.
     """
 
     def __init__(
@@ -122,18 +142,18 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         drop_last: bool = False,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
+            raise ValueError(f"`batch_size` must be at least 1, but got {batch_size}")
         self.global_batch_size = batch_size * num_replicas
         if num_rows < (self.global_batch_size if drop_last else num_replicas):
             raise ValueError(
-                f"there are {num_rows} rows, too few for batch_size {batch_size} on {num_replicas} processes: use fewer"
-                " processes or smaller batches"
+                f"`num_rows` is {num_rows}, which is too few for batch_size {batch_size} on {num_replicas} processes. Use"
+                " fewer processes or smaller batches."
             )
         rows = cast(Dataset[list[int]], range(num_rows))
         super().__init__(rows, num_replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
         self.num_rows = num_rows
         self.start = 0
-        """Batches at the beginning of an epoch that iterations leave out; a resumed loader sets it for one iteration."""
+        """The number of batches to skip at the start of an epoch. A resumed loader sets it for one iteration."""
         self._lengths = lengths
 
     def __len__(self) -> int:
@@ -142,26 +162,26 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = self.global_batches()[self.start :]
-        # Strided, so that each rank has a share of the longer and of the shorter rows of a batch.
+        # The stride gives each rank both long and short rows of a batch.
         return iter([batch[self.rank :: self.num_replicas].tolist() for batch in batches])
 
     @cached_property
     def order(self) -> str:
-        """What orders an epoch beside the numbers: a digest of the lengths, or that there are none."""
+        """A hash of the lengths, or "ungrouped" without lengths. With the seed and the sizes, it identifies the order."""
         if self._lengths is None:
             return "ungrouped"
         return hashlib.sha256(np.ascontiguousarray(self._lengths, dtype=np.int64).tobytes()).hexdigest()[:16]
 
     def global_batches(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """The batches of this epoch that all ranks see together, as arrays of indices."""
+        """Compute the global batches of the current epoch, as arrays of row indices."""
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(self.num_rows) if self.shuffle else np.arange(self.num_rows)
         num_rest = self.num_rows % self.global_batch_size
         order, rest = order[: self.num_rows - num_rest], order[self.num_rows - num_rest :]
-        stretch = _BATCHES_SORTED_TOGETHER * self.global_batch_size
+        group_size = _BATCHES_SORTED_TOGETHER * self.global_batch_size
         batches = []
-        for start in range(0, len(order), stretch):
-            indices = order[start : start + stretch]
+        for start in range(0, len(order), group_size):
+            indices = order[start : start + group_size]
             if self._lengths is not None:
                 indices = indices[np.argsort(-self._lengths[indices], kind="stable")]
             batches += list(indices.reshape(-1, self.global_batch_size))
@@ -179,36 +199,37 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader that continues in the middle of an epoch, after the batch that was last handed out.
+    """A data loader that can resume in the middle of an epoch, after the last batch that it yielded.
 
-    Its state is a count of the batches it has yielded, not of those that its workers have fetched ahead, and is the
-    same on every rank. It goes back to 0 before the last batch is handed out: a checkpoint taken on that batch begins
-    the next epoch. The trainer saves and restores it. Made with a `LengthGroupedSampler` as ``sampler`` and
-    ``batch_size=None``.
+    The state counts the batches that the loader has yielded, not those that its workers have prefetched. It is the same
+    on every rank. The count returns to 0 before the last batch is yielded, so a checkpoint saved on that batch starts the
+    next epoch. The Trainer saves and restores the state.
+
+    The loader needs a `LengthGroupedSampler` as ``sampler``, and ``batch_size=None``.
     """
 
     _num_yielded = 0
     _resume: tuple[int, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # its own iterator type has nothing that callers use
-        # All of this runs at the first batch and not before: the trainer makes an iterator once before it sets the
-        # epoch.
+        # This is a generator, so all of it runs at the first batch. The Trainer creates an iterator once before it sets
+        # the epoch.
         sampler = cast(LengthGroupedSampler, self.sampler)
         epoch, start = self._resume or (sampler.epoch, 0)
         self._resume = None
-        # A run that was limited to a part of each epoch leaves off in one epoch and goes on with the next.
+        # A run that uses only a part of each epoch is saved in one epoch and resumes with the next.
         start = start if epoch == sampler.epoch else 0
         self._num_yielded = start
         sampler.start = start
         batches = super().__iter__()
-        # Not by the sampler itself: with workers, making one iterator of the loader makes two of the sampler.
+        # The sampler cannot reset this itself: with workers, one iterator of the loader creates two of the sampler.
         sampler.start = 0
         for batch in batches:
             self._num_yielded = (self._num_yielded + 1) % len(self)
             yield batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """The epoch, the number of batches of it that were yielded, and what they depend on."""
+        """Return the epoch, the number of batches yielded in it, and the settings that the batches depend on."""
         sampler = cast(LengthGroupedSampler, self.sampler)
         return {
             "num_yielded": self._num_yielded if self._resume is None else self._resume[1],
@@ -220,25 +241,27 @@ class ResumableLoader(DataLoader[Any]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Makes the next iteration begin after the batches that ``state`` counts.
+        """Make the next iteration start after the batches that ``state`` counts.
 
         Raises:
-            ValueError: If those were batches of other rows, another size, another seed or another order.
+            ValueError: If the state is from the middle of an epoch with another number of rows, global batch size, seed or
+                order.
         """
         own = self.state_dict()
         changed = [name for name in ("seed", "global_batch_size", "num_rows") if own[name] != state[name]]
         if changed and state["num_yielded"]:
             raise ValueError(
-                "cannot resume in the middle of an epoch: "
-                + ", ".join(f"{name} is {own[name]}, the checkpoint has {state[name]}" for name in changed)
-                + "; resume with the same data, seed and batch size times processes, or from a checkpoint of an epoch's end"
+                "cannot resume in the middle of an epoch, because "
+                + ", ".join(f"{name} is {own[name]} but {state[name]} in the checkpoint" for name in changed)
+                + ". Resume with the same data, seed and batch size times processes, or from a checkpoint at the end of an"
+                " epoch."
             )
-        # A state of before the order was in it says nothing of it.
+        # States of earlier releases have no order.
         if state.get("order", own["order"]) != own["order"] and state["num_yielded"]:
             raise ValueError(
-                "cannot resume in the middle of an epoch: its rows come in another order than in the checkpoint's run, so "
-                "some would come twice and others not at all; resume with the same group_by_length, max_length, truncation, "
-                "tokenizer and file, or from a checkpoint of an epoch's end"
+                "cannot resume in the middle of an epoch, because its rows are in another order than in the run of the "
+                "checkpoint. Some rows would be repeated and others skipped. Resume with the same group_by_length, max_length, "
+                "truncation, tokenizer and file, or from a checkpoint at the end of an epoch."
             )
         self._resume = (state["epoch"], state["num_yielded"])
         cast(LengthGroupedSampler, self.sampler).set_epoch(state["epoch"])

@@ -1,4 +1,4 @@
-"""Where documents come from: files of a folder, rows of a file or of the hub, the sources of Python's standard library."""
+"""Sources of documents: a folder of text files, rows of a file or hub dataset, and Python's standard library."""
 
 import hashlib
 import sysconfig
@@ -18,7 +18,7 @@ from lightning_align.types import Document, MarkedText
 
 Part = Literal["all", "train", "held_out"]
 BATCH = 64
-"""Documents that a tokenizer is given together."""
+"""The number of documents per call of the tokenizer."""
 
 
 class DocumentSource(ABC):
@@ -31,23 +31,25 @@ class DocumentSource(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Yields the documents, the same ones in the same order at every call."""
+        """Yield the documents. Every call yields the same documents in the same order."""
 
 
 class FolderDocuments(DocumentSource):
-    """Text files of a folder, one document each, named by their paths in it and ordered by them.
+    """The text files of a folder. Each file is a document with its path in the folder as name. The paths are sorted.
 
     Args:
-        folder: where they are.
-        glob: which of them, such as ``**/*.txt``, or a list of such patterns.
-        exclude: patterns of files to leave out, or of folders to leave out with all that is in them, such as ``**/tests``.
-        part: all files, or those of one side of a split: a file is on the same side wherever the folder stands and
-            whichever other files there are.
-        held_out: share of the files that the split holds out.
-        on_bad_file: what a file that is not UTF-8 text does: fail stops and names it, skip leaves it out with a warning.
+        folder: The path of the folder.
+        glob: A pattern of the files to use, such as ``**/*.txt``, or a list of patterns.
+        exclude: Patterns of files to leave out. A folder that matches, such as ``**/tests``, is left out with all its
+            files.
+        part: Which files to use: ``all``, or one side of a split, ``train`` or ``held_out``. The side of a file depends
+            only on its path in the folder.
+        held_out: The fraction of the files that the split holds out.
+        on_bad_file: What to do with a file that is not UTF-8 text: ``fail`` raises an error that names the file, ``skip``
+            leaves it out with a warning.
 
     Raises:
-        ValueError: if there is no such folder, no such file in it, or an argument is out of range.
+        ValueError: If there is no such folder, no file matches, or an argument is out of range.
     """
 
     def __init__(
@@ -65,32 +67,32 @@ class FolderDocuments(DocumentSource):
         self.exclude = list(exclude or [])
         self.part, self.held_out, self.on_bad_file = part, held_out, on_bad_file
         if not self.folder.is_dir():
-            what = "a file, expected a folder: give a file of rows by its name alone" if self.folder.exists() else "not there"
-            raise ValueError(f"folder {folder} is {what} (looked from {Path.cwd()})")
+            what = "is a file: give its path itself as the source" if self.folder.exists() else "does not exist"
+            raise ValueError(f"`folder` must be a folder, but {folder} {what} (searched from {Path.cwd()})")
         if part not in ("all", "train", "held_out"):
-            raise ValueError(f"part is {part!r}, expected all, train or held_out")
+            raise ValueError(f"`part` must be 'all', 'train' or 'held_out', but got {part!r}")
         if not 0 < held_out < 1:
-            raise ValueError(f"held_out is {held_out}, expected a share between 0 and 1")
+            raise ValueError(f"`held_out` must be a fraction between 0 and 1, but got {held_out}")
 
     @cached_property
     def files(self) -> list[str]:
-        """Paths in the folder, sorted."""
+        """The paths of the files, relative to the folder and sorted."""
         excluded = {path for pattern in self.exclude for path in self.folder.glob(pattern)}
         found = {path for pattern in self.glob for path in self.folder.glob(pattern) if path.is_file()}
         kept = (path for path in found if excluded.isdisjoint((path, *path.parents)))
         names = sorted(path.relative_to(self.folder).as_posix() for path in kept)
         if self.part != "all":
-            names = [name for name in names if (_draw(name) < self.held_out) == (self.part == "held_out")]
+            names = [name for name in names if (_hash_to_unit(name) < self.held_out) == (self.part == "held_out")]
         if not names:
             raise ValueError(
                 f"folder {self.folder} has no file that matches {', '.join(self.glob)}"
-                f"{' and not ' + ', '.join(self.exclude) if self.exclude else ''} (part: {self.part}): give another glob"
+                f"{' and not ' + ', '.join(self.exclude) if self.exclude else ''} (part: {self.part}). Change `glob`."
             )
         return names
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the names and contents of the files."""
+        """A hash of the names and contents of the files."""
         digest = hashlib.sha256()
         for name in self.files:
             with (self.folder / name).open("rb") as file:
@@ -98,32 +100,32 @@ class FolderDocuments(DocumentSource):
         return f"folder:{digest.hexdigest()}:{self.on_bad_file}"
 
     def documents(self) -> Iterator[Document]:
-        """See `DocumentSource`."""
+        """See `DocumentSource.documents`."""
         for name in self.files:
             content = (self.folder / name).read_bytes()
             problem = ""
             try:
                 text = content.decode("utf-8")
                 if "\0" in text:
-                    problem = f"byte {content.index(0) + 1} is 0, so it is a binary file"
+                    problem = f"byte {content.index(0) + 1} is 0, as in a binary file"
             except UnicodeDecodeError as error:
                 problem = f"byte {error.start + 1} is {content[error.start]:#04x}, which is not UTF-8"
             if not problem:
                 yield Document(name, text)
                 continue
-            remedy = "leave it out with `exclude` or `glob`, convert it, or set on_bad_file to skip"
+            remedy = "Leave it out with `exclude` or `glob`, convert it, or set `on_bad_file` to 'skip'."
             if self.on_bad_file == "fail":
-                raise ValueError(f"{self.folder / name} is no text file: {problem}: {remedy}")
-            warnings.warn(f"{self.folder / name} is left out: {problem}", stacklevel=2)
+                raise ValueError(f"{self.folder / name} is not a text file: {problem}. {remedy}")
+            warnings.warn(f"{self.folder / name} is skipped: {problem}", stacklevel=2)
 
 
 class RowDocuments(DocumentSource):
-    """Rows of a file (.jsonl, .jsonl.gz, .parquet, .csv) or of a dataset of the hub, one document each.
+    """The rows of a file (.jsonl, .jsonl.gz, .parquet, .csv) or of a hub dataset. Each row is a document.
 
     Args:
-        rows: the file, or the dataset as name, name:split or name:config:split.
-        text: field that holds the text.
-        id: field that names a document; by default its number, counted from 1.
+        rows: The path of the file, or the dataset as ``name``, ``name:split`` or ``name:config:split``.
+        text: The field that holds the text.
+        id: The field that holds the name of the document. Default is its number, counted from 1.
     """
 
     def __init__(self, rows: str, *, text: str = "text", id: str | None = None) -> None:
@@ -131,11 +133,11 @@ class RowDocuments(DocumentSource):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the content of the file."""
+        """A hash of the content of the file and the names of the fields."""
         return f"rows:{self.text}:{self.id}:{source_fingerprint(self.rows)}"
 
     def documents(self) -> Iterator[Document]:
-        """See `DocumentSource`."""
+        """See `DocumentSource.documents`."""
         for number, row in enumerate(read_rows(self.rows), start=1):
             name, text = str(number) if self.id is None else row.fields.get(self.id), row.fields.get(self.text)
             if row.problem:
@@ -143,7 +145,8 @@ class RowDocuments(DocumentSource):
             if not isinstance(text, str) or name is None:
                 field, value = (self.text, text) if not isinstance(text, str) else (self.id, name)
                 raise ValueError(
-                    f"{row.origin} has {value!r:.40} as {field!r}, expected a text; its fields are {', '.join(row.fields)}"
+                    f"{row.origin}: the field {field!r} must be a string, but got {value!r:.40}. The fields of the row are"
+                    f" {', '.join(row.fields)}."
                 )
             yield Document(str(name), text)
 
@@ -152,13 +155,13 @@ LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pyd
 
 
 class StandardLibrary(FolderDocuments):
-    """The sources of the standard library of the Python that runs, its tests and installed packages left out.
+    """The source files of the standard library of the running Python.
 
-    So is `pydoc_data`, one file of prose that is as long as fifty of the others.
+    Tests and installed packages are left out. So is `pydoc_data`, because it is one text as long as fifty other files.
 
     Args:
-        part: all files, or those of one side of a split.
-        held_out: share of the files that the split holds out.
+        part: Which files to use: ``all``, or one side of a split, ``train`` or ``held_out``.
+        held_out: The fraction of the files that the split holds out.
     """
 
     def __init__(self, *, part: Part = "all", held_out: float = 0.1) -> None:
@@ -173,17 +176,17 @@ class StandardLibrary(FolderDocuments):
 
 
 def load_documents(source: str | DocumentSource) -> DocumentSource:
-    """A source by what a user writes: a folder, a file of rows, or a name of the hub."""
+    """Create a source of documents from a folder, a file of rows, or a hub dataset. A `DocumentSource` is returned as is."""
     if isinstance(source, DocumentSource):
         return source
     return FolderDocuments(source) if Path(source).is_dir() else RowDocuments(source)
 
 
 class DocumentTokenizer:
-    """A tokenizer for whole documents: ids as arrays, and the places of few tokens instead of all.
+    """A tokenizer for whole documents. It returns ids as arrays, and the character positions of some tokens only.
 
     Args:
-        tokenizer: of the suite.
+        tokenizer: The tokenizer to use.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -192,17 +195,17 @@ class DocumentTokenizer:
         self.bos_id, self.eos_id, self.pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
 
     def encode(self, texts: Sequence[str], *, start: int, step: int) -> Iterator[MarkedText]:
-        """Encode each text.
+        """Encode each text, with the character positions of the tokens ``start``, ``start + step``, ``start + 2 * step`` ...
 
         Args:
-            texts: the documents.
-            start: number of the first token whose place is wanted.
-            step: from there to the next such token.
+            texts: The documents.
+            start: The index of the first token whose position is returned.
+            step: The number of tokens from one such token to the next.
         """
         if isinstance(self.tokenizer, ByteTokenizer):
             yield from (self._bytes(text, start, step) for text in texts)
         elif isinstance(self.tokenizer, FileTokenizer):
-            # Few at a time: a token of the library takes fifty times the room of its id.
+            # In small batches: a token of the library takes 50 times the memory of its id.
             for first in range(0, len(texts), BATCH):
                 for encoding in self.tokenizer.raw_batch(texts[first : first + BATCH]):
                     ids = np.array(encoding.ids, dtype=np.int64)
@@ -214,7 +217,7 @@ class DocumentTokenizer:
                 yield MarkedText(np.array(plain.ids, dtype=np.int64), marks)
 
     def ids(self, texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
-        """The ids of each text alone."""
+        """Yield the ids of each text, without character positions."""
         if isinstance(self.tokenizer, ByteTokenizer):
             yield from (np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) + 3 for text in texts)
         elif isinstance(self.tokenizer, FileTokenizer):
@@ -229,11 +232,11 @@ class DocumentTokenizer:
         content = np.frombuffer(text.encode(), dtype=np.uint8)
         marks = np.arange(start, len(content), step)
         if not text.isascii():
-            # A character begins at each byte that is no continuation byte; a token within one has that one's place.
+            # A character starts at each byte that is not a continuation byte. A token within a character has its position.
             marks = np.cumsum((content & 0xC0) != 0x80)[marks] - 1
         return MarkedText(content.astype(np.int64) + 3, marks.tolist())
 
 
-def _draw(name: str) -> float:
-    """A number from 0 to 1 that a name decides on."""
+def _hash_to_unit(name: str) -> float:
+    """Hash a name to a number in [0, 1)."""
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8

@@ -1,17 +1,17 @@
-"""The forms that a row may have, read into turns: what is given, and what is said in answer.
+"""The forms that a row may have, and their conversion to turns of a conversation.
 
 ========================================  ==========================================================================
 form                                      fields
 ========================================  ==========================================================================
 ``response``                              ``prompt``, ``response``
-``pair``                                  ``prompt``, ``chosen``, ``rejected``; or the last two, which then begin alike
+``pair``                                  ``prompt``, ``chosen``, ``rejected``; or the last two with a common beginning
 ``messages``                              ``messages``
 ``text``                                  ``text``
-``prompt``                                ``prompt``, or any of the forms above but ``text`` and pairs
+``prompt``                                ``prompt``; other fields, such as ``response``, are ignored
 ========================================  ==========================================================================
 
-A prompt, a response, a chosen and a rejected answer are strings, used as they are, or lists of messages, written by the
-tokenizer's chat template.
+The fields ``prompt``, ``response``, ``chosen`` and ``rejected`` are strings or lists of messages. Strings are used as they
+are. Lists of messages are rendered with the chat template of the tokenizer.
 """
 
 import unicodedata
@@ -40,34 +40,40 @@ DESCRIPTIONS: dict[Form, str] = {
 
 
 class Turn(NamedTuple):
-    """What stands before a response, and the response."""
+    """A response and the text before it."""
 
     context: str
     response: str
     trained: bool
     """Whether the response is a target."""
     eos: bool
-    """Whether an end-of-sequence id follows that is not in the text."""
+    """Whether to append an end-of-sequence id, because the text does not contain one."""
     context_trained: bool = False
-    """Whether the context is a target too, which only ``mask_turns="all"`` asks for."""
+    """Whether the context is a target too. Only ``mask_turns="all"`` sets it."""
 
 
 class Conversation(NamedTuple):
-    """A row in turns. The prompt is all that stands before the response of each side's first turn."""
+    """A row as turns. The prompt is everything before the response of each side's first turn."""
 
     history: list[Turn]
-    """Turns of the prompt that are over."""
+    """The completed turns of the prompt."""
     context: str
-    """What stands between them and the answer; the context of each side's first turn."""
+    """The rest of the prompt, between the history and the response. It is the context of each side's first turn."""
     sides: list[list[Turn]]
-    """No answer (a prompt), one, or the chosen and the rejected."""
+    """The turns of each response: none for a prompt, one response, or the chosen and the rejected response."""
     templated: bool
-    """Whether a chat template wrote it."""
+    """Whether a chat template rendered the texts."""
     notes: tuple[str, ...] = ()
+    """The notes that the ledger counts for the row."""
 
 
 class BadRowError(ValueError):
-    """A row that cannot be used: the reason it is counted under, and what is wrong with it."""
+    """An error in a row that makes it unusable.
+
+    Args:
+        reason: The name under which the ledger counts the row.
+        problem: What is wrong with the row.
+    """
 
     def __init__(self, reason: str, problem: str) -> None:
         super().__init__(problem)
@@ -76,10 +82,14 @@ class BadRowError(ValueError):
 
 
 def form_of(fields: dict[str, Any], *, accepted: Sequence[Form]) -> Form:
-    """The first of the accepted forms whose fields a row has; a field that is null counts as absent.
+    """Find the form of a row.
+
+    Args:
+        fields: The row. A field with the value None counts as missing.
+        accepted: The forms that the row may have. The first form that has all its fields in the row is returned.
 
     Raises:
-        BadRowError: If it has none.
+        BadRowError: If the row has none of the forms.
     """
     present = {name for name, value in fields.items() if value is not None}
     for form in accepted:
@@ -95,16 +105,16 @@ def form_of(fields: dict[str, Any], *, accepted: Sequence[Form]) -> Form:
 
 
 def read_conversation(fields: dict[str, Any], *, form: Form, tokenizer: Tokenizer, mask_turns: MaskTurns) -> Conversation:
-    """Reads a row of any form but ``text`` into turns.
+    """Convert a row of any form except ``text`` to turns.
 
     Args:
         fields: The row.
-        form: Its form, as `form_of` tells it.
-        tokenizer: Whose chat template writes messages.
-        mask_turns: Which turns are targets; see `lightning_align.data.encode.encode_rows`.
+        form: The form of the row, as returned by `form_of`.
+        tokenizer: The tokenizer that renders messages with its chat template.
+        mask_turns: Which turns are targets. See `lightning_align.data.encode.encode_rows`.
 
     Raises:
-        BadRowError: If a field is of the wrong type or empty, or the template refuses the messages.
+        BadRowError: If a field has the wrong type or is empty, or the template rejects the messages.
     """
     if form == "messages":
         return _read_messages(_messages(fields, "messages"), tokenizer=tokenizer, mask_turns=mask_turns)
@@ -112,14 +122,16 @@ def read_conversation(fields: dict[str, Any], *, form: Form, tokenizer: Tokenize
     answers = [_text_or_messages(fields, name) for name in names]
     prompt = None if fields.get("prompt") is None else _text_or_messages(fields, "prompt")
     if isinstance(prompt, str) and answers and all(isinstance(answer, list) for answer in answers):
-        # A common layout: the prompt as a string, and again as the first message of each answer.
+        # A common layout: the prompt is a string, and the first message of each response repeats it.
         firsts = [answer[0]["content"] for answer in answers if isinstance(answer, list) and answer]
         if len(firsts) == len(answers) and all(first == prompt for first in firsts):
             prompt = None
             if len(answers) == 1:
                 prompt, answers = answers[0][:1], [answers[0][1:]]
         else:
-            raise BadRowError("wrong_type", "has a prompt that is a string and answers that are messages, expected both alike")
+            raise BadRowError(
+                "wrong_type", "has a string as prompt and messages as responses, expected both as strings or both as messages"
+            )
     if prompt is None:
         prompt, answers = _split_common(answers, names)
     if isinstance(prompt, str):
@@ -128,10 +140,12 @@ def read_conversation(fields: dict[str, Any], *, form: Form, tokenizer: Tokenize
 
 
 def read_prompt(fields: dict[str, Any], *, form: Form, tokenizer: Tokenizer) -> Conversation:
-    """Reads what a row gives to answer: its prompt, or of its messages those before a last answer of the assistant.
+    """Convert the prompt of a row to turns.
+
+    The prompt of a row of messages is all messages, without the last one if it is from the assistant.
 
     Raises:
-        BadRowError: As `read_conversation`.
+        BadRowError: See `read_conversation`.
     """
     if form == "messages":
         messages = _messages(fields, "messages")
@@ -144,25 +158,28 @@ def read_prompt(fields: dict[str, Any], *, form: Form, tokenizer: Tokenizer) -> 
 
 
 def prompt_text(conversation: Conversation) -> str:
-    """The prompt as text."""
+    """Return the prompt as text."""
     return "".join(turn.context + turn.response for turn in conversation.history) + conversation.context
 
 
 def side_text(side: Sequence[Turn]) -> str:
-    """An answer as text, without the prompt."""
+    """Return a response as text, without the prompt."""
     return side[0].response + "".join(turn.context + turn.response for turn in side[1:])
 
 
 def common_prefix(first: str, second: str) -> str:
-    """The text that both begin with, cut back so that the rest begins with a whole word and the space before it."""
+    """Find the common beginning of two texts.
+
+    It is shortened so that the rest of each text begins with a whole word and the space before it.
+    """
     length = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
     following = (first[length : length + 1], second[length : length + 1])
-    # Inside a word on either side, or before a mark that belongs to the character in front of it.
+    # Shorten it if it ends inside a word of either text, or before a combining mark of its last character.
     if length and any(character and _continues(first[length - 1], character) for character in following):
         length -= 1
         while length and _continues(first[length - 1], first[length]):
             length -= 1
-    # Tokens of words carry the space in front of them.
+    # The tokens of many tokenizers include the space before a word.
     if length and first[length - 1] == " ":
         length -= 1
     return first[:length]
@@ -175,7 +192,7 @@ def _continues(before: str, character: str) -> bool:
 
 
 def _is_word(character: str) -> bool:
-    # Chinese and Japanese write no spaces: there each character stands for itself.
+    # Chinese and Japanese have no spaces between words, so each character counts as a word.
     return (character.isalnum() or character == "_") and not 0x2E80 <= ord(character) <= 0x9FFF
 
 
@@ -183,10 +200,11 @@ def _read_strings(prompt: str, answers: list[Any], names: Sequence[str]) -> Conv
     for name, answer in zip(names, answers, strict=True):
         if not isinstance(answer, str):
             raise BadRowError(
-                "wrong_type", f"has a prompt that is a string and messages in field {name!r}, expected both alike"
+                "wrong_type",
+                f"has a string as prompt and messages in field {name!r}, expected both as strings or both as messages",
             )
         if not answer.strip():
-            raise BadRowError("empty_response", f"has nothing in field {name!r}, expected some text to learn")
+            raise BadRowError("empty_response", f"has an empty text in field {name!r}, expected text to train on")
     sides = [[Turn(prompt, answer, True, True)] for answer in answers]
     return Conversation([], prompt, sides, templated=False)
 
@@ -201,10 +219,12 @@ def _read_chat(
     for name, answer in zip(names, answers, strict=True):
         messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         if not messages or messages[0]["role"] != "assistant":
-            raise BadRowError("wrong_role", f"has no assistant at the beginning of field {name!r}, expected its answer there")
+            raise BadRowError(
+                "wrong_role", f"does not begin with a message of the assistant in field {name!r}, expected the response there"
+            )
         sides.append(_read_messages([*prompt, *messages], tokenizer=tokenizer, mask_turns=mask_turns, num_given=len(prompt)))
     if any(side.context != sides[0].context or side.history != sides[0].history for side in sides):
-        raise BadRowError("chat_template", "has a prompt that the chat template writes differently for its two answers")
+        raise BadRowError("chat_template", "has a prompt that the chat template renders differently for the two responses")
     notes = tuple(note for side in sides for note in side.notes)
     return sides[0]._replace(sides=[side.sides[0] for side in sides], notes=notes)
 
@@ -212,11 +232,18 @@ def _read_chat(
 def _read_messages(
     messages: list[Message], *, tokenizer: Tokenizer, mask_turns: MaskTurns, num_given: int | None = None
 ) -> Conversation:
-    """Reads a whole conversation, of which the first ``num_given`` messages are the prompt (None: ``mask_turns`` decides)."""
+    """Convert the messages of a prompt and a response to turns.
+
+    Args:
+        messages: The messages.
+        tokenizer: The tokenizer that renders them.
+        mask_turns: Which turns are targets.
+        num_given: The number of messages that are the prompt. None: ``mask_turns`` decides.
+    """
     speakers = [message["role"] == "assistant" for message in messages]
     if not any(speakers):
-        raise BadRowError("no_assistant_turn", "has no message of an assistant, expected one to learn")
-    # What others say after the last answer bears on no target.
+        raise BadRowError("no_assistant_turn", "has no message of the assistant, expected at least one to train on")
+    # Messages after the last one of the assistant do not affect any target.
     last = len(speakers) - 1 - speakers[::-1].index(True)
     notes = () if last == len(messages) - 1 else ("trailing_turns",)
     turns, _ = _turns(_render(tokenizer, messages[: last + 1], generate=False))
@@ -231,7 +258,7 @@ def _read_messages(
     elif mask_turns == "last_turn":
         answer = [turn._replace(trained=i == len(answer) - 1) for i, turn in enumerate(answer)]
     if any(turn.trained and not turn.response.strip() for turn in answer):
-        raise BadRowError("empty_response", "has an assistant who says nothing, expected some text to learn")
+        raise BadRowError("empty_response", "has an empty message of the assistant, expected text to train on")
     return Conversation([turn._replace(trained=False) for turn in history], context, [answer], templated=True, notes=notes)
 
 
@@ -251,18 +278,22 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, generate: bool
     try:
         return tokenizer.render(messages, add_generation_prompt=generate)
     except ValueError as error:
-        raise BadRowError("chat_template", f"cannot be written by the chat template: {error}") from error
+        raise BadRowError("chat_template", f"cannot be rendered with the chat template: {error}") from error
 
 
 def _split_common(answers: list[Any], names: Sequence[str]) -> tuple[Any, list[Any]]:
-    """The prompt that chosen and rejected have in common, and what is left of each."""
+    """Split the chosen and the rejected response of a row without a prompt into their common prompt and the rest of each."""
     chosen, rejected = answers
     if type(chosen) is not type(rejected):
-        raise BadRowError("wrong_type", f"has a string and messages in {' and '.join(names)}, expected both alike")
+        raise BadRowError(
+            "wrong_type", f"has a string and messages in {' and '.join(names)}, expected both as strings or both as messages"
+        )
     if isinstance(chosen, str):
         prompt = common_prefix(chosen, rejected)
         if not prompt and chosen != rejected:
-            raise BadRowError("no_prompt", "has no field 'prompt', and its chosen and rejected do not begin with the same text")
+            raise BadRowError(
+                "no_prompt", "has no field 'prompt', and its chosen and rejected responses do not begin with the same text"
+            )
         return prompt, [chosen[len(prompt) :], rejected[len(prompt) :]]
     length = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
@@ -273,7 +304,7 @@ def _split_common(answers: list[Any], names: Sequence[str]) -> tuple[Any, list[A
         length -= 1
     if length <= 0:
         raise BadRowError(
-            "no_prompt", "has no field 'prompt', and chosen and rejected have no message before an answer in common"
+            "no_prompt", "has no field 'prompt', and its chosen and rejected responses have no messages of a prompt in common"
         )
     return chosen[:length], [chosen[length:], rejected[length:]]
 
@@ -287,9 +318,9 @@ def _messages(fields: dict[str, Any], name: str) -> list[Message]:
     value = fields[name]
     if not isinstance(value, list):
         wanted = "a list of messages" if name == "messages" else "a string or a list of messages"
-        raise BadRowError("wrong_type", f"has a {type(value).__name__} in field {name!r}, expected {wanted}")
+        raise BadRowError("wrong_type", f"has a value of type {type(value).__name__} in field {name!r}, expected {wanted}")
     try:
         check_messages(value)
     except ValueError as error:
-        raise BadRowError("wrong_type", f"has in field {name!r}: {error}") from error
+        raise BadRowError("wrong_type", f"has a bad message in field {name!r}: {error}") from error
     return value

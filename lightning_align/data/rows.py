@@ -1,7 +1,7 @@
-"""Where rows come from: a file, a dataset of the Hugging Face hub, or a synthetic task.
+"""Reading of rows from a file, a dataset of the Hugging Face hub, or a synthetic task.
 
-A row is a dictionary of fields with an origin, the file and line that a person can open. A line that cannot be read is
-still a row, one with a problem: who reads decides what becomes of it, and nothing disappears on the way.
+A row is a dictionary of fields with an origin, such as its file and line. A line that cannot be read is still returned, as
+a row with a problem, so that the caller decides what to do with it and no line is lost.
 """
 
 import csv
@@ -20,34 +20,34 @@ from typing import IO, Any, Protocol, runtime_checkable
 JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 SUFFIXES = (*JSON_LINES, ".parquet", ".csv")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-"""Half of a character that JSON writes in two escapes. JSON may hold one alone, as of a text that was cut; UTF-8 may not."""
+"""A surrogate: one of the two escapes that JSON uses for some characters. JSON allows one alone, UTF-8 does not."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
 
 
 class RowTask(ABC):
-    """A source that makes its rows instead of reading them.
+    """A source that generates its rows instead of reading them.
 
-    Subclass it for synthetic tasks, and give it wherever a path to a file may stand. Constructor arguments should be
-    primitives, so that a config file can write them. A task that can tell a right response from a wrong one also has a
-    method ``grade(prompt, response) -> bool`` (see `Grader`).
+    Subclass it for a synthetic task. A task can be used wherever the path of a file of rows is accepted. Constructor
+    arguments should be primitives, so that a config file can hold them. A task that can check responses also has a method
+    ``grade(prompt, response) -> bool``. See `Grader`.
     """
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Everything that the rows depend on, as a string: the tokenised rows are cached under it."""
+        """A string of everything that the rows depend on. The tokenized rows are cached under it."""
 
     @abstractmethod
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows, the same ones in the same order at every call."""
+        """Yield the rows. Every call yields the same rows in the same order."""
 
 
 @runtime_checkable
 class Grader(Protocol):
-    """What can tell whether a response is right."""
+    """A task that can check whether a response is right."""
 
     def grade(self, prompt: str, response: str) -> bool:
-        """Says whether ``response`` answers ``prompt``."""
+        """Check whether ``response`` is a right response to ``prompt``."""
         ...
 
 
@@ -57,18 +57,18 @@ class Row:
 
     fields: dict[str, Any]
     origin: str
-    """Where a person finds the row: ``"data.jsonl:17"``, ``"data.parquet, row 17"``."""
+    """Where to find the row: ``"data.jsonl:17"``, ``"data.parquet, row 17"``."""
     problem: str = ""
-    """Why the row could not be read; empty when it could."""
+    """Why the row could not be read. Empty if it could."""
 
 
 def read_rows(source: str | RowTask, *, split: str = "train") -> Iterator[Row]:
-    """Yields the rows of a source in order.
+    """Yield the rows of a source in order.
 
     Args:
         source: A file (``.jsonl``, ``.jsonl.gz``, ``.parquet``, ``.csv``), a dataset of the hub as ``name``,
-            ``name:split`` or ``name:config:split``, or a task. Blank lines of a JSON-lines file are no rows.
-        split: The split of a hub dataset whose name gives none.
+            ``name:split`` or ``name:config:split``, or a task. Blank lines of a JSON-lines file are ignored.
+        split: The split of a hub dataset if its name does not include one.
 
     Raises:
         ValueError: If the source is missing, a folder, empty, unreadable or of an unknown kind.
@@ -84,7 +84,7 @@ def read_rows(source: str | RowTask, *, split: str = "train") -> Iterator[Row]:
 
 
 def source_fingerprint(source: str | RowTask, *, split: str = "train") -> str:
-    """A hash of the content of a source: equal contents at two paths have one fingerprint.
+    """Hash the content of a source. Files with the same content have the same fingerprint, regardless of their paths.
 
     Raises:
         ValueError: If the source is missing, a folder, empty, unreadable or of an unknown kind.
@@ -92,7 +92,7 @@ def source_fingerprint(source: str | RowTask, *, split: str = "train") -> str:
     if isinstance(source, RowTask):
         return f"{type(source).__module__}.{type(source).__qualname__}:{source.fingerprint}"
     if _suffix(source) is None:
-        # The library's own fingerprint covers the revision and the files of a dataset; nothing cheaper does.
+        # The fingerprint of the datasets library covers the revision and the files of a dataset. Nothing cheaper does.
         return f"hub:{_load_hub(source, split=split)._fingerprint}"
     with _open_binary(source) as file:
         return f"{_suffix(source)}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
@@ -110,8 +110,7 @@ def _json_rows(path: str) -> Iterator[Row]:
     with _open_binary(path) as raw:
         lines: IO[bytes] = gzip.open(raw) if path.endswith(".gz") else raw  # type: ignore[assignment]
         try:
-            # Bytes, not text: a text file would also break lines at U+2028 and would fail for a whole block of them
-            # where only one is not UTF-8.
+            # Read bytes, not text: text mode would fail for a whole block of lines if only one of them is not UTF-8.
             for line_number, line in enumerate(lines, start=1):
                 if line_number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
@@ -121,10 +120,11 @@ def _json_rows(path: str) -> Iterator[Row]:
                 yield _parse_line(line, origin=f"{path}:{line_number}")
         except (OSError, EOFError) as error:
             raise ValueError(
-                f"{path}, after line {line_number}: cannot be read ({error}); is the file complete? Fetch or write it again."
+                f"{path}, after line {line_number}: cannot be read ({error}). The file may be incomplete. Download or write it"
+                " again."
             ) from error
     if num_rows == 0:
-        raise ValueError(f"{path} has no rows: expected one JSON object a line")
+        raise ValueError(f"{path} has no rows: expected one JSON object per line")
 
 
 def _parse_line(line: bytes, *, origin: str) -> Row:
@@ -134,7 +134,7 @@ def _parse_line(line: bytes, *, origin: str) -> Row:
         return Row({}, origin, f"is not UTF-8: byte {error.start + 1} is {line[error.start]:#04x}")
     except (json.JSONDecodeError, RecursionError) as error:
         return Row({}, origin, f"is not JSON: {error}")
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         return Row({}, origin, f"cannot be read: {error}")
     if not isinstance(fields, dict):
         return Row({}, origin, f"is a JSON {type(fields).__name__}, expected an object with named fields")
@@ -144,34 +144,34 @@ def _parse_line(line: bytes, *, origin: str) -> Row:
                 json.dumps({name: value}, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 half = error.object[error.start : error.start + 1]
-                return Row({}, origin, f"has half a character, {half!r}, in field {name!r}: expected both halves, or neither")
+                return Row({}, origin, f"has half a character, {half!r}, in field {name!r}: expected both halves or neither")
     return Row(fields, origin)
 
 
 def _csv_rows(path: str) -> Iterator[Row]:
     num_rows = 0
-    # The module's own limit, which is for the whole process, is 128 KiB a field.
+    # The default limit of the csv module is 128 KiB per field. It applies to the whole process.
     csv.field_size_limit(2**31 - 1)
     with _open_binary(path) as raw:
-        # Not through a table library: those turn the response "12" into a number and "NA" into nothing, and name no
-        # line.
+        # Table libraries are not used because they convert "12" to a number and "NA" to a missing value, and do not report
+        # line numbers.
         reader = csv.DictReader(TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True)
         try:
             for fields in reader:
                 num_rows += 1
                 problem = ""
                 if None in fields or None in fields.values():
-                    problem = f"has not as many fields as the header ({', '.join(reader.fieldnames or ())})"
+                    problem = f"has a different number of fields than the header ({', '.join(reader.fieldnames or ())})"
                 yield Row({} if problem else dict(fields), f"{path}:{reader.line_num}", problem)
         except (csv.Error, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, after line {reader.line_num}: cannot be read as CSV ({error})") from error
     if num_rows == 0:
-        raise ValueError(f"{path} has no rows: expected a header line and one line or more")
+        raise ValueError(f"{path} has no rows: expected a header line and at least one more line")
 
 
 def _parquet_rows(path: str) -> Iterator[Row]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     number = 0
     with _open_binary(path) as raw:
@@ -202,16 +202,16 @@ def _load_hub(name: str, *, split: str) -> Any:
     try:
         return load_dataset(dataset, config, split=rest[-1] if rest else split)
     except Exception as error:
-        # As above: network, hub and builder errors are of many classes and mean one thing to the user.
+        # Network, hub and builder errors have many classes, but mean the same to the user.
         raise ValueError(
-            f"{name!r} is neither a file here (looked in {Path.cwd()}{_near(name)}) nor a dataset that could be loaded "
-            f"from the hub ({type(error).__name__}: {error}). Files end in {', '.join(SUFFIXES)}; hub datasets are written "
-            "name, name:split or name:config:split"
+            f"{name!r} is neither a file (searched in {Path.cwd()}{_near(name)}) nor a dataset that could be loaded "
+            f"from the hub ({type(error).__name__}: {error}). Files end in {', '.join(SUFFIXES)}. Hub datasets are given as "
+            "name, name:split or name:config:split."
         ) from error
 
 
 def _suffix(path: str) -> str | None:
-    """The known suffix of a file that exists, or None for a name of the hub."""
+    """Return the known suffix of an existing file, or None for the name of a hub dataset."""
     suffix = next((suffix for suffix in SUFFIXES if path.endswith(suffix)), None)
     file = Path(path)
     try:
@@ -223,16 +223,18 @@ def _suffix(path: str) -> str | None:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     if suffix is not None and not exists:
-        raise ValueError(f"there is no file {path} (looked in {Path.cwd()}{_near(path)})")
+        raise ValueError(f"there is no file {path} (searched in {Path.cwd()}{_near(path)})")
     if suffix is None and exists:
-        raise ValueError(f"{path} is of an unknown kind: expected a name that ends in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path} has an unknown file type: expected a name that ends in {', '.join(SUFFIXES)}")
     if suffix is None and not _HUB_NAME.fullmatch(path):
-        raise ValueError(f"there is no file {path} (looked in {Path.cwd()}{_near(path)}), and it is no name of the hub either")
+        raise ValueError(
+            f"there is no file {path} (searched in {Path.cwd()}{_near(path)}), and it is not the name of a hub dataset either"
+        )
     return suffix
 
 
 def _near(path: str) -> str:
-    """A hint at what stands near a path that does not exist."""
+    """Suggest files that are similar to a path that does not exist."""
     parent = Path(path).parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
@@ -240,7 +242,7 @@ def _near(path: str) -> str:
         return f"; the folder {Path(path).parent} does not exist"
     names = sorted(f.name for f in parent.iterdir() if f.name.endswith(SUFFIXES))
     near = difflib.get_close_matches(Path(path).name, names, n=3) or names[:3]
-    return f"; near it: {', '.join(str(parent / name) for name in near)}" if near else ""
+    return f"; similar files: {', '.join(str(parent / name) for name in near)}" if near else ""
 
 
 def _open_binary(path: str) -> BufferedReader:

@@ -1,7 +1,7 @@
-"""Tokenised rows on disk: written once, found again by the hash of everything they depend on, memory-mapped.
+"""Memory-mapped files of tokenized rows, cached under a hash of everything that they depend on.
 
-A store is an Arrow file with the ledger of its rows beside it. The ledger is written last, so a store that has one is
-whole.
+A store is an Arrow file and a JSON file with the ledger of its rows. The JSON file is written last, so a store that has one
+is complete.
 """
 
 import hashlib
@@ -14,29 +14,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm.auto import tqdm
 
-from lightning_align.data.encode import EncodedRow, Truncation, encode_blocks, encode_rows
+from lightning_align.data.encode import EncodedRow, Truncation, encode_rows
 from lightning_align.data.forms import BadRowError, Form, MaskTurns, form_of
 from lightning_align.data.ledger import BadRow, Ledger
+from lightning_align.data.packing import encode_blocks
 from lightning_align.data.rows import Row, RowTask, read_rows, source_fingerprint
 from lightning_align.data.tokenizer import Tokenizer
 from lightning_align.runtime.files import publish, publish_text
 
 _FORMAT = 3
-"""Raise it when the same settings come to mean other ids or another layout."""
+"""The version of the format. Increase it when the same settings produce other ids or another layout."""
 _ROWS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All settings that the ids of a source depend on, besides the tokenizer; see `encode_rows`."""
+    """All settings that the ids of a source depend on, except the tokenizer. See `encode_rows`."""
 
     kind: str
-    """What the rows are for, a word of the file's name."""
+    """What the rows are used for. It is a part of the file name."""
     accepted: tuple[Form, ...]
     max_length: int
     truncation: Truncation
@@ -46,7 +47,7 @@ class Recipe:
 
 
 class StoredTokens(NamedTuple):
-    """One row of tokens, as arrays."""
+    """One sequence of tokens as arrays. See `EncodedTokens`."""
 
     tokens: np.ndarray[Any, np.dtype[np.int32]]
     targets: np.ndarray[Any, np.dtype[np.bool_]]
@@ -54,7 +55,7 @@ class StoredTokens(NamedTuple):
 
 
 class StoredRow(NamedTuple):
-    """See `EncodedRow`."""
+    """A row as arrays. See `EncodedRow`."""
 
     row: int
     num_prompt: int
@@ -64,10 +65,13 @@ class StoredRow(NamedTuple):
 
 
 class TokenStore(Dataset[StoredRow]):
-    """Rows of a file that `build_store` wrote, by their index.
+    """A dataset of the rows of a file that `build_store` wrote.
 
-    It holds a path only. Each process maps the file when it first reads from it, so that sending the dataset to a
-    worker costs the same for any number of rows.
+    It holds only the path. Each process maps the file when it first reads from it, so the cost of sending the dataset to a
+    worker does not depend on the number of rows.
+
+    Args:
+        path: The path of the Arrow file.
     """
 
     def __init__(self, path: str) -> None:
@@ -87,7 +91,7 @@ class TokenStore(Dataset[StoredRow]):
 
     @property
     def num_sides(self) -> int:
-        """2 for pairs, else 1."""
+        """The number of sides of each row: 2 for pairs, otherwise 1."""
         return sum(name.startswith("tokens_") for name in self.table.column_names)
 
     def __len__(self) -> int:
@@ -107,13 +111,20 @@ class TokenStore(Dataset[StoredRow]):
         return StoredRow(table["row"][index].as_py(), table["num_prompt"][index].as_py(), sides, *numbers)
 
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """(rows,) tokens of each row; of a pair, those of both sides together."""
+        """Count the tokens of each row, of shape (rows,). The length of a pair is the sum of both sides."""
         counts = [pc.list_value_length(self.table[f"tokens_{side}"]).to_numpy() for side in range(self.num_sides)]
         return np.asarray(np.sum(counts, axis=0), dtype=np.int64)
 
 
 def store_path(source: str | RowTask, *, split: str, recipe: Recipe, tokenizer: Tokenizer, cache_dir: str) -> Path:
-    """Where the tokenised rows of a source belong: the name has the hash of all that they depend on.
+    """Return the path of the tokenized rows of a source. The file name contains a hash of everything that they depend on.
+
+    Args:
+        source: The source of the rows.
+        split: The split of a hub dataset if its name does not include one.
+        recipe: How to encode the rows.
+        tokenizer: The tokenizer.
+        cache_dir: The folder of the stores.
 
     Raises:
         ValueError: If the source cannot be read.
@@ -129,7 +140,11 @@ def store_path(source: str | RowTask, *, split: str, recipe: Recipe, tokenizer: 
 
 
 def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:
-    """The store at a path with its ledger, or None where there is none, or a damaged one (of which it warns)."""
+    """Open the store at a path, with its ledger.
+
+    Returns:
+        The store and the ledger, or None if there is no store. A damaged store gives a warning and None.
+    """
     manifest = path.with_suffix(".json")
     if not path.exists() or not manifest.exists():
         return None
@@ -138,9 +153,9 @@ def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:
         ledger = Ledger.from_dict(content["ledger"])
         store = TokenStore(str(path))
         if path.stat().st_size != content["num_bytes"] or len(store) != content["num_stored"]:
-            raise ValueError("its size is not the one it was written with")
+            raise ValueError("its size differs from the size when it was written")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        warnings.warn(f"{path} is damaged and will be written again ({error})", stacklevel=2)
+        warnings.warn(f"{path} is damaged and will be rebuilt ({error})", stacklevel=2)
         return None
     return store, ledger
 
@@ -148,14 +163,14 @@ def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:
 def build_store(
     path: Path, *, source: str | RowTask, split: str, recipe: Recipe, tokenizer: Tokenizer
 ) -> tuple[TokenStore, Ledger]:
-    """Tokenises a source into a store, unless the store is there already.
+    """Tokenize a source and write the store, or open the store if it exists.
 
     Args:
-        path: Where, as `store_path` says.
-        source: Where the rows come from.
-        split: The split of a hub dataset whose name gives none.
-        recipe: How to encode them.
-        tokenizer: What encodes them.
+        path: The path of the store, as returned by `store_path`.
+        source: The source of the rows.
+        split: The split of a hub dataset if its name does not include one.
+        recipe: How to encode the rows.
+        tokenizer: The tokenizer.
 
     Raises:
         ValueError: If the source or a row is bad, no row is left, or the store cannot be written.
@@ -165,14 +180,14 @@ def build_store(
         return found
     name = source if isinstance(source, str) else type(source).__name__
     ledger = Ledger(name, on_bad_row=recipe.on_bad_row)
-    rows = tqdm(read_rows(source, split=split), desc=f"tokenising {name}", unit=" rows", leave=False, disable=None)
+    rows = tqdm(read_rows(source, split=split), desc=f"tokenizing {name}", unit=" rows", leave=False, disable=None)
     encoded = _encode(rows, recipe=recipe, tokenizer=tokenizer, ledger=ledger)
     num_stored = 0
 
     def write(temporary: Path) -> None:
         nonlocal num_stored
         num_stored = _write(temporary, encoded)
-        # Before the file appears under its name: of a source without a usable row there is no store.
+        # This raises before the file is published if the source has no usable row.
         ledger.close()
 
     publish(path, write)
@@ -185,8 +200,8 @@ def build_store(
 def _encode(rows: Iterable[Row], *, recipe: Recipe, tokenizer: Tokenizer, ledger: Ledger) -> Iterator[EncodedRow]:
     rows = iter(rows)
     if "text" in recipe.accepted:
-        # Plain text is packed and other rows are not, so one source holds one of the two: the first row that has a form
-        # tells.
+        # Plain text is packed and other rows are not, so a source cannot mix them. The first row that has an accepted form
+        # decides.
         first: list[Row] = []
         form = None
         for row in islice(rows, _ROWS_PER_BATCH):
@@ -212,7 +227,7 @@ def _encode(rows: Iterable[Row], *, recipe: Recipe, tokenizer: Tokenizer, ledger
 
 
 def _write(path: Path, rows: Iterator[EncodedRow]) -> int:
-    """Writes rows to an Arrow file and returns how many there were."""
+    """Write rows to an Arrow file and return their number."""
     first = next(rows, None)
     num_sides = 1 if first is None else len(first.sides)
     schema = _schema(num_sides)

@@ -1,4 +1,4 @@
-"""Rows for direct preference optimisation."""
+"""The data module of direct preference optimization."""
 
 from typing import ClassVar
 
@@ -7,9 +7,9 @@ from lightning_align.training.datamodule import AlignDataModule
 
 
 class DPODataModule(AlignDataModule):
-    """Rows of prompt, chosen and rejected; without a prompt, it is what chosen and rejected begin with alike.
+    """Rows of prompt, chosen and rejected. Without a prompt, the common beginning of chosen and rejected is the prompt.
 
-    To predict, rows of chosen and rejected are scored, and rows with a prompt only are continued.
+    For prediction, rows of chosen and rejected are scored, and rows that have only a prompt are continued.
     """
 
     kind: ClassVar[str] = "dpo"

@@ -1,4 +1,4 @@
-"""The check of the first batch: a policy that begins as its reference has rewards of 0, and trains on responses only."""
+"""The check of the first batch: the policy still equals the reference, and the targets are the response tokens."""
 
 import torch
 from torch import Tensor, nn
@@ -8,46 +8,49 @@ from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""Nats a token that rounding may make; stored log-probs come from batches of another shape."""
+"""Tolerance of rounding per dtype, in nats per token. Stored log-probs come from batches of other shapes and may differ."""
 COARSE = 0.03
-"""The same where a forward pass has fewer bits."""
+"""Tolerance for other dtypes, and for forward passes with fewer bits than float32, in nats per token."""
 
 
 def differs(ratios: Tensor, counts: Tensor, *, coarse: bool, dtype: torch.dtype) -> Tensor:
-    """Whether policy and reference differ by more than rounding, as a scalar tensor.
+    """Return whether policy and reference differ by more than rounding, as a scalar bool tensor.
 
     Args:
         ratios: (B,) log-ratios of responses, in nats.
-        counts: (B,) their tokens.
-        coarse: whether the forward pass has fewer bits than float32.
-        dtype: of the policy's weights.
+        counts: (B,) numbers of tokens of the responses.
+        coarse: Whether the forward pass has fewer bits than float32.
+        dtype: The dtype of the policy's weights.
     """
     limit = COARSE if coarse else TOLERANCE.get(dtype, COARSE)
     return (ratios.detach().abs() > limit * counts.clamp(min=1)).any()
 
 
 def batch_faults(batch: PreferenceBatch, *, bos_id: int | None = None) -> list[str]:
-    """What is wrong with where a batch's targets stand.
+    """Find faults in the positions of a batch's targets, and doubled BOS tokens.
 
     Args:
         batch: B pairs.
-        bos_id: of the tokenizer; where it is not known, one id that begins every row twice is taken for it.
+        bos_id: The BOS token of the tokenizer. If it is unknown, a token that starts every row twice is taken as BOS.
+
+    Returns:
+        A text for each fault, empty for a good batch.
     """
     faults = []
     sides = (batch["chosen"], batch["rejected"])
     if any(bool((side["targets"] & ~side["mask"]).any()) for side in sides):
-        faults.append("mask: pads are trained; the targets stand beside the responses that they are meant for")
+        faults.append("mask: Padding tokens are targets. The targets are not aligned with the responses.")
     elif all(_last_untrained(side) for side in sides):
-        faults.append("mask: the last token of every response is not trained; the targets may stand one too early")
+        faults.append("mask: The last token of every response is not a target. The targets may be one position too early.")
     elif _first_untrained(*sides):
         faults.append(
-            "mask: the first tokens that chosen and rejected differ in are not trained; the targets may stand too late"
+            "mask: The first tokens in which chosen and rejected differ are not targets. The targets may be too late."
         )
     starts = torch.cat([side["tokens"][:, :2] for side in sides])
     doubled = starts.shape[1] == 2 and bool((starts == (starts[0, 0] if bos_id is None else bos_id)).all())
-    # Of a single pair it says nothing: its prompt may begin with a doubled letter.
+    # A single pair is no evidence, because its prompt may start with a doubled letter.
     if doubled and (bos_id is not None or len(starts) > 2):
-        faults.append(f"BOS: every row begins with token {int(starts[0, 0])} twice; a template and the tokenizer both write it")
+        faults.append(f"BOS: Every row starts with token {int(starts[0, 0])} twice. Both a template and the tokenizer add it.")
     return faults
 
 
@@ -57,7 +60,7 @@ def _last_untrained(side: TokenBatch) -> bool:
 
 
 def _first_untrained(chosen: TokenBatch, rejected: TokenBatch) -> bool:
-    """Whether in most pairs the first difference of the two sides is no target."""
+    """Return whether in most pairs the first token in which the two sides differ is not a target."""
     width = min(chosen["tokens"].shape[1], rejected["tokens"].shape[1])
     differ = chosen["tokens"][:, :width] != rejected["tokens"][:, :width]
     differ = differ & chosen["mask"][:, :width] & rejected["mask"][:, :width]
@@ -71,19 +74,22 @@ def _first_untrained(chosen: TokenBatch, rejected: TokenBatch) -> bool:
 def identity_fault(
     policy: nn.Module, reference: nn.Module | None, batch: TokenBatch, expected: LogProbs, *, coarse: bool
 ) -> str:
-    """Why a policy that should be its reference is not, by at most two forward passes.
+    """Find out why a policy differs from its reference before the first step, with at most two forward passes.
 
     Args:
-        policy: in the mode that it trains in.
-        reference: the reference's model, if it is one of its own.
-        batch: (2B, N).
-        expected: what the reference said of it.
-        coarse: as for `differs`.
+        policy: The policy, in training mode.
+        reference: The model of the reference, or None if it has no model of its own.
+        batch: (2B, N) rows.
+        expected: (2B,) log-probs of the batch under the reference.
+        coarse: Whether the forward pass has fewer bits than float32.
+
+    Returns:
+        A text that names the cause and, where there is one, the remedy.
     """
     dtype = next(policy.parameters()).dtype
     other = None if reference is None else next(reference.parameters()).dtype
     if other is not None and other is not dtype:
-        return f"dtype: the policy is in {dtype} and the reference in {other}"
+        return f"dtype: The policy is in {dtype} and the reference in {other}."
 
     def same() -> bool:
         found = response_logprobs(policy, batch)
@@ -93,12 +99,12 @@ def identity_fault(
     policy.eval()
     try:
         if same():
-            return "dropout: in evaluation mode the policy is the reference; set dropout to 0 for rewards without its noise"
+            return "dropout: In evaluation mode the policy equals the reference. Set dropout to 0 for rewards without noise."
         if lora_layers(policy):
             with lora_disabled(policy):
                 if same():
-                    return "adapter: without its adapters the policy is the reference; they begin at something else than 0"
+                    return "adapter: Without its adapters the policy equals the reference. The adapters do not start at 0."
     finally:
         for module, training in modes.items():
             module.training = training
-    return "reference file: the reference has other weights than the policy begins with"
+    return "reference file: The weights of the reference differ from the initial weights of the policy."

@@ -1,4 +1,4 @@
-"""A watch on the ways in which preference optimisation goes wrong while its loss falls."""
+"""A callback that detects known failures of preference optimization which the loss does not show."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_align.dpo.module import DPOModule
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
+from lightning_align.runtime.lightning_internals import log_interval
 from lightning_align.runtime.ranks import world
 from lightning_align.scoring.ratios import Ratios
 from lightning_align.scoring.sums import response_logprobs
@@ -22,15 +23,15 @@ CORRELATION = "rewards/length_correlation"
 SATURATED = "rewards/saturated"
 KL = "kl/reference"
 REMEDIES = {
-    DISPLACEMENT: "chosen responses become less likely: give `sft_weight`, the loss dpop or apo_zero, or a lower learning rate",
-    CORRELATION: "margins go with the length of responses: balance the lengths of the rows, or use sigmoid_norm or `ld_alpha`",
-    SATURATED: "these pairs teach nothing more: stop here, bring new pairs, or use ipo, whose margins stay finite",
-    KL: "the policy leaves its reference: give a higher `beta`, a lower learning rate or fewer steps",
+    DISPLACEMENT: "Chosen responses become less likely. Use `sft_weight`, the loss dpop or apo_zero, or a lower learning rate.",
+    CORRELATION: "Margins follow the lengths of responses. Balance the lengths of the rows, or use sigmoid_norm or `ld_alpha`.",
+    SATURATED: "These pairs have no gradient left. Stop here, add new pairs, or use ipo, which keeps margins finite.",
+    KL: "The policy moves too far from its reference. Use a higher `beta`, a lower learning rate or fewer steps.",
 }
 
 
 class _Sums:
-    """What is summed over the pairs of a stage."""
+    """The running sums over the pairs of a stage."""
 
     def __init__(self, device: torch.device) -> None:
         self.means = PairMeans(("ratios", "logps", "tokens", "saturated")).to(device)
@@ -44,16 +45,18 @@ class _Sums:
 class PreferenceMonitor(Callback):
     """Logs how preferences are learned, over the training pairs since the last log and over all validation pairs.
 
-    - ``logps/chosen_displacement``: change of the log-prob of chosen responses, in nats a token, since the run began: against
-      the reference; where that moves, or there is none, against what was measured first.
-    - ``rewards/length_correlation``: Pearson's, of the margins and of how much longer chosen is than rejected.
-    - ``rewards/saturated``: share of pairs whose loss has, within 2 %, no gradient left of what it had at the reference; for
-      the `sigmoid` loss those with s(margin) > 0.99. Not for losses without a reference.
-    - ``kl/reference`` (validation only): KL to the reference, in nats a token of the policy's own samples, with the
-      same random numbers each time, so that curves are smooth.
+    - ``logps/chosen_displacement``: The change of the log-prob of chosen responses since the start of the run, in nats per
+      token. It is measured against the reference. If the reference moves, or there is none, it is measured against the first
+      value of the stage.
+    - ``rewards/length_correlation``: Pearson correlation between the margin and the difference of the lengths of chosen and
+      rejected.
+    - ``rewards/saturated``: The share of pairs with less than 2 % of the gradient that they had at the reference. With the
+      `sigmoid` loss these are the pairs with s(margin) > 0.99. Not logged for losses without a reference.
+    - ``kl/reference`` (validation only): KL to the reference, estimated on samples of the policy, in nats per token. The
+      samples use the same random numbers each time, so that curves are smooth.
 
-    Sums and counts are over all ranks, and prompts are chosen by their rows: no number depends on the layout. Each may have a
-    limit, and a warning is given when one is first crossed.
+    Sums and counts are over all ranks, and prompts are selected by row, so the values do not depend on the number of ranks.
+    Each value can have a limit. The callback warns when a value first crosses its limit.
     """
 
     def __init__(
@@ -66,55 +69,59 @@ class PreferenceMonitor(Callback):
         num_prompts: int = 0,
         max_new_tokens: int = 64,
     ) -> None:
-        """Watch; without limits, in silence.
+        """Set up the callback. By default there are no limits: it logs the values and does not warn.
 
         Args:
-            max_fall: nats a token by which chosen responses may become less likely.
-            max_length_correlation: largest correlation of margins and lengths, of either sign.
-            max_saturated: largest share of pairs without gradient.
-            max_kl: largest KL to the reference, in nats a token.
-            num_prompts: validation prompts, the first, that are continued for the KL; 0 leaves it out.
-            max_new_tokens: longest continuation.
+            max_fall: The maximum decrease of the log-prob of chosen responses, in nats per token.
+            max_length_correlation: The maximum absolute correlation between margins and length differences, below 1.
+            max_saturated: The maximum share of saturated pairs, below 1.
+            max_kl: The maximum KL to the reference, in nats per token. Needs `num_prompts`.
+            num_prompts: The number of validation prompts, from the first, that are continued to estimate the KL. Default is 0,
+                which does not estimate it.
+            max_new_tokens: The maximum length of a continuation, in tokens.
 
         Raises:
-            ValueError: if a number is out of range.
+            ValueError: If an argument is out of range.
         """
         limits = {"max_fall": max_fall, "max_length_correlation": max_length_correlation}
         limits |= {"max_saturated": max_saturated, "max_kl": max_kl}
         for name, limit in limits.items():
-            most = 1 if name in ("max_length_correlation", "max_saturated") else float("inf")
-            if limit is not None and not 0 < limit < most:
-                raise ValueError(f"PreferenceMonitor: {name} is {limit}; it must be above 0" + " and below 1" * (most == 1))
+            upper = 1 if name in ("max_length_correlation", "max_saturated") else float("inf")
+            if limit is not None and not 0 < limit < upper:
+                raise ValueError(f"`{name}` must be above 0{' and below 1' * (upper == 1)}, but got {limit}.")
         if num_prompts < 0:
-            raise ValueError(f"PreferenceMonitor: num_prompts is {num_prompts}; it must be 0 or above")
+            raise ValueError(f"`num_prompts` must be 0 or more, but got {num_prompts}.")
         if max_kl is not None and not num_prompts:
             raise ValueError(
-                f"PreferenceMonitor: max_kl is {max_kl}, but num_prompts is 0: give how many prompts to measure it on"
+                f"`max_kl` must be None if `num_prompts` is 0, but got {max_kl}. Set `num_prompts` to estimate the KL."
             )
         self.limits = dict(zip((DISPLACEMENT, CORRELATION, SATURATED, KL), limits.values(), strict=True))
         self.num_prompts = num_prompts
         self.generation = GenerationConfig(max_new_tokens=max_new_tokens)
         self.start: dict[str, float] = {}
-        """Log-prob a token of chosen at the first measurement of each stage."""
+        """Mean log-prob per token of chosen responses at the first measurement of each stage."""
         self._sums: dict[str, _Sums] = {}
         self._prompts: dict[tuple[int, ...], list[int]] = {}
-        self._told = 0
-        self._alarmed: set[str] = set()
+        self._logged_step = 0
+        self._warned: set[str] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find out whether the module can be watched.
+        """Check that the callback supports the module.
 
         Raises:
-            ValueError: if it is of another method, or has no reference that could score samples.
+            ValueError: If the module is not a `DPOModule`, or `num_prompts` is set and no reference can score samples.
         """
         if not isinstance(pl_module, DPOModule):
-            raise ValueError(f"PreferenceMonitor: {type(pl_module).__name__} has no pairs; it is a callback of DPOModule")
+            raise ValueError(f"PreferenceMonitor needs a DPOModule, but got {type(pl_module).__name__}. Remove the callback.")
         if self.num_prompts and not pl_module.objective.needs_reference:
-            raise ValueError("PreferenceMonitor: num_prompts is for the KL to a reference, and the loss has none: leave it out")
-        if self.num_prompts and pl_module.reference_kind == "stored":
             raise ValueError(
-                "PreferenceMonitor: num_prompts needs a reference that can score new texts, and a stored one cannot: give the "
-                "module `reference: frozen`, or leave it out"
+                f"`num_prompts` must be 0 with a loss without a reference, but got {self.num_prompts}. The KL needs a "
+                "reference."
+            )
+        if self.num_prompts and pl_module.initial_policy.kind == "stored":
+            raise ValueError(
+                f"`num_prompts` must be 0 with a stored reference, which cannot score new texts, but got {self.num_prompts}. "
+                "Set `reference: frozen` in the module, or leave `num_prompts` out."
             )
 
     # -- pairs
@@ -122,11 +129,11 @@ class PreferenceMonitor(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: PreferenceBatch, batch_idx: int
     ) -> None:
-        """Add pairs, and log those since the last time where Lightning logs."""
+        """Add the pairs of the batch. Log the pairs since the last log at every logging step of Lightning."""
         self._add("train", pl_module, outputs, batch)
-        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        if step != self._told and every and step % every == 0:
-            self._told = step
+        step, every = trainer.global_step, log_interval(trainer)
+        if step != self._logged_step and every and step % every == 0:
+            self._logged_step = step
             self._log("train", pl_module)
 
     def on_validation_batch_end(
@@ -138,7 +145,7 @@ class PreferenceMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add pairs, and keep the first prompts."""
+        """Add the pairs of the batch, and keep the first prompts."""
         if trainer.sanity_checking:
             return
         self._add("val", pl_module, outputs, batch)
@@ -146,7 +153,7 @@ class PreferenceMonitor(Callback):
             self._keep_prompts(batch["chosen"], batch_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the validation pairs, and measure the KL."""
+        """Log the values of the validation pairs, and estimate the KL."""
         if trainer.sanity_checking or "val" not in self._sums:
             return
         values = self._log("val", pl_module)
@@ -173,14 +180,14 @@ class PreferenceMonitor(Callback):
         sums.correlation.update(ratios.delta, ratios.chosen_lengths - ratios.rejected_lengths)
 
     def _log(self, stage: str, module: Any) -> dict[str, Tensor]:
-        """Log what was summed, and begin anew; a collective."""
+        """Log the values of the sums, and reset the sums. A collective: all ranks must call it."""
         sums = self._sums[stage]
         means, correlation = sums.means.compute(), sums.correlation.compute()
         sums.reset()
         if not means:
             return {}
         logps = means["logps"] / means["tokens"]
-        if module.objective.needs_reference and module.reference_kind != "moving":
+        if module.objective.needs_reference and module.initial_policy.kind != "moving":
             displacement = means["ratios"] / means["tokens"]
         else:
             displacement = logps - self.start.setdefault(stage, float(logps))
@@ -194,22 +201,22 @@ class PreferenceMonitor(Callback):
 
     def _report(self, stage: str, module: Any, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            # It is the same on every rank already; sync_dist only tells Lightning so.
+            # The value is the same on every rank already. sync_dist only tells Lightning so.
             module.log(f"{stage}/{name}", value, batch_size=1, sync_dist=stage == "val")
             limit, number = self.limits[name], float(value)
             size = {DISPLACEMENT: -number, CORRELATION: abs(number)}.get(name, number)
-            if limit is not None and not size <= limit and name not in self._alarmed:
-                self._alarmed.add(name)
+            if limit is not None and not size <= limit and name not in self._warned:
+                self._warned.add(name)
                 bound = limit if size == number else -limit
                 rank_zero_warn(
-                    f"PreferenceMonitor: {stage}/{name} is {number:.3g}, beyond {bound:g}, at step {module.global_step}: "
-                    f"{REMEDIES[name]}"
+                    f"PreferenceMonitor: {stage}/{name} is {number:.3g}, beyond its limit of {bound:g}, at step "
+                    f"{module.global_step}. {REMEDIES[name]}"
                 )
 
     # -- samples
 
     def _keep_prompts(self, side: TokenBatch, batch_idx: int) -> None:
-        """Keep the prompts of the lowest rows, in their order; by place and rank where rows have no numbers."""
+        """Keep the prompts with the lowest row indices. Rows without an index are ordered by batch, position and rank."""
         rank = world()[0]
         for index in range(len(side["tokens"])):
             key = (int(side["rows"][index]),) if "rows" in side else (batch_idx, index, rank)
@@ -221,7 +228,7 @@ class PreferenceMonitor(Callback):
                 del self._prompts[max(self._prompts)]
 
     def _measure_kl(self, trainer: L.Trainer, module: Any) -> Tensor:
-        """The sum over samples of log p - log q over the sum of their lengths; a collective."""
+        """Compute the sum of log p - log q over all samples, divided by their total length. A collective."""
         rank, ranks = world()
         found, self._prompts = self._prompts, {}
         if ranks > 1:
@@ -229,7 +236,8 @@ class PreferenceMonitor(Callback):
             torch.distributed.all_gather_object(parts, found)
             found = {key: prompt for part in parts for key, prompt in part.items()}
         prompts = [found[key] for key in sorted(found)[: self.num_prompts]]
-        # As many passes on every rank, since those of a sharded model are collectives: some do one prompt more than they must.
+        # The forward passes of a sharded model are collectives, so every rank must do the same number. Some ranks therefore
+        # do one extra prompt, which is not counted.
         own = list(range(rank, len(prompts), ranks))
         padded = own + [0] * (-(-len(prompts) // ranks) - len(own))
         eos_id: Any = getattr(getattr(getattr(trainer, "datamodule", None), "tokenizer", None), "eos_id", None)
@@ -251,16 +259,16 @@ class PreferenceMonitor(Callback):
     # -- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the log-probs began."""
+        """Return the first log-probs of each stage."""
         return {"start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the first log-probs of each stage."""
         self.start = dict(state_dict["start"])
 
 
 def _batch(prompts: list[list[int]], texts: list[list[int]], device: torch.device) -> TokenBatch:
-    """Prompts with their continuations as targets."""
+    """Make a batch of prompts with their continuations as targets."""
     rows = [torch.tensor(prompt + text) for prompt, text in zip(prompts, texts, strict=True)]
     tokens = pad_sequence(rows, batch_first=True).to(device)
     places = torch.arange(tokens.shape[1], device=device)

@@ -13,35 +13,35 @@ from lightning_align.models.language_model import policy_of
 
 
 class ExportModel(Callback):
-    """Writes the policy when training ends: with its tokenizer and a model card, adapters merged into it or alone."""
+    """Exports the policy at the end of training, with tokenizer and model card. Adapters are merged, or exported alone."""
 
     def __init__(self, folder: str | None = None, *, adapter_only: bool = False, max_shard_size: str = "5GB") -> None:
-        """Choose where and what.
+        """Set the folder and the format.
 
         Args:
-            folder: by default `export` in the run's folder.
-            adapter_only: write LoRA adapters as PEFT does, in place of a model with them merged in.
-            max_shard_size: of a file of weights of a `PretrainedLM`.
+            folder: The folder. Default is `export` in the run's folder.
+            adapter_only: Write only the LoRA adapters, in PEFT's format, instead of a model with the adapters merged.
+            max_shard_size: The largest size of a file of weights, for a `PretrainedLM`.
         """
         self.folder, self.adapter_only, self.max_shard_size = folder, adapter_only, max_shard_size
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse what cannot be written before anything is trained.
+        """Check before training that the policy can be exported.
 
         Raises:
-            ValueError: if adapters are to be written and none train, or the module has no `policy`.
+            ValueError: If `adapter_only` is set and no adapters train, or the module has no `policy`.
         """
         policy = policy_of(pl_module)
         if self.adapter_only and getattr(pl_module, "lora", None) is None and not is_peft(policy):
             raise ValueError(
-                "ExportModel: adapter_only is true, but no adapters train: give the module `lora`, or leave it out"
+                "ExportModel: `adapter_only` is true, but no adapters train. Set `lora`, or remove `adapter_only`."
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gather the weights, on every rank, and write them, on one."""
+        """Gather the weights on every rank, and write them on one."""
         policy, lora = policy_of(pl_module), getattr(pl_module, "lora", None)
         weights = whole_weights(policy)
-        # On every rank too: the run's folder is told to all of them by the first.
+        # On every rank, because `log_dir` is a broadcast.
         folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "export")
         if not trainer.is_global_zero:
             return
@@ -60,4 +60,4 @@ class ExportModel(Callback):
                 card=model_card(policy, type(pl_module).__name__, dict(pl_module.hparams), sources, metrics),
                 max_shard_size=self.max_shard_size,
             )
-        rank_zero_info(f"the model is in {folder}")
+        rank_zero_info(f"exported the model to {folder}")

@@ -13,21 +13,21 @@ SHOWN = ("loss", "beta", "reference", "opponent", "lora", "sft_weight", "label_s
 
 
 def is_peft(policy: nn.Module) -> bool:
-    """Whether a policy is a transformers model with adapters of PEFT."""
+    """Return whether a policy is a transformers model with PEFT adapters."""
     return isinstance(policy, PretrainedLM) and has_peft(policy.model)
 
 
 def model_card(
     policy: nn.Module, method: str, hparams: Mapping[str, Any], sources: Mapping[str, str], metrics: Mapping[str, float]
 ) -> str:
-    """A model card: what was trained, how, on what, to which result, and what reads it.
+    """Write a model card: the method, its hyperparameters, the data, the metrics, and code that loads the model.
 
     Args:
-        policy: what was trained.
-        method: name of the module.
-        hparams: its hyperparameters.
-        sources: where the rows of ``train`` and ``validation`` came from.
-        metrics: the last values of what was logged.
+        policy: The trained model.
+        method: The class name of the module.
+        hparams: The module's hyperparameters.
+        sources: The sources of the ``train`` and ``validation`` rows.
+        metrics: The last logged values.
     """
     backbone = hparams.get("backbone")
     base = backbone.get("init_args", {}).get("name") if isinstance(backbone, Mapping) else None

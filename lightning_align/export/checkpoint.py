@@ -1,4 +1,4 @@
-"""Export from a checkpoint."""
+"""Export of the policy in a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,24 @@ from lightning_align.models.lora import LoRAConfig
 def export_checkpoint(
     checkpoint: str, *, output: str, tokenizer: str | None = None, adapter_only: bool = False, max_shard_size: str = "5GB"
 ) -> None:
-    """Write the policy of a checkpoint as a folder that others read.
+    """Write the policy of a checkpoint as a folder that transformers, PEFT or this package can load.
 
     Args:
-        checkpoint: file, or folder of a sharded strategy, that a run wrote.
-        output: folder to write to.
-        tokenizer: as in the data module; written beside the model.
-        adapter_only: write the LoRA adapters alone, as PEFT does.
-        max_shard_size: of a file of weights.
+        checkpoint: The checkpoint of a run: a file, or a folder of a sharded strategy.
+        output: The folder to write to.
+        tokenizer: The tokenizer to write beside the model, as in the data module.
+        adapter_only: Write only the LoRA adapters, in PEFT's format.
+        max_shard_size: The largest size of a file of weights.
 
     Raises:
-        ValueError: if there is no such checkpoint, or it cannot be written in this form.
+        ValueError: If there is no such checkpoint, or it cannot be written in this format.
     """
     saved = gather_checkpoint(checkpoint) if (Path(checkpoint) / SHARDS_META).is_file() else read_checkpoint(checkpoint)
     hparams: dict[str, Any] = dict(saved.get("hyper_parameters") or {})
     policy = build_policy(saved, checkpoint, merge=not adapter_only)
     lora = hparams.get("lora")
     if adapter_only and not lora and not is_peft(policy):
-        raise ValueError(f"checkpoint {checkpoint}: holds no adapters, which --adapter_only is to write")
+        raise ValueError(f"checkpoint {checkpoint} has no adapters, so --adapter_only cannot write any. Remove --adapter_only.")
     weights = whole_weights(policy)
     if adapter_only:
         write_adapter(policy, weights, output, scope=LoRAConfig(**dict(lora)).scope if lora else "default")
@@ -38,4 +38,4 @@ def export_checkpoint(
         reader = None if tokenizer is None else load_tokenizer(tokenizer)
         card = model_card(policy, str(hparams.get("_class_path", "")).rpartition(".")[2], hparams, {}, {})
         write_model(policy, weights, output, tokenizer=reader, card=card, max_shard_size=max_shard_size)
-    print(f"the model is in {output}")
+    print(f"exported the model to {output}")

@@ -1,1 +1,1 @@
-"""Backbones and what is done to them: PaLM, LoRA, sharding."""
+"""Language models (PaLM, transformers), LoRA and PEFT adapters, checkpoints, sharding and compilation."""

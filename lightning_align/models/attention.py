@@ -1,7 +1,8 @@
-"""Attention for multi-query models: masks, the padded and the packed layout, and the key-value cache.
+"""Multi-query attention: the mask, the padded, packed and cached layouts, and the key-value cache.
 
-All three run through ``scaled_dot_product_attention``; they differ only in where the past and the padding are.
-Shapes: ``q`` (..., H, K), ``k`` and ``v`` (..., K): one key and one value head (Shazeer 2019, arXiv 1911.02150).
+All layouts call ``scaled_dot_product_attention``. They differ only in where they keep past keys and how they handle padding.
+Shapes: ``q`` is (..., H, K). ``k`` and ``v`` are (..., K), since there is one key and one value head (Shazeer 2019,
+arXiv 1911.02150).
 """
 
 from dataclasses import dataclass, field
@@ -13,23 +14,23 @@ from torch import Tensor
 
 
 class Attend(Protocol):
-    """Attention of one layer: queries, keys and values in, mixed values out, in the layout that the queries came in."""
+    """The attention of one layer. It returns its output in the layout of the queries."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout: float) -> Tensor:
-        """Mix: (..., H, K), (..., K), (..., K) -> (..., H, K)."""
+        """Compute the attention output: (..., H, K), (..., K), (..., K) -> (..., H, K)."""
         ...
 
 
 def attention_mask(mask: Tensor, num_queries: int, *, causal: bool) -> Tensor:
-    """Which query may see which key.
+    """Build the mask of which query may attend to which key.
 
     Args:
-        mask: (B, M) bool, true at keys that exist; or (B, N, M) bool, which query may see which key.
-        num_queries: N; the queries are the last N of the M columns.
-        causal: whether a query sees no later column.
+        mask: (B, M) bool, true at keys that exist, or (B, N, M) bool, true where a query may attend to a key.
+        num_queries: The number of queries N. The queries are the last N of the M columns.
+        causal: Whether to hide later columns from each query.
 
     Returns:
-        (B, 1, N, M) bool.
+        (B, 1, N, M) bool, true where attention is allowed. Each query may attend to at least one key.
     """
     allowed = mask[:, None, :] if mask.ndim == 2 else mask
     num_keys = mask.shape[-1]
@@ -37,19 +38,20 @@ def attention_mask(mask: Tensor, num_queries: int, *, causal: bool) -> Tensor:
     keys = torch.arange(num_keys, device=mask.device)[None, :]
     if causal:
         allowed = allowed & (keys <= queries)
-    # A query that sees nothing (a pad on the left) would be a softmax over nothing: NaN, which 0 * NaN then spreads to
-    # every row that ignores it. It may see itself; nobody reads the result.
-    itself = keys == queries
-    blind = itself if mask.ndim == 2 else itself & ~allowed.any(dim=-1, keepdim=True)
-    return (allowed | blind).unsqueeze(1)
+    # For a query without any visible key (a pad on the left) the softmax over nothing would give NaN. Then 0 * NaN would
+    # spread to every row that ignores this query. So it may attend to itself. Its output is not used.
+    diagonal = keys == queries
+    fallback = diagonal if mask.ndim == 2 else diagonal & ~allowed.any(dim=-1, keepdim=True)
+    return (allowed | fallback).unsqueeze(1)
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
-    """(B, N, H, K), (B, M, K), (B, M, K) -> (B, N, H, K)."""
+    """Compute the attention output: (B, N, H, K), (B, M, K), (B, M, K) -> (B, N, H, K)."""
     if q.shape[1] == 1 and not causal:
-        # One query of each head, and one key head: as well H queries of one head, for which keys are read once, not H times.
+        # With one position and one key head, the H heads can be treated as H queries of one head. The keys are then read
+        # once instead of H times.
         return F.scaled_dot_product_attention(q, k.unsqueeze(1), v.unsqueeze(1), attn_mask=mask, dropout_p=dropout, scale=scale)
-    # The one key head is expanded (a view, stride 0) rather than passed with enable_gqa, which is slower on CPU.
+    # Expand the one key head (a view with stride 0). enable_gqa would be slower on CPU.
     k, v = (t.unsqueeze(1).expand(-1, q.shape[2], -1, -1) for t in (k, v))
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
@@ -62,8 +64,8 @@ class PaddedAttention:
     """Attention over padded rows (B, N, ...).
 
     Args:
-        causal: whether a position sees no later one.
-        mask: (B, 1, N, N) from `attention_mask`, or None where no mask is needed beyond causality.
+        causal: Whether to hide later positions from each position. Used only without a mask.
+        mask: (B, 1, N, N) from `attention_mask`, with causality included. None if only `causal` restricts attention.
     """
 
     causal: bool
@@ -77,20 +79,20 @@ class PaddedAttention:
 
 @dataclass
 class PackedAttention:
-    """Attention over right-padded rows whose pads were left out: everything but attention itself works on (T, ...).
+    """Attention over right-padded rows without their padding. Everything except attention itself works on (T, ...).
 
-    On CPU a matrix product costs what its rows cost, and preference batches are 30 to 40 % padding.
+    On CPU, the cost of a matrix product is proportional to its rows, and 30 to 40 % of a preference batch is padding.
 
     Args:
-        where: (T,) flat index into B * N of every real token.
-        shape: (B, N).
+        where: (T,) flat index into B * N of each real token.
+        shape: The shape (B, N) of the padded rows.
     """
 
     where: Tensor
     shape: tuple[int, int]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout: float) -> Tensor:
-        """See `Attend`. Pads stand on the right, so causality alone keeps them out."""
+        """See `Attend`. The padding is on the right, so causality alone hides it."""
         q, k, v = (self._pad(t) for t in (q, k, v))
         out = _mix(q, k, v, mask=None, causal=True, scale=scale, dropout=dropout)
         return out.flatten(0, 1).index_select(0, self.where)
@@ -103,40 +105,40 @@ class PackedAttention:
 
 @dataclass
 class KVCache:
-    """Keys and values of the past, preallocated: ``keys[layer]`` and ``values[layer]`` are (B, S, K).
+    """A preallocated key-value cache. ``keys[layer]`` and ``values[layer]`` are (B, S, K).
 
-    Every row writes the same column, so a batch of prompts of unequal lengths is padded on the left.
+    All rows write to the same column, so prompts of different lengths must be padded on the left.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int = field(default=0)
-    """Columns that are filled."""
+    """The number of filled columns."""
 
     @property
     def capacity(self) -> int:
-        """Columns that there are."""
+        """The number of columns S, filled or not."""
         return self.keys[0].shape[1]
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows (B',) int64, in this order; a row that is named twice is copied. Moves the filled columns alone."""
+        """Keep the given rows, (B',) int64, in this order. A repeated row is copied. Only filled columns are copied."""
 
-        def chosen(old: Tensor) -> Tensor:
+        def selected(old: Tensor) -> Tensor:
             new = old.new_empty(len(rows), *old.shape[1:])
             new[:, : self.length] = old[:, : self.length].index_select(0, rows)
             return new
 
-        self.keys, self.values = [chosen(keys) for keys in self.keys], [chosen(values) for values in self.values]
+        self.keys, self.values = [selected(keys) for keys in self.keys], [selected(values) for values in self.values]
 
 
 @dataclass
 class CachedAttention:
-    """Attention of one layer over the cache and the new columns.
+    """Attention of one layer over the cached and the new columns.
 
     Args:
-        cache: written in place; its ``length`` is advanced by the model, after the last layer.
-        layer: index of this layer in the cache.
-        mask: (B, 1, N, length + N).
+        cache: The cache to extend in place. The model itself advances its ``length``, after the last layer.
+        layer: The index of this layer in the cache.
+        mask: (B, 1, N, length + N) from `attention_mask`, or None if every query may attend to every column.
     """
 
     cache: KVCache
@@ -148,8 +150,8 @@ class CachedAttention:
         start, stop = self.cache.length, self.cache.length + k.shape[1]
         if stop > self.cache.capacity:
             raise ValueError(
-                f"the key-value cache holds {self.cache.capacity} columns and {stop} are needed: "
-                "make it longer with make_cache(batch, length)"
+                f"The key-value cache must have at least {stop} columns, but has {self.cache.capacity}. Pass a larger `length` "
+                "to `make_cache`."
             )
         keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
         keys[:, start:stop], values[:, start:stop] = k, v

@@ -1,4 +1,4 @@
-"""Weights of a policy out of a checkpoint: its architecture, its adapters, and a check that they fit."""
+"""Reading checkpoints and building policies from them, and gathering a sharded checkpoint into one file."""
 
 import argparse
 import tempfile
@@ -18,11 +18,11 @@ from lightning_align.models.weights import load_weights, policy_state
 from lightning_align.runtime.files import publish
 
 SHARDS_META = "meta.pt"
-"""What Lightning writes beside the shards of a checkpoint, and only there."""
+"""The file that Lightning writes next to the shards of a checkpoint. No other folder has it."""
 
 
 def gather_command(folder: str | Path) -> str | None:
-    """What makes one file of a sharded checkpoint, for messages; None where there is none."""
+    """Return the command that gathers a sharded checkpoint into one file, or None if the folder is not such a checkpoint."""
     if not (Path(folder) / SHARDS_META).is_file():
         return None
     name = Path(folder).name.removesuffix(".ckpt")
@@ -30,74 +30,87 @@ def gather_command(folder: str | Path) -> str | None:
 
 
 def gather_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """A sharded checkpoint as the one that a single process would have written, read by one process.
+    """Read a sharded checkpoint in one process, in the form that a single process would have written.
 
-    It is torch's format of shards, which unlike a file of `read_checkpoint` is unpickled: open only your own.
+    torch unpickles its sharded format, unlike the files of `read_checkpoint`. Open only checkpoints that you trust.
 
     Args:
-        folder: that a sharded strategy wrote it into.
+        folder: The folder that a sharded strategy wrote.
 
     Raises:
-        ValueError: if it is no sharded checkpoint.
+        ValueError: If the folder is not a sharded checkpoint.
     """
     folder = Path(folder)
     if gather_command(folder) is None:
-        raise ValueError(f"checkpoint {folder}: is no sharded checkpoint, a folder with {SHARDS_META}; it needs no gathering")
+        raise ValueError(
+            f"`folder` must be a sharded checkpoint, a folder with {SHARDS_META}, but got {folder}. Other checkpoints need no "
+            "gathering."
+        )
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "whole.pt"
         dcp_to_torch_save(folder, path)
         whole: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     rest: dict[str, Any] = torch.load(folder / SHARDS_META, map_location="cpu", weights_only=True)
-    # By the names of parameters, in the optimizer's order: an optimizer takes any names.
+    # The optimizer states use parameter names as keys, in the optimizer's order. An optimizer accepts any keys.
     optimizers = sorted(name for name in whole if name.startswith("optimizer_"))
     return {**rest, "state_dict": whole["state_dict"], "optimizer_states": [whole[name] for name in optimizers]}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A Lightning checkpoint, or a safetensors file as one, without unpickling anything but tensors and primitives.
+    """Read a Lightning checkpoint, a state dict or a safetensors file. Only tensors and primitive types are unpickled.
+
+    Returns:
+        The checkpoint, a dictionary with at least `state_dict`.
 
     Raises:
-        ValueError: if there is no such file or it cannot be read.
+        ValueError: If the file does not exist or cannot be read.
     """
     path = Path(path)
     if command := gather_command(path):
-        raise ValueError(f"checkpoint {path}: is a sharded one, a folder; make a file of it with: {command}")
+        raise ValueError(
+            f"checkpoint {path} must be a file, but is a sharded checkpoint. Gather it into a file with: {command}"
+        )
     if path.is_dir():
         inside = sorted(str(p) for p in path.rglob("*.ckpt"))[:5]
         hint = f", such as {', '.join(inside)}" if inside else ""
-        raise ValueError(f"checkpoint {path}: is a folder; give a file{hint}")
+        raise ValueError(f"checkpoint {path} is a folder. Pass a file{hint}.")
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        hint = f"; that folder has {', '.join(near)}" if near else ""
-        raise ValueError(f"checkpoint {path}: there is no such file (looked from {Path.cwd()}){hint}")
+        hint = f" Its folder contains {', '.join(near)}." if near else ""
+        raise ValueError(f"checkpoint {path}: there is no such file (the working directory is {Path.cwd()}).{hint}")
     try:
         if path.suffix == ".safetensors":
             return {"state_dict": load_file(path)}
-        # The format before torch 1.6 cannot be mapped.
+        # Files in the format before torch 1.6 are no zip files and cannot be memory-mapped.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch and safetensors raise a dozen kinds here
-        # What they say is long, and of how to switch their checks off.
+    except Exception as error:  # torch and safetensors raise many types here
+        # Quote only the first sentence. The rest is long and explains how to turn off torch's checks.
         reason = f"{type(error).__name__}: {str(error).splitlines()[0].partition('. ')[0] if str(error) else 'empty'}"
         raise ValueError(
-            f"checkpoint {path}: cannot be read ({reason}); give a .ckpt that a run wrote to its end, or a state dict "
-            "(.pt, .safetensors)"
+            f"checkpoint {path} cannot be read ({reason}). Pass a complete .ckpt file of a run, or a state dict "
+            "(.pt, .safetensors)."
         ) from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"checkpoint {path}: holds a {type(checkpoint).__name__}, not a checkpoint")
+        raise ValueError(
+            f"checkpoint {path} must contain a dictionary, but contains a {type(checkpoint).__name__}. Pass a .ckpt file of a "
+            "run, or a state dict."
+        )
     return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
 
 
 def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any] | None = None) -> nn.Module:
-    """Build a policy and give it the weights of a checkpoint.
+    """Build a policy and load the weights of a checkpoint into it.
+
+    A checkpoint that contains only LoRA adapters is merged into the base model that the adapters were trained on. The
+    checkpoint names it (``init_from``), or else ``backbone`` must come with weights.
 
     Args:
-        path: written by a module of this package (``.ckpt``), a bare state dict (``.ckpt``, ``.pt``, ``.safetensors``), or
-            a folder that was exported. One that holds only LoRA adapters leads on to the checkpoint they were trained on, into
-            which they are merged.
-        backbone: what to build; by default what the checkpoint says.
+        path: A checkpoint of this package (``.ckpt``), a bare state dict (``.ckpt``, ``.pt``, ``.safetensors``), or an exported
+            folder.
+        backbone: The model to build. Default is the model that the checkpoint describes.
 
     Raises:
-        ValueError: if the file cannot be read, does not say what to build, or is of another model.
+        ValueError: If the file cannot be read, does not describe its model, or is of another model.
     """
     if (Path(path) / "config.json").is_file():
         return read_model(path)
@@ -111,16 +124,16 @@ def build_policy(
     *,
     merge: bool = True,
 ) -> nn.Module:
-    """The policy of a checkpoint that was read.
+    """Build the policy of a checkpoint that is already in memory.
 
     Args:
-        checkpoint: from `read_checkpoint` or `gather_checkpoint`.
-        path: where it came from, for messages.
-        backbone: what to build; by default what the checkpoint says.
-        merge: whether adapters are merged into the weights; otherwise they are a scope in use.
+        checkpoint: The checkpoint, from `read_checkpoint` or `gather_checkpoint`.
+        path: The path of the checkpoint, for error messages.
+        backbone: The model to build. Default is the model that the checkpoint describes.
+        merge: Whether to merge LoRA adapters into the weights. If false, they stay an active scope.
 
     Raises:
-        ValueError: as `load_policy`.
+        ValueError: If the checkpoint does not describe its model, or is of another model.
     """
     hparams: dict[str, Any] = checkpoint.get("hyper_parameters", {})
     state = policy_state(checkpoint["state_dict"])
@@ -129,7 +142,7 @@ def build_policy(
         config = LoRAConfig(**dict(hparams["lora"]))
         frozen = model.state_dict()
         add_lora(model, config)
-        # A moving reference is a scope beside the one that trained.
+        # Drop other scopes: a moving reference keeps its adapters in a scope next to the trained one.
         own = {n: v for n, v in state.items() if ".lora." not in n or f".lora.{config.scope}." in n}
         load_weights(model, {**frozen, **own}, path)
         if merge:
@@ -138,7 +151,7 @@ def build_policy(
         return model
     backbone = backbone if backbone is not None else hparams.get("backbone")
     if backbone is None:
-        raise ValueError(f"checkpoint {path}: does not say which backbone it is of; give `backbone`")
+        raise ValueError(f"checkpoint {path} does not describe its backbone. Pass it as `backbone`.")
     model = build_backbone(backbone)
     load_weights(model, state, path)
     return model
@@ -147,21 +160,21 @@ def build_policy(
 def _base_of_adapters(
     path: str | Path, hparams: dict[str, Any], backbone: nn.Module | Backbone | dict[str, Any] | None
 ) -> nn.Module:
-    """The model that a checkpoint of adapters was trained on."""
+    """Load the model that the adapters of a checkpoint were trained on."""
     if (base := hparams.get("init_from")) is not None:
         return load_policy(base, backbone)
     described = backbone if backbone is not None else hparams.get("backbone")
     model = None if described is None else build_backbone(described)
     if model is None or not (isinstance(backbone, nn.Module) or has_own_weights(model)):
         raise ValueError(
-            f"checkpoint {path}: holds adapters only and does not say on which weights they were trained: give those as "
-            "`backbone`"
+            f"checkpoint {path} contains only adapters and does not name the weights that they were trained on. Pass a model "
+            "with these weights as `backbone`."
         )
     return model
 
 
 def main() -> None:
-    """Gather a sharded checkpoint into one file, which any strategy opens."""
+    """Gather a sharded checkpoint into one file, which every strategy can load."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", type=Path)

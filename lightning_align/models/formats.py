@@ -1,4 +1,4 @@
-"""Models as others read them: folders of transformers, which vLLM serves, adapters of PEFT, and folders of this package."""
+"""Writing and reading models and adapters: folders of transformers (which vLLM can serve), of PEFT and of this package."""
 
 import json
 import re
@@ -23,7 +23,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on this rank, on the CPU and each in memory of its own; a collective where they are sharded."""
+    """Copy all weights to the CPU, each to its own memory. If they are sharded, all ranks must call this (a collective)."""
     weights = {}
     for name, value in model.state_dict().items():
         value = value.full_tensor() if isinstance(value, DTensor) else value
@@ -32,11 +32,11 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merged_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model with its active adapters in them, under the names that it has without adapters.
+    """Merge the active adapters into the weights, and return them under the names of the model without adapters.
 
     Args:
-        model: says which adapters are active.
-        weights: from `whole_weights`; not changed.
+        model: The model, which says which adapters are active.
+        weights: Its weights, from `whole_weights`. They are not changed.
     """
     plain = {name: value for name, value in weights.items() if ".lora." not in f".{name}"}
     for name, layer in lora_layers(model):
@@ -48,14 +48,17 @@ def merged_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Te
 
 
 def transformers_weights(model: PretrainedLM, weights: Mapping[str, Tensor]) -> tuple[PretrainedLM, dict[str, Tensor]]:
-    """The weights of a model of transformers under its own names, adapters of PEFT merged, and the model that they fit.
+    """Return the weights under the names that transformers uses, with PEFT adapters merged, and the model that they fit.
 
     Args:
-        model: may be sharded; not changed.
-        weights: from `merged_weights`.
+        model: The model. It may be sharded and is not changed.
+        weights: Its weights, from `merged_weights`.
+
+    Returns:
+        The model without PEFT adapters (a copy if it has any), and its weights.
     """
     if has_peft(model.model):
-        # In a copy of its own, since the one that trains may be sharded.
+        # Merge in a copy, because the training model may be sharded.
         copied = PretrainedLM(**model.init_args)
         load_weights(copied, dict(weights), "the weights to merge")
         merge_peft(copied.model)
@@ -72,21 +75,22 @@ def write_model(
     card: str | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a model with its tokenizer and its card.
+    """Write a model with its tokenizer and its model card.
 
-    A `PretrainedLM` becomes what `AutoModelForCausalLM.from_pretrained` reads; any other model that says how it is built
-    becomes a ``config.json`` with ``class_path`` and ``init_args``, and a safetensors file, which `read_model` reads.
+    A `PretrainedLM` is written for `AutoModelForCausalLM.from_pretrained`. Any other model with ``init_args`` is written for
+    `read_model`: a ``config.json`` with ``class_path`` and ``init_args``, and a safetensors file.
 
     Args:
-        model: whose weights these are; our own adapters must be merged into them, those of PEFT are merged here.
-        weights: from `merged_weights`.
-        folder: is made, with the folders above it; must be empty or hold an earlier export.
-        tokenizer: of this package; one of transformers is written in its own form.
-        card: text of the model card.
-        max_shard_size: of a file of weights, for a `PretrainedLM`.
+        model: The model.
+        weights: Its weights, from `merged_weights`. This function merges PEFT adapters itself.
+        folder: The folder to write. It is created with its parents. It must be empty or contain an earlier export.
+        tokenizer: A tokenizer of this package. One that wraps a tokenizer of transformers is written in the format of
+            transformers.
+        card: The text of the model card.
+        max_shard_size: The maximum size of a weights file, for a `PretrainedLM`.
 
     Raises:
-        ValueError: if something else is in the folder, or the model does not say how it is built.
+        ValueError: If the folder contains other files, or the model has no ``init_args``.
     """
     folder = Path(folder)
     _check_folder(folder, CONFIG)
@@ -98,8 +102,8 @@ def write_model(
         spec = backbone_spec(model)
         if spec is None:
             raise ValueError(
-                f"the model is a {type(model).__name__}, which keeps no `init_args`, so nothing could build it again: write "
-                "its `state_dict()` with safetensors instead"
+                f"`model` must have `init_args`, from which it can be rebuilt, but got a {type(model).__name__} without them. "
+                "Write its `state_dict()` with safetensors instead."
             )
         publish(folder / WEIGHTS, lambda path: save_file(dict(weights), path))
         publish_text(folder / CONFIG, json.dumps(spec, indent=2) + "\n")
@@ -107,18 +111,21 @@ def write_model(
         tokenizer.save(folder)
     if card is not None:
         publish_text(folder / CARD, card)
-    _open_like(folder / CONFIG)
+    _copy_permissions(folder / CONFIG)
 
 
 def read_model(folder: str | Path) -> nn.Module:
-    """A model that `write_model` wrote, of this package or of transformers, in evaluation mode.
+    """Read a model that `write_model` wrote, of this package or of transformers.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
-        ValueError: if the folder holds none.
+        ValueError: If the folder does not contain a model.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder}: has no {CONFIG}, expected a folder that `lightning-align export` wrote")
+        raise ValueError(f"{folder} must contain {CONFIG}, but does not. Pass a folder that `lightning-align export` wrote.")
     spec = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if "class_path" not in spec:
         return PretrainedLM(str(folder)).eval()
@@ -127,64 +134,67 @@ def read_model(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
-def _open_like(config: Path) -> None:
-    """Let whoever may read the configuration read the weights beside it: safetensors writes them for their owner alone."""
+def _copy_permissions(config: Path) -> None:
+    """Give the weights the permissions of the configuration, because safetensors makes them readable only by their owner."""
     for file in config.parent.glob("*.safetensors"):
         shutil.copymode(config, file)
 
 
 def _check_folder(folder: Path, mark: str) -> None:
     if folder.is_file():
-        raise ValueError(f"{folder}: is a file, expected a folder to write to")
+        raise ValueError(f"`folder` must be a folder, but {folder} is a file. Pass another path.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
-        raise ValueError(f"{folder}: holds other files and no {mark}; give an empty folder, or one of an earlier export")
+        raise ValueError(
+            f"`folder` must be empty or contain an earlier export, but {folder} contains other files and no {mark}. "
+            "Pass another path."
+        )
 
 
-# -- adapters, as PEFT has them
+# -- adapters in the format of PEFT
 
 
 def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str | Path, *, scope: str = "default") -> None:
-    """Write one scope of adapters as PEFT does, for `PeftModel.from_pretrained` and for servers that load LoRA.
+    """Write one scope of adapters in the format of PEFT, for `PeftModel.from_pretrained` and for servers that load LoRA.
 
     Args:
-        model: that has the scope.
-        weights: its weights, from `whole_weights`.
-        folder: is made; must be empty or hold an earlier adapter.
-        scope: which adapters, where they are our own and not PEFT's.
+        model: The model that has the adapters.
+        weights: Its weights, from `whole_weights`.
+        folder: The folder to write. It is created with its parents. It must be empty or contain an earlier adapter.
+        scope: The scope to write. Ignored if the adapters are those of PEFT.
 
     Raises:
-        ValueError: if the model has no such scope, or something else is in the folder.
+        ValueError: If the model has no such scope, or the folder contains other files.
     """
     layers = lora_layers(model, scope)
     of_peft = isinstance(model, PretrainedLM) and has_peft(model.model)
     if not layers and not of_peft:
-        raise ValueError(f"the model has no adapters of scope {scope!r} to write")
+        raise ValueError(f"The model has no adapters of scope {scope!r}. Pass a scope that `add_lora` added.")
     folder = Path(folder)
     _check_folder(folder, ADAPTER_CONFIG)
     folder.mkdir(parents=True, exist_ok=True)
     if of_peft:
         inner: Any = model.model
         inner.save_pretrained(folder, state_dict={name.removeprefix("model."): value for name, value in weights.items()})
-        _open_like(folder / ADAPTER_CONFIG)
+        _copy_permissions(folder / ADAPTER_CONFIG)
         return
-    inside = "model." if isinstance(model, PretrainedLM) else ""
+    wrapper = "model." if isinstance(model, PretrainedLM) else ""
     ranks = {int(weights[f"{name}.lora.{scope}.A"].shape[1]) for name, _ in layers}
     assert len(ranks) == 1, "a scope has one rank"
     rank = ranks.pop()
     state: dict[str, Tensor] = {}
     for name, _ in layers:
-        theirs = f"{PREFIX}{name.removeprefix(inside)}"
-        state[f"{theirs}.lora_A.weight"] = weights[f"{name}.lora.{scope}.A"].T.contiguous()
-        state[f"{theirs}.lora_B.weight"] = weights[f"{name}.lora.{scope}.B"].T.contiguous()
+        peft_name = f"{PREFIX}{name.removeprefix(wrapper)}"
+        state[f"{peft_name}.lora_A.weight"] = weights[f"{name}.lora.{scope}.A"].T.contiguous()
+        state[f"{peft_name}.lora_B.weight"] = weights[f"{name}.lora.{scope}.B"].T.contiguous()
     first: Any = layers[0][1].lora[scope]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.init_args["name"] if isinstance(model, PretrainedLM) else None,
         "r": rank,
-        "lora_alpha": first.scale * rank,  # with the scaling of rank-stabilised LoRA in it
+        "lora_alpha": first.scale * rank,  # includes the scaling of rank-stabilized LoRA
         "lora_dropout": first.dropout.p,
-        "target_modules": sorted(name.removeprefix(inside) for name, _ in layers),
+        "target_modules": sorted(name.removeprefix(wrapper) for name, _ in layers),
         "use_rslora": False,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -192,53 +202,59 @@ def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str |
     }
     publish(folder / ADAPTER_WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     publish_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
-    _open_like(folder / ADAPTER_CONFIG)
+    _copy_permissions(folder / ADAPTER_CONFIG)
 
 
 def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default") -> list[str]:
-    """Add the adapters of a PEFT folder to a model, as a scope in use.
+    """Add the adapters of a PEFT folder to a model, as an active scope.
 
     Args:
-        model: the base that they were trained on; changed in place.
-        folder: with adapter_config.json and adapter_model.safetensors.
-        scope: the name that they get.
+        model: The base model that the adapters were trained on. It is changed in place.
+        folder: A folder with adapter_config.json and adapter_model.safetensors.
+        scope: The name of the new scope.
 
     Returns:
-        Names of the layers that got one.
+        The names of the layers that got an adapter.
 
     Raises:
-        ValueError: if these are no plain LoRA adapters, or not of this model.
+        ValueError: If the adapters are not plain LoRA, or do not fit the model.
     """
     folder = Path(folder)
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
             raise ValueError(
-                f"adapter {folder}: has no {file}, expected a folder that PEFT's save_pretrained wrote (safetensors)"
+                f"adapter {folder} must contain {file}, but does not. Pass a folder that PEFT's save_pretrained wrote "
+                "(safetensors)."
             )
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     unknown = [key for key in ("use_dora", "fan_in_fan_out", "layer_replication", "modules_to_save") if config.get(key)]
     unknown += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
     if config.get("peft_type") != "LORA" or unknown or config.get("bias", "none") != "none":
         raise ValueError(
-            f"adapter {folder}: is of kind {config.get('peft_type')} with {', '.join(unknown) or 'biases'}; plain LoRA can be "
-            "read: merge others into their base with PEFT's merge_and_unload"
+            f"adapter {folder} must be plain LoRA, but is {config.get('peft_type')} with {', '.join(unknown) or 'biases'}. "
+            "Merge such adapters into their base with PEFT's merge_and_unload."
         )
-    inside = "model." if isinstance(model, PretrainedLM) else ""
+    wrapper = "model." if isinstance(model, PretrainedLM) else ""
     halves: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(folder / ADAPTER_WEIGHTS).items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
-            raise ValueError(f"adapter {folder}: holds {key}, which is no part of a linear layer's adapter")
-        halves.setdefault(inside + match[1], {})[match[2]] = value
+            raise ValueError(
+                f"adapter {folder} must contain only adapters of linear layers, but contains {key}. Merge such adapters into "
+                "their base with PEFT's merge_and_unload."
+            )
+        halves.setdefault(wrapper + match[1], {})[match[2]] = value
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, half in halves.items():
         shape = None if name not in linears else (linears[name].in_features, linears[name].out_features)
         if shape is None or (half["A"].shape[1], half["B"].shape[0]) != shape:
             raise ValueError(
-                f"adapter {folder}: is of another base than this {type(model).__name__}: {name} takes {half['A'].shape[1]} to "
-                f"{half['B'].shape[0]} there and {'does not exist' if shape is None else f'{shape[0]} to {shape[1]}'} here"
+                f"adapter {folder} is of another base model than this {type(model).__name__}: {name} maps {half['A'].shape[1]} "
+                f"to {half['B'].shape[0]} features in the adapter, but "
+                f"{'does not exist' if shape is None else f'maps {shape[0]} to {shape[1]}'} in the model. Pass the base model "
+                "that the adapters were trained on."
             )
-    others = {s for _, layer in lora_layers(model) for s in layer.active}
+    other_scopes = {s for _, layer in lora_layers(model) for s in layer.active}
     settings = LoRAConfig(
         rank=config["r"],
         alpha=config["lora_alpha"],
@@ -248,7 +264,7 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
         scope=scope,
     )
     names = add_lora(model, settings)
-    use_lora(model, *sorted(others), scope)
+    use_lora(model, *sorted(other_scopes), scope)
     with torch.no_grad():
         for name, layer in lora_layers(model, scope):
             adapter: Any = layer.lora[scope]

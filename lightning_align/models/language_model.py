@@ -1,13 +1,12 @@
-"""What a language model is here: anything that maps token ids to logits, and what it may offer besides.
+"""The interface of a language model, and functions that work with any language model.
 
-A plain module ``model(tokens_BN) -> logits_BNV`` works everywhere (an output object with ``.logits`` too). What a model
-offers
-more is found by capability, never by type:
+A language model is any module ``model(tokens_BN) -> logits_BNV``. It may also return an object with ``.logits``. Optional
+capabilities are found by attribute, never by type:
 
-- ``hidden(tokens, mask=, positions=, cache=) -> (B, N, D)`` and ``head`` (a `Head`): log-probs in chunks;
-- ``packed_hidden(tokens, mask) -> (T, D)``: no work at pads;
-- ``make_cache(batch, length)``: decoding in constant time a token;
-- ``blocks``: a list of layers to tap.
+- ``hidden(tokens, mask=, positions=, cache=) -> (B, N, D)`` and ``head`` (a `Head`): log-probs are computed in chunks.
+- ``packed_hidden(tokens, mask) -> (T, D)``: padding is not computed.
+- ``make_cache(batch, length)``: decoding takes constant time per token.
+- ``blocks``: a list of layers whose outputs can be read.
 """
 
 from typing import Any, NamedTuple, TypeGuard, cast
@@ -17,26 +16,26 @@ from torch import Tensor, nn
 
 
 class Head(NamedTuple):
-    """The output layer: ``linear(hidden, weight, bias)`` are the logits, perhaps capped."""
+    """The output layer. The logits are ``linear(hidden, weight, bias)``, softly capped if ``softcap`` is set."""
 
     weight: Tensor
-    """(V, D)."""
+    """(V, D) weight."""
     bias: Tensor | None
-    """(V,) or None."""
+    """(V,) bias, or None."""
     softcap: float | None = None
-    """C of C tanh(logits / C), as Gemma 2 has it; None leaves them as they are."""
+    """The cap C in C tanh(logits / C), as in Gemma 2. None leaves the logits unchanged."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
+        """Compute the logits of hidden states: (..., D) -> (..., V)."""
         return self.capped(F.linear(hidden, self.weight, self.bias))
 
     def capped(self, logits: Tensor) -> Tensor:
-        """What becomes of the linear layer's output."""
+        """Apply the soft cap to the output of the linear layer: (..., V) -> (..., V)."""
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
 
 class HiddenModel(nn.Module):
-    """The capability of giving hidden states and a head (a shape for the type checker; nothing inherits from it)."""
+    """The type of models with hidden states and a head. It exists only for the type checker. No class inherits from it."""
 
     head: Head
 
@@ -54,35 +53,38 @@ class HiddenModel(nn.Module):
 
 
 def policy_of(module: nn.Module) -> nn.Module:
-    """The language model of a LightningModule, which callbacks look for as ``policy``.
+    """Return the language model of a LightningModule: its attribute ``policy``, which callbacks use.
 
     Args:
-        module: of this package, or somebody else's.
+        module: A LightningModule, of this package or not.
 
     Raises:
-        ValueError: if it has none.
+        ValueError: If the module has no ``policy``, or it is not an ``nn.Module``.
     """
     policy = getattr(module, "policy", None)
     if not isinstance(policy, nn.Module):
         raise ValueError(
-            f"{type(module).__name__} has no model as `policy`, which is where callbacks look for it: give it that name "
-            "(`self.policy = model`), or a property of that name"
+            f"{type(module).__name__} has no model as `policy`, which callbacks need. Set `self.policy = model`, or add a "
+            "property of that name."
         )
     return policy
 
 
 def has_hidden(model: nn.Module) -> TypeGuard[HiddenModel]:
-    """Whether the model gives hidden states and the head that turns them into logits."""
+    """Return whether the model has hidden states and the head that turns them into logits."""
     return callable(getattr(model, "hidden", None)) and isinstance(getattr(model, "head", None), tuple)
 
 
 def has_cache(model: nn.Module) -> TypeGuard[HiddenModel]:
-    """Whether the model can decode with a key-value cache."""
+    """Return whether the model can decode with a key-value cache."""
     return has_hidden(model) and callable(getattr(model, "make_cache", None))
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The most tokens that the model can read, where it says so (as ``max_seq_len`` or in a transformers config)."""
+    """Return the maximum number of tokens that the model can read, or None if it is unknown.
+
+    It is ``max_seq_len`` of the model, or else ``max_position_embeddings`` of its transformers config.
+    """
     config = getattr(model, "config", None)
     for size in (getattr(model, "max_seq_len", None), getattr(config, "max_position_embeddings", None)):
         if isinstance(size, int) and size > 0:
@@ -91,31 +93,34 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits of any language model.
+    """Compute the logits of any language model.
 
     Args:
-        model: maps tokens to logits, or to an object that has them as ``logits``.
-        tokens: (B, N) int64, padded on the right if at all.
+        model: A model that maps tokens to logits, or to an object with ``logits``.
+        tokens: (B, N) int64 token ids. Padding, if any, is on the right.
 
     Returns:
-        (B, N, V).
+        (B, N, V) logits.
 
     Raises:
-        ValueError: if what the model returned has another shape.
+        ValueError: If the model returns anything else.
     """
     out = model(tokens)
     logits = cast(Tensor, out if isinstance(out, Tensor) else getattr(out, "logits", None))
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(out).__name__
         raise ValueError(
-            f"the backbone {type(model).__name__} returned {got} for tokens {tuple(tokens.shape)}; a language model "
-            "returns logits (batch, positions, vocabulary), or an object with such `logits`"
+            f"The backbone {type(model).__name__} must return logits of shape (batch, positions, vocabulary), or an object "
+            f"with such `logits`, but returned {got} for tokens of shape {tuple(tokens.shape)}."
         )
     return logits
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """V if the model says it (as ``num_tokens``, ``vocab_size`` or through its head), else None."""
+    """Return the vocabulary size V of the model, or None if it is unknown.
+
+    It is ``num_tokens`` or ``vocab_size`` of the model, ``vocab_size`` of its config, or the number of rows of its head.
+    """
     for name in ("num_tokens", "vocab_size"):
         if isinstance(size := getattr(model, name, None), int):
             return size

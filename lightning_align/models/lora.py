@@ -1,10 +1,10 @@
-"""LoRA: low-rank terms, in named scopes, on any ``nn.Linear`` of any model.
+"""LoRA: low-rank adapters, grouped in named scopes, for any ``nn.Linear`` of any model.
 
-Hu et al. 2021, arXiv 2106.09685, equation 3:  y = x W + (alpha / r) (x A) B, with A (in, r) Kaiming-uniform and B (r,
-out) zero. Rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732): alpha / sqrt(r).
+Hu et al. 2021, arXiv 2106.09685, equation 3:  y = x W + (alpha / r) (x A) B. A is (in, r) and initialized Kaiming-uniform.
+B is (r, out) and initialized with zeros. Rank-stabilized LoRA (Kalajdzievski 2023, arXiv 2312.03732) uses alpha / sqrt(r).
 
-The linear layer stays where it is and keeps the names of its weights, so a checkpoint of the plain model still loads;
-it only gains a ``lora`` child with one adapter a scope.
+An adapted linear layer stays in place and its weights keep their names, so a checkpoint of the plain model still loads. The
+layer only gets a child module ``lora`` with one adapter per scope.
 """
 
 import fnmatch
@@ -22,16 +22,16 @@ from lightning_align.models.language_model import Head
 
 @dataclass
 class LoRAConfig:
-    """Which layers get a low-rank term, and of what kind.
+    """The configuration of a scope of LoRA adapters.
 
     Args:
-        rank: r, the rank of the term.
-        alpha: the term is scaled by alpha / rank (or alpha / sqrt(rank)).
-        dropout: dropout on the input of the term.
-        targets: names of linear layers, as shell patterns that match the last part or the whole of the dotted name. `*` leaves
-            the output layer out, whose name has to be given.
-        rslora: whether to divide by sqrt(rank) in place of rank.
-        scope: name of this set of adapters.
+        rank: The rank r of the low-rank matrices A and B.
+        alpha: The scale of the adapters. Their output is multiplied by alpha / rank (or alpha / sqrt(rank) with `rslora`).
+        dropout: The dropout probability on the input of the adapters.
+        targets: The linear layers that get an adapter, as shell patterns. A pattern matches the last part of the dotted name or
+            the whole name. `*` excludes the output layer, which must be named to get an adapter.
+        rslora: Whether to scale by alpha / sqrt(rank) instead of alpha / rank (rank-stabilized LoRA).
+        scope: The name of this set of adapters.
     """
 
     rank: int = 8
@@ -42,24 +42,24 @@ class LoRAConfig:
     scope: str = "default"
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Check the arguments."""
         if self.rank < 1:
-            raise ValueError(f"LoRA: rank is {self.rank}; it must be at least 1")
+            raise ValueError(f"LoRA: `rank` must be at least 1, but got {self.rank}.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA: dropout is {self.dropout}; it must be at least 0 and below 1")
+            raise ValueError(f"LoRA: `dropout` must be at least 0 and less than 1, but got {self.dropout}.")
         if not self.scope or "." in self.scope:
-            raise ValueError(f"LoRA: scope is {self.scope!r}; it must be a name without dots")
+            raise ValueError(f"LoRA: `scope` must be a name without dots, but got {self.scope!r}.")
 
 
 class Adapter(nn.Module):
-    """One low-rank term, (x A) B, scaled."""
+    """One low-rank adapter: the term (x A) B, scaled."""
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
-        """Make the term for a layer, on its device and in its dtype.
+        """Create the adapter of a layer, with the layer's device and dtype.
 
         Args:
-            linear: the layer that gets it.
-            config: rank, scale and dropout.
+            linear: The layer that gets the adapter.
+            config: The rank, scale and dropout of the adapter.
         """
         super().__init__()
         rank = config.rank
@@ -70,30 +70,33 @@ class Adapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A Kaiming-uniform over its inputs, B zero: the term starts at 0."""
+        """Initialize A Kaiming-uniform over its inputs and B with zeros, so that the output of the adapter starts at 0."""
         bound = 1 / math.sqrt(self.A.shape[0])
         nn.init.uniform_(self.A, -bound, bound)
         nn.init.zeros_(self.B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out). Never the product A B: at rank 8 it would cost as much as the layer itself."""
+        """Compute (x A) B, scaled: (..., in) -> (..., out).
+
+        The product A B is never formed: at rank 8 it would cost as much as the layer itself.
+        """
         dropped: Tensor = self.dropout(x)
         return (dropped @ self.A) @ self.B * self.scale
 
     def delta(self) -> Tensor:
-        """What merging adds to the layer's weight, (out, in)."""
+        """Return the matrix that merging adds to the layer's weight, (out, in)."""
         return (self.A @ self.B).T * self.scale
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with adapters; made from an ``nn.Linear`` in place by `add_lora`, never constructed."""
+    """A linear layer with adapters. `add_lora` turns an ``nn.Linear`` into one in place. It is never constructed directly."""
 
     lora: nn.ModuleDict
     active: tuple[str, ...]
     merged: tuple[str, ...]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out): the layer and its active adapters, but for those merged into its weight."""
+        """Apply the layer and those of its active adapters that are not merged into its weight: (..., in) -> (..., out)."""
         y = F.linear(x, self.weight, self.bias)
         for scope in self.active:
             if scope not in self.merged:
@@ -102,7 +105,7 @@ class LoRALinear(nn.Linear):
 
 
 def is_adapted(layer: nn.Module | None) -> bool:
-    """Whether adapters take part in a layer's output beyond what its weight says."""
+    """Return whether a layer has active adapters that are not merged into its weight."""
     return isinstance(layer, LoRALinear) and any(scope not in layer.merged for scope in layer.active)
 
 
@@ -111,7 +114,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def lora_layers(model: nn.Module, scope: str | None = None) -> list[tuple[str, LoRALinear]]:
-    """Name and layer of everything that has adapters (of the scope, if one is given)."""
+    """Return the name and layer of each linear layer that has adapters, or adapters of the given scope."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     return [(name, layer) for name, layer in layers if scope is None or scope in layer.lora]
 
@@ -120,45 +123,56 @@ def _scope_layers(model: nn.Module, scope: str) -> list[LoRALinear]:
     layers = [layer for _, layer in lora_layers(model, scope)]
     if not layers:
         known = sorted({s for _, layer in lora_layers(model) for s in layer.lora})
-        raise ValueError(f"LoRA: the model has no scope {scope!r}; it has {known or 'none'}: add it with add_lora")
+        raise ValueError(
+            f"LoRA: the model has no scope {scope!r}. Its scopes are {known or 'none'}. Pass one of these, or add the scope "
+            "with add_lora."
+        )
     return layers
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> list[str]:
-    """Add a scope of adapters to the linear layers that the patterns name. Freezes nothing: see `train_only`.
+    """Add a scope of adapters to the linear layers that match ``config.targets``.
+
+    This freezes no parameters. Use `train_only` for that.
 
     Args:
-        model: changed in place.
-        config: which layers, and of what kind.
-        active: whether the scope is used at once, beside those in use.
+        model: The model. It is changed in place.
+        config: The configuration of the adapters.
+        active: Whether to activate the scope, in addition to the scopes that are active already.
 
     Returns:
-        Names of the layers that got an adapter.
+        The names of the layers that got an adapter.
 
     Raises:
-        ValueError: if no layer matches, or a layer has this scope already.
+        ValueError: If no layer matches, or a layer already has this scope.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = [name for name in linears if _matches(name, config.targets) and ".lora." not in f".{name}."]
-    # With an adapter on it, the output layer is no longer a weight from which log-probs come in pieces.
+    # Log-probs are computed in chunks from the weight of the output layer, which is not possible with an adapter on it. So
+    # `*` excludes the output layer.
     named, head = [pattern for pattern in config.targets if pattern != "*"], getattr(model, "head", None)
     if isinstance(head, Head):
         names = [name for name in names if linears[name].weight is not head.weight or _matches(name, named)]
     if not names:
         raise ValueError(
-            f"LoRA: targets {list(config.targets)} match none of the linear layers "
-            f"{sorted({name.rpartition('.')[2] for name in linears})} (`*` does not stand for the output layer)"
+            f"LoRA: `targets` must match linear layers of the model, but {list(config.targets)} match none of "
+            f"{sorted({name.rpartition('.')[2] for name in linears})}. `*` excludes the output layer. To adapt it, name it."
         )
     for name in names:
         layer = linears[name]
         if not isinstance(layer, LoRALinear):
             if type(layer) is not nn.Linear:
-                raise ValueError(f"LoRA: {name} is a {type(layer).__name__}, a subclass of Linear whose forward would be lost")
+                raise ValueError(
+                    f"LoRA: {name} must be an nn.Linear, but is a {type(layer).__name__}. An adapter would replace the forward "
+                    "of this subclass. Leave the layer out of `targets`."
+                )
             layer.__class__ = LoRALinear
             assert isinstance(layer, LoRALinear)
             layer.lora, layer.active, layer.merged = nn.ModuleDict().train(layer.training), (), ()
         if config.scope in layer.lora:
-            raise ValueError(f"LoRA: {name} has a scope {config.scope!r} already; remove it first or name another")
+            raise ValueError(
+                f"LoRA: {name} already has a scope {config.scope!r}. Remove it with remove_lora, or pass another `scope`."
+            )
         adapter = Adapter(layer, config)
         adapter.train(layer.training)
         layer.lora[config.scope] = adapter
@@ -168,7 +182,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> li
 
 
 def use_lora(model: nn.Module, *scopes: str) -> None:
-    """Make these scopes, and no others, take part in the forward pass (none: the plain model)."""
+    """Activate these scopes and deactivate all others. Without scopes, the forward pass is that of the plain model."""
     for scope in scopes:
         _scope_layers(model, scope)
     for _, layer in lora_layers(model):
@@ -177,11 +191,19 @@ def use_lora(model: nn.Module, *scopes: str) -> None:
 
 @contextmanager
 def using_lora(model: nn.Module, *scopes: str) -> Iterator[None]:
-    """`use_lora` for the length of a block, then as it was. Without scopes the adapters are off."""
+    """Activate only these scopes within a ``with`` block, and restore the active scopes at its end.
+
+    Without scopes, the adapters are off within the block.
+
+    Raises:
+        ValueError: If a scope that would be switched off is merged into the weights, or the model lacks a scope.
+    """
     before = [(layer, layer.active) for _, layer in lora_layers(model)]
     merged = sorted({scope for layer, _ in before for scope in layer.merged if scope not in scopes})
     if merged:
-        raise ValueError(f"LoRA: scopes {merged} are merged into the weights and cannot be switched off: unmerge_lora first")
+        raise ValueError(
+            f"LoRA: scopes {merged} cannot be switched off, because they are merged into the weights. Call unmerge_lora first."
+        )
     try:
         use_lora(model, *scopes)
         yield
@@ -192,49 +214,52 @@ def using_lora(model: nn.Module, *scopes: str) -> Iterator[None]:
 
 @contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
-    """The plain model for the length of a block: what a reference policy needs when only adapters train."""
+    """Switch all adapters off within a ``with`` block. If only adapters train, the model is then the reference policy."""
     with using_lora(model):
         yield
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, scope: str) -> None:
-    """Add a scope into the weights; its adapters stay, unused, so that `unmerge_lora` can take them out (to rounding)."""
+    """Merge a scope into the weights.
+
+    The adapters stay in the model, unused, so that `unmerge_lora` can undo the merge up to rounding.
+    """
     for layer in _scope_layers(model, scope):
         if scope in layer.merged:
-            raise ValueError(f"LoRA: scope {scope!r} is merged already")
+            raise ValueError(f"LoRA: scope {scope!r} is already merged. Call unmerge_lora first.")
         layer.weight += layer.lora[scope].delta()  # type: ignore[operator]  # a ModuleDict holds plain modules
         layer.merged = (*layer.merged, scope)
 
 
 @torch.no_grad()
 def unmerge_lora(model: nn.Module, scope: str) -> None:
-    """Take a merged scope out of the weights again."""
+    """Subtract a merged scope from the weights."""
     for layer in _scope_layers(model, scope):
         if scope not in layer.merged:
-            raise ValueError(f"LoRA: scope {scope!r} is not merged")
+            raise ValueError(f"LoRA: scope {scope!r} is not merged. Call merge_lora first.")
         layer.weight -= layer.lora[scope].delta()  # type: ignore[operator]  # as above
         layer.merged = tuple(s for s in layer.merged if s != scope)
 
 
 def remove_lora(model: nn.Module, scope: str) -> None:
-    """Delete a scope. If it was merged, the weights keep it."""
+    """Delete a scope. If it was merged, it stays in the weights."""
     for layer in _scope_layers(model, scope):
         del layer.lora[scope]
         layer.active = tuple(s for s in layer.active if s != scope)
         layer.merged = tuple(s for s in layer.merged if s != scope)
         if not layer.lora:
             del layer.lora, layer.active, layer.merged
-            layer.__class__ = nn.Linear  # type: ignore[assignment]  # what it was
+            layer.__class__ = nn.Linear  # type: ignore[assignment]  # its class before add_lora
 
 
 def lora_parameters(model: nn.Module, scope: str) -> list[nn.Parameter]:
-    """Parameters of a scope, in the order of the model (a list: a set would differ from rank to rank)."""
+    """Return the parameters of a scope in the order of the model. The order is the same on every rank."""
     return [parameter for layer in _scope_layers(model, scope) for parameter in layer.lora[scope].parameters()]
 
 
 def train_only(model: nn.Module, scope: str) -> None:
-    """Freeze everything but a scope."""
+    """Freeze all parameters except those of one scope."""
     model.requires_grad_(False)
     for parameter in lora_parameters(model, scope):
         parameter.requires_grad_(True)

@@ -1,7 +1,7 @@
-"""PaLM: a decoder with parallel attention and feed-forward, multi-query attention and SwiGLU.
+"""PaLM: a transformer with parallel attention and feed-forward layers, multi-query attention and SwiGLU.
 
 Chowdhery et al. 2022, arXiv 2204.02311, section 2:  y = x + MLP(LN(x)) + Attention(LN(x)).
-Rotary positions: Su et al. 2021, arXiv 2104.09864; with decay (xPos): Sun et al. 2022, arXiv 2212.10554.
+Rotary positions: Su et al. 2021, arXiv 2104.09864. With decay (xPos): Sun et al. 2022, arXiv 2212.10554.
 """
 
 import math
@@ -24,16 +24,17 @@ from lightning_align.models.language_model import Head
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 
-# xPos scales a query by s^(t/b - c) and a key by its inverse. The centre c cancels in q.k, so any constant is right, but
-# it must be one constant for cached keys and new queries alike. A positive one halves the range that the factors span.
-XPOS_CENTRE = 2.0
+# xPos scales a query by s^(t/b - c) and a key by the inverse. The center c cancels in the product q.k, so any constant is
+# correct, but cached keys and new queries must use the same. A positive center halves the range of the factors.
+XPOS_CENTER = 2.0
 ROTARY_BASE = 10_000.0
 
 
 class Rotary(NamedTuple):
-    """Rotation (and xPos scale) of queries and keys at given positions, each (..., 1, K) or (..., K), float32.
+    """Cosines and sines that rotate (and with xPos scale) queries and keys at given positions, in float32.
 
-    The first half of a sine is negated, which saves `rotate` a pass.
+    Those of queries are (..., 1, K), those of keys (..., K). The first half of each sine is negated, which saves `rotate` a
+    pass over its input.
     """
 
     q_cos: Tensor
@@ -43,15 +44,15 @@ class Rotary(NamedTuple):
 
 
 def rotary(positions: Tensor, dim_head: int, *, xpos_scale_base: float | None) -> Rotary:
-    """Tables of rotations, always in float32: at position 8,192 bfloat16 could not tell neighbours apart.
+    """Compute the rotations of given positions, always in float32. At position 8,192 bfloat16 cannot distinguish neighbors.
 
-    Computed from the positions alone: there is no buffer to register in ``forward``, to materialise from the meta
-    device, or to move.
+    The tables depend only on the positions, so no buffer has to be registered in ``forward``, materialized from the meta
+    device or moved between devices.
 
     Args:
-        positions: (...) int64.
-        dim_head: K, even.
-        xpos_scale_base: base b of xPos; None for plain rotary positions.
+        positions: (...) int64 positions.
+        dim_head: The head width K, even.
+        xpos_scale_base: The base b of xPos, in positions. None gives plain rotary positions.
     """
     half = torch.arange(0, dim_head, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * ROTARY_BASE ** (-half / dim_head)
@@ -59,36 +60,36 @@ def rotary(positions: Tensor, dim_head: int, *, xpos_scale_base: float | None) -
     cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
     if xpos_scale_base is None:
         return Rotary(cos.unsqueeze(-2), sin.unsqueeze(-2), cos, sin)
-    power = positions.float()[..., None] / xpos_scale_base - XPOS_CENTRE
+    power = positions.float()[..., None] / xpos_scale_base - XPOS_CENTER
     scale = ((half + 0.4 * dim_head) / (1.4 * dim_head)) ** power
     scale = torch.cat((scale, scale), -1)
     return Rotary((cos * scale).unsqueeze(-2), (sin * scale).unsqueeze(-2), cos / scale, sin / scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of the last dimension against each other, in float32, and return to the dtype of ``x``."""
+    """Rotate pairs of one element from each half of the last dimension, in float32. The result has the dtype of ``x``."""
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with a gain and no bias (which PaLM leaves out everywhere)."""
+    """Layer normalization with a gain and without a bias (PaLM has no biases)."""
 
     def __init__(self, dim: int) -> None:
-        """Gain 1.
+        """Set up the layer with gain 1.
 
         Args:
-            dim: D, the last dimension of the input.
+            dim: The width D, the last dimension of the input.
         """
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Normalize the last dimension: (..., D) -> (..., D)."""
         return F.layer_norm(x, self.weight.shape, self.weight)
 
 
 class PaLMBlock(nn.Module):
-    """One layer: x + Attention(LN(x)) + MLP(LN(x)), with one projection into both branches."""
+    """One layer: x + Attention(LN(x)) + MLP(LN(x)), with one input projection for both branches."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class PaLMBlock(nn.Module):
         attn_dropout: float,
         ff_dropout: float,
     ) -> None:
-        """See `PaLM` for the arguments."""
+        """Set up the layer. See `PaLM` for the arguments."""
         super().__init__()
         self.heads, self.attn_dropout = heads, attn_dropout
         self.qk_rmsnorm = qk_rmsnorm
@@ -118,12 +119,14 @@ class PaLMBlock(nn.Module):
             self.k_gain = nn.Parameter(torch.ones(dim_head))
 
     def forward(self, x: Tensor, positions: Rotary, attend: Attend) -> Tensor:
-        """(..., D) -> (..., D), residual included and out of place, so that a hook may keep what it saw.
+        """Compute the layer with its residual: (..., D) -> (..., D).
+
+        The residual is added out of place, so that hooks can keep the tensors that they receive.
 
         Args:
-            x: (..., D), padded (B, N, D) or packed (T, D).
-            positions: rotations for the leading dimensions of ``x``.
-            attend: attention in the layout of ``x``.
+            x: The hidden states, padded (B, N, D) or packed (T, D).
+            positions: The rotations for the leading dimensions of ``x``.
+            attend: The attention for the layout of ``x``.
         """
         q, k, v, value, gate = self.in_proj(self.norm(x)).split(self.splits, dim=-1)
         q = q.unflatten(-1, (self.heads, -1))
@@ -137,10 +140,10 @@ class PaLMBlock(nn.Module):
 
 
 class PaLM(nn.Module):
-    """The built-in language model: token ids in, logits out.
+    """The built-in language model.
 
-    It offers every fast path of the suite: ``hidden`` and ``head`` (log-probs without the logits), ``packed_hidden``
-    (no padding), ``make_cache`` (decoding) and ``blocks`` (taps and cross-attention).
+    It has all optional capabilities of a language model: ``hidden`` and ``head`` (log-probs in chunks), ``packed_hidden`` (no
+    padding), ``make_cache`` (decoding with a key-value cache) and ``blocks`` (reading between layers, and cross-attention).
     """
 
     def __init__(
@@ -163,47 +166,48 @@ class PaLM(nn.Module):
         tie_embeddings: bool = True,
         compile: str | None = None,
     ) -> None:
-        """Build and initialise.
+        """Build the model and initialize its weights.
 
         Args:
-            num_tokens: V, the size of the vocabulary.
-            dim: D, the width.
-            depth: number of layers.
-            heads: number of query heads; keys and values have one.
-            dim_head: width of a head, even.
-            ff_mult: width of the feed-forward layer over the width of the model.
-            causal: whether a position sees no later one; false makes an encoder.
-            variant: `palm_rlhf` is the initialisation and position scheme of PaLM-rlhf-pytorch (embeddings of standard
-                deviation 0.02, xPos, logits as they are); `paper` is that of the paper (weights N(0, 1/fan_in),
-                embeddings N(0, 1), plain rotary positions, logits scaled by 1/sqrt(dim)).
-            xpos: whether rotary positions decay with distance; by default as the variant has it, and never in an
-                encoder.
-            xpos_scale_base: distance over which xPos decays.
-            qk_rmsnorm: whether queries and keys are normalised, then scaled by `qk_scale`.
-            qk_scale: factor on the normalised products; without `qk_rmsnorm` it is dim_head ** -0.5.
-            attn_dropout: dropout on the attention weights.
-            ff_dropout: dropout inside the feed-forward layer.
-            tie_embeddings: whether the output head is the embedding.
-            compile: backend of `torch.compile` for the layers, as `inductor`; by default they run as they are, as they always
-                do when decoding. Not within CALM or RETRO, which read between layers.
+            num_tokens: The vocabulary size V.
+            dim: The model width D.
+            depth: The number of layers.
+            heads: The number of query heads H. Keys and values have one head.
+            dim_head: The width K of a head. Must be even.
+            ff_mult: The width of the feed-forward layer divided by `dim`.
+            causal: Whether each position attends only to itself and earlier positions. False makes an encoder.
+            variant: The initialization and position scheme. `palm_rlhf` follows PaLM-rlhf-pytorch: embeddings with standard
+                deviation 0.02, xPos, unscaled logits. `paper` follows the paper: weights N(0, 1/fan_in), embeddings N(0, 1),
+                plain rotary positions, logits scaled by 1/sqrt(dim).
+            xpos: Whether rotary positions decay with distance. By default true for `palm_rlhf` and false for `paper`. An
+                encoder never uses it.
+            xpos_scale_base: The distance over which xPos decays, in positions.
+            qk_rmsnorm: Whether to normalize queries and keys and to scale their products by `qk_scale`.
+            qk_scale: The scale of the products of normalized queries and keys. Without `qk_rmsnorm` the scale is
+                dim_head ** -0.5 instead.
+            attn_dropout: The dropout probability on the attention weights.
+            ff_dropout: The dropout probability inside the feed-forward layer.
+            tie_embeddings: Whether the output layer shares the weight of the embedding.
+            compile: The backend of `torch.compile` for the layers, such as `inductor`. By default the layers are not compiled.
+                Decoding with a cache is never compiled. Do not use it within CALM or RETRO, which read between layers.
 
         Raises:
-            ValueError: if a size is not positive or `dim_head` is odd.
+            ValueError: If a size is less than 1, `dim_head` is odd, or `compile` is not a known backend.
         """
         super().__init__()
-        # What a checkpoint needs to build this model again; whether it is compiled is a matter of the machine.
+        # A checkpoint rebuilds the model from these. Compilation is left out because it depends on the machine.
         self.init_args: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         del self.init_args["compile"]
         sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "heads": heads, "ff_mult": ff_mult}
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"PaLM: {name} is {size}; it must be at least 1")
+                raise ValueError(f"PaLM: `{name}` must be at least 1, but got {size}.")
         if dim_head < 2 or dim_head % 2:
-            raise ValueError(f"PaLM: dim_head is {dim_head}; rotary positions need an even number of at least 2")
+            raise ValueError(f"PaLM: `dim_head` must be even and at least 2 for rotary positions, but got {dim_head}.")
         self.num_tokens, self.dim, self.dim_head, self.causal, self.variant = num_tokens, dim, dim_head, causal, variant
         if xpos is None:
             xpos = variant == "palm_rlhf"
-        # Decay is a statement about the past: without causality it would weaken one side and amplify the other.
+        # The decay assumes that keys come before queries. Without causality it would amplify the keys after a query.
         self.xpos_scale_base = xpos_scale_base if xpos and causal else None
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.blocks = nn.ModuleList(
@@ -227,13 +231,16 @@ class PaLM(nn.Module):
             compile_blocks(self.blocks, compile)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Compile the layers of a copy, which torch forgets."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        """Compile the layers again, because copies and unpickled models lose their compilation."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
         if self.compile_backend is not None:
             compile_blocks(self.blocks, self.compile_backend)
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter by the variant; call it again after ``to_empty`` if the model was made on meta."""
+        """Initialize all parameters according to the variant.
+
+        Call this after ``to_empty`` if the model was built on the meta device.
+        """
         paper = self.variant == "paper"
         nn.init.normal_(self.token_emb.weight, std=1.0 if paper else 0.02)
         for module in self.modules():
@@ -250,30 +257,30 @@ class PaLM(nn.Module):
 
     @property
     def head(self) -> Head | None:
-        """Weight and bias such that ``linear(hidden, weight, bias)`` are the logits; None where an adapter adds to them.
+        """The output layer, or None if it has active adapters that are not merged.
 
-        A property and not a module: a second name for the embedding's weight would come apart from it on the way from
-        the meta device, and would stand twice in every checkpoint.
+        This is a property rather than a module. As a module, a tied weight would have a second name. The two names would refer
+        to different tensors after ``to_empty``, and every checkpoint would contain the weight twice.
         """
         if is_adapted(self.to_logits):
             return None
         return Head(self.token_emb.weight if self.to_logits is None else self.to_logits.weight, None)
 
     def make_cache(self, batch: int, length: int) -> KVCache:
-        """Room for ``length`` columns of ``batch`` rows.
+        """Allocate a key-value cache.
 
         Args:
-            batch: B.
-            length: S.
+            batch: The number of rows B.
+            length: The number of columns S.
         """
         weight = self.token_emb.weight
 
-        def room() -> list[Tensor]:
-            # Not weight.new_empty: of a sharded weight that would be a sharded tensor.
+        def allocate() -> list[Tensor]:
+            # Not weight.new_empty, which would return a sharded tensor for a sharded weight.
             shape = (batch, length, self.dim_head)
             return [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in self.blocks]
 
-        return KVCache(room(), room())
+        return KVCache(allocate(), allocate())
 
     def hidden(
         self,
@@ -283,18 +290,18 @@ class PaLM(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Final hidden states, of which `head` makes the logits.
+        """Compute the final hidden states. `head` turns them into logits.
 
         Args:
-            tokens: (B, N) int64; with a cache, the tokens after those that it holds.
-            mask: (B, M) bool, true at tokens that exist, or (B, N, M) bool, who may see whom; M counts the cached
-                columns and the new ones. None if all exist, or if what does not stands on the right of a causal model.
-            positions: (N,) or (B, N) int64; by default counted from the first column, which padding on the left does not
-                disturb: attention depends on distances alone.
-            cache: from `make_cache`; extended in place.
+            tokens: (B, N) int64 token ids. With a cache, these are the tokens that follow the cached ones.
+            mask: (B, M) bool, true at real tokens, or (B, N, M) bool, true where a query may attend to a key. M is the number
+                of cached and new columns. None if there is no padding, or if the model is causal and padded on the right.
+            positions: (N,) or (B, N) int64 positions. By default they are counted from the first column. This is also correct
+                with padding on the left, because attention depends only on distances.
+            cache: A cache from `make_cache`. It is extended in place.
 
         Returns:
-            (B, N, D).
+            (B, N, D) hidden states.
         """
         past, new = (0 if cache is None else cache.length), tokens.shape[1]
         if positions is None:
@@ -319,20 +326,20 @@ class PaLM(nn.Module):
         return self._finish(x)
 
     def packed_hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Final hidden states of the real tokens of right-padded rows, without computing anything at the pads.
+        """Compute the final hidden states of the real tokens of right-padded rows, without computing the padding.
 
         Args:
-            tokens: (B, N) int64.
-            mask: (B, N) bool, true at real tokens, which stand on the left.
+            tokens: (B, N) int64 token ids.
+            mask: (B, N) bool, true at real tokens, which come before the padding.
 
         Returns:
-            (T, D), row by row.
+            (T, D) hidden states, row by row.
 
         Raises:
-            ValueError: if the model is not causal: its pads would have to be masked.
+            ValueError: If the model is not causal. Its padding would need a mask.
         """
         if not self.causal:
-            raise ValueError("PaLM.packed_hidden needs causal=True; use hidden(tokens, mask=mask)")
+            raise ValueError("PaLM.packed_hidden needs `causal=True`, but got False. Use `hidden(tokens, mask=mask)` instead.")
         where = mask.flatten().nonzero().squeeze(-1)
         attend = PackedAttention(where, (tokens.shape[0], tokens.shape[1]))
         table = rotary(where % tokens.shape[1], self.dim_head, xpos_scale_base=self.xpos_scale_base)
@@ -343,7 +350,7 @@ class PaLM(nn.Module):
 
     def _finish(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        # Folding the paper's logit scale into the hidden state keeps "logits = linear(hidden, head)" true for both
+        # The logit scale of the paper is applied to the hidden state, so that "logits = linear(hidden, head)" holds for both
         # variants.
         return x * self.dim**-0.5 if self.variant == "paper" else x
 
@@ -355,6 +362,6 @@ class PaLM(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits (B, N, V); the arguments are those of `hidden`."""
+        """Compute the logits (B, N, V). See `hidden` for the arguments."""
         hidden = self.hidden(tokens, mask=mask, positions=positions, cache=cache)
         return F.linear(hidden, self.token_emb.weight) if self.to_logits is None else self.to_logits(hidden)

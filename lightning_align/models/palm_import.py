@@ -1,4 +1,4 @@
-"""Reading checkpoints of PaLM-rlhf-pytorch."""
+"""Converting checkpoints of PaLM-rlhf-pytorch."""
 
 from pathlib import Path
 from typing import Any
@@ -11,35 +11,34 @@ from lightning_align.models.palm import PaLM, PaLMBlock
 
 
 def load_palm_rlhf(path: str | Path, *, gain: str = "offset", **overrides: Any) -> PaLM:
-    """Build a `PaLM` from a checkpoint of PaLM-rlhf-pytorch; its logits are the same.
+    """Build a `PaLM` with the weights of a PaLM-rlhf-pytorch checkpoint. Its logits equal those of the original model.
 
-    All sizes follow from the weights. Fine-tuning scopes come along as LoRA scopes of the same
-    names, inactive until `use_lora`.
+    All sizes are inferred from the weights. Fine-tuning scopes become LoRA scopes of the same names. They are inactive until
+    `use_lora` activates them.
 
     Args:
-        path: file written by ``torch.save(palm.state_dict(), path)``.
-        gain: `offset` if layer norms are stored as gain - 1 (version 0.8.0), `plain` if as the gain itself (older
-            versions).
-        overrides: further arguments of `PaLM`, such as `causal` or `xpos_scale_base`.
+        path: A file written by ``torch.save(palm.state_dict(), path)``.
+        gain: How layer norms are stored: `offset` for gain - 1 (version 0.8.0), `plain` for the gain itself (older versions).
+        overrides: Further arguments of `PaLM`, such as `causal` or `xpos_scale_base`, which the weights do not show.
 
     Returns:
-        The model, on CPU, in evaluation mode.
+        The model, on the CPU and in evaluation mode.
 
     Raises:
-        ValueError: if the file is not such a checkpoint, or `gain` is none of the two.
+        ValueError: If the file is not such a checkpoint, or `gain` is neither `offset` nor `plain`.
     """
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     if "token_emb.weight" not in state or "layers.0.fn.fused_attn_ff_proj.weight" not in state:
         raise ValueError(
-            f"{path}: not a checkpoint of PaLM-rlhf-pytorch: there is no layers.0.fn.fused_attn_ff_proj.weight among "
-            f"its {len(state)} entries"
+            f"{path} must be a checkpoint of PaLM-rlhf-pytorch, but has no token_emb.weight or no "
+            f"layers.0.fn.fused_attn_ff_proj.weight among its {len(state)} entries."
         )
     if gain not in ("offset", "plain"):
-        raise ValueError(f"gain is {gain!r}; it must be 'offset' (version 0.8.0) or 'plain' (older versions)")
+        raise ValueError(f"`gain` must be 'offset' (version 0.8.0) or 'plain' (older versions), but got {gain!r}.")
     inner = state["layers.0.fn.attn_out.weight"].shape[1]
-    # The fused projection makes queries, one key, one value and both halves of the feed-forward layer.
-    fused, feed = state["layers.0.fn.fused_attn_ff_proj.weight"].shape[0], state["layers.0.fn.ff_out.2.weight"].shape[1]
-    heads = inner * 2 // (fused - inner - 2 * feed)
+    # The rows of the fused projection are the queries, one key head, one value head and both halves of the feed-forward layer.
+    fused, feed_forward = state["layers.0.fn.fused_attn_ff_proj.weight"].shape[0], state["layers.0.fn.ff_out.2.weight"].shape[1]
+    heads = inner * 2 // (fused - inner - 2 * feed_forward)
     num_tokens, dim = state["token_emb.weight"].shape
     qk_rmsnorm = "layers.0.fn.q_scale" in state
     model = PaLM(
@@ -52,7 +51,7 @@ def load_palm_rlhf(path: str | Path, *, gain: str = "offset", **overrides: Any) 
             "ff_mult": state["layers.0.fn.ff_out.2.weight"].shape[1] // dim,
             "variant": "palm_rlhf",
             "qk_rmsnorm": qk_rmsnorm,
-            # That package never hands its qk_scale to the attention, which scales by dim_head ** -0.5 all the same.
+            # PaLM-rlhf-pytorch does not pass its qk_scale on to the attention, which always scales by dim_head ** -0.5.
             "qk_scale": (inner // heads) ** -0.5 if qk_rmsnorm else 8.0,
             "tie_embeddings": True,
             **overrides,
@@ -69,9 +68,9 @@ def load_palm_rlhf(path: str | Path, *, gain: str = "offset", **overrides: Any) 
     }
     for layer in range(len(model.blocks)):
         converted[f"blocks.{layer}.norm.weight"] = state[f"layers.{layer}.fn.norm.gamma"] + offset
-        for theirs, ours in names.items():
-            if f"layers.{layer}.fn.{theirs}" in state:
-                converted[f"blocks.{layer}.{ours}"] = state[f"layers.{layer}.fn.{theirs}"]
+        for source, target in names.items():
+            if f"layers.{layer}.fn.{source}" in state:
+                converted[f"blocks.{layer}.{target}"] = state[f"layers.{layer}.fn.{source}"]
     model.load_state_dict(converted)
     for scope in sorted({name.split(".")[1] for name in state if name.startswith("finetune_modules.")}):
         _add_scope(model, scope, state)
@@ -79,7 +78,11 @@ def load_palm_rlhf(path: str | Path, *, gain: str = "offset", **overrides: Any) 
 
 
 def _add_scope(model: PaLM, scope: str, state: dict[str, Tensor]) -> None:
-    """Their low-rank q, k and v terms, side by side, are one term of three times the rank on our fused projection."""
+    """Add a fine-tuning scope as a LoRA scope.
+
+    The original has separate adapters for queries, keys and values. They equal one adapter of three times the rank on the fused
+    projection, in which A has the three A side by side and B is block-diagonal.
+    """
     rank = state[f"finetune_modules.{scope}.0.0.A"].shape[1]
     add_lora(model, LoRAConfig(scope=scope, rank=3 * rank, alpha=3 * rank, targets=["in_proj"]), active=False)
     add_lora(model, LoRAConfig(scope=scope, rank=rank, alpha=rank, targets=["attn_out"]), active=False)

@@ -1,4 +1,4 @@
-"""Sharding and compilation, applied to a built model: the model files know no process groups."""
+"""Sharding and compilation of a model after it is built. The model classes themselves do not handle process groups."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,11 +9,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard a model's parameters over the ranks of a mesh (FSDP2): each block by itself, then the rest.
+    """Shard the parameters of a model over the ranks of a mesh with FSDP2.
+
+    Each block is sharded separately, so that the forward pass gathers the parameters of one block at a time. The other
+    parameters are sharded together.
 
     Args:
-        model: changed in place; its ``blocks``, where it has them, are gathered one at a time.
-        mesh: one-dimensional.
+        model: The model, with its layers in ``blocks`` if it has them. It is changed in place.
+        mesh: A one-dimensional device mesh.
 
     Returns:
         The model.
@@ -23,29 +26,32 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     fully_shard(model, mesh=mesh)
     for name in ("hidden", "packed_hidden"):
         if hasattr(model, name):
-            # Only `forward` gathers the parameters by itself.
+            # Without this, only `forward` gathers the sharded parameters.
             register_fsdp_forward_method(model, name)
     return model
 
 
 def compile_blocks(blocks: nn.ModuleList, backend: str) -> None:
-    """Compile the layers of a model, each by itself and in place: alike as they are, one compilation serves them all.
+    """Compile each layer of a model separately and in place.
 
-    Names of weights stay as they are. To be called before the layers are sharded.
+    Identical layers share one compilation. The names of weights do not change. Call this before the layers are sharded.
 
     Args:
-        blocks: the layers.
-        backend: of `torch.compile`.
+        blocks: The layers.
+        backend: The backend of `torch.compile`.
 
     Raises:
-        ValueError: if there is no such backend.
+        ValueError: If there is no such backend.
     """
     if backend not in (known := torch.compiler.list_backends(exclude_tags=())):
-        raise ValueError(f"compile is {backend!r}; expected a backend of torch.compile: {', '.join(known)}")
+        raise ValueError(f"`compile` must be a backend of torch.compile ({', '.join(known)}), but got {backend!r}.")
     for block in blocks:
         block.compile(backend=backend)
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
-    """Runs a model's layers as they are: a token at a time, with a cache that grows, each step would be compiled anew."""
+    """Run the layers of a model without compilation within a ``with`` block.
+
+    During decoding the cache grows with each token, so each step would be compiled again.
+    """
     return nullcontext() if getattr(model, "compile_backend", None) is None else torch.compiler.set_stance("force_eager")

@@ -1,4 +1,4 @@
-"""Adapters of PEFT within a model of transformers: of any kind that sits in its layers, such as DoRA. Needs the extra `hf`."""
+"""PEFT adapters in models of transformers: all kinds that PEFT injects into layers, such as DoRA. Needs the extra `hf`."""
 
 import importlib.util
 import json
@@ -12,45 +12,48 @@ from torch import nn
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED = "inference_mode"
-"""What PEFT says of adapters that it wrote; without it a configuration is that of new ones."""
+"""The key that PEFT sets in the configuration of adapters that it saved. Without it, a configuration is for new adapters."""
 PREFIX = "base_model.model."
-"""What stands before the names of a model's layers in such a file."""
+"""The prefix of the weight names in PEFT's adapter files, before the names of the model's layers."""
 
 
 def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
-    """Put adapters into a model of transformers; from then on they alone train.
+    """Add PEFT adapters to a model of transformers. Afterwards only the adapters are trainable.
 
     Args:
-        model: changed in place.
-        adapter: folder that PEFT's ``save_pretrained`` wrote, or the configuration of new ones: the arguments of PEFT's own
-            class, with ``peft_type`` where it is not LORA.
+        model: A model of transformers. It is changed in place.
+        adapter: A folder that PEFT's ``save_pretrained`` wrote, or the configuration of new adapters: the arguments of the
+            configuration class of PEFT, with ``peft_type`` if it is not LORA.
 
     Returns:
-        The configuration, as a checkpoint can hold it.
+        The configuration, in a form that can be saved in a checkpoint.
 
     Raises:
-        ValueError: if there are no such adapters, or they are of another base.
+        ValueError: If the adapters cannot be created or read, or do not fit the model.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ValueError("PretrainedLM: `adapter` needs PEFT: pip install -c constraints.txt -e '.[cpu,hf]'")
+        raise ValueError("PretrainedLM: `adapter` needs PEFT. Install it: pip install -c constraints.txt -e '.[cpu,hf]'")
     import peft
 
     if isinstance(adapter, dict):
         described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", **adapter}
         try:
             config = peft.get_peft_config(dict(described))
-            config.inference_mode = False  # as a file of trained ones says
+            config.inference_mode = False  # a configuration of trained adapters, as in a checkpoint, has True
             model.add_adapter(config)
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"PretrainedLM: adapter {adapter} makes no adapters of PEFT ({error})") from error
+            raise ValueError(
+                f"PretrainedLM: `adapter` must be a configuration of PEFT, but {adapter} is not valid ({error})."
+            ) from error
         return described
     folder = Path(adapter)
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
             raise ValueError(
-                f"adapter {adapter}: has no {file}, expected a folder that PEFT's save_pretrained wrote (safetensors)"
+                f"adapter {adapter} must contain {file}, but does not. Pass a folder that PEFT's save_pretrained wrote "
+                "(safetensors)."
             )
-    # Not transformers' own `load_adapter`, which reads no magnitudes of DoRA.
+    # Not `load_adapter` of transformers, which does not load the magnitudes of DoRA.
     weights = {name.removeprefix(PREFIX): value for name, value in load_file(folder / ADAPTER_WEIGHTS).items()}
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
@@ -58,22 +61,28 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
         model.add_adapter(config)
         found = peft.set_peft_model_state_dict(model, weights)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"adapter {adapter}: does not fit {type(model).__name__} ({str(error)[:300]})") from error
+        raise ValueError(
+            f"adapter {adapter} does not fit {type(model).__name__} ({str(error)[:300]}). Pass the base model that the "
+            "adapters were trained on."
+        ) from error
     own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if wrong := sorted({*found.unexpected_keys, *own & set(found.missing_keys)}):
-        raise ValueError(f"adapter {adapter}: is of another base than this {type(model).__name__}: {', '.join(wrong[:3])}")
+        raise ValueError(
+            f"adapter {adapter} is of another base model than this {type(model).__name__}. Only one of them has the weights "
+            f"{', '.join(wrong[:3])}. Pass the base model that the adapters were trained on."
+        )
     content: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return content | {TRAINED: True}
 
 
 def has_peft(model: nn.Module) -> bool:
-    """Whether adapters of PEFT are in a model of transformers."""
+    """Return whether a model of transformers has PEFT adapters."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 @contextmanager
 def peft_disabled(model: nn.Module) -> Iterator[None]:
-    """Switches the adapters of a `PretrainedLM` off meanwhile."""
+    """Switch the PEFT adapters of a `PretrainedLM` off within a ``with`` block."""
     inner: Any = model.model
     inner.disable_adapters()
     try:
@@ -83,10 +92,10 @@ def peft_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge_peft(model: Any) -> None:
-    """Merge the adapters into the weights, and take them out.
+    """Merge the PEFT adapters into the weights, and remove them.
 
     Args:
-        model: of transformers, changed in place.
+        model: A model of transformers. It is changed in place.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -1,4 +1,4 @@
-"""Causal language models of transformers, with the fast paths of this package. Needs the extra `hf`."""
+"""Causal language models of transformers, with the optional capabilities of a language model. Needs the extra `hf`."""
 
 import importlib.util
 import inspect
@@ -20,17 +20,17 @@ from lightning_align.runtime.hub import out_of_reach
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TOLERANCE = 1e-3
-"""Difference of probe logits, over their spread, up to which an output layer is said to have made them."""
+"""The largest difference of recomputed logits that counts as equal, in standard deviations of the logits."""
 SCALES, SOFTCAPS = ("logit_scale", "logits_scaling", "lm_head_multiplier"), ("final_logit_softcapping", "logits_soft_cap")
-"""What configurations call what logits are multiplied with, or divided by, and what they are softly capped at."""
+"""The configuration fields that hold a factor or divisor of the logits, and those that hold their soft cap."""
 
 
 class PretrainedLM(nn.Module):
-    """Any causal language model of transformers.
+    """A causal language model of transformers. The attribute ``model`` is the model of transformers itself.
 
-    Where logits are the output layer applied to the hidden states, perhaps scaled, as in nearly all models, log-probs are
-    computed from these two, and logits never exist as a whole; so they are where logits are softly capped, as of Gemma 2.
-    Where logits are something else it says so, and goes by them. The model of transformers is ``model``.
+    In nearly all models, the logits are the output layer applied to the hidden states, possibly scaled or softly capped (as in
+    Gemma 2). Log-probs are then computed in chunks, without all logits in memory at once. The constructor checks this. If the
+    logits of a model are computed in another way, it logs a message, and log-probs are computed from whole logits.
     """
 
     def __init__(
@@ -45,90 +45,97 @@ class PretrainedLM(nn.Module):
         compile: str | None = None,
         adapter: str | dict[str, Any] | None = None,
     ) -> None:
-        """Read a model, or make one with random weights.
+        """Load a model, or build one with random weights.
 
         Args:
-            name: folder with config.json and safetensors, or name on the Hugging Face hub. Code that comes with a model is
-                never run, pickled weights are never read.
-            config: without ``name``, a whole configuration with its ``model_type``, for random weights; with it, entries that
-                replace those of the model.
-            dtype: of the weights; `auto` is that of the files. Train in float32 (with `precision: bf16-mixed`) or in bfloat16.
-            attention: implementation: `sdpa`, `eager`, `flash_attention_2`, ...; by default the one that suits the model best.
-            revision: branch, tag or commit on the hub.
-            gradient_checkpointing: whether to compute activations again in the backward pass, to save memory.
-            compile: backend of `torch.compile` for the layers, as `inductor`; by default they run as they are, as they always
-                do when decoding. Not within CALM or RETRO, which read between layers.
-            adapter: adapters of PEFT (LoRA, DoRA, ...), which then train alone: a folder with some that are trained, or a
-                configuration for new ones, as `{r: 8, use_dora: true}`. What the model was with new ones is a reference that
-                costs no memory.
+            name: A folder with config.json and safetensors files, or a name on the Hugging Face hub. Code that comes with a
+                model is never run, and pickled weights are never loaded.
+            config: Without ``name``: a complete configuration with its ``model_type``, for a model with random weights. With
+                ``name``: entries that replace those of the model's own configuration.
+            dtype: The dtype of the weights. `auto` keeps the dtype of the files. Train in float32 (with
+                `precision: bf16-mixed`) or in bfloat16.
+            attention: The attention implementation, such as `sdpa`, `eager` or `flash_attention_2`. By default transformers
+                chooses it.
+            revision: The branch, tag or commit on the hub.
+            gradient_checkpointing: Whether to recompute activations in the backward pass, which saves memory.
+            compile: The backend of `torch.compile` for the layers, such as `inductor`. By default the layers are not compiled.
+                Decoding with a cache is never compiled. Do not use it within CALM or RETRO, which read between layers.
+            adapter: PEFT adapters (LoRA, DoRA, ...): a folder with trained adapters, or a configuration for new ones, such as
+                `{r: 8, use_dora: true}`. Only the adapters train. With new adapters, the model with its adapters switched off
+                can be the reference, which needs no extra memory.
 
         Raises:
-            ValueError: if there is no such model, it has no output layer, its weights are no safetensors, or the adapters are
-                of another.
+            ValueError: If the model does not exist, has no linear output layer or has no safetensors weights, or if the
+                adapters do not fit it.
         """
         super().__init__()
         if importlib.util.find_spec("transformers") is None:
-            raise ValueError("PretrainedLM needs transformers: pip install -c constraints.txt -e '.[cpu,hf]'")
-        whole = config is not None and "model_type" in config
-        if name is None and not whole:
-            raise ValueError("PretrainedLM: give `name`, a folder or a name on the hub, or a `config` with its model_type")
+            raise ValueError("PretrainedLM needs transformers. Install it: pip install -c constraints.txt -e '.[cpu,hf]'")
+        complete = config is not None and "model_type" in config
+        if name is None and not complete:
+            raise ValueError(
+                "PretrainedLM: `name` or `config` must be set. Pass a folder or a name on the hub as `name`, or a `config` "
+                "with `model_type`."
+            )
         self.pretrained = name is not None
-        """Whether weights come with it, so that a checkpoint of adapters alone can be completed."""
-        self._missing: str | None = None
+        """Whether building the model loads its weights. A checkpoint that contains only adapters can then be completed."""
+        self._load_error: str | None = None
         options = {"dtype": dtype, "attn_implementation": attention}
         if name is None:
-            self.model: Any = _make(config, options)
+            self.model: Any = _build_random(config, options)
         else:
             try:
-                self.model = _read(name, config, {**options, "revision": revision})
+                self.model = _load(name, config, {**options, "revision": revision})
             except ValueError as error:
-                if not whole:
+                if not complete:
                     raise
-                # A checkpoint is being read whose model came from a folder that is gone: its own weights follow.
-                self._missing = str(error)
-                self.model = _make(config, options)
+                # A complete configuration with a name comes from a checkpoint. Its folder may be gone, but the checkpoint
+                # contains the weights, which are loaded after this.
+                self._load_error = str(error)
+                self.model = _build_random(config, options)
         described_adapter = None if adapter is None else add_peft(self.model, adapter)
-        # Not for trained ones, those that a checkpoint describes included: what they began as is not the bare model.
+        # None for trained adapters, also those of a checkpoint: training did not start from the model without adapters.
         self.adapters_off = peft_disabled if isinstance(adapter, dict) and not adapter.get(TRAINED) else None
-        """Context in which the model is what it was without its new adapters."""
+        """A context manager that switches new adapters off, or None if there are none."""
         if gradient_checkpointing:
-            # Renamed in transformers 5.
+            # The method was renamed in transformers 5.
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.config = self.model.config
         described = json.loads(self.config.to_json_string(use_diff=True))
         self.init_args: dict[str, Any] = {
             "name": name,
-            "config": {"model_type": self.config.model_type, **described},  # whole: see above
+            # Complete, so that a checkpoint can rebuild the model when the folder is gone.
+            "config": {"model_type": self.config.model_type, **described},
             "dtype": dtype,
             "attention": attention,
             "revision": revision,
             "gradient_checkpointing": gradient_checkpointing,
-            "adapter": described_adapter,  # without its folder: a checkpoint has the weights
+            "adapter": described_adapter,  # not the folder, because a checkpoint contains the weights
         }
         self.model.eval()
-        if not _keeps_keys(self.decoder, self.config):
-            # Found by capability: without it, decoding reads the rows again at every step, which is slower and right.
+        if not _has_selectable_cache(self.decoder, self.config):
+            # Without `make_cache`, decoding recomputes the rows at each step, which is slower but correct.
             self.make_cache = None  # type: ignore[method-assign,assignment]
         self._softcap: float | None = None
         self._scale = self._probe()
-        self.model.train()  # as any module begins
+        self.model.train()  # the initial mode of any module
         self.compile_backend = compile
         if compile is not None:
             compile_blocks(self.blocks, compile)
-        self.register_load_state_dict_post_hook(_weights_came)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_clear_load_error)  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Compile the layers of a copy, which torch forgets."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        """Compile the layers again, because copies and unpickled models lose their compilation."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
         if self.compile_backend is not None:
             compile_blocks(self.blocks, self.compile_backend)
 
-    # -- what a language model offers
+    # -- the interface of a language model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (B, N, V) for tokens (B, N), padded on the right if at all."""
-        self._check()
+        """Compute the logits (B, N, V) of tokens (B, N). Padding, if any, is on the right."""
+        self._check_loaded()
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
 
@@ -140,19 +147,19 @@ class PretrainedLM(nn.Module):
         positions: Tensor | None = None,
         cache: "PretrainedCache | None" = None,
     ) -> Tensor:
-        """Final hidden states, of which `head` makes the logits.
+        """Compute the final hidden states. `head` turns them into logits.
 
         Args:
-            tokens: (B, N) int64; with a cache, the tokens after those that it holds.
-            mask: (B, M) bool, true at tokens that exist; M counts the cached columns and the new ones. None if all exist, or if
-                what does not stands on the right.
-            positions: (N,) or (B, N) int64; by default counted from the first column.
-            cache: from `make_cache`; extended in place.
+            tokens: (B, N) int64 token ids. With a cache, these are the tokens that follow the cached ones.
+            mask: (B, M) bool, true at real tokens. M is the number of cached and new columns. None if there is no padding, or
+                if it is on the right.
+            positions: (N,) or (B, N) int64 positions. By default they are counted from the first column.
+            cache: A cache from `make_cache`. It is extended in place.
 
         Returns:
-            (B, N, D).
+            (B, N, D) hidden states, multiplied by the scale of the logits if there is one.
         """
-        self._check()
+        self._check_loaded()
         if positions is not None and positions.ndim == 1:
             positions = positions.expand(len(tokens), -1)
         past = None if cache is None else cache.past
@@ -167,7 +174,7 @@ class PretrainedLM(nn.Module):
 
     @property
     def head(self) -> Head | None:
-        """The output layer; None where logits are more than it and a scale."""
+        """The output layer. None if the logits are computed in another way, or if it has adapters that are not merged."""
         if self._scale is None:
             return None
         layer = self.model.get_output_embeddings()
@@ -182,84 +189,98 @@ class PretrainedLM(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        """V, the rows of the output layer."""
+        """The vocabulary size V: the number of rows of the output layer."""
         size: int = self.model.get_output_embeddings().weight.shape[0]
         return size
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The layers: the longest list of modules."""
+        """The layers: the list of modules with the most parameters."""
         lists = [module for module in self.decoder.modules() if isinstance(module, nn.ModuleList)]
-        return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
+        return max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
 
     def make_cache(self, batch: int, length: int) -> "PretrainedCache":
-        """Room for the past of rows, which grows by itself."""
+        """Create an empty key-value cache.
+
+        The cache of transformers grows by itself, so the arguments are not used.
+
+        Args:
+            batch: The number of rows B.
+            length: The number of columns S.
+        """
         from transformers import DynamicCache
 
         return PretrainedCache(DynamicCache(config=self.config))
 
-    def _check(self) -> None:
-        if self._missing is not None:
-            raise ValueError(f"{self._missing}. Nor has a checkpoint brought the weights since")
+    def _check_loaded(self) -> None:
+        if self._load_error is not None:
+            raise ValueError(f"{self._load_error} No checkpoint has been loaded since then, so the model has no weights.")
 
     @torch.no_grad()
     def _probe(self) -> float | None:
-        """By what hidden states are scaled before the output layer; None if the two do not make the logits.
+        """Find the factor and the soft cap with which the output layer turns hidden states into the logits of the model.
 
-        Found by trying, with the weights that are there, since configurations have many names for what they do to logits.
+        Both are found by computing a few logits, because configurations have many names for them. This sets the soft cap and
+        returns the factor. It returns None if the logits are computed in another way.
         """
         layer = self.model.get_output_embeddings()
         if has_peft(self.model) and not isinstance(layer, nn.Linear):
-            return None  # an adapter on the output layer
+            return None  # the output layer has an adapter
         if not isinstance(layer, nn.Linear):
-            raise ValueError(f"{type(self.model).__name__} has no linear output layer, expected a causal language model")
+            raise ValueError(
+                f"{type(self.model).__name__} must be a causal language model with a linear output layer, but has none."
+            )
         if layer.weight.is_meta:
             return 1.0
         tokens = torch.arange(min(8, layer.weight.shape[0]), device=layer.weight.device)[None]
         logits = self.model(input_ids=tokens, use_cache=False).logits.float()
-        made = F.linear(self.decoder(input_ids=tokens, use_cache=False).last_hidden_state, layer.weight, layer.bias).float()
-        said = {key: float(value) for key, value in self.config.to_dict().items() if key in (*SCALES, *SOFTCAPS) and value}
-        scale = 1.0 if layer.bias is not None else float((logits * made).sum() / made.square().sum().clamp(min=1e-30))
-        named = [factor for key in SCALES if key in said for factor in (said[key], 1 / said[key])]
-        # What the configuration says is exact, what was measured is not.
-        scale = min((1.0, *named), key=lambda factor: abs(factor - scale))
-        found: list[tuple[float, float | None]] = [(scale, None), *((1.0, said[key]) for key in SOFTCAPS if key in said)]
+        linear = F.linear(self.decoder(input_ids=tokens, use_cache=False).last_hidden_state, layer.weight, layer.bias).float()
+        values = {key: float(value) for key, value in self.config.to_dict().items() if key in (*SCALES, *SOFTCAPS) and value}
+        scale = 1.0 if layer.bias is not None else float((logits * linear).sum() / linear.square().sum().clamp(min=1e-30))
+        factors = [factor for key in SCALES if key in values for factor in (values[key], 1 / values[key])]
+        # Use 1 or a value of the configuration, whichever is nearest to the measured scale. The measured scale is not exact.
+        scale = min((1.0, *factors), key=lambda factor: abs(factor - scale))
+        candidates: list[tuple[float, float | None]] = [
+            (scale, None),
+            *((1.0, values[key]) for key in SOFTCAPS if key in values),
+        ]
         tolerance = TOLERANCE if logits.dtype is layer.weight.dtype else 30 * TOLERANCE
-        for factor, softcap in found:
-            again = Head(layer.weight, layer.bias, softcap).capped(made * factor)
-            error = (logits - again).abs().max() / logits.std().clamp(min=1e-6)
+        for factor, softcap in candidates:
+            recomputed = Head(layer.weight, layer.bias, softcap).capped(linear * factor)
+            error = (logits - recomputed).abs().max() / logits.std().clamp(min=1e-6)
             if float(error) <= tolerance:
                 self._softcap = softcap
                 return factor
         rank_zero_info(
-            f"{type(self.model).__name__}: its logits are not its output layer applied to its hidden states (they differ by "
-            f"{float(error):.1e} of their spread): log-probs are computed from whole logits, which takes more memory and time"
+            f"{type(self.model).__name__}: the logits are not the output layer applied to the hidden states. They differ by "
+            f"{float(error):.1e} of their standard deviation. Log-probs are computed from whole logits, which takes more "
+            "memory and time."
         )
         return None
 
 
 class PretrainedCache:
-    """Keys and values of the past, as transformers keeps them."""
+    """A key-value cache of transformers, with the interface of `KVCache` that decoding needs."""
 
     def __init__(self, past: Any) -> None:
-        """Wrap.
+        """Wrap a cache.
 
         Args:
-            past: a cache of transformers.
+            past: A cache of transformers.
         """
         self.past = past
         self.length = 0
-        """Columns so far."""
+        """The number of filled columns."""
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows (int64), which may repeat."""
+        """Keep the given rows, (B',) int64, in this order. A repeated row is copied."""
         self.past.batch_select_indices(rows)
 
 
-def _keeps_keys(decoder: nn.Module, config: Any) -> bool:
-    """Whether all that a model remembers are keys and values a column, of which rows can be chosen.
+def _has_selectable_cache(decoder: nn.Module, config: Any) -> bool:
+    """Return whether the cache of a model contains only keys and values per column, so that rows can be selected.
 
-    Recurrent models keep a state, in a cache of their own or in layers that rows cannot be chosen from.
+    Recurrent models keep a state instead, in another cache or in layers that do not support row selection.
     """
     from transformers import DynamicCache
 
@@ -268,13 +289,13 @@ def _keeps_keys(decoder: nn.Module, config: Any) -> bool:
     return all(hasattr(layer, "batch_select_indices") for layer in DynamicCache(config=config).layers)
 
 
-def _weights_came(module: nn.Module, _: Any) -> None:
+def _clear_load_error(module: nn.Module, _: Any) -> None:
     assert isinstance(module, PretrainedLM)
-    module._missing = None
+    module._load_error = None
 
 
-def _make(config: dict[str, Any] | None, options: dict[str, Any]) -> Any:
-    """A model of random weights."""
+def _build_random(config: dict[str, Any] | None, options: dict[str, Any]) -> Any:
+    """Build a model with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = dict(config or {})
@@ -285,19 +306,20 @@ def _make(config: dict[str, Any] | None, options: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), **options)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(
-            f"PretrainedLM: config of model_type {kind!r} makes no causal language model ({_first(error)})"
+            f"PretrainedLM: `config` must describe a causal language model, but model_type {kind!r} does not give one "
+            f"({_summary(error)})."
         ) from error
 
 
-def _read(name: str, config: dict[str, Any] | None, options: dict[str, Any]) -> Any:
-    """A model with its weights."""
+def _load(name: str, config: dict[str, Any] | None, options: dict[str, Any]) -> Any:
+    """Load a model with its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"model {name!r}: the folder has no config.json; give one that save_pretrained or `export` wrote")
+        raise ValueError(f"model {name!r} has no config.json. Pass a folder that `save_pretrained` or `export` wrote.")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"model {name!r}: there is no such folder (looked from {Path.cwd()})")
+        raise ValueError(f"model {name!r}: there is no such folder (the working directory is {Path.cwd()}).")
     overrides = {key: value for key, value in (config or {}).items() if key != "model_type"}
     revision = options["revision"] or "main"
     source = {
@@ -306,24 +328,24 @@ def _read(name: str, config: dict[str, Any] | None, options: dict[str, Any]) -> 
         "local_files_only": not folder.is_dir() and out_of_reach(name, revision),
     }
     try:
-        read = AutoConfig.from_pretrained(name, **source)
+        loaded_config = AutoConfig.from_pretrained(name, **source)
         for key, value in overrides.items():
-            setattr(read, key, value)
-        return AutoModelForCausalLM.from_pretrained(name, config=read, use_safetensors=True, **{**options, **source})
+            setattr(loaded_config, key, value)
+        return AutoModelForCausalLM.from_pretrained(name, config=loaded_config, use_safetensors=True, **{**options, **source})
     except OSError as error:
         if folder.is_dir():
             raise ValueError(
-                f"model {name!r}: cannot be read ({_first(error)}); the weights must be safetensors, since others may run code "
-                "when they are read: convert them with `model.save_pretrained(folder)`"
+                f"model {name!r} cannot be loaded ({_summary(error)}). Its weights must be safetensors, because loading other "
+                "formats can run code. Convert them with `model.save_pretrained(folder)`."
             ) from error
         raise ValueError(
-            f"model {name!r}: is no folder here, and the Hugging Face hub did not give it ({_first(error)}). Without a network "
-            "give the path of a folder with config.json and *.safetensors, as ./my-model"
+            f"model {name!r} is not a local folder, and the Hugging Face hub did not provide it ({_summary(error)}). Without a "
+            "network, pass the path of a folder with config.json and *.safetensors, such as ./my-model."
         ) from error
     except (ValueError, ImportError, RuntimeError) as error:
-        raise ValueError(f"model {name!r}: cannot be built as a causal language model ({_first(error)})") from error
+        raise ValueError(f"model {name!r} cannot be built as a causal language model ({_summary(error)}).") from error
 
 
-def _first(error: Exception) -> str:
-    """The first line of what transformers says, which is long."""
+def _summary(error: Exception) -> str:
+    """Return the type of an error and the first line of its message, because the messages of transformers are long."""
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

@@ -1,4 +1,4 @@
-"""State dicts of models: compared, loaded and hashed."""
+"""Comparing, loading and hashing state dicts."""
 
 import hashlib
 from pathlib import Path
@@ -7,30 +7,40 @@ import torch
 from torch import Tensor, nn
 
 POLICY_PREFIX = "policy."
-"""Where the modules of this package keep the policy in their state."""
+"""The prefix of the policy's weights in the state dict of a module of this package."""
 
 
 def policy_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The policy's part of a state dict; all of it if it has no such part."""
+    """Return the weights of the policy in the state dict of a module. A state dict without the prefix is returned unchanged."""
     part = {name.removeprefix(POLICY_PREFIX): value for name, value in state.items() if name.startswith(POLICY_PREFIX)}
     return part or state
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Load all weights, or say how the checkpoint differs.
+    """Load a state dict into a model.
+
+    Args:
+        model: The model.
+        state: The weights, which must be exactly those of the model.
+        path: The source of the weights, for error messages.
 
     Raises:
-        ValueError: naming weights that are missing, left over or of another shape.
+        ValueError: If weights are missing, unexpected or of another shape. The message names some of them.
     """
     check_weights(model, state, path)
     model.load_state_dict(state)
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
-    """Say how a state dict differs from what a model has.
+    """Check that a state dict has exactly the weights of a model, with the same shapes.
+
+    Args:
+        model: The model.
+        state: The weights to check.
+        path: The source of the weights, for error messages.
 
     Raises:
-        ValueError: naming weights that are missing, left over or of another shape.
+        ValueError: If weights are missing, unexpected or of another shape. The message names some of them.
     """
     own = model.state_dict()
     shapes = [
@@ -46,18 +56,21 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
         problems.append(f"{len(extra)} weights of the file are not in the model, such as {extra[0]}")
     if problems:
         raise ValueError(
-            f"checkpoint {path}: is of another model than {type(model).__name__}: {'; '.join(problems)}. Leave `backbone` out "
-            "to build the one that the checkpoint describes, or give the one that it was made with"
+            f"checkpoint {path} is of another model than {type(model).__name__}: {', and '.join(problems)}. Omit `backbone` to "
+            "build the model that the checkpoint describes, or pass the model that the checkpoint was written with."
         )
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of all weights, names and dtypes, but for LoRA adapters: two models of one base have one hash."""
+    """Return the SHA-256 hash of the names, dtypes, shapes and values of all weights except LoRA adapters.
+
+    Models that differ only in their LoRA adapters have the same hash.
+    """
     return state_hash({name: value for name, value in model.state_dict().items() if ".lora." not in name})
 
 
 def state_hash(state: dict[str, Tensor]) -> str:
-    """SHA-256 of a state dict: weights, names and dtypes."""
+    """Return the SHA-256 hash of the names, dtypes, shapes and values of a state dict, in its order."""
     digest = hashlib.sha256()
     for name, value in state.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

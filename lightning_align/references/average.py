@@ -10,16 +10,16 @@ from torch.distributed.fsdp import FSDPModule
 
 
 class Average(nn.Module):
-    """Weights in at least float32 that go towards others: bfloat16 has no room for a step of 0.1 %.
+    """Weights in at least float32 that move towards other weights. In bfloat16 a step of 0.1 % would be lost to rounding.
 
-    They stay so where the module around them is converted, as ``precision: bf16-true`` does, and train by no optimizer.
+    They keep their dtype when the module around them is converted, as with ``precision: bf16-true``, and are not trained.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Begin where a model is.
+        """Start with the weights of a model.
 
         Args:
-            model: kept, and frozen, if it is in float32 or float64; else copied.
+            model: Used as it is, and frozen, if it is in float32 or float64. Otherwise copied.
         """
         super().__init__()
         narrow = [p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4]
@@ -30,30 +30,34 @@ class Average(nn.Module):
             to = fn(tensor)
             return tensor.to(to.device, torch.promote_types(tensor.dtype, to.dtype))
 
-        super()._apply(widest, recurse)  # type: ignore[no-untyped-call]  # torch leaves it without types
+        super()._apply(widest, recurse)  # type: ignore[no-untyped-call]
         return self
 
     @torch.no_grad()
     def follow(self, model: nn.Module, *, alpha: float) -> None:
-        """Go the share ``alpha`` of the way to a model of the same weights.
+        """Move towards the weights of another model: q <- alpha p + (1 - alpha) q.
+
+        Args:
+            model: A model with the same names and shapes.
+            alpha: The share of the way, above 0 and at most 1.
 
         Raises:
-            ValueError: if ``alpha`` is out of range, or a weight of either model has no partner in the other: left out in
-                silence, it would stay where it was for good.
+            ValueError: If ``alpha`` is out of range, or the models differ in names or shapes. A weight without a counterpart
+                would never move.
         """
         if not 0 < alpha <= 1:
-            raise ValueError(f"alpha is {alpha}; it is the share of the way to the policy, above 0 and at most 1")
+            raise ValueError(f"`alpha` must be above 0 and at most 1, but got {alpha}: the share of the way to the policy.")
         reshard(self.model, model)
         own, theirs = weights_of(self.model), weights_of(model)
         if [(name, value.shape) for name, value in own] != [(name, value.shape) for name, value in theirs]:
             has, lacks = ({f"{name} {tuple(value.shape)}" for name, value in side} for side in (own, theirs))
             raise ValueError(
-                f"the reference cannot follow the policy: the policy has {_some(lacks - has)} and the reference has "
-                f"{_some(has - lacks)} that the other has not. Rename or add layers before the module is configured, and "
-                "compile with `model.compile()`, which keeps the names"
+                f"The reference cannot follow the policy. Only the policy has {_some(lacks - has)}, and only the reference has "
+                f"{_some(has - lacks)}. Rename or add layers before the module is configured, and compile with "
+                "`model.compile()`, which keeps the names."
             )
-        # Made anew each time, since it cannot be copied or pickled, and used for nothing but one step: its own `update` would
-        # copy the policy for its first 100 calls, whatever `beta` is.
+        # A new object each time, because it cannot be copied or pickled. Only one of its steps is used: its `update` would copy
+        # the policy in its first 100 calls, whatever `beta` is.
         ema = EMA(model, ema_model=self.model, beta=1 - alpha, include_online_model=False, coerce_dtype=True, use_foreach=True)
         ema.update_moving_average(self.model, model, 1 - alpha)
         for (_, mine), (_, other) in zip(own, theirs, strict=True):
@@ -62,7 +66,7 @@ class Average(nn.Module):
 
 
 def weights_of(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers of a model, by name."""
+    """Return the parameters and buffers of a model, by name."""
     return [*model.named_parameters(), *model.named_buffers()]
 
 
@@ -71,7 +75,7 @@ def _some(names: set[str]) -> str:
 
 
 def reshard(*models: nn.Module) -> None:
-    """Back to shards: after a forward pass FSDP2 leaves the root's weights gathered."""
+    """Reshard sharded models. FSDP2 keeps the root's weights gathered after a forward pass."""
     for model in models:
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -80,7 +84,7 @@ def reshard(*models: nn.Module) -> None:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy all weights, in the target's dtype."""
+    """Copy all weights into the target, in its dtype."""
     if source is target:
         return
     reshard(source, target)

@@ -14,7 +14,7 @@ from lightning_align.types import LogProbs, TokenBatch
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients for the length of a block, then each part of the model in its own mode."""
+    """Switch to evaluation mode without gradients for a block, then restore the mode of each submodule."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -26,50 +26,47 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def move_to(model: nn.Module, device: torch.device) -> None:
-    """Move a model that no owner moves."""
+    """Move a model that is not registered in a module, so that Lightning does not move it."""
     weight = next(model.parameters(), None)
     if weight is not None and weight.device != device:
         model.to(device)
 
 
 class FrozenCopy:
-    """A copy of the policy as it was when this was made.
-
-    It is frozen in the parameters and in evaluation mode for good, so that dropout in the policy does not reach it.
-    """
+    """A frozen copy of the policy. It stays in evaluation mode, so it has no dropout."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Take a model as the reference.
+        """Use a model as the reference.
 
         Args:
-            model: not used elsewhere: it is frozen in place. Give a copy of a policy (see `frozen_copy`).
+            model: A copy of the policy (see `frozen_copy`). It is frozen in place and must not be used elsewhere.
         """
         self.model = model.requires_grad_(False).eval()
 
     def logprobs(self, policy: nn.Module, batch: TokenBatch) -> LogProbs:
-        """See `Reference`. The model follows the batch to its device; it cannot be moved by its owner."""
+        """See `Reference`. The model moves to the device of the batch."""
         move_to(self.model, batch["tokens"].device)
         with torch.no_grad():
             return response_logprobs(self.model, batch)
 
 
 def frozen_copy(policy: nn.Module) -> FrozenCopy:
-    """Freeze a copy of a policy. Before any sharding: sharded modules cannot be copied."""
+    """Freeze a copy of a policy. Call it before sharding, because sharded modules cannot be copied."""
     return FrozenCopy(copy.deepcopy(policy))
 
 
 class AdaptersOff:
-    """The policy itself with its LoRA adapters off, which costs no memory; exact while only adapters train."""
+    """The policy with its LoRA adapters off. It costs no memory, and is exact if only adapters train."""
 
     def __init__(self, disabled: Callable[[nn.Module], AbstractContextManager[None]] = lora_disabled) -> None:
-        """Choose how adapters are switched off.
+        """Set how adapters are switched off.
 
         Args:
-            disabled: context that switches a model's adapters off; by default that of `lightning_align.models.lora`.
+            disabled: A context manager that switches a model's adapters off. Default is `lora_disabled`.
         """
         self.disabled = disabled
 
     def logprobs(self, policy: nn.Module, batch: TokenBatch) -> LogProbs:
-        """See `Reference`. The policy is in evaluation mode meanwhile, each part of it in its own mode afterwards."""
+        """See `Reference`. The policy is in evaluation mode while it scores, and then in its earlier mode."""
         with evaluating(policy), self.disabled(policy):
             return response_logprobs(policy, batch)

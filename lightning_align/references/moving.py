@@ -1,11 +1,8 @@
-"""Reference policies: what a policy is compared with, and the callback that moves those which move.
+"""References that follow the policy: a second model, or a second set of adapters.
 
-A frozen reference is never in a checkpoint, in an optimizer or in train mode: it is held outside of the module tree,
-where none of ``parameters()``, ``state_dict()``, ``train()`` and ``to()`` of its owner can reach it.
-
-A moving one is a weighted average of policies past, ``q <- a p + (1 - a) q`` every t optimizer steps: TR-DPO (Gorbatovski
-et al. 2024, arXiv 2404.09656), of which a hard copy (a = 1) and an exponential moving average (t = 1) are cases. It
-cannot be made again from the file that the run began with, so its average is registered in its owner and saved.
+A moving reference is a weighted average of earlier policies, ``q <- a p + (1 - a) q`` every t optimizer steps: TR-DPO
+(Gorbatovski et al. 2024, arXiv 2404.09656). A hard copy (a = 1) and an exponential moving average (t = 1) are special cases.
+The average cannot be computed again from the initial checkpoint, so the module registers it and saves it.
 """
 
 import copy
@@ -26,13 +23,13 @@ REFERENCE_SCOPE = "reference"
 
 
 class MovingCopy:
-    """A second model that follows the policy. Where the policy is narrower than float32, its average is a third one."""
+    """A second model that follows the policy. If the policy has fewer bits than float32, its average is a third model."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Take a model as the reference to begin with.
+        """Use a model as the initial reference.
 
         Args:
-            model: what scores, in the policy's dtype; not used elsewhere. Give a copy of the policy.
+            model: A copy of the policy, in the policy's dtype. It must not be used elsewhere.
         """
         self.model = model.requires_grad_(False)
         self.average = Average(model)
@@ -54,17 +51,17 @@ class MovingCopy:
 
 
 class MovingAdapters:
-    """A second LoRA scope of the policy that follows the one that trains: a reference that moves, at the cost of adapters.
+    """A second LoRA scope of the policy that follows the scope that trains. It costs only the memory of the adapters.
 
-    What is averaged are the adapters' matrices, as what trains is; their product is then not the average of products.
+    The matrices A and B are averaged separately, because they are what trains. Their product is not the average of products.
     """
 
     def __init__(self, policy: nn.Module, config: LoRAConfig) -> None:
-        """Add the scope, equal to the one that trains, and out of use but when the reference scores.
+        """Add the scope as a copy of the scope that trains. It is active only while the reference scores.
 
         Args:
-            policy: with the adapters of ``config``; changed in place, before any sharding.
-            config: of the adapters that train.
+            policy: The policy with the adapters of ``config``. Changed in place, before any sharding.
+            config: The configuration of the adapters that train.
         """
         self.scope = config.scope
         add_lora(policy, replace(config, scope=REFERENCE_SCOPE), active=False)
@@ -90,7 +87,7 @@ class MovingAdapters:
 
 
 def _adapters(policy: nn.Module, scope: str) -> nn.ModuleDict:
-    """The adapters of a scope by the names of their layers (which a ModuleDict cannot hold with their dots)."""
+    """Return the adapters of a scope by layer name, with slashes for dots: a ModuleDict allows no dots in names."""
     return nn.ModuleDict({name.replace(".", "/"): layer.lora[scope] for name, layer in lora_layers(policy, scope)})
 
 
@@ -101,15 +98,15 @@ def moving_reference(
     convert: Callable[[nn.Module], nn.Module] = lambda model: model,
     shard: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> MovingReference:
-    """A reference that begins as the policy and can move: a second scope where only adapters train, else a second model.
+    """Make a moving reference that starts equal to the policy: a second scope if only adapters train, else a second model.
 
-    Its maker registers its ``average`` in the module that is saved, and calls `restore` once a checkpoint may be loaded.
+    The caller registers ``average`` in the module that is saved, and calls `restore` after a checkpoint may have been loaded.
 
     Args:
-        policy: built, with its adapters, and not yet sharded.
-        lora: the adapters that train, if only they do.
-        convert: to the precision that the policy will have.
-        shard: as the policy will be.
+        policy: The policy with its adapters, not yet sharded.
+        lora: The configuration of the adapters, if only adapters train.
+        convert: Converts a model to the precision that the policy will have.
+        shard: Shards a model as the policy will be sharded.
     """
     if lora is not None:
         adapters = MovingAdapters(policy, lora)

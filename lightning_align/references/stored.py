@@ -1,11 +1,11 @@
-"""Log-probs under a reference that does not move, computed once and kept on disk.
+"""Log-probs under a frozen reference, computed once and stored on disk.
 
-Each row stands there under the hash of its token ids and targets, in a folder named by the hash of the reference's weights
-and the precision. So whatever changes a number makes another name, and nothing else does: beta, the loss, the learning
-rate, the order of the rows, their number and the number of processes all find what is there.
+A row is found by the hash of its token ids and targets, in a folder named by the hash of the reference's weights and the
+precision. So a stored number is used exactly where it is valid: for any beta, loss, learning rate, order and number of rows,
+and number of processes.
 
-A shard is a safetensors file, named by the hash of its content and published whole. A pass that was cut off goes on after
-the last shard that it wrote; one that is damaged is noticed by its name and made again.
+A shard is a safetensors file that is named by the hash of its content and written atomically. A pass that is stopped resumes
+after its last shard. A damaged shard does not match its name, and its rows are scored again.
 """
 
 import hashlib
@@ -19,21 +19,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm.auto import tqdm
 
 from lightning_align.runtime.files import publish
 from lightning_align.runtime.ranks import everyone, world
 from lightning_align.types import LogProbs, TokenBatch
 
 Source = Callable[[nn.Module, TokenBatch], LogProbs]
-"""Scores a batch, given the policy, as a frozen reference does."""
+"""Scores a batch under the reference. It gets the policy, because the reference may share its weights."""
 _FORMAT = 1
-"""Raise it when the same key comes to mean another number."""
+"""Increase it when the same key stands for another number."""
 KEY_BYTES = 16
 
 
 class StoredLogProbs:
-    """A reference that looks its numbers up. Where one is missing it asks the model, as long as it has it."""
+    """A reference that reads stored log-probs. For a missing row it uses the model, while the model is in memory."""
 
     def __init__(
         self,
@@ -45,19 +45,19 @@ class StoredLogProbs:
         cache_dir: str | Path,
         shard_rows: int = 4096,
     ) -> None:
-        """Open the folder of a reference, and read what is there.
+        """Open the folder of a reference, and read its shards.
 
         Args:
-            source: scores a batch; let go by `finish`.
-            again: makes the source once more, where rows come later; None from it, or none of it, if nothing can.
-            weights: hash of the reference's weights.
-            precision: of its forward pass, as the Trainer names it.
-            cache_dir: where the folder stands, or is made; all nodes must see it.
-            shard_rows: rows of a file: what a rank may have to do again after a crash.
+            source: Scores a batch. `finish` frees it.
+            again: Makes the source again for rows that come later. It returns None if that is not possible.
+            weights: The hash of the reference's weights.
+            precision: The precision of its forward pass, as the Trainer names it.
+            cache_dir: The parent of the folder. All nodes must share it.
+            shard_rows: Rows per shard. A rank loses at most this many rows in a crash.
         """
         self.source: Source | None = source
         self.stage = "fit"
-        """What asks for rows, for messages."""
+        """The running command, for messages."""
         self._again, self._is_again = again, False
         self.shard_rows = shard_rows
         content = {"format": _FORMAT, "weights": weights, "precision": precision}
@@ -70,16 +70,16 @@ class StoredLogProbs:
         self._read()
 
     def __len__(self) -> int:
-        """Rows that are known."""
+        """Return the number of stored rows."""
         return len(self._known)
 
-    # -- looking up
+    # -- reading
 
     def logprobs(self, policy: nn.Module, batch: TokenBatch) -> LogProbs:
         """See `lightning_align.references.protocol.Reference`.
 
         Raises:
-            ValueError: if a row is not there, and the model is not either and cannot be made again.
+            ValueError: If a row is missing and the model was freed and cannot be made again.
         """
         found = self.find(batch)
         if found is not None:
@@ -92,36 +92,36 @@ class StoredLogProbs:
             self._is_again = True
         if self.source is None:
             raise ValueError(
-                f"{self.folder} has no log-probs of a row that `{self.stage}` asks for: it was not there when the training "
-                "began, and then the reference was let go. Rows must stay as they are from epoch to epoch; for others make the "
-                "module from a file (`init_from`), of which the reference can be made again, or give it `reference: frozen`"
+                f"{self.folder} has no log-probs for a row of `{self.stage}`. The row was not among the rows at the start of "
+                "training, and the reference was freed after that. Rows must not change between epochs. For other rows, give "
+                "the module a file (`init_from`), from which the reference can be made again, or set `reference: frozen`."
             )
         return self.source
 
     def find(self, batch: TokenBatch) -> LogProbs | None:
-        """The log-probs of a batch on the CPU, or None if any of its rows is not known."""
+        """Return the log-probs of a batch on the CPU, or None if a row is missing."""
         found = [self._known.get(key) for key in row_keys(batch)]
         known = [row for row in found if row is not None]
         if len(known) < len(found):
             return None
         return LogProbs(torch.tensor([total for total, _ in known]), torch.tensor([count for _, count in known]))
 
-    # -- filling
+    # -- scoring
 
     def fill(self, batches: Iterable[TokenBatch], policy: nn.Module, device: torch.device, *, in_step: bool = False) -> int:
-        """Score and store all rows that are not known yet.
+        """Score and store all rows that are not stored yet.
 
         Args:
-            batches: this rank's share of the rows, on the CPU. What ranks have beyond their shares is done twice.
-            policy: which the reference may be a part of.
-            device: where the source scores.
-            in_step: whether every rank must run every forward pass that any of them runs, as of a sharded model.
+            batches: This rank's share of the rows, on the CPU. Rows that several ranks have are scored by each.
+            policy: The policy. The reference may share its weights.
+            device: The device of the source.
+            in_step: Whether all ranks must run the same forward passes, as with a sharded model.
 
         Returns:
-            How many rows this rank scored.
+            The number of rows that this rank scored.
 
         Raises:
-            ValueError: as `logprobs`.
+            ValueError: See `logprobs`.
         """
         done = 0
         for batch in tqdm(batches, desc="reference log-probs", unit=" batches", leave=False, disable=None):
@@ -145,14 +145,14 @@ class StoredLogProbs:
         return done
 
     def finish(self) -> None:
-        """Wait for all ranks, read what they wrote, and let the model go."""
+        """Wait for all ranks, read their shards, and free the model."""
         if world()[1] > 1:
             torch.distributed.barrier()
         self._read()
         self.source = None
 
     def rest(self) -> None:
-        """Let the model go if it was made again, for a stage that is over."""
+        """Free the model if it was made again for a command that has ended."""
         if self._is_again:
             self.source, self._is_again = None, False
 
@@ -178,17 +178,17 @@ class StoredLogProbs:
             try:
                 content = path.read_bytes()
                 if hashlib.sha256(content).hexdigest() != path.stem:
-                    raise ValueError("its content is not what it was written with")
+                    raise ValueError("its content does not match its name")
                 shard = load(content)
                 keys, sums, counts = shard["keys"], shard["sums"].tolist(), shard["counts"].tolist()
             except (OSError, ValueError, KeyError, SafetensorError) as error:
-                warnings.warn(f"{path} is damaged, and its rows will be scored again ({error})", stacklevel=2)
+                warnings.warn(f"{path} is damaged ({error}). Its rows will be scored again.", stacklevel=2)
                 continue
             joined = keys.numpy().tobytes()
             names = (joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES))
             self._known.update(zip(names, zip(sums, counts, strict=True), strict=True))
             self._files.add(path.name)
-        rank_zero_info(f"{len(self)} rows of reference log-probs in {self.folder}")
+        rank_zero_info(f"{self.folder} has reference log-probs of {len(self)} rows")
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
@@ -196,7 +196,7 @@ def _write_bytes(path: Path, content: bytes) -> None:
 
 
 def row_keys(batch: TokenBatch) -> list[bytes]:
-    """The key of each row: the hash of its token ids and targets, and of the targets' weights if it has any; no padding."""
+    """Return the key of each row: the hash of its token ids, its targets, and the weights of its targets, without padding."""
     tokens, targets = batch["tokens"].cpu(), batch["targets"].cpu()
     lengths = batch["mask"].sum(dim=1).tolist()
     weights: Tensor | None = batch["target_weights"].float().cpu() if "target_weights" in batch else None

@@ -11,45 +11,45 @@ from lightning_align.references.protocol import MovingReference
 
 
 class ReferenceUpdate(Callback):
-    """Moves the reference of a module towards its policy: q <- a p + (1 - a) q, every so many optimizer steps.
+    """Moves the reference q of a module towards its policy p: q <- alpha p + (1 - alpha) q, every ``every`` optimizer steps.
 
-    For any module with a ``policy`` and a ``reference`` that can move (see `MovingReference`). It counts the steps that the
-    optimizer really took: neither micro-batches nor what a gradient scaler skipped. The count is in the checkpoint.
+    It works with any module that has a ``policy`` and a ``reference`` that can move (see `MovingReference`). It counts
+    optimizer steps, not micro-batches or steps that a gradient scaler skipped. The count is saved in checkpoints.
     """
 
     def __init__(self, *, alpha: float = 0.6, every: int = 512) -> None:
-        """Choose the rule; the defaults are those of TR-DPO.
+        """Set the rule. The defaults are those of TR-DPO.
 
         Args:
-            alpha: share of the way to go: 1 copies the policy; with `every` 1, 1 - alpha is the decay of an exponential moving
-                average.
-            every: optimizer steps from one update to the next.
+            alpha: The share of the way to the policy. 1 copies the policy. With `every` 1, 1 - alpha is the decay of an
+                exponential moving average.
+            every: The number of optimizer steps between updates.
 
         Raises:
-            ValueError: if a number is out of range.
+            ValueError: If a number is out of range.
         """
         if not 0 < alpha <= 1:
-            raise ValueError(f"alpha is {alpha}; it is the share of the way to the policy, above 0 and at most 1")
+            raise ValueError(f"`alpha` must be above 0 and at most 1, but got {alpha}: the share of the way to the policy.")
         if every < 1:
-            raise ValueError(f"every is {every}; it counts optimizer steps, at least 1")
+            raise ValueError(f"`every` must be at least 1, but got {every}. It counts optimizer steps.")
         self.alpha, self.every = alpha, every
         self.steps = 0
-        """Steps that the optimizer took so far."""
+        """The number of optimizer steps so far."""
         self._handle: RemovableHandle | None = None
         self._stepping = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Follow the optimizer.
+        """Register a hook with the optimizer.
 
         Raises:
-            ValueError: if the module has no reference that moves.
+            ValueError: If the module has no reference that can move.
         """
         module: Any = pl_module
         reference = getattr(module, "reference", None)
         if not isinstance(reference, MovingReference):
             raise ValueError(
-                f"ReferenceUpdate: the reference of {type(module).__name__} is {type(reference).__name__}, which does not "
-                "move: give the module `reference: moving`, or leave the callback out"
+                f"ReferenceUpdate: the reference of {type(module).__name__} is a {type(reference).__name__}, which does not "
+                "move. Set `reference: moving` in the module, or remove the callback."
             )
 
         def step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -60,23 +60,23 @@ class ReferenceUpdate(Callback):
             if self.steps % self.every == 0:
                 module.reference.update(module.policy, alpha=self.alpha)
 
-        # A hook of the optimizer: Lightning has none after its step, and counts a step that the gradient scaler skipped.
+        # Lightning has no hook after the optimizer step, and it counts steps that the gradient scaler skipped.
         self._handle = trainer.optimizers[0].register_step_post_hook(step)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Expect a step: torch takes some of its own, with gradients of 0, to save or load the state of a sharded optimizer."""
+        """Expect a step. Torch also takes steps, with gradients of 0, to save or load the state of a sharded optimizer."""
         self._stepping = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let go of the optimizer."""
+        """Remove the hook from the optimizer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of steps."""
+        """Return the number of steps."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of steps."""
         self.steps = state_dict["steps"]

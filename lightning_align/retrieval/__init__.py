@@ -1,5 +1,6 @@
-"""The retrieval room: documents become chunks, vectors, an index and neighbors, each stage crash-safe and found again.
+"""Retrieval databases: documents become chunks, vectors, an index and neighbors. Each stage can be stopped and resumed.
 
-It knows neither data sources nor models: those come in through the protocols `DocumentSource`, `ChunkTokenizer` (chunks)
-and `Encoder` (encoders). What comes out is a folder that `RetrievalDatabase` (database) opens.
+This folder imports no data source and no model. Callers pass them in through the protocols `DocumentSource`,
+`ChunkTokenizer` (both in ``chunks.py``) and `Encoder` (``encoders.py``). The result is a folder that `RetrievalDatabase`
+(``database.py``) opens.
 """

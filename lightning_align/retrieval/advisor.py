@@ -1,6 +1,6 @@
-"""Which index suits how many vectors: a factory string, its size, the time it takes; and a refusal of what cannot be trained.
+"""Recommends an index for a number of vectors, with its size and build time, and checks that an index can be trained.
 
-The strings follow faiss's guidelines and, above ten million vectors, what InstructRetro (arXiv 2310.07713) used.
+The factory strings follow the guidelines of faiss. Above ten million vectors they follow InstructRetro (arXiv 2310.07713).
 """
 
 import math
@@ -10,84 +10,95 @@ from typing import Any, NamedTuple
 from lightning_align.retrieval.faiss_seam import load_faiss
 
 POINTS_PER_CENTROID = 39
-"""Below it faiss warns; centroids are then nearly the training points themselves."""
+"""Minimum number of training vectors per centroid. With fewer, faiss warns and the centroids overfit the training vectors."""
 COMFORTABLE_POINTS = 64
+"""Recommended number of training vectors per centroid."""
 CORE_FLOPS = 5e10
-"""Of one CPU core in float32 matrix products."""
+"""FLOP/s of one CPU core in float32 matrix products."""
 GPU_FLOPS = 2e13
+"""FLOP/s of one GPU."""
 
 
 class Advice(NamedTuple):
-    """What to build, and what it costs."""
+    """A recommended index and its cost."""
 
     factory: str
+    """Factory string of faiss."""
     num_bytes: int
-    """Of the file."""
+    """Size of the file."""
     hours: float
-    """To train and fill it; an estimate of the order of magnitude."""
+    """Time to train and fill the index, an estimate of the order of magnitude."""
 
 
 class Training(NamedTuple):
-    """Vectors that training takes."""
+    """The number of vectors that training an index needs."""
 
     least: int
+    """Minimum."""
     comfortable: int
+    """Recommended."""
 
 
 def advise(num: int, dim: int, *, memory: int | None = None, cores: int | None = None, num_gpus: int = 0) -> Advice:
     """Choose an index.
 
     Args:
-        num: vectors.
-        dim: of each.
-        memory: bytes that the index may take; by default half of the machine's memory.
-        cores: that build it; by default those of the machine.
-        num_gpus: that train it.
+        num: The number of vectors.
+        dim: Dimensions per vector.
+        memory: Bytes that the index may take. Default is half of the machine's memory.
+        cores: CPU cores that build the index. Default is all cores of the machine.
+        num_gpus: GPUs that train the index.
 
     Raises:
-        ValueError: if none fits into the memory.
+        ValueError: If no index fits into the memory.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if memory is None else memory
     cores = os.cpu_count() or 1 if cores is None else cores
     subs = max(size for size in (64, 32, 16, 8, 4, 2, 1) if 4 * size <= max(dim, 4))
-    squashed = f"OPQ{subs}_{min(dim, 4 * subs)}"
+    reduced = f"OPQ{subs}_{min(dim, 4 * subs)}"
     lists = 65536 if num <= 10**7 else 262144 if num <= 10**8 else 1048576 if num <= 10**9 else 4194304
     small = 2 ** round(math.log2(max(1.0, 8 * math.sqrt(num))))
     coarse = f"IVF{small}" if num < POINTS_PER_CENTROID * 65536 else f"IVF{lists}_HNSW32"
     if num <= 200_000 or (num_gpus and num <= 2_000_000):
-        candidates = ["Flat", f"{coarse},SQ8", f"{squashed},{coarse},PQ{subs}"]
+        candidates = ["Flat", f"{coarse},SQ8", f"{reduced},{coarse},PQ{subs}"]
     elif num <= 2_000_000:
-        candidates = [f"{coarse},SQ8", f"{squashed},{coarse},PQ{subs}"]
+        candidates = [f"{coarse},SQ8", f"{reduced},{coarse},PQ{subs}"]
     else:
-        candidates = [f"{squashed},{coarse},PQ{subs}", f"{squashed},{coarse},PQ{subs}x4fsr"]
+        candidates = [f"{reduced},{coarse},PQ{subs}", f"{reduced},{coarse},PQ{subs}x4fsr"]
     for factory in candidates:
         size = index_bytes(factory, num, dim)
         if size <= memory:
             flops = GPU_FLOPS * num_gpus or CORE_FLOPS * cores
             return Advice(factory, size, _hours(factory, num, dim, flops))
     raise ValueError(
-        f"no index of {num:,} vectors of {dim} dimensions fits into {memory / 2**30:.1f} GiB: {candidates[-1]} takes "
-        f"{index_bytes(candidates[-1], num, dim) / 2**30:.1f} GiB; give the factory string to build it all the same, spread "
-        "the chunks over several databases, or use an encoder with fewer dimensions"
+        f"`memory` must hold an index of {num:,} vectors of {dim} dimensions, but got {memory / 2**30:.1f} GiB. The smallest "
+        f"index, {candidates[-1]}, takes {index_bytes(candidates[-1], num, dim) / 2**30:.1f} GiB. Pass this factory string to "
+        "build it anyway, split the chunks into several databases, or use an encoder with fewer dimensions."
     )
 
 
 def check_training(index: Any, factory: str, num: int, dim: int) -> None:
-    """Refuse an index that there are too few vectors to train.
+    """Check that there are enough vectors to train an index.
+
+    Args:
+        index: The untrained index.
+        factory: Its factory string, for the message.
+        num: The number of vectors.
+        dim: Dimensions per vector.
 
     Raises:
-        ValueError: saying which to take.
+        ValueError: If there are too few vectors. The message recommends another index.
     """
-    need = needed_to_train(index)
-    if num < need.least:
+    needed = needed_to_train(index)
+    if num < needed.least:
         raise ValueError(
-            f"the index {factory} needs {need.least:,} vectors to train ({POINTS_PER_CENTROID} a centroid), there are {num:,}: "
-            f"take {advise(num, dim).factory}, which auto chooses, or add documents"
+            f"The index {factory} needs at least {needed.least:,} vectors to train ({POINTS_PER_CENTROID} per centroid), but "
+            f"got {num:,}. Use {advise(num, dim).factory}, which auto chooses, or add documents."
         )
 
 
 def needed_to_train(index: Any) -> Training:
-    """Vectors that an untrained index needs: so many for each of its centroids."""
+    """Compute the number of training vectors that an untrained index needs, from its number of centroids."""
     faiss = load_faiss()
 
     index = faiss.downcast_index(index)
@@ -106,16 +117,16 @@ def needed_to_train(index: Any) -> Training:
 
 
 def index_bytes(factory: str, num: int, dim: int) -> int:
-    """Bytes of the file of an index, without building it.
+    """Compute the file size of an index in bytes, without building the index.
 
     Args:
-        factory: a factory string.
-        num: vectors.
-        dim: of each.
+        factory: Factory string of faiss.
+        num: The number of vectors.
+        dim: Dimensions per vector.
     """
     faiss = load_faiss()
 
-    index = faiss.index_factory(dim, factory)  # by name, for what `_bytes` looks at belongs to it
+    index = faiss.index_factory(dim, factory)  # keep a reference: the parts that `_bytes` looks at belong to this object
     return _bytes(index, num)
 
 
@@ -132,22 +143,25 @@ def _bytes(index: Any, num: int) -> int:
         return _bytes(index.base_index, num) + _bytes(index.refine_index, num)
     if isinstance(index, faiss.IndexHNSW):
         links = index.hnsw.nb_neighbors(0), index.hnsw.nb_neighbors(1)
-        # A node is on level l with probability M^-l; each has its level (4 bytes) and an offset (8).
+        # A node is on level l with probability M^-l. Each node stores its level (4 bytes) and an offset (8 bytes).
         upper = links[1] / max(1, links[1] - 1)
         return int(num * (4 * (links[0] + upper) + 12)) + _bytes(index.storage, num)
     if isinstance(index, faiss.IndexIVF):
-        codebook = _codebook(index)
+        codebook = _codebook_bytes(index)
         return num * (int(index.code_size) + 8) + 8 * int(index.nlist) + codebook + _bytes(index.quantizer, index.nlist)
-    return num * int(index.sa_code_size()) + _codebook(index)
+    return num * int(index.sa_code_size()) + _codebook_bytes(index)
 
 
-def _codebook(index: Any) -> int:
-    """Bytes of the centroids of a product quantiser."""
+def _codebook_bytes(index: Any) -> int:
+    """Compute the bytes of the centroids of a product quantizer."""
     return 4 * int(index.pq.M * index.pq.ksub * index.pq.dsub) if hasattr(index, "pq") else 0
 
 
 def _hours(factory: str, num: int, dim: int, flops: float) -> float:
-    """k-means of 20 rounds and 64 points a list, then the assignment of each vector; through a graph that is far cheaper."""
+    """Estimate the hours of k-means (20 iterations, 64 vectors per list) and of assigning each vector to a list.
+
+    With an HNSW graph over the lists, the assignment is much cheaper.
+    """
     part = next((part for part in factory.split(",") if part.startswith("IVF")), "")
     if not part:
         return num * dim / flops / 3600

@@ -1,73 +1,50 @@
-"""The stages in their order, the head that says which results belong together, and documents that come and go."""
+"""Builds a database stage by stage, adds documents to it and deletes documents from it."""
 
-import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import lightning as L
 import numpy as np
 
-from lightning_align.retrieval.chunks import ChunkTokenizer, DocumentSource, append_chunks, build_chunks
+from lightning_align.retrieval.chunks import DocumentSource, append_chunks, build_chunks
 from lightning_align.retrieval.database import HEAD, RetrievalDatabase
-from lightning_align.retrieval.dense import DenseQueries, DenseSearcher
-from lightning_align.retrieval.encoders import Encoder, build_vectors, read_vectors
-from lightning_align.retrieval.index import IndexConfig, append_index, build_index, open_index
-from lightning_align.retrieval.lexical import Decode, HybridSearcher, LexicalSearcher, build_lexical
-from lightning_align.retrieval.neighbors import Searcher, build_neighbors, group_of_chunks
-from lightning_align.retrieval.search import DatabaseRetriever
-from lightning_align.retrieval.stages import Stage, Team, open_stage, write_bytes
-from lightning_align.retrieval.tables import ChunkTable, Ints
+from lightning_align.retrieval.encoders import build_vectors
+from lightning_align.retrieval.generation import Parts, open_parts, publish_head, write_head
+from lightning_align.retrieval.index import append_index, build_index
+from lightning_align.retrieval.lexical import build_lexical
+from lightning_align.retrieval.neighbors import build_neighbors
+from lightning_align.retrieval.searchers import make_retriever, make_searcher
+from lightning_align.retrieval.stages import Stage, Team, open_stage
+from lightning_align.retrieval.tables import ChunkTable
+from lightning_align.retrieval.tools import Kind, Tools, check_encoder
 
-Kind = Literal["dense", "bm25", "hybrid"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tools:
-    """What a database is built and searched with."""
-
-    kind: Kind
-    tokenizer: ChunkTokenizer
-    decode: Decode
-    """Text of token ids."""
-    encoder: Encoder | None
-    """None for BM25 alone."""
-    made_with: Mapping[str, Any]
-    """How to make tokenizer and encoder again; goes into the head."""
-    trainer: Callable[[], L.Trainer]
-    """Makes the Trainer that runs the encoder."""
-    k: int
-    index: IndexConfig
-    verify: float
-    hide_copies: bool = True
-    """Whether held-out documents may not find near-duplicates of themselves; those of the database never do."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The finished stages of a generation that a search needs."""
-
-    chunks: Stage
-    vectors: Stage | None = None
-    index: Stage | None = None
-    lexical: Stage | None = None
+__all__ = [
+    "Builder",
+    "Kind",
+    "Parts",
+    "Tools",
+    "check_encoder",
+    "make_retriever",
+    "make_searcher",
+    "open_parts",
+    "publish_head",
+]
 
 
 class Builder:
-    """Builds a database, or what is missing of it; made and used on all ranks together.
+    """Builds a database, or the stages of it that are missing. Create it and call it on all ranks together.
 
     Args:
-        root: folder of the database.
-        tools: what to build it with.
+        root: Folder of the database.
+        tools: What to build it with.
     """
 
     def __init__(self, root: Path, tools: Tools) -> None:
         self.root, self.tools, self.team = root, tools, Team()
         self._shared: dict[str, Any] = {"team": self.team, "verify": tools.verify}
-        self._seen: set[Path] = set()
-        """Folders of stages that were found whole, so that none is compared with its hashes twice."""
+        self._verified: set[Path] = set()
+        """Folders of stages that were found intact. No stage is compared with its hashes twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -75,29 +52,29 @@ class Builder:
     def __exit__(self, *_: object) -> None:
         self.team.close()
 
-    # -- what users want done
+    # -- public operations
 
     def build(self, source: DocumentSource, queries: Mapping[str, DocumentSource], *, chunk_size: int) -> RetrievalDatabase:
-        """Build the database of some documents. Documents that were added to or deleted from it since stay so.
+        """Build the database of the given documents, and keep earlier additions and deletions.
 
-        Where they, their chunk size or their tokenizer are others than before, what was deleted is left out by its name, and
-        what was added has to be added again, which is said.
+        If the documents, the chunk size or the tokenizer changed since the last build, deletions are kept by document name.
+        Added documents are lost in this case and must be added again. A warning says so.
 
         Args:
-            source: the documents that can be neighbors.
-            queries: further documents whose neighbors are wanted, each source by a name.
-            chunk_size: tokens a chunk (m).
+            source: The documents that can be neighbors.
+            queries: Further documents to find neighbors for: a source per name, such as ``validation``.
+            chunk_size: Tokens per chunk (m).
 
         Raises:
-            ValueError: if anything that the user gave cannot be used; what is finished by then is kept.
+            ValueError: If an argument cannot be used. Stages that are finished by then are kept.
         """
         base = self._chunks(source, chunk_size)
         head = self._head()
-        lost = head is not None and self._whole(self.root / head["stages"]["chunks"]) is None
+        lost = head is not None and self._intact_stage(self.root / head["stages"]["chunks"]) is None
         if head is None or head["base"] != base.folder.name or lost:
-            deleted = [] if head is None else self._carried(head, base)
+            deleted = [] if head is None else self._carry_deletions(head, base)
             head = {"base": base.folder.name, "generation": 0, "deleted": deleted, "stages": {"chunks": base.folder.name}}
-        # Vectors of the same chunks are found by their key, and compared with their hashes, where they are made.
+        # Vectors are not listed here: vectors of the same chunks have the same key, so `build_vectors` finds and verifies them.
         previous = self._previous(head, "index")
         parts = self._parts(previous.chunks, previous=previous)
         sets = {
@@ -107,13 +84,13 @@ class Builder:
         return self._finish(head, parts, sets)
 
     def add(self, source: DocumentSource) -> RetrievalDatabase:
-        """Add documents: only they are encoded, and nothing is trained again.
+        """Add documents. Only the new documents are encoded, and the index is not trained again.
 
         Args:
-            source: documents with names that the database does not have, or whose bearers were deleted from it.
+            source: The documents to add. Their names must be new to the database, or names of deleted documents.
 
         Raises:
-            ValueError: if a name is there already.
+            ValueError: If the database already has a document with one of the names.
         """
         head = self._existing_head()
         previous = self._previous(head, "vectors", "index")
@@ -125,26 +102,32 @@ class Builder:
         )
 
     def delete(self, names: Sequence[str]) -> RetrievalDatabase:
-        """Delete documents: from now on nothing finds them.
+        """Delete documents. No search finds them from now on.
 
         Args:
-            names: their ids.
+            names: Names of the documents.
 
         Raises:
-            ValueError: if there is no such document, or none would be left.
+            ValueError: If the database has no such document, or no document would be left.
         """
         head = self._existing_head()
         previous = self._previous(head, "index")
         table = ChunkTable(previous.chunks.folder)
-        gone = set(head["deleted"])
-        there = {name: number for number, name in enumerate(table.document_ids) if number not in gone}
-        if missing := [name for name in names if name not in there]:
-            raise ValueError(f"the database {self.root} has no document {missing[0]!r}: see document_ids for those that it has")
-        gone |= {there[name] for name in names}
-        if len(gone) == table.num_documents:
-            raise ValueError(f"deleting {len(names)} documents would leave none: delete the folder {self.root} instead")
+        deleted = set(head["deleted"])
+        number_of = {name: number for number, name in enumerate(table.document_ids) if number not in deleted}
+        if missing := [name for name in names if name not in number_of]:
+            raise ValueError(
+                f"`names` must name documents of the database {self.root}, but it has no document {missing[0]!r}. "
+                "Its `chunks.document_ids` lists the documents."
+            )
+        deleted |= {number_of[name] for name in names}
+        if len(deleted) == table.num_documents:
+            raise ValueError(
+                f"`names` must leave at least one document, but deleting {len(names)} documents would leave none. "
+                f"To remove the database, delete the folder {self.root}."
+            )
         return self._finish(
-            {**head, "generation": head["generation"] + 1, "deleted": sorted(gone)},
+            {**head, "generation": head["generation"] + 1, "deleted": sorted(deleted)},
             self._parts(previous.chunks, previous=previous),
             self._query_stages(head),
         )
@@ -152,13 +135,13 @@ class Builder:
     # -- stages
 
     def _chunks(self, source: DocumentSource, chunk_size: int) -> Stage:
-        """Chunks that can be neighbors."""
+        """Build the chunks that can be neighbors."""
         chunks = build_chunks(self.root, source, self.tools.tokenizer, chunk_size=chunk_size, byte_counts=False, **self._shared)
-        self._seen.add(chunks.folder)
+        self._verified.add(chunks.folder)
         return chunks
 
     def _parts(self, chunks: Stage, *, previous: Parts) -> Parts:
-        """Everything that searching some chunks needs; what a former generation has of it is used again."""
+        """Build all stages that a search over the chunks needs. Stages of the previous generation are reused where they fit."""
         tools = self.tools
         vectors = index = lexical = None
         if tools.encoder is not None:
@@ -223,7 +206,7 @@ class Builder:
         }
         with self.team.together():
             if self.team.rank == 0:
-                _write_head(self.root, content)
+                write_head(self.root, content)
         return RetrievalDatabase(self.root, content)
 
     # -- the head
@@ -236,174 +219,75 @@ class Builder:
         check_encoder(head, self.tools)
         return head
 
-    def _carried(self, head: Mapping[str, Any], base: Stage) -> list[int]:
-        """The documents of new chunks that were deleted from the generation whose place they take; says what is lost of it.
+    def _carry_deletions(self, head: Mapping[str, Any], base: Stage) -> list[int]:
+        """Find the deleted documents of the previous generation among new chunks, and warn about what the rebuild changes.
 
         Args:
-            head: of that generation.
-            base: the new chunks.
+            head: The head of the previous generation.
+            base: The new chunks, which replace it.
 
         Returns:
-            Their numbers.
+            The numbers of the deleted documents in the new chunks.
 
         Raises:
-            ValueError: if it can no longer be told what was deleted, or nothing else is left.
+            ValueError: If the names of the deleted documents are lost, or no other document is left.
         """
-        before = {name: self._whole(self.root / name) for name in (head["stages"]["chunks"], head["base"])}
+        before = {name: self._intact_stage(self.root / name) for name in (head["stages"]["chunks"], head["base"])}
         current, first = before[head["stages"]["chunks"]], before[head["base"]]
-        # The chunks that were built come first in all that were added to them, so that numbers of documents agree.
+        # Added chunks come after the chunks of the build, so the document numbers of both stages agree.
         names = ChunkTable(stage.folder).document_ids if (stage := current or first) else []
         known = [number for number in head["deleted"] if number < len(names)]
         if head["deleted"] and not known:
             raise ValueError(
-                f"{len(head['deleted'])} documents were deleted from {self.root}, and their names are gone with its chunks: "
-                f"delete {self.root / HEAD} to build it with all documents, and delete them again"
+                f"{len(head['deleted'])} documents were deleted from {self.root}, but their names were lost with its chunks. "
+                f"Delete {self.root / HEAD} to build the database with all documents, then delete the documents again."
             )
-        gone = {names[number] for number in known}
-        deleted = [number for number, name in enumerate(ChunkTable(base.folder).document_ids) if name in gone]
+        deleted_names = {names[number] for number in known}
+        deleted = [number for number, name in enumerate(ChunkTable(base.folder).document_ids) if name in deleted_names]
         if len(deleted) == ChunkTable(base.folder).num_documents:
             raise ValueError(
-                f"all {len(deleted)} documents were deleted from {self.root} before: expected others besides; delete "
-                f"{self.root / HEAD} to have them back"
+                f"`source` must have a document that was not deleted from {self.root} before, but all {len(deleted)} documents "
+                f"were. Delete {self.root / HEAD} to restore them."
             )
-        said = []
+        changes = []
         if deleted:
             example = ChunkTable(base.folder).document_ids[deleted[0]]
-            said.append(
-                f"{len(deleted)} documents that were deleted from it stay so, such as {example!r} (delete {HEAD} before to "
-                "have them back)"
+            changes.append(
+                f"{len(deleted)} documents that were deleted from it stay deleted, such as {example!r} (to restore them, "
+                f"delete {HEAD} before the build)."
             )
         if head["stages"]["chunks"] != head["base"]:
-            said.append("what was added to it is not in it any more: add it again")
-        if said and self.team.rank == 0:
-            warnings.warn(f"{self.root} is built anew: {'; '.join(said)}", stacklevel=3)
+            changes.append("Documents that were added to it are no longer in it. Add them again.")
+        if changes and self.team.rank == 0:
+            warnings.warn(f"{self.root} is rebuilt from scratch. {' '.join(changes)}", stacklevel=3)
         return deleted
 
     def _previous(self, head: Mapping[str, Any], *names: Literal["vectors", "index"]) -> Parts:
-        """The chunks of a generation and those of its further stages that are asked for and whole; others are made again.
+        """Open the chunks of a generation, and those of the named stages that are intact. The others will be rebuilt.
 
         Raises:
-            ValueError: if the chunks are not whole.
+            ValueError: If the chunks are damaged or missing.
         """
         folders = {name: self.root / folder for name, folder in head["stages"].items() if name in ("chunks", *names)}
-        stages = {name: self._whole(folder) for name, folder in folders.items()}
+        stages = {name: self._intact_stage(folder) for name, folder in folders.items()}
         chunks = stages.pop("chunks")
         if chunks is None:
-            raise ValueError(f"the chunks {folders['chunks']} are damaged or gone: build the database again")
+            raise ValueError(f"The chunks {folders['chunks']} are damaged or missing. Build the database again.")
         return Parts(chunks, **stages)
 
-    def _whole(self, folder: Path) -> Stage | None:
-        """A stage of a former generation; None where it is gone or damaged, which is announced."""
-        whole = folder in self._seen
+    def _intact_stage(self, folder: Path) -> Stage | None:
+        """Open a stage of a former generation. Return None if it is missing, or damaged, which is warned about."""
+        intact = folder in self._verified
         with self.team.together():
-            if self.team.rank == 0 and not whole:
+            if self.team.rank == 0 and not intact:
                 try:
-                    whole = open_stage(folder).is_finished(verify=self.tools.verify > 0)
+                    intact = open_stage(folder).is_finished(verify=self.tools.verify > 0)
                 except ValueError:  # it has no manifest
-                    whole = False
-        if not self.team.tell(whole):
+                    intact = False
+        if not self.team.tell(intact):
             return None
-        self._seen.add(folder)
+        self._verified.add(folder)
         return open_stage(folder)
 
     def _query_stages(self, head: Mapping[str, Any]) -> dict[str, Stage]:
         return {name: open_stage(self.root / stages["chunks"]) for name, stages in head["queries"].items()}
-
-
-def publish_head(root: Path, head: Mapping[str, Any], *, verify: bool) -> bool:
-    """Make a former generation the current one again, if all that it names is there and whole; on all ranks together.
-
-    Args:
-        root: folder of the database.
-        head: what its manifest was.
-        verify: whether to compare files with their hashes.
-
-    Returns:
-        Whether it was.
-    """
-    names = [*head["stages"].values(), *(name for stages in head["queries"].values() for name in stages.values())]
-    team, done = Team(), False
-    try:
-        with team.together():
-            if team.rank == 0:
-                try:
-                    done = all(open_stage(root / name).is_finished(verify=verify) for name in names)
-                except ValueError:  # one has no manifest
-                    done = False
-                if done:
-                    _write_head(root, head)
-        return team.tell(done)
-    finally:
-        team.close()
-
-
-def _write_head(root: Path, head: Mapping[str, Any]) -> None:
-    write_bytes(root / HEAD, (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def open_parts(root: Path, head: Mapping[str, Any]) -> Parts:
-    """The stages that a head names."""
-    stages = {name: open_stage(root / folder) for name, folder in head["stages"].items() if name != "neighbors"}
-    return Parts(**stages)
-
-
-def check_encoder(head: Mapping[str, Any], tools: Tools) -> None:
-    """Refuse to ask a database by another encoder than its own.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    fingerprint = None if tools.encoder is None else tools.encoder.fingerprint
-    if head["encoder"] != fingerprint:
-        raise ValueError(
-            f"the database was built with the encoder {head['encoder']}, this one is {fingerprint}: their vectors cannot be "
-            "compared; use the encoder that it was built with, or build it again with this one"
-        )
-
-
-def make_searcher(parts: Parts, deleted: Ints, kind: Kind, decode: Decode, *, query_vectors: Stage | None = None) -> Searcher:
-    """What searches the stages of a generation.
-
-    Args:
-        parts: the stages.
-        deleted: numbers of documents that nobody may find.
-        kind: of search.
-        decode: text of token ids.
-        query_vectors: of the chunks that will be looked for, if they have been encoded.
-    """
-    groups = group_of_chunks(ChunkTable(parts.chunks.folder), deleted)
-    lexical = None if parts.lexical is None else LexicalSearcher(parts.lexical, groups, decode)
-    if parts.index is None:
-        assert lexical is not None
-        return lexical
-    manifest = parts.index.manifest()
-    assert manifest is not None
-    vectors = None if query_vectors is None else read_vectors(query_vectors)
-    dense = DenseSearcher(open_index(parts.index), groups, effort=manifest["table"]["effort"], vectors=vectors)
-    return dense if lexical is None or kind == "dense" else HybridSearcher(dense, lexical)
-
-
-def make_retriever(root: Path, tools: Tools) -> DatabaseRetriever:
-    """Live retrieval from a finished database.
-
-    Args:
-        root: its folder.
-        tools: those it was built with.
-
-    Raises:
-        ValueError: if there is no finished database, or the encoder is another.
-    """
-    head = RetrievalDatabase.open(root).manifest
-    check_encoder(head, tools)
-    parts, deleted = open_parts(root, head), np.array(head["deleted"], dtype=np.int64)
-    kind: Kind = head["retriever"]
-    searcher = make_searcher(parts, deleted, kind, tools.decode)
-    dense = None if tools.encoder is None else DenseQueries(tools.encoder)
-
-    def queries(runs: Sequence[Any]) -> Any:
-        if isinstance(searcher, HybridSearcher):
-            assert dense is not None
-            return dense(runs), searcher.lexical.terms(runs)
-        return searcher.terms(runs) if isinstance(searcher, LexicalSearcher) else dense(runs)  # type: ignore[misc]  # one is there
-
-    return DatabaseRetriever(ChunkTable(parts.chunks.folder), searcher, queries, deleted=deleted)

@@ -1,4 +1,4 @@
-"""Stage 1: documents become a `ChunkTable`."""
+"""Stage 1: cut documents into chunks of tokens, which a `ChunkTable` reads."""
 
 import json
 from collections import Counter, deque
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm.auto import tqdm
 
 from lightning_align.retrieval.duplicates import group_documents, shingles, signature
 from lightning_align.retrieval.stages import Arrays, Stage, Team, write_bytes, write_rows
@@ -21,13 +21,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 FORMAT = 2
-"""Raise it when the same settings come to mean other bytes."""
+"""Version of the file format. Increase it when the same settings lead to other bytes."""
 BLOCK_BYTES = 1 << 20
-"""Characters of text that a block of documents has at least, if there are as many: what a kill costs at most."""
+"""Minimum number of characters per block of documents (the last block can be smaller). A killed build loses only
+the blocks in progress."""
 
 
 class DocumentSource(Protocol):
-    """Where documents come from."""
+    """Source of documents."""
 
     @property
     def fingerprint(self) -> str:
@@ -35,12 +36,12 @@ class DocumentSource(Protocol):
         ...
 
     def documents(self) -> Iterator[Document]:
-        """Yields the documents, the same ones in the same order at every call."""
+        """Yield the documents. Every call yields the same documents in the same order."""
         ...
 
 
 class ChunkTokenizer(Protocol):
-    """What turns texts into ids, and says where chunks begin in a text."""
+    """Tokenizer that also reports where in a text each chunk begins."""
 
     vocab_size: int
     bos_id: int | None
@@ -49,11 +50,11 @@ class ChunkTokenizer(Protocol):
     fingerprint: str
 
     def encode(self, texts: Sequence[str], *, start: int, step: int) -> Iterable[MarkedText]:
-        """Encode each text, marking its tokens number start, start + step and so on."""
+        """Encode each text, and mark where its tokens number start, start + step, start + 2 * step, ... begin."""
         ...
 
     def ids(self, texts: Sequence[str]) -> Iterable[NDArray[Any]]:
-        """The same ids without marks, which may be much less work."""
+        """Encode each text without marks, which can be much faster. The ids are the same."""
         ...
 
 
@@ -67,23 +68,23 @@ def build_chunks(
     verify: float,
     byte_counts: bool = True,
 ) -> Stage:
-    """Cut documents into chunks, unless that is done already.
+    """Cut documents into chunks, unless the finished stage exists.
 
     Args:
-        root: folder of the database.
-        source: the documents; empty ones are counted and left out.
-        tokenizer: makes ids of them.
-        chunk_size: tokens a chunk (m).
-        team: the ranks that share the work.
-        verify: share of the blocks that are made twice and compared.
-        byte_counts: whether to count the bytes of each chunk, as bits per byte are of documents that a model is evaluated on;
-            without them the tokenizer need not say where in a text its tokens stand, which takes it a third of its time.
+        root: Folder of the database.
+        source: The documents. Empty documents are counted and skipped.
+        tokenizer: Converts texts to token ids.
+        chunk_size: Tokens per chunk (m).
+        team: The ranks that share the work.
+        verify: Fraction of the blocks that are computed twice and compared.
+        byte_counts: Whether to count the bytes of each chunk. Bits per byte need them, so documents that a model is evaluated
+            on have them. Without them the tokenizer does not report token positions, which saves a third of its time.
 
     Raises:
-        ValueError: if there is no document with text in it, two have one name, or the disk is full.
+        ValueError: If no document has text, two documents have the same name, or the disk is full.
     """
     if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}, expected 1 or more")
+        raise ValueError(f"`chunk_size` must be at least 1, but got {chunk_size}.")
     inputs = {"format": FORMAT, "source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "chunk_size": chunk_size}
     stage = Stage(root, "chunks", {**inputs, "byte_counts": byte_counts})
     with team.together():
@@ -104,14 +105,15 @@ def build_chunks(
                     if stage.is_sampled(number, verify):
                         yield stage.check_block, number, documents
 
-        chunked = _ahead(lambda task: (task[0], task[1], _chunk(task[2], tokenizer, chunk_size, byte_counts)), work())
+        chunked = _map_ahead(lambda task: (task[0], task[1], _chunk(task[2], tokenizer, chunk_size, byte_counts)), work())
         for put, number, arrays in tqdm(
             chunked, desc="chunks", unit=" blocks", disable=None if team.rank == 0 else True, leave=False
         ):
             put(number, arrays)
         if num_blocks == 0:
             raise ValueError(
-                f"there is no document with text in it ({counts['empty_documents']} are empty): give a folder or file with some"
+                f"`source` must have a document with text, but all of its {counts['empty_documents']} documents are empty. "
+                "Use another folder or file."
             )
     with team.together():
         if team.rank == 0:
@@ -119,8 +121,11 @@ def build_chunks(
     return stage
 
 
-def _ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
-    """The results in order, with the next two items in work: tokenizers leave Python to others, and disks the processor."""
+def _map_ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
+    """Map a function over items in order. Two threads compute the next two results ahead.
+
+    Threads help because tokenizers release the GIL and disk writes release the processor.
+    """
     with ThreadPoolExecutor(2) as pool:
         waiting: deque[Future[R]] = deque()
         for item in items:
@@ -158,18 +163,20 @@ def _chunk(
     texts = [document.text for document in documents]
     encoded: Iterable[tuple[NDArray[Any], list[int]]]
     if byte_counts:
-        # The first token of the second chunk is the text's token number chunk_size - 1 where a bos stands before it.
+        # With a bos token, the second chunk begins with token number chunk_size - 1 of the text.
         encoded = tokenizer.encode(texts, start=chunk_size - len(bos), step=chunk_size)
     else:
         encoded = ((ids, []) for ids in tokenizer.ids(texts))
     for document, (ids, marks) in zip(documents, encoded, strict=True):
         if len(ids) and int(ids.max()) >= tokenizer.vocab_size:
-            raise ValueError(f"{document.id}: the tokenizer gives id {ids.max()}, but says that it has {tokenizer.vocab_size}")
+            raise ValueError(
+                f"{document.id}: ids must be below `tokenizer.vocab_size` {tokenizer.vocab_size}, but got {ids.max()}."
+            )
         tokens.append(np.concatenate([bos, ids, [tokenizer.eos_id]]).astype(dtype))
         signatures.append(signature(ids))
         if byte_counts:
             num_chunks = -(-len(tokens[-1]) // chunk_size)
-            # A last chunk of the end-of-sequence token alone begins where the text ends.
+            # If the last chunk consists of the end-of-sequence token alone, it begins where the text ends.
             marks = [*[0, *marks, len(document.text)][:num_chunks], len(document.text)]
             num_bytes += _byte_counts(document.text, marks)
     return {
@@ -182,40 +189,40 @@ def _chunk(
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
-    """The smallest type that every id fits."""
+    """Return the smallest integer type that holds every id."""
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
 def _byte_counts(text: str, marks: Sequence[int]) -> list[int]:
-    """UTF-8 bytes of the text between each mark and the next."""
+    """Count the UTF-8 bytes of the text between consecutive marks."""
     if text.isascii():
         return [stop - start for start, stop in pairwise(marks)]
     return [len(text[start:stop].encode()) for start, stop in pairwise(marks)]
 
 
 def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[int], team: Team) -> Stage:
-    """The chunks of two stages as one: those of the first keep their numbers.
+    """Concatenate the chunks of two stages. Chunks of the first stage keep their numbers.
 
     Args:
-        root: folder of the database.
-        before: finished stage.
-        added: finished stage, of the same tokenizer and chunk size.
-        deleted: numbers of documents of the first whose names may come again.
-        team: the ranks that wait for it.
+        root: Folder of the database.
+        before: The first stage, finished.
+        added: The second stage, finished, of the same tokenizer and chunk size.
+        deleted: Numbers of deleted documents of the first stage. Their names can be used again.
+        team: The ranks. Rank 0 does the work and the others wait.
 
     Raises:
-        ValueError: if both have a document of the same name.
+        ValueError: If both stages have a document of the same name.
     """
     stage = Stage(root, "chunks", {"format": FORMAT, "base": before.key, "added": added.key})
     with team.together():
         if team.rank == 0 and not stage.is_finished():
             first, second = ChunkTable(before.folder), ChunkTable(added.folder)
-            gone, both = set(deleted), first.has_byte_counts and second.has_byte_counts
-            names = {name for number, name in enumerate(first.document_ids) if number not in gone}
+            dropped, both = set(deleted), first.has_byte_counts and second.has_byte_counts
+            names = {name for number, name in enumerate(first.document_ids) if number not in dropped}
             if twice := [name for name in second.document_ids if name in names]:
                 raise ValueError(
-                    f"the database has a document {twice[0]!r} already ({len(twice)} such names): delete it first, or give "
-                    "the new one another name"
+                    f"Names of added documents must be new, but the database has a document {twice[0]!r} already ({len(twice)} "
+                    "such names). Delete it first, or rename the added document."
                 )
             content = Content(
                 tokens=lambda: iter([first.tokens, second.tokens]),
@@ -229,16 +236,18 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
 
 
 class Content(NamedTuple):
-    """What a chunk table is made of."""
+    """Content of a chunk table."""
 
     tokens: Callable[[], Iterator[NDArray[Any]]]
-    """All tokens, in parts."""
+    """Yields all tokens, in parts."""
     num_bytes: Callable[[], Iterator[NDArray[Any]]] | None
-    """Of all chunks, in parts; None where they were not counted."""
+    """Yields the byte counts of all chunks, in parts. None if they were not counted."""
     lengths: NDArray[np.int64]
-    """(D,) tokens of each document."""
+    """(D,) tokens per document."""
     signatures: NDArray[np.uint64]
+    """(D, BINS)."""
     names: list[str]
+    """(D,)."""
 
 
 def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size: int, counts: dict[str, int]) -> None:
@@ -248,7 +257,10 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
     names = [name for part in parts("ids") for name in json.loads(part.tobytes())]
     if len(set(names)) != len(names):
         twice = next(name for name, number in Counter(names).items() if number > 1)
-        raise ValueError(f"two documents have the name {twice!r}: names must differ, they are what documents are deleted by")
+        raise ValueError(
+            f"Names of documents must differ, because documents are deleted by name, but two have the name {twice!r}. "
+            "Rename one of them."
+        )
     content = Content(
         tokens=lambda: parts("tokens"),
         num_bytes=(lambda: parts("num_bytes")) if stage.inputs["byte_counts"] else None,
@@ -267,7 +279,7 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
 
 
 def _write(stage: Stage, content: Content, settings: Mapping[str, Any], counts: Mapping[str, int]) -> None:
-    """Write a chunk table and finish its stage."""
+    """Write a chunk table, then finish its stage."""
     token_offsets = np.concatenate([[0], np.cumsum(content.lengths)])
     chunk_offsets = np.concatenate([[0], np.cumsum(-(-content.lengths // settings["chunk_size"]))])
     num_tokens, num_chunks = int(token_offsets[-1]), int(chunk_offsets[-1])
@@ -301,6 +313,12 @@ FILES = (
 
 
 def document_shingles(table: ChunkTable, document: int, *, has_bos: bool) -> NDArray[np.uint64]:
-    """The shingles of a document's text: without its beginning- and end-of-sequence tokens."""
+    """Compute the shingles of the text of a document, without its beginning- and end-of-sequence tokens.
+
+    Args:
+        table: The table that has the document.
+        document: Number of the document.
+        has_bos: Whether documents begin with a beginning-of-sequence token.
+    """
     start, stop = table.token_offsets[document : document + 2]
     return shingles(np.asarray(table.tokens[start + has_bos : stop - 1]))

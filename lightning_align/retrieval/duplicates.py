@@ -1,6 +1,6 @@
-"""Near-duplicate documents: MinHash over runs of 13 tokens finds candidates, exact Jaccard similarity decides.
+"""Near-duplicate documents: MinHash over 13-grams of tokens finds candidates, and exact Jaccard similarity decides.
 
-Broder 1997 (resemblance); Li, Owen and Zhang 2012 (one permutation, arXiv 1208.1259); Shrivastava 2017 (empty bins,
+See Broder 1997 (resemblance), Li, Owen and Zhang 2012 (one permutation, arXiv 1208.1259) and Shrivastava 2017 (empty bins,
 arXiv 1703.04664). RETRO (arXiv 2112.04426, section 2.6) filters at a similarity of 0.8 on 13-grams.
 """
 
@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 Hashes = NDArray[np.uint64]
 
 GRAM = 13
-"""Tokens of a shingle."""
+"""Tokens per shingle."""
 BANDS, ROWS = 25, 5
-"""A pair is a candidate if it agrees on all rows of a band: at similarity 0.8 with probability 1 - (1 - 0.8^5)^25 = 0.99995."""
+"""A pair is a candidate if it agrees on all rows of a band.
+
+At similarity 0.8 the probability of this is 1 - (1 - 0.8^5)^25 = 0.99995.
+"""
 BINS = BANDS * ROWS
 THRESHOLD = 0.8
-_KEPT = 4096
-"""Sets of shingles held in memory."""
+_CACHED = 4096
+"""Sets of shingles that are kept in memory."""
 
 _ATTEMPTS = 128
 _EMPTY = np.uint64(2**64 - 1)
@@ -30,7 +33,7 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Pair(NamedTuple):
-    """A query document and one of the database that are near-duplicates."""
+    """A query document and a document of the database that are near-duplicates."""
 
     first: int
     second: int
@@ -38,53 +41,62 @@ class Pair(NamedTuple):
 
 
 def shingles(tokens: NDArray[Any]) -> Hashes:
-    """Sorted distinct hashes of the runs of 13 tokens of a document; of a shorter one the hash of all of it.
+    """Compute the sorted distinct hashes of the 13-grams of a document. A shorter document has one hash, of all its tokens.
 
     Args:
-        tokens: (L,) ids of the text, without the tokens that begin and end every document.
+        tokens: (L,) ids of the text, without beginning- and end-of-sequence tokens.
     """
     return np.unique(_grams(tokens))
 
 
 def signature(tokens: NDArray[Any]) -> Hashes:
-    """(BINS,) the least hash in each bin; an empty bin borrows from another one, chosen alike in every document."""
+    """Compute the MinHash signature (BINS,) of a document: the smallest hash of each bin.
+
+    An empty bin takes the hash of another bin. Which bins it tries is the same for every document.
+
+    Args:
+        tokens: (L,) ids of the text, without beginning- and end-of-sequence tokens.
+    """
     hashes = _grams(tokens)
     bins = np.full(BINS, _EMPTY)
     np.minimum.at(bins, (hashes % np.uint64(BINS)).astype(np.int64), hashes)
     filled = bins != _EMPTY
     empty, full, block = np.flatnonzero(~filled), bins.copy(), 0
     while len(empty) and len(hashes):
-        hit = filled[_lenders(block)[:, empty]]  # (attempts, empty)
+        hit = filled[_donor_bins(block)[:, empty]]  # (attempts, empty)
         first = hit.argmax(axis=0)
-        lent = hit[first, np.arange(len(empty))]
-        borrower, attempt = empty[lent], first[lent]
-        full[borrower] = _mix(bins[_lenders(block)[attempt, borrower]] + (block * _ATTEMPTS + attempt + 1).astype(np.uint64))
-        empty, block = empty[~lent], block + 1
+        donated = hit[first, np.arange(len(empty))]
+        receiver, attempt = empty[donated], first[donated]
+        full[receiver] = _mix(bins[_donor_bins(block)[attempt, receiver]] + (block * _ATTEMPTS + attempt + 1).astype(np.uint64))
+        empty, block = empty[~donated], block + 1
     return full
 
 
 @lru_cache(maxsize=64)
-def _lenders(block: int) -> NDArray[np.int64]:
-    """(attempts, BINS) the bin that each bin asks at each of a block's attempts: the first of them that is not empty lends."""
+def _donor_bins(block: int) -> NDArray[np.int64]:
+    """Return the bins (attempts, BINS) that each empty bin tries in turn. The first that is not empty provides the hash."""
     attempts = np.arange(block * _ATTEMPTS + 1, (block + 1) * _ATTEMPTS + 1, dtype=np.uint64)[:, None]
     return (_mix(np.arange(BINS, dtype=np.uint64) * np.uint64(1_000_003) + attempts) % np.uint64(BINS)).astype(np.int64)
 
 
 def jaccard(first: Hashes, second: Hashes) -> float:
-    """Similarity of two sets of distinct hashes: the size of their intersection over that of their union."""
+    """Compute the Jaccard similarity of two sets of distinct hashes: size of the intersection over size of the union."""
     both = np.concatenate((first, second))
-    both.sort(kind="stable")  # which finds two sorted runs, and merges them
+    both.sort(kind="stable")  # detects the two sorted runs and merges them
     common = int(np.count_nonzero(both[1:] == both[:-1]))
     union = len(first) + len(second) - common
     return common / union if union else 1.0
 
 
 def group_documents(signatures: Hashes, shingles_of: Callable[[int], Hashes]) -> NDArray[np.int64]:
-    """(D,) the first document of each one's group: near-duplicates, and near-duplicates of those, are in one group.
+    """Group near-duplicate documents. Near-duplicates of near-duplicates are in the same group.
 
     Args:
-        signatures: (D, BINS).
-        shingles_of: the `shingles` of a document, by its number.
+        signatures: (D, BINS) signatures of the documents.
+        shingles_of: Returns the `shingles` of a document, given by its number.
+
+    Returns:
+        (D,) number of the first document of each document's group.
     """
     parent = np.arange(len(signatures))
 
@@ -94,18 +106,18 @@ def group_documents(signatures: Hashes, shingles_of: Callable[[int], Hashes]) ->
             document = int(parent[document])
         return document
 
-    # Copies have one signature; were they not put together first, n of them would be n^2 candidates.
+    # Copies have the same signature. Group them first, because n copies would be n^2 candidate pairs.
     _, first, inverse = np.unique(signatures, axis=0, return_index=True, return_inverse=True)
     parent[:] = first[inverse.reshape(-1)]
-    read = lru_cache(maxsize=_KEPT)(shingles_of)
+    read = lru_cache(maxsize=_CACHED)(shingles_of)
     seen: set[tuple[int, int]] = set()
-    for bucket in _buckets(signatures, np.sort(first)):
+    for bucket in _candidates(signatures, np.sort(first)):
         for one, other in combinations(bucket, 2):
             roots = sorted((root(one), root(other)))
             if roots[0] == roots[1] or (one, other) in seen:
                 continue
             seen.add((one, other))
-            if _agree(signatures[one], signatures[other]) and jaccard(read(one), read(other)) >= THRESHOLD:
+            if _may_be_similar(signatures[one], signatures[other]) and jaccard(read(one), read(other)) >= THRESHOLD:
                 parent[roots[1]] = roots[0]
     return np.array([root(document) for document in range(len(signatures))], dtype=np.int64)
 
@@ -117,46 +129,47 @@ def find_copies(
     shingles_of: Callable[[int], Hashes],
     groups: NDArray[np.int64],
 ) -> list[Pair]:
-    """Of which groups of a database each query document is a near-duplicate, the most similar pairs first.
+    """Find the near-duplicates of query documents in a database.
 
     Args:
-        queries: (Q, BINS) signatures of documents to look for.
-        shingles_of_query: their `shingles`.
-        signatures: (D, BINS) of the documents of the database.
-        shingles_of: their `shingles`.
-        groups: (D,) see `group_documents`.
+        queries: (Q, BINS) signatures of the query documents.
+        shingles_of_query: Returns the `shingles` of a query document, given by its number.
+        signatures: (D, BINS) signatures of the documents of the database.
+        shingles_of: Returns the `shingles` of a document of the database, given by its number.
+        groups: (D,) group of each document of the database, see `group_documents`.
 
     Returns:
-        Of each query document and group one pair: the most similar of those that were compared.
+        A pair for each query document and each group that has a near-duplicate of it: the most similar pair that was compared.
+        The most similar pairs come first.
     """
-    read_query, read = lru_cache(maxsize=_KEPT)(shingles_of_query), lru_cache(maxsize=_KEPT)(shingles_of)
+    read_query, read = lru_cache(maxsize=_CACHED)(shingles_of_query), lru_cache(maxsize=_CACHED)(shingles_of)
     best: dict[tuple[int, int], Pair] = {}
     seen: set[tuple[int, int]] = set()
     _, first = np.unique(signatures, axis=0, return_index=True)
     both = np.concatenate([queries, signatures])
-    for bucket in _buckets(both, np.concatenate([np.arange(len(queries)), len(queries) + np.sort(first)])):
-        there = [document - len(queries) for document in bucket if document >= len(queries)]
+    for bucket in _candidates(both, np.concatenate([np.arange(len(queries)), len(queries) + np.sort(first)])):
+        stored = [document - len(queries) for document in bucket if document >= len(queries)]
         for query in (document for document in bucket if document < len(queries)):
-            for document in there:
+            for document in stored:
                 if (query, document) in seen:
                     continue
                 seen.add((query, document))
-                if not _agree(queries[query], signatures[document]):
+                if not _may_be_similar(queries[query], signatures[document]):
                     continue
                 similarity = jaccard(read_query(query), read(document))
-                place = (query, int(groups[document]))
-                if similarity >= THRESHOLD and (place not in best or similarity > best[place].similarity):
-                    best[place] = Pair(query, document, similarity)
+                key = (query, int(groups[document]))
+                if similarity >= THRESHOLD and (key not in best or similarity > best[key].similarity):
+                    best[key] = Pair(query, document, similarity)
     return sorted(best.values(), key=lambda pair: (-pair.similarity, pair.first, pair.second))
 
 
-def _agree(first: Hashes, second: Hashes) -> bool:
-    """Whether two signatures leave it open that their documents are near-duplicates: those agree on 0.8 of the bins or so."""
+def _may_be_similar(first: Hashes, second: Hashes) -> bool:
+    """Whether two documents can be near-duplicates by their signatures. Near-duplicates agree on about 0.8 of the bins."""
     return int(np.count_nonzero(first == second)) > 0.3 * BINS
 
 
-def _buckets(signatures: Hashes, documents: NDArray[Any]) -> Iterator[list[int]]:
-    """Documents that agree on a band, two or more together."""
+def _candidates(signatures: Hashes, documents: NDArray[Any]) -> Iterator[list[int]]:
+    """Yield sets of two or more documents that agree on a band."""
     for band in range(BANDS):
         buckets: dict[bytes, list[int]] = defaultdict(list)
         rows = np.ascontiguousarray(signatures[documents, band * ROWS : (band + 1) * ROWS])
@@ -166,17 +179,17 @@ def _buckets(signatures: Hashes, documents: NDArray[Any]) -> Iterator[list[int]]
 
 
 def _grams(tokens: NDArray[Any]) -> Hashes:
-    """Hashes of the runs of 13 tokens, in order, with repetitions."""
+    """Compute the hashes of the 13-grams, in order, with repetitions."""
     ids = tokens.astype(np.uint64) + np.uint64(1)
     width = min(GRAM, len(ids))
     total = np.zeros(len(ids) - width + 1 if width else 0, dtype=np.uint64)
-    for place in range(width):
-        total = total * _MULTIPLIER + ids[place : place + len(total)]
+    for offset in range(width):
+        total = total * _MULTIPLIER + ids[offset : offset + len(total)]
     return _mix(total)
 
 
 def _mix(values: Hashes) -> Hashes:
-    """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
+    """Apply the finalizer of splitmix64, in which every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

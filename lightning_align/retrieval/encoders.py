@@ -1,4 +1,4 @@
-"""Stage 2: what a chunk is looked for by. Encoders turn chunks into vectors; near vectors should mean like contents."""
+"""Stage 2: encoders convert chunks to vectors. Chunks of similar content should have vectors that are close to each other."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -11,24 +11,24 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm.auto import tqdm
 
 from lightning_align.retrieval.stages import Stage, Team, write_rows
 from lightning_align.retrieval.tables import ChunkTable, Floats
 
 FORMAT = 1
-"""Raise it when the same settings come to mean other bytes."""
+"""Version of the file format. Increase it when the same settings lead to other bytes."""
 BLOCK_CHUNKS = 2048
-"""Chunks of a block: what is encoded together, and what a kill costs at most."""
+"""Chunks per block. A block is encoded at once. A killed build loses only the blocks in progress."""
 
 IDLE = -1
-"""The number of no block."""
+"""Block number of a work item without work."""
 
 
 class Encoder(Protocol):
-    """What turns chunks into vectors of which the Euclidean distance is what counts.
+    """Converts chunks to vectors, which are compared by Euclidean distance.
 
-    One that is an ``nn.Module`` is put on the Trainer's device.
+    If an encoder is an ``nn.Module``, the Trainer moves it to its device.
     """
 
     @property
@@ -37,10 +37,10 @@ class Encoder(Protocol):
         ...
 
     def encode(self, chunks: Sequence[ArrayLike]) -> Floats:
-        """Vectors of chunks.
+        """Encode chunks.
 
         Args:
-            chunks: n runs of token ids, unpadded, of any lengths.
+            chunks: n sequences of token ids, unpadded, of any lengths.
 
         Returns:
             (n, d) float32.
@@ -49,31 +49,31 @@ class Encoder(Protocol):
 
 
 class LMEncoder(nn.Module):
-    """The mean over a chunk of a frozen language model's final hidden states.
+    """Encoder that averages the final hidden states of a frozen language model over a chunk.
 
-    It needs no model besides the one at hand. Vectors are not normalised: distances then do not notice the offset that all
-    hidden states of a model share, which angles do.
+    It needs no separate embedding model. Vectors are not normalized. All hidden states of a model share an offset, which
+    changes the angles between vectors but not their distances.
     """
 
     def __init__(self, model: nn.Module, *, fingerprint: str, batch_size: int = 64, borrowed: bool = False) -> None:
-        """Take a model as it is, and leave its parameters alone.
+        """Create the encoder. It does not change the parameters of the model.
 
         Args:
-            model: gives ``hidden(tokens) -> (B, N, D)``, see `lightning_align.models.language_model`.
-            fingerprint: of its weights.
-            batch_size: chunks that go through it together.
-            borrowed: whether the model belongs to somebody else, who keeps it on its device.
+            model: A model with a method ``hidden(tokens) -> (B, N, D)``, see `lightning_align.models.language_model`.
+            fingerprint: Hash of its weights.
+            batch_size: Chunks per forward pass.
+            borrowed: Whether the model belongs to another module. If so, the Trainer that runs the encoder does not move it.
 
         Raises:
-            ValueError: if the model gives no hidden states.
+            ValueError: If the model has no method ``hidden``.
         """
         super().__init__()
         if not callable(getattr(model, "hidden", None)):
             raise ValueError(
-                f"a {type(model).__name__} has no `hidden`, so it cannot encode chunks: give a checkpoint of a model that does "
-                "(such as PaLM), the name of a sentence-transformers model, or bm25"
+                f"`model` must have a method `hidden` to encode chunks, but got a {type(model).__name__}. Use a checkpoint of "
+                "a model that has it (such as PaLM), the name of a sentence-transformers model, or bm25."
             )
-        # In a tuple, a module is not registered, so nothing done to this one reaches it.
+        # A module in a tuple is not registered, so `to`, `eval` and the like do not reach it.
         self._borrowed, self.batch_size = (model,) if borrowed else (), batch_size
         if not borrowed:
             self.owned = model
@@ -81,12 +81,12 @@ class LMEncoder(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """What encodes."""
+        """The language model."""
         return self._borrowed[0] if self._borrowed else self.owned
 
     @torch.no_grad()
     def encode(self, chunks: Sequence[ArrayLike]) -> Floats:
-        """See `Encoder`; chunks of one length go together, so that few positions are padding."""
+        """See `Encoder`. Chunks of similar length are batched together, to have little padding."""
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
@@ -107,38 +107,40 @@ class LMEncoder(nn.Module):
         tokens = nn.utils.rnn.pad_sequence(runs, batch_first=True).to(device)
         lengths = torch.tensor([len(run) for run in runs], device=device)
         mask = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
-        # A causal model needs no mask for padding on the right, and is faster without.
+        # A causal model needs no mask for padding on the right, and is faster without it.
         padded = {} if getattr(self.model, "causal", True) or mask.all() else {"mask": mask}
         hidden: Tensor = self.model.hidden(tokens, **padded)  # type: ignore[operator]  # checked in the constructor
         return (hidden.float() * mask[..., None]).sum(1).div(lengths[:, None]).cpu()
 
 
 class SentenceEncoder(nn.Module):
-    """A model of the sentence-transformers library on the text of chunks."""
+    """Encoder that applies a sentence-transformers model to the text of chunks."""
 
     def __init__(self, name: str, *, decode: Callable[[list[int]], str], batch_size: int = 64) -> None:
         """Load the model.
 
         Args:
-            name: folder of the model, or its name on the hub.
-            decode: text of token ids.
-            batch_size: chunks that go through it together; the library sorts them by length first.
+            name: Folder of the model, or its name on the Hugging Face Hub.
+            decode: Converts token ids to text.
+            batch_size: Chunks per forward pass. The library sorts chunks by length first.
 
         Raises:
-            ValueError: if sentence-transformers is not installed, or the model cannot be loaded.
+            ValueError: If sentence-transformers is not installed, or the model cannot be loaded.
         """
         super().__init__()
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise ValueError(
-                f"encoder {name!r} needs sentence-transformers: pip install 'lightning-align[hf]'. Without it: a checkpoint of "
-                "your own language model, or bm25"
+                f"Encoder {name!r} needs sentence-transformers. Run pip install 'lightning-align[hf]', or use a checkpoint of "
+                "your own language model, or bm25."
             ) from error
         try:
             self.model = SentenceTransformer(name, device="cpu")
         except (OSError, ValueError) as error:
-            raise ValueError(f"encoder {name!r} cannot be loaded by sentence-transformers ({error})") from error
+            raise ValueError(
+                f"Encoder {name!r} cannot be loaded by sentence-transformers ({error}). Use another model or bm25."
+            ) from error
         self.decode, self.batch_size = decode, batch_size
         digest = hashlib.sha256()
         for parameter in self.model.parameters():
@@ -156,8 +158,8 @@ class SentenceEncoder(nn.Module):
         return result
 
 
-class _Embedding(L.LightningModule):
-    """Encodes blocks of chunks and writes them."""
+class _Embedder(L.LightningModule):
+    """Encodes blocks of chunks and writes them, as the prediction of a Trainer."""
 
     def __init__(self, encoder: Encoder, table: ChunkTable, stage: Stage, bar: Any) -> None:
         super().__init__()
@@ -180,7 +182,8 @@ class _Embedding(L.LightningModule):
         vectors = self.encoder.encode([self.table.chunk(chunk) for chunk in chunks]).astype(np.float16)
         if not np.isfinite(vectors).all():
             raise ValueError(
-                f"{type(self.encoder).__name__} gives vectors that are not finite, or over 65,504: train it, or use another"
+                f"Vectors must be finite and fit into float16 (at most 65,504), but those of {type(self.encoder).__name__} do "
+                "not. Train the encoder further, or use another."
             )
         return vectors
 
@@ -195,19 +198,19 @@ def build_vectors(
     trainer: Callable[[], L.Trainer],
     previous: Stage | None = None,
 ) -> Stage:
-    """Encode all chunks, unless that is done already: (C, d) float16 in ``vectors.npy``.
+    """Encode all chunks to ``vectors.npy``, (C, d) float16, unless the finished stage exists.
 
     Args:
-        root: folder of the database.
-        chunks: finished stage.
-        encoder: what encodes them.
-        team: the ranks that share the work.
-        verify: share of the blocks that are made twice and compared.
-        trainer: makes the Trainer whose ``predict`` runs the encoder, on the devices of `team`.
-        previous: vectors of a former generation, whose chunks are the first of these; they are taken over.
+        root: Folder of the database.
+        chunks: The finished chunk stage.
+        encoder: Encodes the chunks.
+        team: The ranks that share the work.
+        verify: Fraction of the blocks that are computed twice and compared.
+        trainer: Creates the Trainer that runs the encoder with ``predict``, on the devices of `team`.
+        previous: Vectors of a former generation. Its chunks must be the first chunks of this stage. Its vectors are reused.
 
     Raises:
-        ValueError: if the vectors are not finite, or the disk is full.
+        ValueError: If the vectors are not finite, or the disk is full.
     """
     stage = Stage(root, "vectors", {"format": FORMAT, "chunks": chunks.key, "encoder": encoder.fingerprint})
     with team.together():
@@ -217,20 +220,20 @@ def build_vectors(
     table = ChunkTable(chunks.folder)
     num_blocks = -(-len(table) // BLOCK_CHUNKS)
     with team.together():
-        mine = range(team.rank, num_blocks, team.size)
+        own_blocks = range(team.rank, num_blocks, team.size)
         old = _old_blocks(stage, previous)
-        for number in mine:
+        for number in own_blocks:
             if number < len(old) and not stage.has_block(number):
                 stage.write_block(number, {"vectors": old[number]})
-        missing = [(number, False) for number in mine if not stage.has_block(number)]
-        work = missing + [(number, True) for number in mine if stage.is_sampled(number, verify)]
+        missing = [(number, False) for number in own_blocks if not stage.has_block(number)]
+        work = missing + [(number, True) for number in own_blocks if stage.is_sampled(number, verify)]
         with tqdm(
             desc="vectors", unit=" blocks", total=len(work), disable=None if team.rank == 0 else True, leave=False
         ) as bar:
-            # One item is one block, whole, so that no sampler of the Trainer deals them out again. A rank without work gets
-            # an idle one, for a Trainer refuses a loader without any.
+            # Each rank's loader has the blocks of this rank only, an item per block, so the Trainer must not shard it again. A
+            # rank without work gets an idle item, because the Trainer rejects an empty loader.
             loader: Any = DataLoader(work or [(IDLE, False)], batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
-            trainer().predict(_Embedding(encoder, table, stage, bar), loader, return_predictions=False)
+            trainer().predict(_Embedder(encoder, table, stage, bar), loader, return_predictions=False)
     with team.together():
         if team.rank == 0:
             dim = stage.read_block(0)["vectors"].shape[1]
@@ -243,7 +246,7 @@ def build_vectors(
 
 
 def _old_blocks(stage: Stage, previous: Stage | None) -> list[NDArray[np.float16]]:
-    """Blocks that a former generation has whole; their chunks are the same, so encoding them again would give the same."""
+    """Return the complete blocks of vectors of a former generation, which has the same chunks in these blocks."""
     if previous is None or previous.inputs["encoder"] != stage.inputs["encoder"]:
         return []
     vectors = read_vectors(previous)
@@ -251,6 +254,6 @@ def _old_blocks(stage: Stage, previous: Stage | None) -> list[NDArray[np.float16
 
 
 def read_vectors(stage: Stage) -> NDArray[np.float16]:
-    """(C, d) the vectors of a finished stage, memory-mapped."""
+    """Open the vectors (C, d) of a finished stage, memory-mapped."""
     vectors: NDArray[np.float16] = np.load(stage.folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
     return vectors

@@ -1,12 +1,13 @@
-"""Exact search that leaves chunks out at next to no cost: every query against every vector, a tile of scores at a time.
+"""Exact search that excludes chunks at almost no cost. It compares every query with every vector, a tile of scores at a time.
 
-faiss finds the nearest of all vectors, from which those of the own document would have to be struck out: a query whose nearest
-hundred are of its own document would be asked for again and again. Here they are struck out of the scores before anything is
-picked from these, so that one pass of matrix products is all there is.
+faiss returns the nearest of all vectors, and the vectors of the query's own document must be removed from them. If the nearest
+hundred vectors are of the own document, the search must be repeated with more and more neighbors. `ExactSearch` sets the scores
+of forbidden vectors to minus infinity before it selects any, so a single pass of matrix products suffices.
 
-Products of matrices round, and how depends on their shapes. So the best of each query by score are compared by distances in
-float64, each computed alone, and a query of which rounding might have hidden a nearer vector is looked at once more. What comes
-out is the k nearest in float64, of equally near ones those with the lowest numbers, whatever is searched for beside it.
+Matrix products round, and the rounding depends on the shapes. So `ExactSearch` selects candidates by score and compares them by
+distances in float64, each computed alone. It searches again for queries for which rounding may have hidden a nearer vector. The
+result is the k nearest in float64. Of equally near vectors, those with the lowest numbers are returned. The result of a query
+does not depend on the other queries of the batch.
 """
 
 from collections.abc import Iterator
@@ -24,21 +25,21 @@ from lightning_align.retrieval.tables import Floats, Ints
 Doubles = NDArray[np.float64]
 
 ROWS, COLUMNS = 2048, 1024
-"""Of a tile of scores, which with 8 MiB stays in cache; with fewer rows it has more columns."""
+"""Shape of a tile of scores. Its 8 MiB fit into the cache. A tile with fewer rows has more columns."""
 FEW = 256
-"""Queries that are not worth threads of their own."""
+"""With fewer queries than this, one thread is used."""
 WIDTH = 128
-"""Scores of which the highest says whether any of them is worth a look."""
+"""Scores per block. Only blocks with a maximum that is high enough are looked at."""
 PAIRS = 1024
-"""Whose distances are computed together."""
+"""Pairs of a query and a vector that distances are computed for together."""
 
 
 class ExactSearch:
     """Compares queries with all vectors of a database.
 
     Args:
-        vectors: (C, d), may be memory-mapped.
-        groups: (C,) of each vector's document; negative where nobody may find it.
+        vectors: (C, d), can be memory-mapped.
+        groups: (C,) group of each vector's document, negative for deleted documents, which no query may find.
     """
 
     def __init__(self, vectors: Floats, groups: Ints) -> None:
@@ -47,10 +48,10 @@ class ExactSearch:
         self._groups = groups[self._order]
 
     def nearest(self, queries: Floats, k: int, forbidden: Forbidden) -> Nearest:
-        """The k nearest vectors of each query that it may find; see `Searcher`."""
+        """Find the k nearest vectors that each query may find, see `Searcher`."""
         threads = torch.get_num_threads()
         size = min(ROWS, -(-len(queries) // threads)) if len(queries) >= FEW else FEW
-        assert np.isfinite(self._largest)  # also makes it before threads ask for it together
+        assert np.isfinite(self._largest)  # computes it before several threads access it
 
         def part(start: int) -> tuple[Ints, Doubles]:
             mine = (forbidden.rows >= start) & (forbidden.rows < start + size)
@@ -62,7 +63,7 @@ class ExactSearch:
         if threads == 1 or len(starts) < 2:
             found = [part(start) for start in starts]
         else:
-            # A thread for some of the queries, which waits for nobody, is faster than all of them for each product.
+            # Each thread handles a part of the queries alone. This is faster than all threads together on each product.
             try:
                 with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                     found = list(pool.map(part, starts))
@@ -78,7 +79,7 @@ class ExactSearch:
 
     @cached_property
     def _shift(self) -> Floats:
-        """(C,) minus half of |x|²; minus infinity for those that nobody may find."""
+        """(C,) minus half of |x|², and minus infinity for vectors of deleted documents."""
         shift = np.empty(len(self.vectors), dtype=np.float32)
         for start in range(0, len(shift), COLUMNS):
             part = self.vectors[start : start + COLUMNS]
@@ -88,13 +89,13 @@ class ExactSearch:
 
     @cached_property
     def _largest(self) -> float:
-        """The largest |x|."""
+        """Largest norm |x|."""
         return float(np.sqrt(2 * -self._shift[~self.deleted].min(initial=0.0)))
 
     def _nearest(self, queries: Floats, k: int, forbidden: Forbidden) -> tuple[Ints, Doubles]:
-        """(n, at most k) numbers of the nearest and their distances, infinite where there is none."""
+        """Return the numbers (n, at most k) of the nearest vectors and their distances, infinite in empty slots."""
         areas, width = self._areas(forbidden), min(k, len(self.vectors))
-        # One more than is wanted: what it scores tells whether rounding leaves a doubt about the others.
+        # Keep one more than needed. Its score tells whether rounding may have hidden a nearer vector.
         best = _Best.empty(len(queries), width + 1)
         for column, scores in self._tiles(queries, areas):
             best.improve(column, scores)
@@ -102,8 +103,9 @@ class ExactSearch:
         distances = self._distances(queries, best.ids)
         distances[np.isneginf(best.scores)] = np.inf
         ids, distances = _sorted(best.ids, distances, width)
-        # What a vector as near as the last of these scores at least. If the lowest kept does not, nothing as near was missed.
-        # A score is off by at most a part in 2^24 for each of its d products and sums (Higham 2002, section 3.1), twice here.
+        # `needed` is a lower bound of the score of any vector as near as the last result. If the lowest score that was kept is
+        # below it, no vector as near was missed. The error of a score is at most one part in 2^24 for each of its d products
+        # and sums (Higham 2002, section 3.1). Twice this is assumed.
         norms = np.linalg.norm(queries.astype(np.float64), axis=1)
         rounding = (queries.shape[1] + 8) * 2.0**-23 * self._largest * (norms + self._largest)
         needed = (np.square(norms) - distances[:, -1]) / 2 - rounding
@@ -115,23 +117,25 @@ class ExactSearch:
         return ids, distances
 
     def _within(self, queries: Floats, needed: Doubles, width: int, areas: list["_Area"]) -> tuple[Ints, Doubles]:
-        """(n, width) the nearest of all vectors that score what is needed, by distance and number."""
+        """Find the nearest (n, width) of all vectors with the needed score, in order of distance, then number."""
         ids, distances = np.zeros((len(queries), width), dtype=np.int64), np.full((len(queries), width), np.inf)
         for column, scores in self._tiles(queries, areas):
             row, place = np.nonzero(scores >= needed[:, None])
             some, inverse = _distinct(row)
             near = self._distances(queries, (column + place)[:, None], row)[:, 0]
             ids[some], distances[some] = _sorted(
-                beside(ids[some], inverse, column + place, 0), beside(distances[some], inverse, near, np.inf), width
+                append_to_rows(ids[some], inverse, column + place, 0),
+                append_to_rows(distances[some], inverse, near, np.inf),
+                width,
             )
-            # Vectors come by their numbers, so nothing takes the place of copies of the query.
+            # Vectors come in order of number. At distance 0 in all slots, no later vector can be better.
             needed[distances[:, -1] == 0] = np.inf
         return ids, distances
 
     def _tiles(self, queries: Floats, areas: list["_Area"]) -> Iterator[tuple[int, Floats]]:
-        """First column and (n, columns) scores; a tile is overwritten by the next one.
+        """Yield the first column and the scores (n, columns) of each tile. The next tile overwrites the scores.
 
-        A score is half of |q|² - |q - x|², so the higher the nearer, and minus infinity where a query must not find a vector.
+        A score is half of |q|² - |q - x|², so a higher score is nearer. It is minus infinity for a forbidden vector.
         """
         columns = min(COLUMNS * max(1, ROWS // len(queries)), len(self.vectors))
         memory = torch.empty(len(queries) * columns)
@@ -155,7 +159,10 @@ class ExactSearch:
         return [_Area(np.unique(part), self._order[a:b]) for part, a, b in zip(parts, low, high, strict=True) if a < b]
 
     def _distances(self, queries: Floats, ids: Ints, rows: Ints | None = None) -> Doubles:
-        """(n, k) squared distances of queries, or of these rows, to vectors (n, k), each computed alike and alone."""
+        """Compute the squared distances (n, k) of queries, or of these rows of them, to vectors (n, k).
+
+        Each distance is computed in the same way and alone, so it does not depend on the others.
+        """
         rows = np.arange(len(ids)) if rows is None else rows
         result = np.empty(ids.shape)
         step = max(1, PAIRS // ids.shape[1])
@@ -167,13 +174,13 @@ class ExactSearch:
 
 
 class _Area(NamedTuple):
-    """Queries and the vectors that none of them must find; both ascending."""
+    """Queries and the vectors that none of them may find. Both are ascending."""
 
     rows: Ints
     ids: Ints
 
     def strike_out(self, scores: Floats, column: int) -> None:
-        """Let scores be too low to be found."""
+        """Set the scores of the area to minus infinity, in a tile that begins at `column`."""
         low, high = np.searchsorted(self.ids, (column, column + scores.shape[1]))
         if low == high:
             return
@@ -183,7 +190,7 @@ class _Area(NamedTuple):
 
 
 class _Best(NamedTuple):
-    """The best of each query so far, best first; scores of minus infinity where there are too few."""
+    """The best vectors per query so far, best first. The score is minus infinity in empty slots."""
 
     ids: Ints
     scores: Floats
@@ -193,12 +200,12 @@ class _Best(NamedTuple):
         return cls(np.zeros((num, width), dtype=np.int64), np.full((num, width), -np.inf, dtype=np.float32))
 
     def improve(self, column: int, scores: Floats) -> None:
-        """Exchange the worst for better ones of a tile; behind the first tiles, few queries have any."""
+        """Replace the worst entries by better ones of a tile. After the first tiles, few queries have any."""
         wanted, columns = self.scores.shape[1], scores.shape[1]
         width = columns if columns % WIDTH else WIDTH
         highest, worst = torch.from_numpy(scores).view(len(scores), -1, width).amax(2).numpy(), self.scores[:, -1]
         if highest.shape[1] >= wanted and np.isneginf(worst).any():
-            # So many blocks have a score as high as this, so what is lower is not among the best.
+            # `wanted` blocks have a score at least as high as `high`, so lower scores are not among the best.
             high = np.partition(highest, -wanted, axis=1)[:, -wanted]
             worst = np.maximum(worst, np.nextafter(high, np.float32(-np.inf)))
         over = np.flatnonzero(highest > worst[:, None])
@@ -208,32 +215,42 @@ class _Best(NamedTuple):
         better = np.flatnonzero(values > worst[row, None])
         which, place = np.divmod(better, width)
         some, inverse = _distinct(row[which])
-        found = beside(self.ids[some], inverse, column + over[which] % highest.shape[1] * width + place, 0)
-        values = beside(self.scores[some], inverse, values.reshape(-1)[better], -np.inf)
+        found = append_to_rows(self.ids[some], inverse, column + over[which] % highest.shape[1] * width + place, 0)
+        values = append_to_rows(self.scores[some], inverse, values.reshape(-1)[better], -np.inf)
         order = np.argsort(-values, axis=1, kind="stable")[:, :wanted]
         self.ids[some], self.scores[some] = np.take_along_axis(found, order, 1), np.take_along_axis(values, order, 1)
 
 
 def _span(numbers: Ints) -> slice | Ints:
-    """Ascending numbers as a slice if they are a run, which is faster."""
+    """Return ascending numbers as a slice if they are consecutive, because slices are faster."""
     first, last = int(numbers[0]), int(numbers[-1])
     return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers
 
 
 def _sorted(ids: Ints, distances: Doubles, width: int) -> tuple[Ints, Doubles]:
-    """The first of each row by distance and number."""
+    """Return the first `width` entries of each row in order of distance, then number."""
     order = np.lexsort((ids, distances), axis=1)[:, :width]
     return np.take_along_axis(ids, order, 1), np.take_along_axis(distances, order, 1)
 
 
 def _distinct(rows: Ints) -> tuple[Ints, Ints]:
-    """The distinct ones of ascending rows, and which of these each is."""
+    """Return the distinct values of ascending rows, and the index of each row among them."""
     first = np.diff(rows, prepend=-1) > 0
     return rows[first], np.cumsum(first) - 1
 
 
-def beside(left: NDArray[Any], rows: Ints, values: NDArray[Any], fill: float) -> NDArray[Any]:
-    """(n, w + most) rows with further values behind, as many as each has; `rows`, ascending, says whose they are."""
+def append_to_rows(left: NDArray[Any], rows: Ints, values: NDArray[Any], fill: float) -> NDArray[Any]:
+    """Append values to the rows of a matrix, as many as each row has.
+
+    Args:
+        left: (n, w) matrix.
+        rows: (v,) row that each value belongs to, ascending.
+        values: (v,) values to append.
+        fill: Padding of rows that get fewer values than others.
+
+    Returns:
+        (n, w + the largest number of values per row).
+    """
     counts = np.bincount(rows, minlength=len(left))
     place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     wide = np.full((len(left), left.shape[1] + counts.max(initial=0)), fill, dtype=left.dtype)

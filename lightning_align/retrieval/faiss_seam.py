@@ -1,7 +1,7 @@
-"""What differs between the kinds of faiss's indexes, and between its two packages.
+"""Differences between the index types of faiss, and between its two packages.
 
-``import faiss`` is faiss-cpu or faiss-gpu, whichever is installed. It is imported where it is used, and never in the workers of
-a loader: the threads that it has started do not survive a fork.
+``import faiss`` imports faiss-cpu or faiss-gpu, whichever is installed. It is imported lazily and never in data loader workers,
+because the threads that it starts do not survive a fork.
 """
 
 from types import ModuleType
@@ -11,46 +11,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_EFFORT = 1 << 16
-"""Candidates of a graph search; no recall worth having needs more."""
+"""Maximum number of candidates of a graph search. No useful recall needs more."""
 CANDIDATES = 8
-"""Candidates for each neighbor wanted, at least, whose distances an index that refines (RFlat) computes from better copies."""
+"""Minimum number of candidates per neighbor that a refining index (RFlat) compares by its more precise vectors."""
 
 
 def load_faiss() -> ModuleType:
-    """The module ``faiss``.
+    """Import ``faiss``.
 
     Raises:
-        ValueError: if neither of its packages is installed.
+        ValueError: If neither of its packages is installed.
     """
     try:
         import faiss
     except ImportError as error:
         raise ValueError(
-            "dense retrieval needs faiss, and neither of its packages is installed: pip install 'lightning-align[cpu]', or "
-            "with a CUDA device 'lightning-align[gpu]' (never both: they overwrite each other). Without it: encoder bm25"
+            "Dense retrieval needs faiss, but neither of its packages is installed. Run pip install 'lightning-align[cpu]', or "
+            "with a CUDA device 'lightning-align[gpu]' (never both: they overwrite each other). Or use the encoder bm25."
         ) from error
     module: ModuleType = faiss
     return module
 
 
 def num_gpus() -> int:
-    """GPUs that the installed faiss can use."""
+    """Return the number of GPUs that the installed faiss can use."""
     return int(getattr(load_faiss(), "get_num_gpus", lambda: 0)())
 
 
 def is_ivf(index: Any) -> bool:
-    """Whether vectors are kept in lists, a few of which are looked at."""
+    """Whether vectors are in inverted lists, of which a search visits a few."""
     return load_faiss().try_extract_index_ivf(index) is not None
 
 
 def set_effort(index: Any, effort: int) -> None:
-    """Have searches look at more of an index: lists of an IVF, candidates of a graph. Exact ones know no effort."""
+    """Set how much of an index a search visits: lists of an IVF index, candidates of a graph. Exact indexes ignore it."""
     faiss = load_faiss()
     space = faiss.ParameterSpace()
     if refines(index):
-        faiss.downcast_index(index).k_factor = num_candidates(
-            index, effort
-        )  # at 1, what faiss sets, nothing is gained by refining
+        # With the default of faiss, 1, refining has no effect.
+        faiss.downcast_index(index).k_factor = num_candidates(index, effort)
     if is_ivf(index):
         space.set_index_parameter(index, "nprobe", min(effort, faiss.extract_index_ivf(index).nlist))
         if isinstance(faiss.downcast_index(faiss.extract_index_ivf(index).quantizer), faiss.IndexHNSW):
@@ -60,7 +59,7 @@ def set_effort(index: Any, effort: int) -> None:
 
 
 def max_effort(index: Any) -> int:
-    """The effort from which on more of it changes nothing."""
+    """Return the largest effort that has an effect."""
     faiss = load_faiss()
     if is_ivf(index):
         return int(faiss.extract_index_ivf(index).nlist) * (16 if refines(index) else 1)
@@ -68,7 +67,7 @@ def max_effort(index: Any) -> int:
 
 
 def inner(index: Any) -> Any:
-    """The index behind a refinement and a pre-transform, if there are any."""
+    """Return the index inside of a refinement and a pre-transform, if there are any."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
@@ -77,27 +76,34 @@ def inner(index: Any) -> Any:
 
 
 def refines(index: Any) -> bool:
-    """Whether candidates of one index are compared by the vectors of another, which keeps them better."""
+    """Whether the candidates of a base index are compared by the more precise vectors of a second index."""
     faiss = load_faiss()
     return isinstance(faiss.downcast_index(index), faiss.IndexRefine)
 
 
 def num_candidates(index: Any, effort: int) -> int:
-    """Candidates for each neighbor that an index which refines compares: more and more from a quarter of all lists on."""
+    """Return the number of candidates per neighbor that a refining index compares.
+
+    For an IVF index it grows with the effort once a search visits a quarter of the lists.
+    """
     faiss = load_faiss()
     return CANDIDATES * max(1, 4 * effort // faiss.extract_index_ivf(index).nlist) if is_ivf(index) else CANDIDATES
 
 
 def merge(index: Any, shard: Any) -> None:
-    """Move the vectors of an index to the end of another that was trained alike.
+    """Move the vectors of a shard to the end of an index that was trained in the same way.
+
+    Args:
+        index: Receives the vectors.
+        shard: Provides the vectors.
 
     Raises:
-        RuntimeError: if its kind cannot be put together, as graphs (HNSW).
+        RuntimeError: If indexes of this type cannot be merged, such as graphs (HNSW).
     """
     if not refines(index):
         index.merge_from(shard, index.ntotal if is_ivf(index) else 0)
         return
-    # Under names of their own: what downcast_index returns does not keep its argument alive.
+    # Keep references to both: the result of downcast_index does not keep its argument alive.
     both, other = load_faiss().downcast_index(index), load_faiss().downcast_index(shard)
     merge(both.base_index, other.base_index)
     merge(both.refine_index, other.refine_index)
@@ -105,7 +111,7 @@ def merge(index: Any, shard: Any) -> None:
 
 
 def flat_vectors(index: Any) -> NDArray[np.float32] | None:
-    """(C, d) the vectors of an index that keeps them as they are and compares all of them by Euclidean distance, else None."""
+    """Return the vectors (C, d) of an exact index (Flat, Euclidean distance), or None for another index or an empty index."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if type(index) not in (faiss.IndexFlat, faiss.IndexFlatL2) or index.metric_type != faiss.METRIC_L2 or not index.ntotal:
@@ -115,7 +121,7 @@ def flat_vectors(index: Any) -> NDArray[np.float32] | None:
 
 
 def pair_distances(index: Any, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(n, k) squared distances of queries (n, d) to the vectors (n, k) of an index, as it keeps them."""
+    """Compute the squared distances (n, k) of queries (n, d) to the vectors with the ids (n, k), as the index stores them."""
     faiss = load_faiss()
     if flat_vectors(index) is None:
         vectors = index.reconstruct_batch(ids.reshape(-1)).reshape(*ids.shape, -1)
@@ -130,12 +136,12 @@ def pair_distances(index: Any, queries: NDArray[np.float32], ids: NDArray[np.int
 
 
 def free_neighbors(index: Any, effort: int) -> int:
-    """How many neighbors a search may be asked for at no cost: the candidates of a graph, which it keeps anyway."""
+    """Return how many neighbors a search returns at no extra cost: the candidates of a graph, which it has to find anyway."""
     return max(16, effort) if isinstance(inner(index), load_faiss().IndexHNSW) else 0
 
 
 def search_parameters(index: Any, selector: Any, effort: int) -> Any:
-    """Parameters of one search that returns only what a selector allows; None if the index knows no such searches."""
+    """Create the parameters of a search that returns only what a selector allows, or None if the index does not support it."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):

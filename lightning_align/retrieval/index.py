@@ -1,4 +1,4 @@
-"""Stage 3: a faiss index over the vectors of all chunks, trained on a uniform sample, filled in shards, measured."""
+"""Stage 3: a faiss index over the vectors of all chunks. It is trained on a uniform sample, filled in shards, and measured."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm.auto import tqdm
 
 from lightning_align.retrieval.advisor import advise, check_training, needed_to_train
 from lightning_align.retrieval.encoders import read_vectors
@@ -16,20 +16,20 @@ from lightning_align.retrieval.tables import Floats, Ints
 from lightning_align.runtime.files import publish
 
 FORMAT = 1
-"""Raise it when the same settings come to mean other bytes."""
+"""Version of the file format. Increase it when the same settings lead to other bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """How chunks are found again.
+    """Settings of the index.
 
     Args:
-        factory: string of faiss's index_factory, or auto: what suits the number of vectors.
-        min_recall: share of the true nearest chunks that the index must find; how much of it a search looks at is raised
-            until it does.
-        recall_at: of how many nearest chunks.
-        shard_size: vectors that are added at a time, each shard by one rank.
-        seed: of the samples that the index is trained and measured on.
+        factory: Factory string of faiss (``index_factory``). Default is auto, which chooses by the number of vectors.
+        min_recall: Fraction of the true nearest chunks that the index must find. Searches visit more of the index until it is
+            reached. Default is 0.95.
+        recall_at: The number of nearest chunks that the recall is measured on. Default is 2.
+        shard_size: Vectors per shard. Each shard is added by one rank. Default is 1048576.
+        seed: Seed of the samples that the index is trained and measured on. Default is 0.
     """
 
     factory: str = "auto"
@@ -41,25 +41,25 @@ class IndexConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         if not 0 <= self.min_recall <= 1:
-            raise ValueError(f"min_recall is {self.min_recall}, expected a share from 0 to 1")
+            raise ValueError(f"`min_recall` must be from 0 to 1, but got {self.min_recall}.")
         for name in ("recall_at", "shard_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+                raise ValueError(f"`{name}` must be at least 1, but got {getattr(self, name)}.")
 
 
 def build_index(root: Path, vectors: Stage, config: IndexConfig, *, team: Team, verify: float) -> Stage:
-    """Index all vectors, unless that is done already: ``index.faiss``, with how to search it in the manifest.
+    """Build the index ``index.faiss``, unless the finished stage exists. The manifest has the effort to search it with.
 
     Args:
-        root: folder of the database.
-        vectors: finished stage.
-        config: the index wanted.
-        team: the ranks that share the work.
-        verify: share of the shards that are made twice and compared.
+        root: Folder of the database.
+        vectors: The finished vector stage.
+        config: Settings of the index.
+        team: The ranks that share the work.
+        verify: Fraction of the shards that are computed twice and compared.
 
     Raises:
-        ValueError: if faiss is missing or does not know the factory string, there are too few vectors to train it, or it does
-            not reach the recall wanted.
+        ValueError: If faiss is not installed or does not know the factory string, there are too few vectors to train the index,
+            or it does not reach the recall.
     """
     load_faiss()
     data = read_vectors(vectors)
@@ -102,18 +102,18 @@ def build_index(root: Path, vectors: Stage, config: IndexConfig, *, team: Team, 
 
 
 def append_index(root: Path, before: Stage, old: Stage, vectors: Stage, *, team: Team, verify: float) -> Stage:
-    """An index with further vectors behind its own; it is not trained again, but its recall is measured again.
+    """Append vectors to an index. The index is not trained again, but its recall is measured again.
 
     Args:
-        root: folder of the database.
-        before: the finished index.
-        old: the vectors it has.
-        vectors: these and the further ones.
-        team: the ranks that wait for it.
-        verify: whether a finished result is read and compared with its hashes: above 0.
+        root: Folder of the database.
+        before: The finished index stage.
+        old: The vectors in it.
+        vectors: The same vectors followed by the new vectors.
+        team: The ranks. Rank 0 does the work and the others wait.
+        verify: If above 0, the files of a finished stage are compared with their hashes.
 
     Raises:
-        ValueError: if the index no longer reaches the recall wanted.
+        ValueError: If the index no longer reaches the recall.
     """
     faiss = load_faiss()
     stage = Stage(
@@ -130,13 +130,13 @@ def append_index(root: Path, before: Stage, old: Stage, vectors: Stage, *, team:
 
 
 def _write(stage: Stage, index: Any, data: NDArray[np.float16], config: IndexConfig, factory: str) -> None:
-    """Measure an index, write it and finish its stage."""
+    """Measure the recall of an index, write it, and finish its stage."""
     table = {"factory": factory, **tune(index, data, config, factory=factory)}
 
     def write(temporary: Path) -> None:
         try:
             load_faiss().write_index(index, str(temporary))
-        except RuntimeError as error:  # what faiss makes of a full disk
+        except RuntimeError as error:  # faiss raises this if the disk is full
             raise OSError(str(error).strip().splitlines()[-1]) from error
 
     publish(stage.folder / "index.faiss", write)
@@ -144,7 +144,7 @@ def _write(stage: Stage, index: Any, data: NDArray[np.float16], config: IndexCon
 
 
 def open_index(stage: Stage) -> Any:
-    """The finished index, memory-mapped where its type allows that, set to the search effort that was measured."""
+    """Open a finished index with its measured search effort. It is memory-mapped if its type supports that."""
     faiss = load_faiss()
     manifest = stage.manifest()
     assert manifest is not None, f"{stage.folder} is not finished"
@@ -164,7 +164,8 @@ def _train(data: NDArray[np.float16], factory: str, config: IndexConfig) -> Any:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(
-            f"faiss cannot make an index {factory!r} of {dim} dimensions ({reason}): use auto, or another factory string"
+            f"`factory` must be a factory string of faiss, but got {factory!r}, which faiss cannot create with {dim} "
+            f"dimensions ({reason}). Use auto, or another factory string."
         ) from error
     if not index.is_trained:
         check_training(index, factory, num, dim)
@@ -193,7 +194,7 @@ def _load(packed: NDArray[np.uint8]) -> Any:
 
 
 def _is_mergeable(trained: NDArray[np.uint8]) -> bool:
-    """Whether shards can be put together; graphs (HNSW) cannot, and are filled at once."""
+    """Whether shards can be merged. Graphs (HNSW) cannot, so rank 0 adds all vectors to one index."""
     try:
         merge(_load(trained), _load(trained))
     except RuntimeError:
@@ -205,13 +206,16 @@ def _is_mergeable(trained: NDArray[np.uint8]) -> bool:
 
 
 def exact_neighbors(data: NDArray[np.float16], queries: Floats, k: int, *, block: int = 1 << 16) -> tuple[Floats, Ints]:
-    """(n, k) distances and numbers of the nearest vectors of all, by comparing with each.
+    """Find the nearest vectors by brute force.
 
     Args:
-        data: (C, d), read a block at a time.
-        queries: (n, d).
-        k: at most C.
-        block: vectors in memory at a time.
+        data: (C, d) vectors, read a block at a time.
+        queries: (n, d) queries.
+        k: The number of neighbors per query, at most C.
+        block: Vectors in memory at a time.
+
+    Returns:
+        (n, k) distances and (n, k) numbers of the vectors.
     """
     faiss = load_faiss()
     heap = faiss.ResultHeap(len(queries), k)
@@ -226,20 +230,20 @@ def exact_neighbors(data: NDArray[np.float16], queries: Floats, k: int, *, block
 def tune(
     index: Any, data: NDArray[np.float16], config: IndexConfig, *, factory: str, num_queries: int = 1000
 ) -> dict[str, Any]:
-    """Raise the effort of a search until the index finds the share of true neighbors that is wanted.
+    """Increase the search effort until the index reaches the recall.
 
     Args:
-        index: filled.
-        data: (C, d) its vectors.
-        config: what is wanted.
-        factory: string that it was made of.
-        num_queries: vectors of the index that are looked for; they do not count as their own neighbors.
+        index: The filled index.
+        data: (C, d) vectors of the index.
+        config: Settings with the recall to reach.
+        factory: Factory string of the index, for the message.
+        num_queries: The number of vectors of the index that are searched for. A vector is not its own neighbor.
 
     Returns:
-        ``effort``, for `set_effort`, and the ``recall`` that was measured.
+        ``effort``, for `set_effort`, and the measured ``recall``.
 
     Raises:
-        ValueError: if no effort is enough.
+        ValueError: If no effort reaches the recall.
     """
     num = len(data)
     k = min(config.recall_at, num - 1)
@@ -254,27 +258,32 @@ def tune(
         set_effort(index, effort)
         distances, ids = index.search(queries, k + 1)
         found, _ = without_self(distances, ids, sample, data=data)
-        # By distance: of equally near chunks, copies often, any will do.
+        # Compare by distance, because any of equally near chunks, which are often copies, is correct.
         recall = float((found <= truth[:, -1:] * (1 + 1e-4) + 1e-6).mean())
         if recall >= config.min_recall or effort >= max_effort(index):
             break
         effort *= 2
     if recall < config.min_recall:
         raise ValueError(
-            f"the index {factory} finds {recall:.3f} of the {k} nearest chunks at most, min_recall is {config.min_recall}: "
-            "take a factory string that keeps more of the vectors (such as SQ8 for PQ, or Flat), or ask for less"
+            f"The index {factory} finds at most {recall:.3f} of the {k} nearest chunks, but `min_recall` is "
+            f"{config.min_recall}. Use a factory string that compresses less (such as SQ8 instead of PQ, or Flat), or a lower "
+            "`min_recall`."
         )
     return {"effort": effort, "recall": round(recall, 4)}
 
 
 def without_self(distances: Floats, ids: Ints, selves: Ints, *, data: NDArray[np.float16] | None = None) -> tuple[Floats, Ints]:
-    """(n, k) of (n, k + 1) found neighbors, each row without its own number, or without its last where that is not there.
+    """Remove each query itself from its neighbors. If it is not among them, remove the last neighbor.
 
     Args:
-        distances: (n, k + 1).
-        ids: (n, k + 1); negative where nothing was found, whose distance becomes infinite.
-        selves: (n,).
-        data: where given, the vectors to compute the true distances from; an index may have rounded them.
+        distances: (n, k + 1) distances.
+        ids: (n, k + 1) numbers of the neighbors, negative where nothing was found. The distance becomes infinite there.
+        selves: (n,) numbers of the queries.
+        data: Vectors to compute the true distances from, because the index may have rounded them. By default the given
+            distances are kept.
+
+    Returns:
+        (n, k) distances and (n, k) numbers.
     """
     keep = ids != selves[:, None]
     keep[keep.all(1), -1] = False

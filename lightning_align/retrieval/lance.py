@@ -1,4 +1,4 @@
-"""A retriever over LanceDB, an embedded vector store on disk or in object storage: for corpora beyond one machine's memory."""
+"""A retriever over LanceDB, a vector store on disk or in object storage, for corpora that exceed the memory of a machine."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_align.retrieval.build import open_parts
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, read_vectors
+from lightning_align.retrieval.generation import open_parts
 from lightning_align.retrieval.neighbors import DELETED, group_of_chunks
 from lightning_align.retrieval.search import Found
 from lightning_align.retrieval.tables import Tokens
@@ -20,17 +20,17 @@ _SETTINGS = ("chunk_size", "pad_id", "tokenizer", "encoder")
 
 
 class LanceRetriever:
-    """A `Retriever` whose chunks, vectors and filters are rows of a LanceDB table.
+    """A `Retriever` over a LanceDB table, which holds chunks, vectors and the columns to filter by.
 
-    Search is exact until the table has an index, which LanceDB builds and keeps: ``retriever.table.create_index(metric="l2")``.
-    Rows can be added, deleted and versioned with LanceDB's own calls.
+    Search is exact unless the table has an index. LanceDB builds it with ``retriever.table.create_index(metric="l2")``. Use the
+    functions of LanceDB to add, delete and version rows.
 
     Args:
-        uri: where the table is: a folder, or what LanceDB takes besides, such as ``s3://bucket/path``.
-        encoder: that the vectors are of.
+        uri: Location of the table: a folder, or another URI that LanceDB supports, such as ``s3://bucket/path``.
+        encoder: The encoder of the vectors.
 
     Raises:
-        ValueError: if lancedb is not installed, there is no such table, or it is of another encoder.
+        ValueError: If lancedb is not installed, there is no such table, or it was created with another encoder.
     """
 
     def __init__(self, uri: str | Path, *, encoder: Encoder) -> None:
@@ -38,12 +38,13 @@ class LanceRetriever:
         try:
             self.table = connection.open_table(TABLE)
         except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{uri} has no table {TABLE!r} ({error}): make it with LanceRetriever.create") from error
+            raise ValueError(f"{uri} has no table {TABLE!r} ({error}). Create it with LanceRetriever.create.") from error
         settings = {key.decode(): value.decode() for key, value in (self.table.schema.metadata or {}).items()}
         if settings["encoder"] != encoder.fingerprint:
             raise ValueError(
-                f"{uri} was made with the encoder {settings['encoder']}, this one is {encoder.fingerprint}: their vectors "
-                "cannot be compared; use that one, or make the table again"
+                f"`encoder` must be the encoder that {uri} was created with, {settings['encoder']}, but got "
+                f"{encoder.fingerprint}. Vectors of different encoders cannot be compared. Use that encoder, or create the "
+                "table again."
             )
         self.encoder = encoder
         self.chunk_size, self.tokenizer_fingerprint = int(settings["chunk_size"]), settings["tokenizer"]
@@ -54,19 +55,19 @@ class LanceRetriever:
         """Copy the chunks of a database and their vectors into a new table.
 
         Args:
-            uri: of the table.
-            database: built with the encoder; its deleted documents stay behind.
-            encoder: for searching.
+            uri: Location of the table.
+            database: A database that was built with the encoder. Deleted documents are not copied.
+            encoder: The encoder of the vectors, which encodes queries too.
 
         Raises:
-            ValueError: if the database has no vectors, or those of another encoder, or there is a table already.
+            ValueError: If the database has no vectors or was built with another encoder, or the table exists already.
         """
-        import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
+        import pyarrow as pa
 
         if database.manifest["encoder"] != encoder.fingerprint:
             raise ValueError(
-                f"{database.folder} was built with the encoder {database.manifest['encoder']}, this one is "
-                f"{encoder.fingerprint}: expected the same; a database of bm25 alone has no vectors"
+                f"`encoder` must be the encoder that {database.folder} was built with, {database.manifest['encoder']}, but got "
+                f"{encoder.fingerprint}. Use that encoder. A database of bm25 alone (None) has no vectors and cannot be copied."
             )
         chunks = database.chunks
         vectors = open_parts(database.folder, database.manifest).vectors
@@ -94,7 +95,7 @@ class LanceRetriever:
                     ids,
                     [chunks.document_ids[number] for number in chunks.document_of(ids)],
                     groups[ids],
-                    [row[there].astype(np.int32) for row, there in zip(tokens, mask, strict=True)],
+                    [row[present].astype(np.int32) for row, present in zip(tokens, mask, strict=True)],
                     list(stored[ids].astype(np.float32)),
                 )
                 arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
@@ -103,24 +104,24 @@ class LanceRetriever:
         try:
             _connect(uri).create_table(TABLE, batches(), schema=schema)
         except ValueError as error:
-            raise ValueError(f"{uri} cannot take the table {TABLE!r} ({error}): choose another place") from error
+            raise ValueError(f"The table {TABLE!r} cannot be created in {uri} ({error}). Use another location.") from error
         return cls(uri, encoder=encoder)
 
     def search(self, queries: Sequence[ArrayLike], k: int, exclude: Sequence[Sequence[str]] | None = None) -> Found:
-        """See `Retriever`. With a document its near-duplicates are excluded.
+        """See `Retriever`. If a document is excluded, its near-duplicates are too.
 
         Raises:
-            ValueError: if k is not positive, or there is not one `exclude` for each query.
+            ValueError: If `k` is not positive, or `exclude` does not have an entry per query.
         """
         if k < 1:
-            raise ValueError(f"k is {k}, expected 1 or more")
+            raise ValueError(f"`k` must be at least 1, but got {k}.")
         if exclude is not None and len(exclude) != len(queries):
-            raise ValueError(f"exclude has {len(exclude)} lists for {len(queries)} queries, expected one for each")
+            raise ValueError(f"`exclude` must have a list per query, but got {len(exclude)} lists for {len(queries)} queries.")
         shape = len(queries), k
         ids, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
         distances = np.full(shape, np.inf, dtype=np.float32)
         tokens = np.full((*shape, 2 * self.chunk_size), self._pad_id, dtype=np.int64)
-        there = np.zeros(tokens.shape, dtype=np.bool_)
+        token_mask = np.zeros(tokens.shape, dtype=np.bool_)
         vectors: Any = self.encoder.encode(queries) if len(queries) else []
         for row, vector in enumerate(vectors):
             search = self.table.search(vector).distance_type("l2").limit(k)
@@ -129,8 +130,8 @@ class LanceRetriever:
             for place, found in enumerate(search.select(["id", "tokens", "_distance"]).to_list()):
                 ids[row, place], mask[row, place], distances[row, place] = found["id"], True, found["_distance"]
                 tokens[row, place, : len(found["tokens"])] = found["tokens"]
-                there[row, place, : len(found["tokens"])] = True
-        return Found(ids, mask, distances, Tokens(tokens, there))
+                token_mask[row, place, : len(found["tokens"])] = True
+        return Found(ids, mask, distances, Tokens(tokens, token_mask))
 
     def _groups(self, names: Sequence[str]) -> list[int]:
         if not names:
@@ -144,5 +145,5 @@ def _connect(uri: str | Path) -> Any:
     try:
         import lancedb
     except ImportError as error:
-        raise ValueError("LanceRetriever needs lancedb: pip install 'lightning-align[lance]'") from error
+        raise ValueError("LanceRetriever needs lancedb. Run pip install 'lightning-align[lance]'.") from error
     return lancedb.connect(str(uri))

@@ -1,7 +1,7 @@
-"""Lexical retrieval: BM25 over the words of chunks, as a retriever of its own and to re-rank what dense search found.
+"""Lexical retrieval: BM25 over the words of chunks, alone or to rerank the results of dense search.
 
-On language modelling BM25 beats dense retrieval, and as re-ranker keeps part of the advantage (arXiv 2305.16243). The library
-bm25s computes all scores when it indexes (arXiv 2407.03618).
+For language modeling BM25 outperforms dense retrieval, and reranking with BM25 keeps a part of the gain (arXiv 2305.16243). The
+library bm25s computes all scores at indexing time (arXiv 2407.03618).
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm.auto import tqdm
 
 from lightning_align.retrieval.dense import DenseSearcher
 from lightning_align.retrieval.neighbors import DELETED, Forbidden, Nearest, pick
@@ -20,26 +20,30 @@ from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.retrieval.tables import ChunkTable, Floats, Ints
 
 FORMAT = 2
-"""Raise it when the same settings come to mean other bytes."""
-_STRETCH = 64
+"""Version of the file format. Increase it when the same settings lead to other bytes."""
+_BLOCK = 64
+"""Scores per block in `_largest`."""
 _WORD = re.compile(r"\w+")
 Decode = Callable[[list[int]], str]
 
 
 def words(text: str) -> list[str]:
-    """The terms of a text: its words, without regard to case."""
+    """Split a text into its words, in lower case."""
     return _WORD.findall(text.lower())
 
 
 def build_lexical(root: Path, chunks: Stage, decode: Decode, *, team: Team, verify: float) -> Stage:
-    """Index the words of all chunks, unless that is done already. One rank does it: it takes less than reading the text.
+    """Index the words of all chunks, unless the finished stage exists. Rank 0 does it alone, because it is fast.
 
     Args:
-        root: folder of the database.
-        chunks: finished stage.
-        decode: text of token ids.
-        team: the ranks that wait for it.
-        verify: whether a finished result is read and compared with its hashes: above 0.
+        root: Folder of the database.
+        chunks: The finished chunk stage.
+        decode: Converts token ids to text.
+        team: The ranks. Rank 0 does the work and the others wait.
+        verify: If above 0, the files of a finished stage are compared with their hashes.
+
+    Raises:
+        ValueError: If no chunk has a word, or the disk is full.
     """
     stage = Stage(root, "lexical", {"format": FORMAT, "chunks": chunks.key})
     with team.together():
@@ -58,8 +62,8 @@ def _index(stage: Stage, table: ChunkTable, decode: Decode) -> None:
         terms.append([vocabulary.setdefault(word, len(vocabulary)) for word in found])
     if not vocabulary:
         raise ValueError(
-            "no chunk has a word in it, so BM25 has nothing to go by: make chunk_size larger (a byte tokenizer needs several "
-            "times as much as one of words), or use a dense encoder"
+            "Chunks must have words for BM25, but no chunk has one. Increase `chunk_size` (a byte tokenizer needs several "
+            "times the size of a word tokenizer), or use a dense encoder."
         )
     model = bm25s.BM25()
     model.index((terms, vocabulary), create_empty_token=False, show_progress=False)
@@ -70,7 +74,7 @@ def _index(stage: Stage, table: ChunkTable, decode: Decode) -> None:
         text = json.dumps({"vocabulary": vocabulary, "num_docs": int(model.scores["num_docs"])}, ensure_ascii=False)
         (stage.folder / "words.json").write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{stage.folder}: cannot be written ({error.strerror or error}): free the disk") from error
+        raise ValueError(f"{stage.folder} cannot be written ({error.strerror or error}). Free disk space.") from error
     counts = {"words": len(vocabulary), "chunks": len(table)}
     stage.finish(table={}, counts=counts, files=[*(f"{name}.npy" for name in _ARRAYS), "words.json"])
 
@@ -79,12 +83,12 @@ _ARRAYS = ("data", "indices", "indptr")
 
 
 class LexicalSearcher:
-    """Finds the chunks that share rare words with a query; chunks that share none are no neighbors.
+    """Finds chunks by BM25. Chunks that share no word with the query are never returned.
 
     Args:
-        stage: finished.
-        groups: (C,) of each chunk, see `group_of_chunks`.
-        decode: text of token ids.
+        stage: The finished lexical stage.
+        groups: (C,) group of each chunk, see `group_of_chunks`.
+        decode: Converts token ids to text.
     """
 
     def __init__(self, stage: Stage, groups: Ints, decode: Decode) -> None:
@@ -101,27 +105,27 @@ class LexicalSearcher:
         self._sorted_groups = groups[self._by_group]
 
     def queries_of(self, table: ChunkTable, chunks: range) -> list[list[int]]:
-        """See `Searcher`: their words."""
+        """See `Searcher`. Queries are lists of word numbers."""
         return self.terms([table.chunk(chunk) for chunk in chunks])
 
     def terms(self, queries: Sequence[ArrayLike]) -> list[list[int]]:
-        """The words of runs of tokens, each once, those that no chunk has left out."""
+        """Return the distinct words of sequences of tokens, as word numbers. Words that no chunk has are dropped."""
         texts = (self.decode(np.asarray(query).tolist()) for query in queries)
         return [sorted({self.vocabulary[word] for word in words(text) if word in self.vocabulary}) for text in texts]
 
     def scores(self, query: list[int]) -> Any:
-        """(C,) float32 score of every chunk."""
+        """Compute the score (C,) of every chunk, float32."""
         return self.model.get_scores_from_ids(query)
 
     def nearest(self, queries: list[list[int]], k: int, forbidden: Forbidden) -> Nearest:
-        """See `Searcher`. A distance is a negated score."""
-        left_out = _groups_of_rows(forbidden, len(queries))
+        """See `Searcher`. The distance is the negated score."""
+        forbidden_groups = _groups_of_rows(forbidden, len(queries))
         candidates = min(k, len(self.groups))
         ids = np.zeros((len(queries), candidates), dtype=np.int64)
         best = np.zeros((len(queries), candidates), dtype=np.float32)
         for row, query in enumerate(queries):
             scores = self.scores(query)
-            for group in (DELETED, *left_out[row]):
+            for group in (DELETED, *forbidden_groups[row]):
                 scores[self._chunks_of_group(group)] = 0
             top = _largest(scores, candidates)
             ids[row, : len(top)] = top
@@ -134,34 +138,34 @@ class LexicalSearcher:
 
 
 def _largest(scores: Floats, count: int) -> Ints:
-    """Where the largest scores above 0 stand, at most so many of them; of equal ones the first."""
-    # A partition would go through all chunks several times. No score among the largest is below the bound: as many stretches as
-    # are wanted have one that reaches it.
-    whole = len(scores) // _STRETCH * _STRETCH
-    peaks = np.append(scores[:whole].reshape(-1, _STRETCH).max(axis=1), scores[whole:].max(initial=0))
+    """Return the indices of the `count` largest positive scores, or fewer if there are fewer. Of equal scores the first win."""
+    # A partition of all scores would read them several times. Instead, compute the maximum of each block. `count` blocks have a
+    # maximum of at least `bound`, so none of the `count` largest scores is below it.
+    whole = len(scores) // _BLOCK * _BLOCK
+    peaks = np.append(scores[:whole].reshape(-1, _BLOCK).max(axis=1), scores[whole:].max(initial=0))
     bound = np.partition(peaks, -count)[-count] if count <= len(peaks) else 0
     near = np.flatnonzero(scores >= bound if bound > 0 else scores > 0)
     return near[np.argsort(-scores[near], kind="stable")[:count]]
 
 
 class HybridSearcher:
-    """Takes the nearest chunks of dense search, and of those the ones that share most words with the query.
+    """Finds candidates by dense search, and reranks them by BM25.
 
     Args:
-        dense: finds the candidates.
-        lexical: ranks them.
-        num_candidates: of each query.
+        dense: Finds the candidates.
+        lexical: Reranks them.
+        num_candidates: The number of candidates per query. Default is 64.
     """
 
     def __init__(self, dense: DenseSearcher, lexical: LexicalSearcher, *, num_candidates: int = 64) -> None:
         self.dense, self.lexical, self.num_candidates = dense, lexical, num_candidates
 
     def queries_of(self, table: ChunkTable, chunks: range) -> tuple[Any, list[list[int]]]:
-        """See `Searcher`: their vectors and their words."""
+        """See `Searcher`. Queries are vectors and lists of word numbers."""
         return self.dense.queries_of(table, chunks), self.lexical.queries_of(table, chunks)
 
     def nearest(self, queries: tuple[Any, list[list[int]]], k: int, forbidden: Forbidden) -> Nearest:
-        """See `Searcher`. Candidates without a common word stand behind, in the order of dense search, at distance 0."""
+        """See `Searcher`. Candidates without a common word come last, in the order of dense search, at distance 0."""
         vectors, terms = queries
         found = self.dense.nearest(vectors, max(k, self.num_candidates), forbidden)
         scores = np.stack([self.lexical.scores(query)[ids] for query, ids in zip(terms, found.ids, strict=True)])

@@ -1,4 +1,4 @@
-"""Stage 4: the neighbors of every chunk, and what generation and training share: search that leaves chunks out."""
+"""Stage 4: the neighbors of every chunk. It also defines the search with forbidden documents that live retrieval uses too."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a package of their own
+from tqdm.auto import tqdm
 
 from lightning_align.retrieval.chunks import document_shingles
 from lightning_align.retrieval.duplicates import Pair, find_copies
@@ -15,58 +15,65 @@ from lightning_align.retrieval.stages import Stage, Team, write_bytes, write_row
 from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints
 
 FORMAT = 2
-"""Raise it when the same settings come to mean other bytes."""
+"""Version of the file format. Increase it when the same settings lead to other bytes."""
 BLOCK_CHUNKS = 8192
-"""Chunks of a block: whose neighbors are looked for together, and what a kill costs at most."""
+"""Chunks per block. A block is searched for at once. A killed build loses only the blocks in progress."""
 DELETED = -1
-"""The group of chunks that nobody may find."""
+"""Group number of the chunks of deleted documents, which no search may return."""
 
 
 class Nearest(NamedTuple):
     """The nearest chunks of n queries, nearest first."""
 
     ids: Ints
-    """(n, k); 0 where there is none."""
+    """(n, k) chunk numbers, 0 where there is no neighbor."""
     mask: Bools
-    """(n, k) whether there is one."""
+    """(n, k) true where there is a neighbor."""
     distances: Floats
-    """(n, k); infinite where there is none."""
+    """(n, k) distances, infinite where there is no neighbor."""
 
 
 class Forbidden(NamedTuple):
-    """Groups of documents that queries must not find, as pairs of a row and a group."""
+    """Groups of documents that queries must not find, as pairs of a query and a group."""
 
     rows: Ints
+    """(pairs,) number of the query."""
     groups: Ints
+    """(pairs,) group that the query must not find."""
 
 
 class Searcher(Protocol):
-    """What finds chunks of a database."""
+    """Finds chunks of a database."""
 
     def nearest(self, queries: Any, k: int, forbidden: Forbidden) -> Nearest:
-        """The k nearest chunks of each query in documents that it may find.
+        """Find the k nearest chunks of each query in documents that it may find.
 
         Args:
-            queries: n of them: what `queries_of` gave for dense search, see the implementations.
-            k: how many; where fewer are allowed, the others are masked.
-            forbidden: what each must not find.
+            queries: n queries in the format of the implementation, which `queries_of` returns.
+            k: The number of neighbors per query. If fewer are allowed, the remaining slots are masked.
+            forbidden: The groups that each query must not find.
         """
         ...
 
     def queries_of(self, table: ChunkTable, chunks: range) -> Any:
-        """What to look for some chunks of a table by."""
+        """Convert chunks of a table to queries of this searcher."""
         ...
 
 
 def group_of_chunks(table: ChunkTable, deleted: Ints) -> Ints:
-    """(C,) the near-duplicate group of each chunk's document; -1 for those of deleted documents."""
+    """Return the near-duplicate group (C,) of each chunk's document, and -1 for chunks of deleted documents.
+
+    Args:
+        table: The chunks.
+        deleted: Numbers of the deleted documents.
+    """
     groups = np.array(table.groups)
     groups[deleted] = DELETED
     return np.repeat(groups, np.diff(table.chunk_offsets))
 
 
 def pick(ids: Ints, distances: Floats, allowed: Bools, k: int) -> Nearest:
-    """The first k allowed of (n, found) candidates, which are in order."""
+    """Return the first k allowed candidates of each row. Candidates (n, found) are sorted, nearest first."""
     place = np.argsort(~allowed, axis=1, kind="stable")[:, :k]
     mask: Bools = np.take_along_axis(allowed, place, axis=1)
     near: Ints = np.where(mask, np.take_along_axis(ids, place, axis=1), 0)
@@ -88,26 +95,26 @@ def build_neighbors(
     verify: float,
     hide_copies: bool | None = None,
 ) -> Stage:
-    """Find the neighbors of every chunk of a table, unless that is done already.
+    """Find the neighbors of every chunk of a table, unless the finished stage exists.
 
-    A document never finds itself nor a near-duplicate of itself, so the continuation of a neighbor, which ends with the
-    neighbor's document, is never a copy of what follows the chunk there.
+    A document never finds itself or a near-duplicate of itself. The continuation of a neighbor ends with the neighbor's
+    document, so it is never a copy of the text that follows the chunk.
 
     Args:
-        root: folder of the database.
-        queries: the chunks that neighbors are wanted of, a finished stage.
-        database: the chunks that can be neighbors, a finished stage.
-        searcher: finds them.
-        inputs: what its answers depend on besides.
-        deleted: numbers of documents of the database that nobody may find.
-        k: neighbors of each chunk.
-        team: the ranks that share the work.
-        verify: share of the blocks that are made twice and compared.
-        hide_copies: None if the queries are the database's own documents; else whether these, which should not be there, may
-            not find near-duplicates of themselves in it either.
+        root: Folder of the database.
+        queries: The finished chunk stage to find neighbors for.
+        database: The finished stage of the chunks that can be neighbors.
+        searcher: Finds the neighbors.
+        inputs: Further inputs that the results of the searcher depend on. They enter the key of the stage.
+        deleted: Numbers of the deleted documents of the database.
+        k: The number of neighbors per chunk.
+        team: The ranks that share the work.
+        verify: Fraction of the blocks that are computed twice and compared.
+        hide_copies: None if the queries are the database's own documents. Otherwise the queries are held-out documents, and
+            this is whether their near-duplicates in the database are hidden from them.
 
     Raises:
-        ValueError: if k is out of range, or the disk is full.
+        ValueError: If `k` is out of range, or the disk is full.
     """
     same = hide_copies is None
     settings = {"queries": queries.key, "database": database.key, "deleted": deleted.tolist(), "k": k, **inputs}
@@ -121,8 +128,8 @@ def build_neighbors(
     own, other = ChunkTable(queries.folder), ChunkTable(database.folder)
     if not 1 <= k < max(2, len(other)):
         raise ValueError(
-            f"k is {k}, and the database has {len(other)} chunks: expected 1 to {max(1, len(other) - 1)}; add documents, or "
-            "make the chunks smaller"
+            f"`k` must be from 1 to {max(1, len(other) - 1)}, because the database has {len(other)} chunks, but got {k}. "
+            "Use another `k`, add documents, or make the chunks smaller."
         )
     with team.together():
         copies = [] if same else find_leaks(own, other)
@@ -131,12 +138,12 @@ def build_neighbors(
 
     def make(number: int) -> dict[str, NDArray[Any]]:
         chunks = range(number * BLOCK_CHUNKS, min((number + 1) * BLOCK_CHUNKS, len(own)))
-        forbidden = _spread(by_document, own.document_of(np.arange(chunks.start, chunks.stop)))
+        forbidden = _expand_to_rows(by_document, own.document_of(np.arange(chunks.start, chunks.stop)))
         return searcher.nearest(searcher.queries_of(own, chunks), k, forbidden)._asdict()
 
     with team.together():
-        mine = range(team.rank, num_blocks, team.size)
-        for number in tqdm(mine, desc="neighbors", unit=" blocks", disable=None if team.rank == 0 else True, leave=False):
+        own_blocks = range(team.rank, num_blocks, team.size)
+        for number in tqdm(own_blocks, desc="neighbors", unit=" blocks", disable=None if team.rank == 0 else True, leave=False):
             if not stage.has_block(number):
                 stage.write_block(number, make(number))
             if stage.is_sampled(number, verify):
@@ -167,11 +174,11 @@ def build_neighbors(
 
 
 def find_leaks(queries: ChunkTable, database: ChunkTable) -> list[Pair]:
-    """Documents of which a database has a near-duplicate, the most similar first.
+    """Find documents that have a near-duplicate in a database, the most similar first.
 
     Args:
-        queries: the documents that should not be there.
-        database: where they are looked for.
+        queries: Held-out documents, which should not be in the database.
+        database: The chunks of the database.
     """
     return find_copies(
         np.asarray(queries.signatures),
@@ -183,19 +190,19 @@ def find_leaks(queries: ChunkTable, database: ChunkTable) -> list[Pair]:
 
 
 def _forbidden_documents(queries: ChunkTable, database: ChunkTable, copies: list[Pair], *, same: bool) -> Forbidden:
-    """What each document of the queries must not find."""
+    """Return the groups that each document of the queries must not find."""
     if same:
         return Forbidden(np.arange(queries.num_documents), np.array(database.groups))
     rows = np.array([pair.first for pair in copies], dtype=np.int64)
     return Forbidden(rows, database.groups[np.array([pair.second for pair in copies], dtype=np.int64)])
 
 
-def _spread(forbidden: Forbidden, documents: Ints) -> Forbidden:
-    """What is forbidden to documents, as what is forbidden to the rows that belong to them."""
+def _expand_to_rows(forbidden: Forbidden, documents: Ints) -> Forbidden:
+    """Convert forbidden groups per document to forbidden groups per row, given the document of each row."""
     order = np.argsort(forbidden.rows, kind="stable")
     rows, groups = forbidden.rows[order], forbidden.groups[order]
     first, last = np.searchsorted(rows, documents, side="left"), np.searchsorted(rows, documents, side="right")
     counts = last - first
-    spread = np.repeat(np.arange(len(documents)), counts)
+    expanded = np.repeat(np.arange(len(documents)), counts)
     offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return Forbidden(spread, groups[np.repeat(first, counts) + offsets])
+    return Forbidden(expanded, groups[np.repeat(first, counts) + offsets])

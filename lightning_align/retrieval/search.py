@@ -1,4 +1,4 @@
-"""Live retrieval: what generation asks for the neighbors of tokens that nobody has seen before."""
+"""Live retrieval: search for the neighbors of new tokens, as generation does."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -14,35 +14,35 @@ class Found(NamedTuple):
     """The neighbors of n queries, nearest first."""
 
     ids: Ints
-    """(n, k) chunk numbers; 0 where the mask is false."""
+    """(n, k) chunk numbers, 0 where the mask is false."""
     mask: Bools
-    """(n, k) whether there is such a neighbor; the false ones stand behind the true ones."""
+    """(n, k) true where there is a neighbor. In each row, true entries come before false entries."""
     distances: Floats
-    """(n, k) the smaller the nearer; infinite where there is none."""
+    """(n, k) distances, where smaller is nearer. Infinite where there is no neighbor."""
     tokens: Tokens
-    """(n, k, 2m) each neighbor with its continuation; all padding where there is none."""
+    """(n, k, 2m) each neighbor followed by its continuation. All padding where there is no neighbor."""
 
 
 class Retriever(Protocol):
-    """What finds chunks that are like given tokens."""
+    """Finds chunks that are similar to given tokens."""
 
     @property
     def chunk_size(self) -> int:
-        """Tokens a chunk (m): what one query should have."""
+        """Tokens per chunk (m). A query should have the same length."""
         ...
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Of the tokenizer whose ids the queries must be."""
+        """Fingerprint of the tokenizer. Queries must be ids of this tokenizer."""
         ...
 
     def search(self, queries: Sequence[ArrayLike], k: int, exclude: Sequence[Sequence[str]] | None = None) -> Found:
         """Find the k nearest chunks of each query.
 
         Args:
-            queries: n runs of token ids, a chunk each, unpadded.
-            k: how many; where there are fewer, slots are masked.
-            exclude: for each query the ids of documents that must not be returned.
+            queries: n sequences of token ids, a chunk each, unpadded.
+            k: The number of neighbors per query. If fewer exist, the remaining slots are masked.
+            exclude: For each query, the names of the documents that must not be returned.
         """
         ...
 
@@ -51,10 +51,10 @@ class DatabaseRetriever:
     """A `Retriever` over the chunks of a database.
 
     Args:
-        table: the chunks.
-        searcher: finds them.
-        make_queries: what the searcher takes, of runs of tokens.
-        deleted: numbers of documents that nobody may find.
+        table: The chunks of the database.
+        searcher: Finds the nearest chunks.
+        make_queries: Converts sequences of token ids to queries of the searcher.
+        deleted: Numbers of the deleted documents, which are never returned.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DatabaseRetriever:
     ) -> None:
         self.table, self.searcher, self.make_queries = table, searcher, make_queries
         self._deleted = set(deleted.tolist())
-        # Deleted documents go first: one that was replaced has left its name to its successor.
+        # Deleted documents come first, so that the name of a replaced document maps to its successor.
         order = sorted(range(table.num_documents), key=lambda number: number not in self._deleted)
         self._numbers = {table.document_ids[number]: number for number in order}
 
@@ -77,23 +77,24 @@ class DatabaseRetriever:
         return self.table.tokenizer_fingerprint
 
     def search(self, queries: Sequence[ArrayLike], k: int, exclude: Sequence[Sequence[str]] | None = None) -> Found:
-        """See `Retriever`. With a document its near-duplicates are excluded.
+        """See `Retriever`. If a document is excluded, its near-duplicates are too.
 
         Raises:
-            ValueError: if k is not positive, a query is empty or no run of this tokenizer's ids, there is not one `exclude` for
-                each query, or it names no document of the database.
+            ValueError: If `k` is not positive, a query is empty or has ids that the tokenizer does not have, `exclude` does not
+                have an entry per query, or it names a document that the database does not have.
         """
         if k < 1:
-            raise ValueError(f"k is {k}, expected 1 or more")
+            raise ValueError(f"`k` must be at least 1, but got {k}.")
         runs = [np.asarray(query) for query in queries]
         for place, run in enumerate(runs):
             if run.ndim != 1 or not len(run) or not 0 <= run.min() <= run.max() < self.table.vocab_size:
                 raise ValueError(
-                    f"query {place} has the shape {run.shape} and ids {run[:4].tolist()}...: expected a run of one token or "
-                    f"more with ids from 0 to {self.table.vocab_size - 1}, of the tokenizer that the database was built with"
+                    f"Each query must be a sequence of one token or more with ids from 0 to {self.table.vocab_size - 1}, but "
+                    f"query {place} has the shape {run.shape} and the ids {run[:4].tolist()}... "
+                    "Use the tokenizer that the database was built with."
                 )
         if exclude is not None and len(exclude) != len(runs):
-            raise ValueError(f"exclude has {len(exclude)} lists for {len(runs)} queries, expected one for each")
+            raise ValueError(f"`exclude` must have a list per query, but got {len(exclude)} lists for {len(runs)} queries.")
         if not runs:
             return self._found(
                 np.zeros((0, k), dtype=np.int64), np.zeros((0, k), dtype=bool), np.zeros((0, k), dtype=np.float32)
@@ -106,7 +107,10 @@ class DatabaseRetriever:
         for row, names in enumerate(exclude):
             for name in names:
                 if name not in self._numbers:
-                    raise ValueError(f"exclude names the document {name!r}, which the database does not have")
+                    raise ValueError(
+                        f"`exclude` must name documents of the database, but it has no document {name!r}. "
+                        "Its `chunks.document_ids` lists the documents."
+                    )
                 number = self._numbers[name]
                 if number not in self._deleted:
                     pairs.add((row, int(self.table.groups[number])))
@@ -115,5 +119,5 @@ class DatabaseRetriever:
 
     def _found(self, ids: Ints, mask: Bools, distances: Floats) -> Found:
         tokens = self.table.gather(ids, 2 * self.chunk_size)
-        there = tokens.mask & mask[..., None]
-        return Found(ids, mask, distances, Tokens(np.where(there, tokens.ids, self.table.pad_id), there))
+        token_mask = tokens.mask & mask[..., None]
+        return Found(ids, mask, distances, Tokens(np.where(token_mask, tokens.ids, self.table.pad_id), token_mask))

@@ -1,9 +1,9 @@
-"""How a stage is written so that it can be killed at any moment: blocks, a manifest, ranks that share the work.
+"""Stages that can be killed at any time and resumed: blocks, a manifest, ranks that share the work.
 
-A stage owns the folder ``<name>-<key>``, whose key is the hash of everything that its bytes depend on. A block is one file that
-carries the hash of its content in its name, so a single rename publishes both. The last thing that a stage writes is its
-manifest; what has none is not finished, and its blocks are where the next run goes on. Nothing in a finished folder tells when,
-where or by how many processes it was made: equal inputs give equal bytes.
+A stage writes to the folder ``<name>-<key>``. The key is the hash of everything that the bytes of the stage depend on. A block
+is a file that has the hash of its content in its name, so a single rename publishes the content and the hash. The manifest is
+written last. A stage without a manifest is not finished, and the next run resumes after its existing blocks. A finished folder
+does not depend on when, where or by how many processes it was written: equal inputs give equal bytes.
 """
 
 import hashlib
@@ -33,19 +33,20 @@ MANIFEST = "manifest.json"
 
 
 class Team:
-    """The ranks that share the work. Made on all of them together; outside of a process group a team of one."""
+    """The ranks that share the work. Create it on all ranks together. Outside of a process group it has one rank."""
 
     def __init__(self) -> None:
         self.rank, self.size = world()
-        # A group of its own: stages take hours on one rank, and the timeout of the training's group is half of one.
+        # A separate group with a long timeout. A stage can keep one rank busy for hours, and the group of the training times
+        # out after 30 minutes.
         self._group = None if self.size == 1 else dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Wait for each other at the end of a block of work; an error of one rank is raised on all of them.
+        """Synchronize all ranks at the end of the ``with`` block. If a rank fails, all ranks raise.
 
         Raises:
-            ValueError: on the ranks that did not fail themselves, if another one did.
+            ValueError: On the ranks that did not fail, if another rank failed.
         """
         try:
             yield
@@ -56,14 +57,14 @@ class Team:
         if self.size > 1:
             for rank, problem in enumerate(self._gather("")):
                 if problem:
-                    raise ValueError(f"rank {rank} could not do its part ({problem})")
+                    raise ValueError(f"Rank {rank} failed: {problem}. This rank stops too.")
 
     def tell(self, flag: bool) -> bool:
-        """What rank 0 says, on every rank."""
+        """Return the flag of rank 0 on every rank."""
         return flag if self.size == 1 else self._gather(str(flag))[0] == "True"
 
     def close(self) -> None:
-        """Give the group back."""
+        """Destroy the process group."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
@@ -81,7 +82,7 @@ class Stage:
     root: Path
     name: str
     inputs: Mapping[str, Any]
-    """Settings, and keys or hashes of what it reads: equal inputs, equal bytes. JSON."""
+    """Settings, and keys or hashes of what the stage reads. Equal inputs give equal bytes. JSON."""
 
     @cached_property
     def key(self) -> str:
@@ -90,16 +91,18 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """Where the result stands."""
+        """Folder of the result."""
         return self.root / f"{self.name}-{self.key}"
 
     # -- finished or not
 
     def manifest(self, *, verify: bool = False) -> dict[str, Any] | None:
-        """What the stage wrote, or None where it has not come to its end; a damaged result is announced and taken away.
+        """Read the manifest, and check that all files are there. Return None if the stage is not finished.
+
+        If a file is damaged or missing, warn and delete the manifest, so that the stage counts as not finished.
 
         Args:
-            verify: whether to read all files and compare their hashes, not only their sizes.
+            verify: Whether to read all files and compare their hashes. By default only their sizes are compared.
         """
         path = self.folder / MANIFEST
         try:
@@ -108,37 +111,37 @@ class Stage:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError) as error:
-            self._discard(f"its manifest cannot be read ({error})")
+            self._discard(f"Its manifest cannot be read ({error}).")
             return None
         for name, written in files.items():
             file = self.folder / name
             if not file.is_file() or file.stat().st_size != written["bytes"]:
-                self._discard(f"{name} is missing or has not the {written['bytes']} bytes that were written")
+                self._discard(f"{name} is missing or does not have {written['bytes']} bytes.")
                 return None
             if verify and file_hash(file) != written["sha256"]:
-                self._discard(f"the content of {name} is not what was written")
+                self._discard(f"The content of {name} does not match its hash.")
                 return None
         return content
 
     def is_finished(self, *, verify: bool = False) -> bool:
-        """Whether there is nothing left to do, for the rank that would do it: see `manifest`."""
+        """Whether the stage is finished, see `manifest`. If it is, delete leftover blocks, so call it on one rank only."""
         if self.manifest(verify=verify) is None:
             return False
         self.tidy()  # a process killed right after the manifest left its blocks
         return True
 
     def _discard(self, problem: str) -> None:
-        """Say what is damaged, and make the stage an unfinished one."""
-        warnings.warn(f"{self.folder} is damaged and will be made again: {problem}", stacklevel=4)
+        """Warn about the damage, and mark the stage as not finished."""
+        warnings.warn(f"{self.folder} is damaged and will be rebuilt. {problem}", stacklevel=4)
         (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def finish(self, *, table: Mapping[str, Any], counts: Mapping[str, Any], files: Iterable[str]) -> None:
-        """Write the manifest, which makes the result a whole one, and take the blocks away.
+        """Write the manifest, which marks the stage as finished, then delete the blocks.
 
         Args:
-            table: what readers need, see `ChunkTable`.
-            counts: what was counted on the way.
-            files: names of the files of the result, which stand in the folder.
+            table: Settings that readers of the result need, see `ChunkTable`.
+            counts: Counts of the rows that the stage handled, for information.
+            files: Names of the files of the result. They are in the folder already.
         """
         paths = {name: self.folder / name for name in sorted(files)}
         content = {
@@ -153,7 +156,7 @@ class Stage:
         self.tidy()
 
     def tidy(self) -> None:
-        """Take away what a finished stage no longer needs; a killed process may have left it."""
+        """Delete the blocks and temporary files, which a finished stage no longer needs and a killed process may have left."""
         shutil.rmtree(self._blocks, ignore_errors=True)
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -164,55 +167,55 @@ class Stage:
     def _blocks(self) -> Path:
         return self.folder / "blocks"
 
-    def _shelf(self, number: int) -> Path:
-        # A folder of half a million files would be read from end to end for each of them.
+    def _block_folder(self, number: int) -> Path:
+        # Each lookup lists the folder, so a folder has at most 1000 blocks.
         return self._blocks / f"{number // 1000:06d}"
 
     def has_block(self, number: int) -> bool:
-        """Whether a block is there and is what was written; a damaged one is announced and taken away."""
+        """Whether a block exists and is intact. A damaged block is deleted, with a warning."""
         return self._find(number) is not None
 
     def read_block(self, number: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a block.
+        """Read the arrays of a block.
 
         Raises:
-            ValueError: if it is not there any more, or was damaged since.
+            ValueError: If the block is missing or damaged.
         """
         found = self._find(number)
         if found is None:
-            raise ValueError(f"{self.folder}: block {number} is missing: run the build again, it makes what is missing")
+            raise ValueError(f"{self.folder}: block {number} is missing. Run the build again. It computes the missing blocks.")
         with np.load(found, allow_pickle=False) as arrays:
             return dict(arrays)
 
     def write_block(self, number: int, arrays: Arrays) -> None:
-        """Publish a block, whole or not at all."""
+        """Write a block. It appears complete or not at all."""
         content = _pack(arrays)
-        write_bytes(self._shelf(number) / f"{number:08d}-{hashlib.sha256(content).hexdigest()}.npz", content)
+        write_bytes(self._block_folder(number) / f"{number:08d}-{hashlib.sha256(content).hexdigest()}.npz", content)
 
     def check_block(self, number: int, arrays: Arrays) -> None:
         """Compare a block with its recomputation.
 
         Raises:
-            ValueError: if they differ.
+            ValueError: If they differ.
         """
         found = self._find(number)
         if found is None or _hash_in_name(found) != hashlib.sha256(_pack(arrays)).hexdigest():
             raise ValueError(
-                f"{self.folder}: recomputing block {number} gives other bytes than it holds, so it cannot be reproduced "
-                "here (other hardware or library versions than began it, or a source that changes as it is read): delete the "
-                "folder and build again, or switch the check off with verify=0"
+                f"{self.folder}: recomputing block {number} gives other bytes. Likely causes are other hardware or library "
+                "versions than at the start of the build, or a source that changes while it is read. Delete the folder and "
+                "build again, or turn the check off with verify=0."
             )
 
     def is_sampled(self, number: int, share: float) -> bool:
-        """Whether a block is one of those to recompute: the first, and a share of the others that its key decides on."""
+        """Whether to recompute a block: the first block, and a pseudo-random fraction `share` of the others."""
         draw = int(digest([self.key, number])[:8], 16) / 16**8
         return share > 0 and (number == 0 or draw < share)
 
     def _find(self, number: int) -> Path | None:
-        for path in self._shelf(number).glob(f"{number:08d}-*.npz"):
+        for path in self._block_folder(number).glob(f"{number:08d}-*.npz"):
             if file_hash(path) == _hash_in_name(path):
                 return path
-            warnings.warn(f"{path} is damaged (its content is not what was written) and will be made again", stacklevel=3)
+            warnings.warn(f"{path} is damaged (its content does not match its hash) and will be rebuilt.", stacklevel=3)
             path.unlink()
         return None
 
@@ -221,33 +224,33 @@ class Stage:
 
 
 def open_stage(folder: Path) -> Stage:
-    """The stage whose finished result stands in a folder.
+    """Open the finished stage of a folder.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: If the folder has no complete manifest.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return Stage(folder.parent, content["stage"], content["inputs"])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{folder} has no whole manifest ({error}): build the database again, what is there is kept"
+            f"{folder} has no complete manifest ({error}). Build the database again. Finished stages are kept."
         ) from error
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of the canonical JSON of something."""
+    """Compute the SHA-256 of the canonical JSON of a value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Publish a file that survives a power cut as well as a kill: see `publish`."""
+    """Write a file that survives a kill and a power cut, see `publish`."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -259,16 +262,16 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_rows(path: Path, parts: Iterable[NDArray[Any]], *, dtype: Any, shape: tuple[int, ...]) -> None:
-    """Publish an array file that is written part by part, so that it may be larger than the memory.
+    """Write an array file part by part, so that the array can be larger than the memory.
 
     Args:
-        path: ends in .npy.
-        parts: arrays that, one after the other along the first dimension, are the whole.
-        dtype: of the whole.
-        shape: of the whole.
+        path: Path of the file. It ends in .npy.
+        parts: Arrays that are concatenated along the first dimension.
+        dtype: Type of the whole array.
+        shape: Shape of the whole array.
 
     Raises:
-        ValueError: if the file cannot be written.
+        ValueError: If the file cannot be written.
     """
 
     def write(temporary: Path) -> None:

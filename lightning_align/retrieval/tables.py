@@ -1,11 +1,10 @@
-"""The finished tables of a retrieval database: chunks of tokens, and the neighbors of each; memory-mapped, picklable.
+"""The finished tables of a retrieval database: chunks of tokens, and the neighbors of each chunk. Memory-mapped, picklable.
 
-Legend: ``m`` tokens a chunk, ``C`` chunks, ``D`` documents, ``k`` neighbors of a chunk.
+Legend: ``m`` tokens per chunk, ``C`` chunks, ``D`` documents, ``k`` neighbors per chunk.
 
-A document is a run of tokens: its beginning-of-sequence token where the tokenizer has one, its text, and the end-of-sequence
-token. It is cut into chunks of m tokens from its first token on; its last chunk may be shorter. Chunks are numbered through
-all documents in order, so a document's chunks are a range, and a chunk with what follows it is one run of tokens, which
-ends with the document.
+A document is a sequence of tokens: the beginning-of-sequence token if the tokenizer has one, the text, and the end-of-sequence
+token. It is cut into chunks of m tokens. Its last chunk can be shorter. Chunks are numbered across all documents in order, so
+the chunks of a document are a range. A chunk and its continuation are consecutive tokens, which end with the document.
 """
 
 import json
@@ -22,70 +21,69 @@ Floats = NDArray[np.float32]
 
 
 class Tokens(NamedTuple):
-    """Runs of tokens of one width, padded on the right."""
+    """Sequences of tokens of one width, padded on the right."""
 
     ids: Ints
-    """(..., width) token ids; the padding id where there is none."""
+    """(..., width) token ids, and the padding id at padding."""
     mask: Bools
-    """(..., width) true at real tokens."""
+    """(..., width) true at tokens, false at padding."""
 
 
 class _Folder:
-    """Arrays of a folder, mapped by each process when it first asks for one: what is pickled is the path alone."""
+    """Arrays of a folder. Each process maps an array at first access. Only the path is pickled."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Sending a mapped array to a worker would copy all of it.
+        # Pickling a mapped array would copy all of it.
         return {"folder": self.folder}
 
-    def _map(self, name: str) -> Any:
+    def _map(self, name: str) -> NDArray[Any]:
         try:
-            return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            return array
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
-                f"{self.folder / name}.npy is missing or damaged ({error}): delete {self.folder} and build it again"
+                f"{self.folder / name}.npy is missing or damaged ({error}). Delete {self.folder} and build it again."
             ) from error
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the stage wrote for its readers."""
+        """Settings that the stage wrote for its readers."""
         path = self.folder / "manifest.json"
         try:
             settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["table"]
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{path} is missing or damaged ({error}): the stage did not come to its end; run it again"
-            ) from error
+            raise ValueError(f"{path} is missing or damaged ({error}). The stage is not finished. Build it again.") from error
         return settings
 
 
 class ChunkTable(_Folder):
-    """Chunks of documents, by number. Opens nothing until it is asked, and then once in each process.
+    """Chunks of documents, by number. A file is opened at first access, once per process.
 
     Args:
-        folder: of a finished chunk stage.
+        folder: Folder of a finished chunk stage.
     """
 
     @property
     def chunk_size(self) -> int:
-        """Tokens a chunk (m)."""
+        """Tokens per chunk (m)."""
         return int(self.settings["chunk_size"])
 
     @property
     def pad_id(self) -> int:
-        """The id that fills short chunks up. It may equal a real one: go by the mask."""
+        """The id of padding. It can equal the id of a token, so use the mask to tell them apart."""
         return int(self.settings["pad_id"])
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id that the tokenizer can give."""
+        """The number of ids that the tokenizer has, which is one more than the largest id."""
         return int(self.settings["vocab_size"])
 
     @property
     def tokenizer_fingerprint(self) -> str:
-        """Of the tokenizer that made the ids; compare before feeding them to a model."""
+        """Fingerprint of the tokenizer of the ids. Compare it before you pass the ids to a model."""
         return str(self.settings["tokenizer"])
 
     @property
@@ -95,42 +93,42 @@ class ChunkTable(_Folder):
 
     @cached_property
     def tokens(self) -> NDArray[Any]:
-        """All tokens of all documents, one after the other; uint16 where the vocabulary fits, else int32."""
-        return self._map("tokens")  # type: ignore[no-any-return]
+        """All tokens of all documents, concatenated. The type is uint16 if the vocabulary fits, else int32."""
+        return self._map("tokens")
 
     @cached_property
     def token_offsets(self) -> Ints:
-        """(D + 1,) where each document's tokens begin, and the end of the last."""
-        return self._map("token_offsets")  # type: ignore[no-any-return]
+        """(D + 1,) position of each document's first token, then the number of all tokens."""
+        return self._map("token_offsets")
 
     @cached_property
     def chunk_offsets(self) -> Ints:
-        """(D + 1,) each document's first chunk, and the number of all chunks."""
-        return self._map("chunk_offsets")  # type: ignore[no-any-return]
+        """(D + 1,) number of each document's first chunk, then the number of all chunks."""
+        return self._map("chunk_offsets")
 
     @property
     def has_byte_counts(self) -> bool:
-        """Whether there are `num_bytes`: in query sets, which models are evaluated on, but not in what they retrieve from."""
+        """Whether there are `num_bytes`. Query sets have them for evaluation. Chunks that can be neighbors do not."""
         return bool(self.settings["byte_counts"])
 
     @cached_property
     def num_bytes(self) -> NDArray[np.uint32]:
-        """(C,) UTF-8 bytes of the text of each chunk; over a document they add up to its size. See `has_byte_counts`."""
-        return self._map("num_bytes")  # type: ignore[no-any-return]
+        """(C,) UTF-8 bytes of the text of each chunk. They sum to the size of the document. See `has_byte_counts`."""
+        return self._map("num_bytes")
 
     @cached_property
     def groups(self) -> Ints:
-        """(D,) documents that are near-duplicates of each other share a number: that of the first of them."""
-        return self._map("groups")  # type: ignore[no-any-return]
+        """(D,) near-duplicate group of each document: the number of the first document of the group."""
+        return self._map("groups")
 
     @cached_property
     def signatures(self) -> NDArray[np.uint64]:
-        """(D, bins) what near-duplicates of each document are found by."""
-        return self._map("signatures")  # type: ignore[no-any-return]
+        """(D, bins) MinHash signature of each document, to find near-duplicates by."""
+        return self._map("signatures")
 
     @cached_property
     def document_ids(self) -> list[str]:
-        """(D,) the names that the documents came with."""
+        """(D,) name of each document."""
         with (self.folder / "document_ids.jsonl").open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
@@ -139,48 +137,48 @@ class ChunkTable(_Folder):
 
     @property
     def num_documents(self) -> int:
-        """Documents, also those that were deleted from a later generation of the database."""
+        """The number of documents, including documents that were deleted in a later generation of the database."""
         return len(self.token_offsets) - 1
 
     def chunks_of(self, document: int) -> range:
-        """The chunks of a document, by its number."""
+        """Return the chunk numbers of a document, given by its number."""
         return range(int(self.chunk_offsets[document]), int(self.chunk_offsets[document + 1]))
 
     def document_of(self, chunks: ArrayLike) -> Ints:
-        """(...) numbers of the documents that chunks (...) belong to."""
+        """Return the numbers (...) of the documents that contain the chunks (...)."""
         after = np.searchsorted(self.chunk_offsets, np.asarray(chunks), side="right")
         document: Ints = np.asarray(after) - 1
         return document
 
     def lengths(self, chunks: ArrayLike) -> Ints:
-        """(...) tokens of each chunk: m, or fewer at the end of a document."""
+        """Return the number of tokens (...) of each chunk: m, or fewer at the end of a document."""
         start, end = self._spans(np.asarray(chunks))
         lengths: Ints = np.minimum(end - start, self.chunk_size)
         return lengths
 
     def chunk(self, number: int) -> Ints:
-        """The tokens of a chunk, at most m, unpadded."""
+        """Return the tokens of a chunk, at most m, unpadded."""
         start, end = self._spans(np.asarray(number))
         return np.asarray(self.tokens[start : min(int(end), int(start) + self.chunk_size)], dtype=np.int64)
 
     def continuation(self, number: int) -> Tokens:
-        """The m tokens behind a chunk: all padding where its document ends with the chunk."""
+        """Return the m tokens after a chunk. They are all padding if the document ends with the chunk."""
         both = self.gather(number, 2 * self.chunk_size)
         return Tokens(both.ids[self.chunk_size :], both.mask[self.chunk_size :])
 
     def gather(self, chunks: ArrayLike, num_tokens: int | None = None) -> Tokens:
-        """Runs of tokens from the beginning of chunks on, never across the end of their documents.
+        """Return the tokens from the beginning of each chunk on. A sequence stops at the end of its document.
 
         Args:
             chunks: (...) chunk numbers.
-            num_tokens: width of each run: by default m, the chunk itself; 2m is the chunk with its continuation, as RETRO
-                takes a neighbor; n * m + 1 is a training sequence of n chunks with the target of its last token.
+            num_tokens: Width of each sequence. Default is m, the chunk itself. 2m is the chunk with its continuation, which is
+                a neighbor in RETRO. n * m + 1 is a training sequence of n chunks with the target of its last token.
 
         Returns:
             (..., num_tokens).
 
         Raises:
-            IndexError: if a number is not that of a chunk.
+            IndexError: If a chunk number is out of range.
         """
         width = self.chunk_size if num_tokens is None else num_tokens
         start, end = self._spans(np.asarray(chunks))
@@ -191,39 +189,42 @@ class ChunkTable(_Folder):
         return Tokens(ids, mask)
 
     def _spans(self, chunks: Ints) -> tuple[Ints, Ints]:
-        """(...) first token of each chunk and the end of its document."""
+        """Return the first token (...) of each chunk and the end (...) of its document."""
         if chunks.size and not 0 <= chunks.min() <= chunks.max() < len(self):
-            raise IndexError(f"chunk numbers reach from {chunks.min()} to {chunks.max()}, there are {len(self)} chunks")
+            raise IndexError(
+                f"`chunks` must be chunk numbers from 0 to {len(self) - 1}, but got {chunks.min()} to {chunks.max()}. "
+                "Use numbers of this table."
+            )
         document = self.document_of(chunks)
         start = self.token_offsets[document] + (chunks - self.chunk_offsets[document]) * self.chunk_size
         return start, self.token_offsets[document + 1]
 
 
 class Neighbors(_Folder):
-    """The nearest chunks of a database for each chunk of a table, nearest first: row i belongs to chunk i of that table.
+    """The nearest chunks of a database for each chunk of a table, nearest first. Row i belongs to chunk i of the table.
 
     Args:
-        folder: of a finished neighbor stage.
+        folder: Folder of a finished neighbor stage.
     """
 
     @cached_property
     def ids(self) -> Ints:
-        """(C, k) chunk numbers of the database; 0 where the mask is false."""
-        return self._map("ids")  # type: ignore[no-any-return]
+        """(C, k) chunk numbers of the database, 0 where the mask is false."""
+        return self._map("ids")
 
     @cached_property
     def mask(self) -> Bools:
-        """(C, k) whether there is such a neighbor; the false ones stand behind the true ones."""
-        return self._map("mask")  # type: ignore[no-any-return]
+        """(C, k) true where there is a neighbor. In each row, true entries come before false entries."""
+        return self._map("mask")
 
     @cached_property
     def distances(self) -> Floats:
-        """(C, k) squared Euclidean distances of unit vectors, or negated scores of BM25; infinite where there is none."""
-        return self._map("distances")  # type: ignore[no-any-return]
+        """(C, k) squared Euclidean distances of the vectors, or negated BM25 scores. Infinite where there is no neighbor."""
+        return self._map("distances")
 
     @property
     def k(self) -> int:
-        """Neighbors kept for each chunk; use fewer by taking the first columns."""
+        """The number of neighbors per chunk. To use fewer, take the first columns."""
         return int(self.ids.shape[1])
 
     def __len__(self) -> int:

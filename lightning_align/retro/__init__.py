@@ -1,1 +1,1 @@
-"""RETRO: a language model that reads the neighbours of what it has written so far (Borgeaud et al. 2021)."""
+"""RETRO: a language model that attends to retrieved neighbors of its context (Borgeaud et al. 2021, arXiv 2112.04426)."""

@@ -1,7 +1,8 @@
-"""What retrieval is worth: bits per byte with its neighbours, without, and with wrong ones, on the same tokens.
+"""The metric that compares retrieval with its controls on the same tokens: bits per byte with and without neighbors.
 
-A gain over OFF says that reading helps; a gain over RANDOM that it is what was found that helps; and intervals over documents
-say whether other documents would have shown it too.
+An arm is one choice of neighbors, such as ON (the retrieved neighbors), OFF (no neighbors) or RANDOM (random chunks). A gain
+over OFF shows that neighbors help. A gain over RANDOM shows that the retrieved content helps. The confidence intervals show
+whether the gain would hold for another sample of documents.
 """
 
 import math
@@ -13,59 +14,69 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 ALPHAS = (0.125, 0.25, 0.5, 1.0)
-"""Overlaps up to which bits per byte are reported, as in the paper's figure 6."""
+"""Thresholds of the overlap (see `overlaps`) at which bits per byte are reported, as in figure 6 of the paper."""
 RESAMPLES = 2000
+"""The number of bootstrap samples of `interval`."""
 
 
 class RetrievalArms(Metric):
-    """Bits per byte of each arm: over everything, over chunks of small overlap, and its distance from the first arm."""
+    """Bits per byte of each arm, in total and over chunks of low overlap, and the gain of the first arm over each other arm.
+
+    A metric of torchmetrics. It works across ranks.
+    """
 
     full_state_update = False
     rows: list[Tensor]
 
     def __init__(self, arms: Sequence[str]) -> None:
-        """Start with nothing.
+        """Start with an empty state.
 
         Args:
-            arms: A names, the first of which the others are compared with.
+            arms: The names of the A arms. The first arm is compared with each of the others.
         """
         super().__init__()
         self.arms = tuple(arms)
-        # A window a row, since the number of documents is not known: document, tokens, and for each overlap the bytes and
-        # the nats of each arm.
+        # One row per window, because the number of documents is unknown. The columns are the document, the number of target
+        # tokens, and then the bytes and the nats of each arm, each split by overlap.
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        # The states stay float64 where the module around them is converted.
+        # Keep the states in float64 when the module that holds the metric is converted.
         return super()._apply(lambda state: state.to(fn(state).device), exclude_state)
 
     def update(self, nats: Tensor, targets: Tensor, documents: Tensor, overlap: Tensor, chunk_bytes: Tensor, size: int) -> None:
         """Add windows.
 
         Args:
-            nats: (A, B, N) negative log-likelihood of each target by each arm, 0 elsewhere.
-            targets: (B, N) bool.
-            documents: (B,).
-            overlap: (B, C) of each chunk.
-            chunk_bytes: (B, C).
-            size: tokens of a chunk.
+            nats: (A, B, N) negative log-likelihood of each target under each arm, in nats. 0 at positions without a target.
+            targets: (B, N) bool, true at targets.
+            documents: (B,) number of the document of each window.
+            overlap: (B, C) overlap of each chunk with its neighbors, see `overlaps`.
+            chunk_bytes: (B, C) UTF-8 bytes of each chunk.
+            size: The number of tokens per chunk.
         """
         chunk = torch.arange(targets.shape[1], device=targets.device) // size
         per_chunk = nats.double().new_zeros(*nats.shape[:2], overlap.shape[1]).index_add_(2, chunk, nats.detach().double())
         values = torch.cat((chunk_bytes.double()[None], per_chunk))  # (1 + A, B, C)
         edges = torch.tensor(ALPHAS[:-1], device=overlap.device)
-        bins = torch.bucketize(overlap.float(), edges)  # (B, C): the first alpha that is not below
+        bins = torch.bucketize(overlap.float(), edges)  # (B, C) index of the smallest alpha that is at least the overlap
         summed = values.new_zeros(*values.shape[:2], len(ALPHAS)).scatter_add_(2, bins.expand_as(values).contiguous(), values)
         heads = torch.stack((documents.double(), targets.sum(1).double()), dim=1)
         self.rows.append(torch.cat((heads, summed.transpose(0, 1).flatten(1)), dim=1))
 
     def compute(self) -> dict[str, float]:
-        """What the windows add up to; empty before any window.
+        """Compute the metrics over all windows.
 
         Returns:
-            By arm ``arm/bits_per_byte``, ``arm/bits_per_byte_alpha_0.125`` and so on; ``arm/gain``, the bits per byte that the
-            first arm saves over it, with its 95 % interval ``arm/gain_low`` and ``arm/gain_high``; of the first arm ``loss``
-            (nats a token); and ``documents``, ``bytes_alpha_0.125`` and so on.
+            The metrics by name, or an empty dictionary if there were no windows.
+
+            - For each arm: ``arm/bits_per_byte``, and ``arm/bits_per_byte_alpha_0.125`` and so on, over the chunks of at most
+              this overlap.
+            - For each arm but the first: ``arm/gain``, the bits per byte that the first arm saves over it, and the bounds
+              ``arm/gain_low`` and ``arm/gain_high`` of its 95 % interval.
+            - For the first arm: ``loss``, in nats per token.
+            - ``documents``, the number of documents, and ``bytes_alpha_0.125`` and so on, the bytes of the chunks of at most
+              this overlap.
         """
         rows = torch.cat(self.rows).cpu() if isinstance(self.rows, list) and self.rows else self.rows
         if not isinstance(rows, Tensor) or not len(rows):
@@ -82,7 +93,7 @@ class RetrievalArms(Metric):
             bits = up_to[1 + index] / up_to[0] / math.log(2)
             values[f"{arm}/bits_per_byte"] = float(bits[-1])
             for alpha, value in zip(ALPHAS[:-1], bits.tolist(), strict=False):
-                if not math.isnan(value):  # there may be no chunk of so small an overlap
+                if not math.isnan(value):  # NaN if no chunk has an overlap this low
                     values[f"{arm}/bits_per_byte_alpha_{alpha}"] = value
             if index:
                 gain = (nats[:, index] - nats[:, 0]).sum(1) / math.log(2)
@@ -93,11 +104,11 @@ class RetrievalArms(Metric):
 
 
 def interval(bits: Tensor, num_bytes: Tensor) -> tuple[float, float]:
-    """95 % interval of sum(bits) / sum(bytes) over other draws of the documents: a percentile bootstrap.
+    """Compute the 95 % confidence interval of sum(bits) / sum(bytes) with a percentile bootstrap over documents.
 
     Args:
-        bits: (D,) of each document.
-        num_bytes: (D,).
+        bits: (D,) bits of each document.
+        num_bytes: (D,) UTF-8 bytes of each document.
 
     Returns:
         The 2.5th and the 97.5th percentile.

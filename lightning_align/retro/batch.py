@@ -1,4 +1,4 @@
-"""Windows of documents with the neighbours of their chunks, and what evaluation compares those neighbours with."""
+"""The dataset of RETRO: windows of documents with the neighbors of their chunks, and control neighbors for evaluation."""
 
 from collections.abc import Sequence
 from typing import Any, NotRequired
@@ -17,33 +17,34 @@ from lightning_align.types import TokenBatch
 
 
 class RetrievalBatch(TokenBatch):
-    """Windows of U chunks and one token more, which is a target alone; padded on the right to at least a chunk and one token.
+    """Windows of U chunks and one more token, which is only a target.
 
-    Every token of a document but its first is a target of one window.
+    Windows are padded on the right, to at least one chunk and one token. Each token of a document except its first is a target
+    of exactly one window.
     """
 
     neighbors: NeighborTokens
-    """(B, U, J, R) of each full chunk."""
+    """(B, U, J, R) neighbors of each chunk of the window."""
     controls: NotRequired[dict[str, NeighborTokens]]
-    """``random`` (any chunks of the database) and ``shuffled`` (the neighbours of another chunk) in place of them."""
+    """Control neighbors: ``random`` (random chunks of the database) and ``shuffled`` (the neighbors of another chunk)."""
     documents: NotRequired[Tensor]
-    """(B,) int64 number of each window's document."""
+    """(B,) int64 number of the document of each window."""
     overlap: NotRequired[Tensor]
-    """(B, C) share of each chunk that stands in its neighbours too, see `overlaps`; of each chunk that has a target."""
+    """(B, C) overlap of each chunk that has a target with its neighbors, see `overlaps`."""
     chunk_bytes: NotRequired[Tensor]
-    """(B, C) UTF-8 bytes of each chunk; 0 of a chunk whose first token alone is a target here, for it has its own window."""
+    """(B, C) UTF-8 bytes of each chunk. 0 for the chunk after the window, of which only the first token is a target here."""
 
 
 class Windows:
-    """How documents are cut in windows of n chunks: a window never spans two documents, and the last may be shorter."""
+    """The windows of n chunks of some documents. A window never spans two documents. The last of a document may be shorter."""
 
     def __init__(self, table: ChunkTable, chunks: int, *, deleted: Sequence[int] = ()) -> None:
-        """Cut.
+        """Cut the documents into windows.
 
         Args:
-            table: of the documents.
-            chunks: n.
-            deleted: numbers of documents that have no windows.
+            table: The chunks of the documents.
+            chunks: n, the number of chunks per window.
+            deleted: The numbers of documents that get no windows.
         """
         counts = np.diff(table.chunk_offsets)
         per_document = -(-counts // chunks)
@@ -52,11 +53,11 @@ class Windows:
         first = table.chunk_offsets[document] + number * chunks
         size = table.chunk_size
         rest = (table.token_offsets[document + 1] - table.token_offsets[document]) - number * chunks * size
-        kept = rest >= 2  # one token alone is a target of the window before
+        kept = rest >= 2  # a single token is already a target of the previous window
         if len(deleted):
-            there = np.ones(len(counts), np.bool_)
-            there[np.asarray(deleted)] = False
-            kept &= there[document]
+            live = np.ones(len(counts), np.bool_)
+            live[np.asarray(deleted)] = False
+            kept &= live[document]
         self.first: Ints = first[kept]
         self.document: Ints = document[kept]
         self.lengths: Ints = np.minimum(rest, chunks * size + 1)[kept]
@@ -66,33 +67,38 @@ class Windows:
 
 
 class LiveChunks:
-    """Chunks of the documents of a database that were not deleted. Pickled, it is a path and a number a document."""
+    """The chunks of the documents of a database that were not deleted.
+
+    Pickling it stores only a path and one number per document.
+    """
 
     def __init__(self, table: ChunkTable, deleted: Sequence[int]) -> None:
-        """Count them.
+        """Count the live chunks.
 
         Args:
-            table: the database.
-            deleted: numbers of documents.
+            table: The chunks of the database.
+            deleted: The numbers of the deleted documents.
         """
         self.table = table
         counts = np.diff(table.chunk_offsets)
         counts[np.asarray(deleted, dtype=np.int64)] = 0
         self.offsets: Ints = np.concatenate([[0], np.cumsum(counts)])
-        """(D + 1,) live chunks before each document, and all of them."""
-        self.lacks = len(deleted) > 0
+        """(D + 1,) number of live chunks before each document, and their total."""
+        self.any_deleted = len(deleted) > 0
         """Whether any document was deleted."""
 
     def replace(self, ids: Ints, draws: NDArray[np.float64], own: Ints | None) -> tuple[Ints, Bools]:
-        """Random chunks, those of them drawn again that are not to be read: every other chunk is then as likely as before.
+        """Replace those of some random chunks that must not be used. All allowed chunks stay equally likely.
+
+        Chunks of deleted documents, and of the document that a draw is for, must not be used.
 
         Args:
-            ids: (...) drawn from all chunks.
-            draws: (...) uniform in [0, 1), for those that are drawn again.
-            own: (...) documents of whoever reads, whose chunks are not for them; None where they are not of the database.
+            ids: (...) chunk numbers, drawn uniformly from all chunks.
+            draws: (...) uniform random numbers in [0, 1) for the replacements.
+            own: (...) number of the document that each draw is for. None if these documents are not in the database.
 
         Returns:
-            (...) chunks, and whether there is one that may be read.
+            (...) chunk numbers, and whether any chunk is allowed.
         """
         document = self.table.document_of(ids)
         bad = self.offsets[document + 1] == self.offsets[document]
@@ -103,28 +109,30 @@ class LiveChunks:
         count = self.offsets[-1] - (last - first)
         rank = np.minimum((draws * count).astype(np.int64), np.maximum(count - 1, 0))
         rank += np.where(rank >= first, last - first, 0)
-        rank = np.minimum(rank, self.offsets[-1] - 1)  # where there is none
+        rank = np.minimum(rank, self.offsets[-1] - 1)  # keeps the index valid where no chunk is allowed
         found = np.searchsorted(self.offsets, rank, side="right") - 1
-        again = self.table.chunk_offsets[found] + rank - self.offsets[found]
-        return np.where(bad, again, ids), count > 0
+        replacement = self.table.chunk_offsets[found] + rank - self.offsets[found]
+        return np.where(bad, replacement, ids), count > 0
 
 
 class RetrievalWindows(Dataset[RetrievalBatch]):
-    """Batches by lists of window numbers, which is what the samplers here yield. Pickled, it is paths and window numbers.
+    """The windows of some documents with their neighbors. An item is a batch, and its index is a list of window numbers.
+
+    The samplers of this package yield such lists. Pickling the dataset stores only paths and window numbers.
 
     Args:
-        table: the documents.
-        neighbors: those of their chunks.
-        database: the chunks that the neighbours are.
-        num_chunks: chunks of a window.
-        num_neighbors: J, neighbours of a chunk.
-        random_neighbors: share of the neighbours, always the same ones, in whose place random chunks stand, which are of other
-            documents.
-        deleted: numbers of documents of the database that are not read: neither as windows nor as random neighbours.
-        seed: of the random and shuffled neighbours of evaluation; None: training, which needs none.
+        table: The chunks of the documents.
+        neighbors: The neighbors of these chunks.
+        database: The chunks of the database that the neighbors are in.
+        num_chunks: The maximum number of chunks per window.
+        num_neighbors: J, the number of neighbors per chunk.
+        random_neighbors: The share of the neighbors that are replaced by random chunks of other documents. The same neighbors
+            are replaced in each epoch.
+        deleted: The numbers of deleted documents of the database. They are used neither as windows nor as random neighbors.
+        seed: The seed of the random and shuffled neighbors of evaluation. None for training, which needs no controls.
 
     Raises:
-        ValueError: if the database keeps fewer neighbours.
+        ValueError: If the database has fewer than `num_neighbors` neighbors per chunk.
     """
 
     def __init__(
@@ -141,21 +149,21 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
     ) -> None:
         if num_neighbors > neighbors.k:
             raise ValueError(
-                f"num_neighbors is {num_neighbors}, but the database keeps {neighbors.k} neighbours of each chunk: ask for "
-                "fewer, or build it with more"
+                f"`num_neighbors` must be at most {neighbors.k}, the number of neighbors per chunk in the database, but got "
+                f"{num_neighbors}. Use a smaller value, or build the database with a larger k."
             )
         self.table, self.neighbors, self.database = table, neighbors, database
         self.own = table.folder == database.folder
-        """Whether the documents are the database's, so that chunks must not read their own document."""
+        """Whether the documents are those of the database. Chunks must then not use their own document as a neighbor."""
         self.windows = Windows(table, num_chunks, deleted=deleted if self.own else ())
         self.live = LiveChunks(database, deleted)
         self.num_chunks, self.num_neighbors, self.random_neighbors = num_chunks, num_neighbors, random_neighbors
         self.batches: list[list[int]] | None = None
-        """Lists of windows that a plain sampler may ask for by their number; None where the sampler yields the lists."""
+        """Lists of window numbers that a plain sampler selects by index. None if the sampler yields the lists itself."""
         self.controls: dict[str, tuple[Ints, Bools]] = {}
         self.overlap: NDArray[np.float32] | None = None
         if seed is not None:
-            # Tables keyed by chunk: what is evaluated does not depend on how it is batched, nor on the number of ranks.
+            # Draw the controls per chunk, so that they do not depend on the batches or on the number of ranks.
             random, shape = np.random.default_rng(seed), (len(table), num_neighbors)
             drawn = random.integers(0, len(database), shape)
             order = random.permutation(len(table))
@@ -175,7 +183,7 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         width = max(int(self.windows.lengths[chosen].max()), size + 1)
         first = self.windows.first[chosen]
         ids, mask = self.table.gather(first, width)
-        # A window does not go on into the next one, save for its last target.
+        # Mask the tokens of the next window, except the first, which is the last target of this window.
         mask = mask & (np.arange(width) < self.windows.lengths[chosen][:, None])
         targets = mask.copy()
         targets[:, 0] = False
@@ -200,10 +208,10 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
             own = np.minimum(own, ends - 1)
             batch["overlap"] = torch.from_numpy(self.overlap[own])
             batch["chunk_bytes"] = torch.from_numpy(np.where(here, self.table.num_bytes[own], 0).astype(np.int64))
-        return batch  # type: ignore[return-value]  # its keys are those of the type
+        return batch  # type: ignore[return-value]  # its keys match the TypedDict
 
     def _found(self, chunks: Ints) -> tuple[Ints, Bools]:
-        """Neighbours of chunks (B, U), some of them random ones: (B, U, J)."""
+        """Look up the neighbors of chunks (B, U) and replace some by random chunks: ids and mask, each (B, U, J)."""
         count = self.num_neighbors
         ids, mask = self.neighbors.ids[chunks, :count], self.neighbors.mask[chunks, :count]
         if self.random_neighbors:
@@ -211,17 +219,17 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
             drawn = uniforms([(chunk,) for chunk in keys], positions=count, draws=2)
             numbers = drawn.double().numpy().reshape(*chunks.shape, count, 2)
             chosen, random = (numbers[..., 1] * len(self.database)).astype(np.int64), numbers[..., 0] < self.random_neighbors
-            if self.own or self.live.lacks:  # else every chunk may be read, and there is nothing to draw again
-                again = uniforms([(chunk, 1) for chunk in keys], positions=count, draws=1)
+            if self.own or self.live.any_deleted:  # otherwise every chunk is allowed
+                redraws = uniforms([(chunk, 1) for chunk in keys], positions=count, draws=1)
                 own = np.broadcast_to(self.table.document_of(chunks)[..., None], ids.shape) if self.own else None
-                chosen, there = self.live.replace(chosen, again.double().numpy().reshape(ids.shape), own)
-                random &= there
+                chosen, allowed = self.live.replace(chosen, redraws.double().numpy().reshape(ids.shape), own)
+                random &= allowed
             ids = np.where(random, chosen, ids)
             mask = mask | random
         return ids, mask
 
     def _gather(self, ids: Ints, mask: Bools, exists: Bools) -> NeighborTokens:
-        """Tokens of neighbours (B, U, J), none of chunks that do not exist."""
-        there = mask & exists[..., None]
-        tokens = self.database.gather(np.where(there, ids, 0), 2 * self.table.chunk_size)
-        return NeighborTokens(torch.from_numpy(tokens.ids), torch.from_numpy(tokens.mask & there[..., None]))
+        """Gather the tokens of neighbors (B, U, J). `exists` (B, U) is false for chunks that are not in the window."""
+        present = mask & exists[..., None]
+        tokens = self.database.gather(np.where(present, ids, 0), 2 * self.table.chunk_size)
+        return NeighborTokens(torch.from_numpy(tokens.ids), torch.from_numpy(tokens.mask & present[..., None]))

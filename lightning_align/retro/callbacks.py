@@ -1,4 +1,4 @@
-"""The callback that has the retrieval database ready before the data are needed."""
+"""The callback that builds and refreshes the retrieval database."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -19,35 +19,41 @@ from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, LMEncoder
 from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retro.indexing import build_database, quiet_trainer
+from lightning_align.runtime.lightning_internals import reload_interval
 
 
 class RetrievalIndexing(Callback):
-    """Builds the retrieval database, or what is missing of it, on all ranks before the first batch is asked for.
+    """Builds the retrieval database on all ranks before the first batch is loaded.
 
-    What is there already and fits is used as it is; a build that was killed goes on where it was. The database is whole as
-    soon as ``database.json`` is in its folder; open it where loaders are made, for `setup` of a data module is called before
-    that of callbacks.
+    Only missing stages are built, and an interrupted build is resumed. The database is complete when its folder contains
+    ``database.json``. Open it where the data loaders are made, because Lightning calls `setup` of the data module before
+    `setup` of the callbacks.
 
     Args:
-        database: folder of the database.
-        documents: what can be retrieved: a folder of text files, a file of rows with a field `text`, or a source such as
-            FolderDocuments or StandardLibrary.
-        queries: documents that are not in the database and whose neighbors are wanted, by a name each, such as validation.
-        encoder: what chunks are found by: a checkpoint of a language model (.ckpt, .pt, .safetensors), the name of a
-            sentence-transformers model, or bm25. By default the checkpoint that the module begins from.
-        rerank: whether BM25 has the last word on what the encoder finds.
-        tokenizer: as of the data module, which is asked for its own where none is given.
-        chunk_size: tokens a chunk.
-        k: neighbors of each chunk; training may use fewer.
-        index: how vectors are indexed: factory (a string of faiss, or auto), min_recall, recall_at, shard_size, seed.
-        hide_copies: whether the documents of `queries` may not find near-duplicates of themselves; false shows what a leak
-            fakes. Documents of the database never do.
-        verify: share of the blocks of each stage that are made twice and compared.
-        precision: that the encoder runs in, by default the Trainer's; bf16-mixed is the fastest on most machines.
-        refresh_every_n_epochs: build again with the current policy as encoder, every so many epochs; 0 never does.
-            The Trainer's reload_dataloaders_every_n_epochs must divide it. A checkpoint keeps which generation it was trained
-            on, so that a run that goes on from it, or evaluates it, finds the same neighbors; to `predict`, which encodes what
-            is written on the way, the database is built with the policy of the checkpoint.
+        database: The folder of the database.
+        documents: The documents that can be retrieved: a folder of text files, a file of rows with a field `text`, or a source
+            such as FolderDocuments or StandardLibrary.
+        queries: Further documents that are not in the database but need neighbors, such as validation documents. Each source
+            has a name.
+        encoder: The encoder that retrieves the neighbors: a checkpoint of a language model (.ckpt, .pt, .safetensors), the name
+            of a sentence-transformers model, or bm25. Default is the checkpoint in `init_from` of the module.
+        rerank: Whether BM25 reranks the neighbors that the encoder finds.
+        tokenizer: The tokenizer, in the same form as in the data module. Default is the tokenizer of the data module.
+        chunk_size: The number of tokens per chunk.
+        k: The number of neighbors per chunk. Training can use fewer.
+        index: How the vectors are indexed: factory (a faiss factory string, or auto), min_recall, recall_at, shard_size, seed.
+        hide_copies: Whether near-duplicates of a document of `queries` are excluded from its neighbors. False shows the effect
+            of a leak. For documents of the database they are always excluded.
+        verify: The share of the blocks of each stage that are computed twice and compared.
+        precision: The precision of the encoder. Default is the precision of the Trainer. bf16-mixed is the fastest on most
+            machines.
+        refresh_every_n_epochs: Rebuild the database with the current policy as encoder every this many epochs. 0 never does.
+            `reload_dataloaders_every_n_epochs` of the Trainer must divide it. A checkpoint stores the generation of the
+            database that it was trained on, so that a resumed run or an evaluation uses the same neighbors. `predict` encodes
+            new text, so it rebuilds the database with the policy of the checkpoint.
+
+    Raises:
+        ValueError: If `refresh_every_n_epochs` is negative.
     """
 
     def __init__(
@@ -68,7 +74,9 @@ class RetrievalIndexing(Callback):
         refresh_every_n_epochs: int = 0,
     ) -> None:
         if refresh_every_n_epochs < 0:
-            raise ValueError(f"refresh_every_n_epochs is {refresh_every_n_epochs}, expected 0 or more")
+            raise ValueError(
+                f"`refresh_every_n_epochs` must be 0 or more, but got {refresh_every_n_epochs}. Use 0 to never refresh."
+            )
         if isinstance(index, Mapping):
             index = IndexConfig(**index)
         self.database, self.documents, self.queries = database, documents, queries or {}
@@ -83,26 +91,31 @@ class RetrievalIndexing(Callback):
             "verify": verify,
         }
         self._refreshed: dict[str, Any] | None = None
-        """What was built of the policy last: after how many ``epochs``, and the ``head`` of the database."""
+        """The last refresh: the number of ``epochs`` before it and the ``head`` (manifest) of the database. None if none."""
 
     @property
     def state_key(self) -> str:
-        """Of its own for each database, of which a run may have several."""
+        """A key that differs per database, because a run can have several."""
         return self._generate_state_key(database=self.database)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Build what is missing. In evaluation a database that was refreshed stays as it is.
+        """Build the missing stages of the database. Evaluation does not change a refreshed database.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module. Its `init_from` is the default encoder.
+            stage: The stage: fit, validate, test or predict.
 
         Raises:
-            ValueError: if there is nothing to encode with, or anything else that was given cannot be used.
+            ValueError: If there is no encoder, or if another argument is invalid.
         """
         if self.refresh_every_n_epochs and stage == "fit":
             self._check_refresh(trainer)
         encoder = self.encoder or getattr(pl_module, "init_from", None)
         if encoder is None:
             raise ValueError(
-                "RetrievalIndexing needs something that turns chunks into vectors: give encoder, a checkpoint of a language "
-                "model (such as one that configs/sft trains), the name of a sentence-transformers model, or bm25"
+                "RetrievalIndexing: `encoder` is required, because the module has no `init_from`. Use a checkpoint of a "
+                "language model (such as one trained with configs/sft), the name of a sentence-transformers model, or bm25."
             )
         if stage != "fit" and self.refresh_every_n_epochs and self._is_refreshed():
             return
@@ -110,17 +123,17 @@ class RetrievalIndexing(Callback):
         self._build(trainer, encoder)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which generation of the database the run is on, if the policy was its encoder."""
+        """Return the generation of the database that the run uses, if the policy was its encoder."""
         return {} if self._refreshed is None else dict(self._refreshed)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go back to the database that the checkpoint's run was on; if it is gone, build it with the checkpoint's policy."""
+        """Restore the database that the checkpoint was trained on. If it is gone, build it with the checkpoint's policy."""
         every = self.refresh_every_n_epochs
         if not every:
             return
         state = checkpoint["callbacks"].get(self.state_key) or {"epochs": 0, "head": None}
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {})
-        # Epochs whose end has come: checkpoints are written after the refresh of an epoch's end, or else before the end.
+        # The number of completed epochs. A checkpoint is written after the refresh at the end of an epoch, or before that end.
         done = progress.get("current", {}).get("processed", checkpoint.get("epoch", 0))
         fits, due = trainer.state.fn == "fit", done - done % every
         if not fits and state["head"] is None:
@@ -129,31 +142,35 @@ class RetrievalIndexing(Callback):
         if trainer.state.fn == "predict":
             self._refresh(trainer, pl_module, done)
         elif wanted:
-            # What was built after the last epoch that a run was to have is not in its checkpoint: nothing was to read it.
-            kept = state["epochs"] == wanted and self._is_of_now(state["head"])
+            # There is no refresh after the last epoch of a run (see `on_train_epoch_end`), so its checkpoint can lack one.
+            kept = state["epochs"] == wanted and self._matches_current(state["head"])
             whole = kept and publish_head(Path(self.database), state["head"], verify=self._settings["verify"] > 0)
             if whole:
                 self._refreshed = state
                 return
             if wanted != done:
                 rank_zero_warn(
-                    f"{self.database} no longer has what was built of the policy after epoch {wanted}, or was changed: it "
-                    f"is built with the policy after epoch {done}, so the run does not go on to the bit"
+                    f"{self.database} no longer contains the generation that was built with the policy after epoch {wanted}, "
+                    f"or its documents or settings have changed. It is rebuilt with the policy after epoch {done}, so the "
+                    "resumed run is not bit-identical to the uninterrupted run."
                 )
             self._refresh(trainer, pl_module, done)
 
-    def _is_of_now(self, head: Mapping[str, Any]) -> bool:
-        """Whether a former generation has the documents and settings of the present one: what was deleted stays deleted."""
+    def _matches_current(self, head: Mapping[str, Any]) -> bool:
+        """Return whether an earlier generation has the same documents and settings as the current one.
 
-        def settings(one: Mapping[str, Any]) -> Any:
-            queries = {name: stages["chunks"] for name, stages in one["queries"].items()}
-            made_with = {name: value for name, value in one["made_with"].items() if name != "encoder"}
-            return one["stages"]["chunks"], one["deleted"], one["retriever"], made_with, queries
+        Deleted documents count as a difference, so that restoring a generation does not bring them back.
+        """
+
+        def settings(manifest: Mapping[str, Any]) -> Any:
+            queries = {name: stages["chunks"] for name, stages in manifest["queries"].items()}
+            made_with = {name: value for name, value in manifest["made_with"].items() if name != "encoder"}
+            return manifest["stages"]["chunks"], manifest["deleted"], manifest["retriever"], made_with, queries
 
         return bool(settings(head) == settings(RetrievalDatabase.open(self.database).manifest))
 
     def _is_refreshed(self) -> bool:
-        """Whether the encoder of the database was an object, as a policy is."""
+        """Return whether the database was built with an encoder object, such as the policy, and not with a named encoder."""
         try:
             head = RetrievalDatabase.open(self.database).manifest
         except ValueError:
@@ -161,15 +178,15 @@ class RetrievalIndexing(Callback):
         return head["encoder"] is not None and head["made_with"]["encoder"] is None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Build again with the policy as it is now, if this is the epoch for it."""
+        """Rebuild the database with the current policy every `refresh_every_n_epochs` epochs, except after the last epoch."""
         every = self.refresh_every_n_epochs
         last = trainer.current_epoch + 1 == trainer.max_epochs
         if every and (trainer.current_epoch + 1) % every == 0 and not last:
             self._refresh(trainer, pl_module, trainer.current_epoch + 1)
 
     def _refresh(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
-        policy: nn.Module = pl_module.policy  # type: ignore[assignment]  # every module of the suite has one
-        # It trains on: the Trainer that encodes must neither move it nor take it into evaluation mode for good.
+        policy: nn.Module = pl_module.policy  # type: ignore[assignment]  # each module of the package has a policy
+        # The policy continues training, so the Trainer of the encoder must not move it or leave it in evaluation mode.
         database = self._build(trainer, LMEncoder(policy, fingerprint=weights_hash(policy), borrowed=True))
         self._refreshed = {"epochs": epochs, "head": database.manifest}
 
@@ -179,7 +196,9 @@ class RetrievalIndexing(Callback):
             self.tokenizer or getattr(data, "tokenizer_name", None) or getattr(data, "tokenizer", None)
         )
         if tokenizer is None:
-            raise ValueError("RetrievalIndexing: give tokenizer, for the data module has none")
+            raise ValueError(
+                "RetrievalIndexing: `tokenizer` is required, because the data module has none. Use the tokenizer of the policy."
+            )
         database = build_database(
             self.database,
             self.documents,
@@ -191,36 +210,42 @@ class RetrievalIndexing(Callback):
         )
         generation = database.manifest["generation"]
         rank_zero_info(
-            f"retrieval database {Path(self.database)}: {len(database.chunks):,} chunks of {database.chunks.num_documents:,} "
-            f"documents, generation {generation}, {database.manifest['retriever']}, {database.neighbors.k} neighbors each"
+            f"Retrieval database {Path(self.database)}: {len(database.chunks):,} chunks of {database.chunks.num_documents:,} "
+            f"documents, generation {generation}, retriever {database.manifest['retriever']}, {database.neighbors.k} neighbors "
+            "per chunk."
         )
         return database
 
     def _check_refresh(self, trainer: L.Trainer) -> None:
-        reload: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]  # set by the data connector
+        reload = reload_interval(trainer)
         if reload == 0 or self.refresh_every_n_epochs % reload:
             raise ValueError(
-                f"refresh_every_n_epochs is {self.refresh_every_n_epochs}, and the Trainer's reload_dataloaders_every_n_epochs "
-                f"{reload}: the loaders would go on with the old neighbors; set both alike"
+                f"`refresh_every_n_epochs` must be a multiple of `reload_dataloaders_every_n_epochs` of the Trainer, but got "
+                f"{self.refresh_every_n_epochs} and {reload}. The data loaders would keep the old neighbors. Set both to the "
+                "same value."
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
-                "refresh_every_n_epochs needs the whole policy on each rank, which this strategy does not have: use ddp, or 0"
+                "`refresh_every_n_epochs` needs the whole policy on each rank, but the strategy "
+                f"{type(trainer.strategy).__name__} shards it. Use the strategy ddp, or set `refresh_every_n_epochs` to 0."
             )
 
 
 def trainer_like(trainer: L.Trainer, *, precision: str | None = None) -> L.Trainer:
-    """A Trainer on the devices of another one, for work inside of its run.
+    """Make a Trainer on the devices of another Trainer, for work within the run of that Trainer.
 
     Args:
-        trainer: the one that runs.
-        precision: by default that of the other one.
+        trainer: The Trainer of the run.
+        precision: The precision of the new Trainer. Default is that of `trainer`.
+
+    Returns:
+        A Trainer that only predicts.
     """
     return quiet_trainer(
         accelerator=type(trainer.accelerator)(),
         devices=trainer.num_devices,
         num_nodes=trainer.num_nodes,
-        # Encoders are small and frozen: whatever the strategy of the training, each rank has a whole one.
+        # Encoders are small and frozen, so each rank holds a full copy, whatever the strategy of the training.
         strategy="ddp" if trainer.world_size > 1 else "auto",
         precision=precision or trainer.precision,
     )

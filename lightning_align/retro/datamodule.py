@@ -1,4 +1,4 @@
-"""Rows for RETRO: windows of a retrieval database's own documents, or of others, with their neighbours in it."""
+"""The data module of RETRO: windows of documents with their neighbors in a retrieval database."""
 
 from pathlib import Path
 from typing import Any
@@ -17,33 +17,36 @@ from lightning_align.retrieval.encoders import LMEncoder
 from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows
+from lightning_align.runtime.lightning_internals import overfits
 from lightning_align.types import PromptBatch
 
 
 class RETRODataModule(L.LightningDataModule):
-    """Windows of consecutive chunks with the neighbours of each chunk, out of a finished retrieval database.
+    """Data module of windows of consecutive chunks with the neighbors of each chunk, from a retrieval database.
 
-    The callback `RetrievalIndexing` builds the database before the first batch is asked for.
+    The callback `RetrievalIndexing` builds the database before the first batch is loaded.
 
     Args:
-        database: Folder of the retrieval database.
-        tokenizer: What the database was built with: bytes, the path of a tokenizer.json, or a folder or hub name of a
-            transformers tokenizer.
-        train: Query set of the database to train on; by default the documents of the database themselves, without those that
-            were deleted from it.
-        validation: Query set of the database to validate on.
-        test: Query set of the database to test on.
-        predict: Rows with a prompt to continue: a file, a dataset of the hub, or a task.
-        num_chunks: Chunks of a window; a longer document is cut into several.
-        num_neighbors: Neighbours of each chunk in training.
-        random_neighbors: Share of the neighbours in training, always the same ones, in whose place random chunks of other
-            documents of the database are read, so that the model learns to look at what was found before it believes it.
-        eval_num_neighbors: In evaluation, at least as many as the module compares; as num_neighbors where it is not given.
-        batch_size: Windows of a training batch of each device.
-        eval_batch_size: Windows of an evaluation batch, or prompts; as batch_size where it is not given.
-        on_leak: What an evaluation document that stands in the database too does: fail stops and names it, warn names it.
-        num_workers: Processes that make batches ahead of time; 0 makes them in the training process.
-        seed: Where the order of the windows, and the random and shuffled neighbours, start from.
+        database: The folder of the retrieval database.
+        tokenizer: The tokenizer that the database was built with: bytes, the path of a tokenizer.json, or the folder or hub
+            name of a transformers tokenizer.
+        train: The query set of the database to train on. Default is to train on the documents of the database, without deleted
+            documents.
+        validation: The query set of the database to validate on.
+        test: The query set of the database to test on.
+        predict: Rows with a prompt to continue: a file, a hub dataset, or a task.
+        num_chunks: The number of chunks per window. Longer documents are cut into several windows.
+        num_neighbors: The number of neighbors per chunk in training.
+        random_neighbors: The share of the neighbors in training that are replaced by random chunks of other documents of the
+            database. The same neighbors are replaced in each epoch. The model then learns to check whether a neighbor is
+            relevant.
+        eval_num_neighbors: The number of neighbors per chunk in evaluation. It must be at least the largest number that the
+            module evaluates. Default is `num_neighbors`.
+        batch_size: The number of windows per training batch and device.
+        eval_batch_size: The number of windows or prompts per evaluation batch and device. Default is `batch_size`.
+        on_leak: The action if an evaluation document has a near-duplicate in the database: fail raises an error, warn warns.
+        num_workers: The number of worker processes that make batches. 0 makes them in the main process.
+        seed: The seed of the order of the windows, and of the random and shuffled neighbors in evaluation.
 
     Raises:
         ValueError: If a number is out of range.
@@ -80,11 +83,11 @@ class RETRODataModule(L.LightningDataModule):
             ("num_workers", num_workers, 0),
         ):
             if value < least:
-                raise ValueError(f"{name} is {value}, expected {least} or more")
+                raise ValueError(f"`{name}` must be {least} or more, but got {value}.")
         if not 0 <= random_neighbors <= 1:
-            raise ValueError(f"random_neighbors is {random_neighbors}, expected a share from 0 to 1")
+            raise ValueError(f"`random_neighbors` must be a share from 0 to 1, but got {random_neighbors}.")
         if on_leak not in ("fail", "warn"):
-            raise ValueError(f"on_leak is {on_leak!r}, expected fail or warn")
+            raise ValueError(f"`on_leak` must be fail or warn, but got {on_leak!r}.")
         self.folder, self.tokenizer_name = Path(database), tokenizer
         self.sets = {"train": train, "validation": validation, "test": test}
         self.prompts = predict
@@ -96,44 +99,44 @@ class RETRODataModule(L.LightningDataModule):
         self._limit_val_batches: int | float | None = None
 
     def setup(self, stage: str) -> None:
-        """Lets a fit without a validation set go without validation. The database may not be built yet."""
+        """Disable validation if there is no validation set. The database may not exist yet, so it is not opened here."""
         trainer = self.trainer
         if stage == "fit" and trainer is not None and self.sets["validation"] is None:
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
     def teardown(self, stage: str) -> None:
-        """Leaves the trainer as it was."""
+        """Restore the setting of the Trainer that `setup` changed."""
         if self.trainer is not None and self._limit_val_batches is not None:
             self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
-    # -- the database, opened anew at each use: a refresh puts another generation in its place
+    # -- the database, which is opened at each use because a refresh replaces its generation
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded when it is first used."""
+        """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_name)
         return self._tokenizer
 
     @property
     def database(self) -> RetrievalDatabase:
-        """The database as it now is.
+        """The current generation of the database.
 
         Raises:
-            ValueError: If there is none, or it was built with another tokenizer or for chunks of another size.
+            ValueError: If there is no database, or if its tokenizer or chunk size differ from those of the run.
         """
         database = RetrievalDatabase.open(self.folder)
         if database.chunks.tokenizer_fingerprint != self.tokenizer.fingerprint:
             raise ValueError(
-                f"{self.folder} was built with another tokenizer than {self.tokenizer_name!r}: give the data module the one of "
-                "RetrievalIndexing"
+                f"`tokenizer` must be the tokenizer that {self.folder} was built with, but {self.tokenizer_name!r} is another "
+                "one. Use the tokenizer of RetrievalIndexing."
             )
         policy: Any = getattr(self.trainer and self.trainer.lightning_module, "policy", None)
         size = getattr(policy, "chunk_size", None)
         if size is not None and size != database.chunks.chunk_size:
             raise ValueError(
-                f"{self.folder} has chunks of {database.chunks.chunk_size} tokens and the model of {size}: give both the same "
-                "chunk_size"
+                f"`chunk_size` must be the same in the database and the model, but {self.folder} has chunks of "
+                f"{database.chunks.chunk_size} tokens and the model has chunks of {size} tokens."
             )
         if isinstance(num_tokens := getattr(policy, "num_tokens", None), int):
             check_vocabulary(self.tokenizer, num_tokens=num_tokens)
@@ -141,14 +144,14 @@ class RETRODataModule(L.LightningDataModule):
 
     @property
     def retriever(self) -> Retriever:
-        """Live retrieval, for generation; in the main process only."""
-        from lightning_align.retro.indexing import open_retriever  # faiss comes with it, and training needs none
+        """The retriever for generation. Use it in the main process only."""
+        from lightning_align.retro.indexing import open_retriever  # imports faiss, which training does not need
 
         manifest, encoder = self.database.manifest, None
         if self._retriever is None or self._retriever[0] != manifest:
             policy: Any = getattr(self.trainer and self.trainer.lightning_module, "policy", None)
             if policy is not None and manifest["encoder"] is not None and manifest["made_with"]["encoder"] is None:
-                # A refresh built it with the policy, which no file has; another one is refused.
+                # A refresh built the database with the policy itself. `open_retriever` raises if this policy has other weights.
                 encoder = LMEncoder(policy, fingerprint=weights_hash(policy), borrowed=True)
             self._retriever = manifest, open_retriever(self.folder, encoder=encoder)
         return self._retriever[1]
@@ -156,7 +159,7 @@ class RETRODataModule(L.LightningDataModule):
     # -- batches
 
     def train_dataloader(self) -> DataLoader[RetrievalBatch]:
-        """Windows of the documents to train on, in an order of each epoch's own; resumes where a checkpoint was taken."""
+        """Make the loader of the training windows. Each epoch has its own order. The loader can resume from a checkpoint."""
         database, name = self.database, self.sets["train"]
         documents = database if name is None else database.queries(name)
         rows = RetrievalWindows(
@@ -168,29 +171,32 @@ class RETRODataModule(L.LightningDataModule):
             random_neighbors=self.random_neighbors,
             deleted=database.manifest["deleted"],
         )
-        rank_zero_info(f"train: {_size(documents.chunks)}, {len(rows)} windows")
+        rank_zero_info(f"train: {_describe(documents.chunks)}, {len(rows)} windows")
         return self._loader(rows, self.batch_size, train=True)
 
     def val_dataloader(self) -> DataLoader[RetrievalBatch]:
-        """Every window of the validation documents once."""
+        """Make the loader of the validation windows. Each window comes once."""
         return self._eval_loader("validation")
 
     def test_dataloader(self) -> DataLoader[RetrievalBatch]:
-        """Every window of the test documents once."""
+        """Make the loader of the test windows. Each window comes once."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
-        """Prompts, beginning as documents do."""
+        """Make the loader of the prompts. Prompts start with the beginning-of-sequence token, if the tokenizer has one."""
         if self.prompts is None:
             raise ValueError(
-                "there are no prompts to continue: give RETRODataModule(predict=...), on the command line --data.predict: rows "
-                "with a `prompt`"
+                "`predict` must name rows with a `prompt`, but got None. Use RETRODataModule(predict=...), or --data.predict "
+                "on the command line."
             )
         texts = []
         for row in read_rows(self.prompts, split="test"):
             prompt = row.fields.get("prompt")
             if row.problem or not isinstance(prompt, str):
-                raise ValueError(f"{row.origin}: {row.problem or 'there is no text `prompt`'}; each row to continue needs one")
+                raise ValueError(
+                    f"{row.origin}: {row.problem or '`prompt` is missing or not a string'}. Each row to continue needs a "
+                    "`prompt`."
+                )
             texts.append(prompt)
         start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         prompts = [[*start, *encoding.ids] for encoding in self.tokenizer.encode_batch(texts)]
@@ -198,29 +204,29 @@ class RETRODataModule(L.LightningDataModule):
             None, num_rows=len(prompts), batch_size=self.eval_batch_size, shuffle=False, **self._replicas
         )
         batches: list[PromptBatch] = [{"prompts": [prompts[i] for i in rows], "rows": torch.tensor(rows)} for rows in sampler]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list can be used as a dataset
 
     def _eval_loader(self, stage: str) -> DataLoader[RetrievalBatch]:
         name = self.sets[stage]
         if name is None:
             raise ValueError(
-                f"there is no {stage} set: give RETRODataModule({stage}=...) the name of a query set of the database"
+                f"`{stage}` must be the name of a query set of the database, but got None. Use RETRODataModule({stage}=...)."
             )
         database = self.database
         queries = database.queries(name)
         if queries.leaks:
             first = queries.leaks[0]
             message = (
-                f"{len(queries.leaks)} documents of {name} stand in the database too, such as {first['document']}, which is "
-                f"like {first['found']} ({first['similarity']:.2f}): training reads them, and a neighbor among them is copied "
-                "from, not predicted with. Take them out of one of the two"
+                f"{len(queries.leaks)} documents of {name} have near-duplicates in the database, such as {first['document']}, "
+                f"which is similar to {first['found']} ({first['similarity']:.2f}). The model trains on them and can copy from "
+                "them as neighbors. Remove them from one of the two sets"
             )
             if self.on_leak == "fail":
                 raise ValueError(
-                    f"{message}, or set on_leak: warn; they are no neighbors of each other unless the database was built with "
-                    "hide_copies: false, which shows what they fake"
+                    f"{message}, or set `on_leak` to warn. Near-duplicates are not retrieved for each other unless the "
+                    "database was built with `hide_copies` set to false, which shows the effect of the leak."
                 )
-            rank_zero_warn(message)
+            rank_zero_warn(f"{message}.")
         rows = RetrievalWindows(
             queries.chunks,
             queries.neighbors,
@@ -230,7 +236,7 @@ class RETRODataModule(L.LightningDataModule):
             deleted=database.manifest["deleted"],
             seed=self.seed,
         )
-        rank_zero_info(f"{name}: {_size(queries.chunks)}, {len(rows)} windows")
+        rank_zero_info(f"{name}: {_describe(queries.chunks)}, {len(rows)} windows")
         return self._loader(rows, self.eval_batch_size, train=False)
 
     @property
@@ -239,7 +245,7 @@ class RETRODataModule(L.LightningDataModule):
 
     @property
     def _overfits(self) -> bool:
-        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # set by a helper
+        return overfits(self.trainer)
 
     def _loader(self, rows: RetrievalWindows, batch_size: int, *, train: bool) -> DataLoader[RetrievalBatch]:
         sampler = LengthGroupedSampler(
@@ -250,19 +256,19 @@ class RETRODataModule(L.LightningDataModule):
             seed=self.seed,
             **self._replicas,
         )
-        # The sampler yields whole batches: were it given as batch sampler, the trainer would put its own in its place.
+        # The sampler yields whole batches. The Trainer would replace it if it were passed as the batch sampler.
         options: dict[str, Any] = {
             "batch_size": None,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
         }
         if self._overfits:
-            # The trainer then takes the first batches of a plain sampler, and deals them out to the ranks itself.
+            # The Trainer then takes the first batches of a plain sampler and distributes them over the ranks itself.
             rows.batches = list(sampler)
             return DataLoader(rows, **options)
         loader = ResumableLoader if train else DataLoader
         return loader(rows, sampler=sampler, **options)
 
 
-def _size(table: ChunkTable) -> str:
+def _describe(table: ChunkTable) -> str:
     return f"{table.num_documents} documents, {len(table)} chunks of {table.chunk_size} tokens"

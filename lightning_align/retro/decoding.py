@@ -1,8 +1,8 @@
-"""Generation with retrieval on the fly: one forward pass a token, one search every m tokens.
+"""Generation with live retrieval: one forward pass per token and one search per chunk of m tokens.
 
-Nothing is computed twice: the decoder keeps its keys and values, and of the neighbours only those of each row's last full
-chunk are kept, as the keys and values of each reading layer. Once a row completes a chunk, its neighbours are searched,
-encoded, and take the place of those before.
+The cache avoids repeated computation. The decoder caches its keys and values. For the neighbors, the cache holds the keys and
+values of each cross-attention layer, for the last full chunk of each row only. When a row completes a chunk, the decoder
+searches and encodes the neighbors of that chunk. They replace the previous ones.
 """
 
 from dataclasses import dataclass
@@ -20,75 +20,78 @@ from lightning_align.retro.model import RETRO, NeighborTokens
 
 @dataclass
 class RetrievalCache:
-    """The past of B rows: the decoder's own, and what reading needs of it."""
+    """The cache of B rows: the cache of the decoder, and the state of the cross-attention."""
 
     decoder: Any
-    """The decoder's cache."""
+    """The cache of the decoder."""
     chunk: Tensor
-    """(B, M) tokens of the chunk that each row is in, at their place in it."""
+    """(B, M) tokens of the current chunk of each row, indexed by their place in the chunk."""
     states: Tensor
-    """(B, M, D) hidden states of the same before the first reading layer."""
+    """(B, M, D) hidden states of these tokens at the input of the first cross-attention."""
     keys: Tensor
-    """(layers, B, J R, K) of the neighbours of each row's last full chunk."""
+    """(layers, B, J R, K) keys of the neighbors of the last full chunk of each row."""
     values: Tensor
-    """(layers, B, J R, K)."""
+    """(layers, B, J R, K) values of these neighbors."""
     mask: Tensor
-    """(B, J R) bool."""
+    """(B, J R) bool, true at real tokens of these neighbors."""
     started: bool = False
+    """Whether the prompts have been processed."""
 
 
 class RetrievalDecoder(nn.Module):
-    """A RETRO model with a retriever, as a language model that `generate` can decode.
+    """A RETRO model with a retriever, as a language model for `generate`.
 
-    What was found is remembered by chunk: several samples of a prompt search for it once.
+    Search results are cached per chunk, so several samples of a prompt search only once.
     """
 
     def __init__(self, model: RETRO, retriever: Retriever, *, num_neighbors: int) -> None:
-        """Join the two.
+        """Combine a model and a retriever.
 
         Args:
-            model: its parameters are used, not copied.
-            retriever: over chunks of the model's size.
-            num_neighbors: J, neighbours of each chunk.
+            model: The model. Its parameters are shared, not copied.
+            retriever: The retriever. Its chunk size must be that of the model.
+            num_neighbors: J, the number of neighbors per chunk.
 
         Raises:
-            ValueError: if the sizes of their chunks differ, or there are no neighbours to find.
+            ValueError: If the chunk sizes differ, or if `num_neighbors` is less than 1.
         """
         super().__init__()
         if retriever.chunk_size != model.chunk_size:
             raise ValueError(
-                f"the retriever has chunks of {retriever.chunk_size} tokens and the model of {model.chunk_size}: build the "
-                "database with the model's chunk_size, or train the model with the database's"
+                f"`retriever` and `model` must have the same chunk_size, but got {retriever.chunk_size} for the retriever and "
+                f"{model.chunk_size} for the model. Build the database with the chunk_size of the model, or train the model "
+                "with that of the database."
             )
         if num_neighbors < 1:
             raise ValueError(
-                f"num_neighbors is {num_neighbors}; to decode without neighbours give the model itself to generate"
+                f"`num_neighbors` must be at least 1, but got {num_neighbors}. To generate without neighbors, pass the RETRO "
+                "model itself to generate."
             )
         self.model, self.retriever, self.num_neighbors = model, retriever, num_neighbors
         self.found: dict[tuple[int, ...], Found] = {}
-        """What was found for each chunk so far, (1, J) a chunk."""
+        """The search results so far, by the tokens of the chunk. Each has shape (1, J)."""
 
     @property
     def head(self) -> Head:
-        """That of the model."""
+        """The output layer of the model."""
         return self.model.head
 
     @property
     def max_seq_len(self) -> int | None:
-        """That of the model's decoder; None if it does not say."""
+        """The maximum number of tokens that the model's decoder can process. None if it does not define one."""
         return self.model.max_seq_len
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits without neighbours."""
+        """Compute the logits without neighbors."""
         logits: Tensor = self.model(tokens)
         return logits
 
     def make_cache(self, batch: int, length: int) -> RetrievalCache:
-        """Room for the past.
+        """Make an empty cache.
 
         Args:
-            batch: B.
-            length: columns that will be decoded.
+            batch: B, the number of rows.
+            length: The number of columns that will be decoded.
         """
         model = self.model
         decoder = model.make_cache(batch, length)
@@ -97,15 +100,15 @@ class RetrievalDecoder(nn.Module):
         cross = model.cross[0]
         assert isinstance(cross, ChunkedCrossAttention)
 
-        def room(*shape: int) -> Tensor:
+        def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
         return RetrievalCache(
             decoder,
             chunk=torch.zeros(batch, size, dtype=torch.long, device=weight.device),
-            states=room(batch, size, weight.shape[1]),
-            keys=room(len(model.cross), batch, span, cross.dim_head),
-            values=room(len(model.cross), batch, span, cross.dim_head),
+            states=zeros(batch, size, weight.shape[1]),
+            keys=zeros(len(model.cross), batch, span, cross.dim_head),
+            values=zeros(len(model.cross), batch, span, cross.dim_head),
             mask=torch.zeros(batch, span, dtype=torch.bool, device=weight.device),
         )
 
@@ -117,31 +120,32 @@ class RetrievalDecoder(nn.Module):
         positions: Tensor | None = None,
         cache: RetrievalCache | None = None,
     ) -> Tensor:
-        """Final hidden states of new tokens.
+        """Compute the final hidden states of new tokens.
 
         Args:
-            tokens: (B, N) int64: first the prompts, padded on the left; then one token a row at a time.
-            mask: (B, M) bool, true at the columns so far that exist; None if all do.
-            positions: (B, N) int64 of the new tokens in their rows.
-            cache: from `make_cache`; extended in place. Without it there is nothing to retrieve for.
+            tokens: (B, N) int64 token ids. The first call takes the prompts, padded on the left. Later calls take one token per
+                row.
+            mask: (B, S) bool, true at real tokens among all S columns so far. None if there is no padding.
+            positions: (B, N) int64 positions of the new tokens in their rows.
+            cache: The cache from `make_cache`, updated in place. Without a cache or positions, nothing is retrieved.
 
         Returns:
-            (B, N, D).
+            (B, N, D) hidden states.
         """
         if cache is None or positions is None:
             return self.model.hidden(tokens, mask=mask, positions=positions)
-        read: _Prompt | _Step
+        read: _PromptReader | _StepReader
         if not cache.started:
             lengths = positions[:, -1] + 1
-            read, cache.started = _Prompt(self, cache, tokens, lengths), True
+            read, cache.started = _PromptReader(self, cache, tokens, lengths), True
         else:
             assert tokens.shape[1] == 1
-            read = _Step(self, cache, tokens[:, 0], positions[:, 0])
+            read = _StepReader(self, cache, tokens[:, 0], positions[:, 0])
         with self.model.reading(read):
             return self.model.hidden(tokens, mask=mask, positions=positions, cache=cache.decoder)
 
     def search(self, chunks: Tensor) -> NeighborTokens:
-        """Neighbours of chunks, (G, M) -> (G, J, R)."""
+        """Search for the neighbors of chunks: (G, M) -> (G, J, R)."""
         queries = [tuple(chunk) for chunk in chunks.tolist()]
         if new := list(dict.fromkeys(query for query in queries if query not in self.found)):
             found = self.retriever.search([list(query) for query in new], self.num_neighbors)
@@ -156,8 +160,8 @@ class RetrievalDecoder(nn.Module):
         )
 
 
-class _Prompt:
-    """Reads in whole prompts, which begin at different columns."""
+class _PromptReader:
+    """A `Read` for whole prompts, which start at different columns."""
 
     def __init__(self, owner: RetrievalDecoder, cache: RetrievalCache, tokens: Tensor, lengths: Tensor) -> None:
         self.model, self.cache, self.lengths = owner.model, cache, lengths
@@ -167,8 +171,8 @@ class _Prompt:
         self.chunks = int(lengths.max()) // size
         full = (lengths // size)[:, None] > torch.arange(self.chunks, device=tokens.device)
         self.rows, self.numbers = full.nonzero(as_tuple=True)
-        left = self._left(tokens)
-        cache.chunk.copy_(self._last(left))
+        left = self._align_left(tokens)
+        cache.chunk.copy_(self._last_per_place(left))
         self.last = (lengths // size - 1).clamp(min=0)
         self.filled = lengths >= size
         if self.chunks:
@@ -176,20 +180,20 @@ class _Prompt:
             self.neighbors = owner.search(chunks[self.rows, self.numbers])
         self.encodings: Tensor | None = None
 
-    def _left(self, x: Tensor) -> Tensor:
-        """Rows with their beginning at column 0; what stands behind their end means nothing."""
-        return _columns(x, (self.columns + self.starts).clamp(max=x.shape[1] - 1))
+    def _align_left(self, x: Tensor) -> Tensor:
+        """Shift each row to start at column 0. The values after the end of a row are undefined."""
+        return _select_columns(x, (self.columns + self.starts).clamp(max=x.shape[1] - 1))
 
-    def _last(self, x: Tensor) -> Tensor:
-        """For each place of a chunk, what stood there last: (B, N, ...) -> (B, M, ...)."""
+    def _last_per_place(self, x: Tensor) -> Tensor:
+        """Take the last value at each place of a chunk: (B, N, ...) -> (B, M, ...)."""
         last = (self.lengths - 1)[:, None]
         places = torch.arange(self.size, device=x.device)
-        return _columns(x, (last - (last - places) % self.size).clamp(min=0))
+        return _select_columns(x, (last - (last - places) % self.size).clamp(min=0))
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
-        left = self._left(x)
+        left = self._align_left(x)
         if index == 0:
-            self.cache.states.copy_(self._last(left))
+            self.cache.states.copy_(self._last_per_place(left))
         if not self.chunks:
             return torch.zeros_like(x)
         if self.encodings is None:
@@ -206,19 +210,19 @@ class _Prompt:
         self.cache.keys[index], self.cache.values[index] = keys[every, self.last], values[every, self.last]
         self.cache.mask.copy_(mask[every, self.last] & self.filled[:, None])
         read = cross.read(left, keys, values, mask, chunk_size=self.size)
-        # Back to the right; what a pad got, its row's first token, nobody looks at.
-        return _columns(read, (self.columns - self.starts).clamp(min=0))
+        # Shift the rows back to the right. A padded column gets the value of the first token of its row, which is never used.
+        return _select_columns(read, (self.columns - self.starts).clamp(min=0))
 
 
-class _Step:
-    """Reads at one new token a row."""
+class _StepReader:
+    """A `Read` for one new token per row."""
 
     def __init__(self, owner: RetrievalDecoder, cache: RetrievalCache, tokens: Tensor, positions: Tensor) -> None:
         self.model, self.cache = owner.model, cache
         size = self.model.chunk_size
         self.every = torch.arange(len(tokens), device=tokens.device)
         self.place = positions % size
-        # The last token of a chunk is at m - 1 from where its neighbours begin, and so on to 2 m - 2.
+        # Query positions relative to the start of the neighbors: m - 1 at the last token of a chunk, up to 2 m - 2.
         self.reader = (positions + 1) % size + size - 1
         cache.chunk[self.every, self.place] = tokens
         self.done = (self.place == size - 1).nonzero().squeeze(1)
@@ -244,6 +248,6 @@ class _Step:
         return read
 
 
-def _columns(x: Tensor, columns: Tensor) -> Tensor:
-    """Chosen columns of each row: (B, N, ...), (B, C) -> (B, C, ...)."""
+def _select_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """Select columns of each row: (B, N, ...), (B, C) -> (B, C, ...)."""
     return x[torch.arange(len(x), device=x.device)[:, None], columns]

@@ -1,4 +1,4 @@
-"""The encoder of neighbours: a small bidirectional transformer that may look at the chunk which found them."""
+"""The encoder of neighbors: a small bidirectional transformer that can attend to the chunk that they were retrieved for."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from lightning_align.retro.attention import CrossAttention
 
 
 class NeighborEncoder(nn.Module):
-    """Neighbour tokens in, one encoding each out (Borgeaud et al. 2021, section 2.3, algorithm 1)."""
+    """Encoder of neighbor tokens, with one vector per token (Borgeaud et al. 2021, section 2.3, algorithm 1)."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class NeighborEncoder(nn.Module):
         conditioned: bool,
         dropout: float,
     ) -> None:
-        """See `RETRO` for the arguments."""
+        """Build the encoder. See `RETRO` for the arguments."""
         super().__init__()
         self.dim_head = dim_head
         self.embedding_norm = LayerNorm(decoder_dim)
@@ -52,7 +52,7 @@ class NeighborEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gains 1, weights N(0, 1 / fan_in)."""
+        """Initialize the gains to 1 and the weights from N(0, 1 / fan_in)."""
         for module in self.modules():
             if isinstance(module, LayerNorm):
                 nn.init.ones_(module.weight)
@@ -60,20 +60,20 @@ class NeighborEncoder(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
     def forward(self, tokens: Tensor, mask: Tensor, embedding: Tensor, chunk: Tensor | None) -> Tensor:
-        """Encode.
+        """Encode neighbors.
 
         Args:
-            tokens: (G, J, R) int64 ids of neighbours with their continuation.
-            mask: (G, J, R) bool, true at tokens that exist.
-            embedding: (V, D) vectors of the vocabulary, shared with the decoder.
-            chunk: (G, M, D) the decoder's hidden states of the chunks that found them; not used if the encoder is not
-                conditioned.
+            tokens: (G, J, R) int64 token ids of the neighbors and their continuations.
+            mask: (G, J, R) bool, true at real tokens.
+            embedding: (V, D) embedding vectors of the vocabulary, shared with the decoder.
+            chunk: (G, M, D) hidden states of the decoder for the chunks that the neighbors were retrieved for. Ignored if the
+                encoder is not conditioned.
 
         Returns:
-            (G, J, R, E); what stands where a token does not exist means nothing.
+            (G, J, R, E) encodings. The values at masked tokens are undefined.
         """
         neighbors = tokens.shape[1]
-        # A look-up of normalised vectors: the decoder may keep them of any size.
+        # Normalize the embedding vectors, because the decoder may scale them in any way.
         x = self.embed(self.embedding_norm(F.embedding(tokens.flatten(0, 1), embedding)))
         whole = not tokens.is_cuda and bool(mask.all())
         attend = PaddedAttention(False, None if whole else attention_mask(mask.flatten(0, 1), x.shape[1], causal=False))
@@ -90,7 +90,7 @@ class NeighborEncoder(nn.Module):
             if chunk is not None:
                 cross = self.cross[layer]
                 keys, values = cross.keys_values(chunk, torch.arange(chunk.shape[1], device=x.device))  # type: ignore[operator]
-                # All neighbours of a chunk look at it, and at nothing else: to attention they are one long row.
+                # All neighbors of a chunk attend to that chunk only, so they can be queries of one long row.
                 queries = rearrange(x, "(g j) r e -> g (j r) e", j=neighbors)
                 looked = cross(queries, places.repeat(neighbors), keys, values, seen)
                 x = x + rearrange(looked, "g (j r) e -> (g j) r e", j=neighbors)

@@ -1,4 +1,4 @@
-"""Retrieval databases from what users write: paths, names of tokenizers, checkpoints, encoders."""
+"""Functions that build, edit and open a retrieval database from user input: paths, tokenizer names and encoder names."""
 
 import dataclasses
 import logging
@@ -21,8 +21,9 @@ from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retrieval.search import Retriever
 
 WEIGHTS = (".ckpt", ".pt", ".safetensors")
-"""How files end that hold a language model."""
+"""The file suffixes of language model checkpoints."""
 BM25 = "bm25"
+"""The encoder name that selects BM25."""
 
 
 def build_database(
@@ -40,30 +41,34 @@ def build_database(
     verify: float = 0.01,
     trainer: Callable[[], L.Trainer] | None = None,
 ) -> RetrievalDatabase:
-    """Build a retrieval database, or what is missing of it.
+    """Build a retrieval database, or its missing stages.
 
-    It may be killed at any moment and goes on where it was; equal inputs give equal bytes, on any number of ranks. Documents
-    that were deleted stay so, whatever is built in the same folder; those that were added do while the documents, the tokenizer
-    and the size of chunks are the same, and have to be added again otherwise.
+    The build can be stopped at any time and resumed. Equal inputs give equal bytes on any number of ranks. Deleted documents
+    stay deleted in later builds in the same folder. Added documents stay as long as the documents, the tokenizer and the chunk
+    size are the same. Otherwise, add them again.
 
     Args:
-        folder: of the database.
-        documents: what can be retrieved: a folder of text files, a file of rows with a field ``text``, or a source.
-        encoder: what chunks are found by: a checkpoint of a language model (.ckpt, .pt, .safetensors), the name of a
-            sentence-transformers model, bm25, or an encoder.
-        queries: documents that are not in the database and whose neighbors are wanted, such as ``{"validation": ...}``.
-        tokenizer: as of the data modules.
-        chunk_size: tokens a chunk.
-        k: neighbors of each chunk.
-        rerank: whether BM25 has the last word on what the encoder finds.
-        index: how vectors are indexed.
-        hide_copies: whether the documents of `queries` may not find near-duplicates of themselves; false shows what a leak
-            fakes. Documents of the database never do.
-        verify: share of the blocks of each stage that are made twice and compared.
-        trainer: makes the Trainer that runs the encoder; by default one on this machine's best device.
+        folder: The folder of the database.
+        documents: The documents that can be retrieved: a folder of text files, a file of rows with a field ``text``, or a
+            source.
+        encoder: The encoder that retrieves the neighbors: a checkpoint of a language model (.ckpt, .pt, .safetensors), the name
+            of a sentence-transformers model, bm25, or an encoder object.
+        queries: Further documents that are not in the database but need neighbors, by name, such as ``{"validation": ...}``.
+        tokenizer: The tokenizer, in the same form as in the data modules.
+        chunk_size: The number of tokens per chunk.
+        k: The number of neighbors per chunk.
+        rerank: Whether BM25 reranks the neighbors that the encoder finds.
+        index: How the vectors are indexed. Default is `IndexConfig()`.
+        hide_copies: Whether near-duplicates of a document of `queries` are excluded from its neighbors. False shows the effect
+            of a leak. For documents of the database they are always excluded.
+        verify: The share of the blocks of each stage that are computed twice and compared.
+        trainer: A function that makes the Trainer that runs the encoder. Default is a Trainer on one device of this machine.
+
+    Returns:
+        The finished database.
 
     Raises:
-        ValueError: if anything that was given cannot be used; what is finished by then is kept.
+        ValueError: If an argument is invalid. Stages that were finished before the error are kept.
     """
     tools = make_tools(
         encoder,
@@ -76,50 +81,62 @@ def build_database(
         trainer=trainer,
     )
     sources = {name: load_documents(source) for name, source in (queries or {}).items()}
-    # Loaders draw from torch's generator; what is trained afterwards must not depend on whether the database was there.
+    # Data loaders draw from the global generator of torch. Later training must not depend on whether the database existed.
     with isolate_rng(include_cuda=False), Builder(Path(folder), tools) as builder:
         return builder.build(load_documents(documents), sources, chunk_size=chunk_size)
 
 
 def add_documents(folder: str | Path, documents: str | DocumentSource, *, encoder: Encoder | None = None) -> RetrievalDatabase:
-    """Add documents to a database: only they are encoded, and nothing is trained again.
+    """Add documents to a database. Only the new documents are encoded, and the index is not trained again.
 
     Args:
-        folder: of the database.
-        documents: as of `build_database`, with names that the database does not have.
-        encoder: where the database was built with an object, an equal one.
+        folder: The folder of the database.
+        documents: The documents, in the same form as in `build_database`. Their names must not be in the database.
+        encoder: An encoder equal to the one of the build, if that was an object. Default is to load the encoder again by its
+            name.
+
+    Returns:
+        The database with the new documents.
 
     Raises:
-        ValueError: if a name is there already, or the encoder is not the database's.
+        ValueError: If a name is already in the database, or if the encoder is not that of the database.
     """
     with isolate_rng(include_cuda=False), Builder(Path(folder), _tools_of(folder, encoder)) as builder:
         return builder.add(load_documents(documents))
 
 
 def delete_documents(folder: str | Path, names: Sequence[str], *, encoder: Encoder | None = None) -> RetrievalDatabase:
-    """Delete documents from a database: nothing finds them any more.
+    """Delete documents from a database. They are not retrieved from then on.
 
     Args:
-        folder: of the database.
-        names: their ids.
-        encoder: where the database was built with an object, an equal one.
+        folder: The folder of the database.
+        names: The ids of the documents.
+        encoder: An encoder equal to the one of the build, if that was an object. Default is to load the encoder again by its
+            name.
+
+    Returns:
+        The database without the documents.
 
     Raises:
-        ValueError: if there is no such document, or the encoder is not the database's.
+        ValueError: If there is no such document, or if the encoder is not that of the database.
     """
     with isolate_rng(include_cuda=False), Builder(Path(folder), _tools_of(folder, encoder)) as builder:
         return builder.delete(names)
 
 
 def open_retriever(folder: str | Path, *, encoder: Encoder | None = None) -> Retriever:
-    """Live retrieval from a finished database, for the main process.
+    """Open a finished database for live retrieval, in the main process.
 
     Args:
-        folder: of the database.
-        encoder: where the database was built with an object, an equal one; else it is loaded again.
+        folder: The folder of the database.
+        encoder: An encoder equal to the one of the build, if that was an object. Default is to load the encoder again by its
+            name.
+
+    Returns:
+        The retriever.
 
     Raises:
-        ValueError: if there is no finished database, or the encoder is another than it was built with.
+        ValueError: If there is no finished database, or if the encoder is not that of the database.
     """
     return make_retriever(Path(folder), _tools_of(folder, encoder))
 
@@ -135,11 +152,13 @@ def make_tools(
     verify: float,
     trainer: Callable[[], L.Trainer] | None = None,
 ) -> Tools:
-    """What a database is built with; see `build_database` for the arguments."""
+    """Collect the tools to build a database. See `build_database` for the arguments."""
     if not 0 <= verify <= 1:
-        raise ValueError(f"verify is {verify}, expected a share from 0 to 1")
+        raise ValueError(f"`verify` must be a share from 0 to 1, but got {verify}.")
     if rerank and encoder == BM25:
-        raise ValueError("rerank needs an encoder whose finds BM25 ranks again; bm25 alone is a retriever already")
+        raise ValueError(
+            "`rerank` needs an `encoder` other than bm25, because BM25 cannot rerank its own results. Set `rerank` to false."
+        )
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     kind: Kind = "bm25" if encoder == BM25 else "hybrid" if rerank else "dense"
     return Tools(
@@ -163,19 +182,19 @@ def make_tools(
 
 
 def local_trainer() -> L.Trainer:
-    """A Trainer that does nothing but predict, on one device of this machine."""
+    """Make a Trainer that only predicts, on one device of this machine."""
     return quiet_trainer(devices=1)
 
 
 def quiet_trainer(**arguments: Any) -> L.Trainer:
-    """A Trainer that does nothing but predict.
+    """Make a Trainer that only predicts.
 
     Args:
-        **arguments: of the Trainer: its devices, its precision.
+        **arguments: Further arguments of the Trainer, such as its devices and its precision.
     """
     messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = messages.level
-    messages.setLevel(logging.WARNING)  # which devices there are, the Trainer of the run has said already
+    messages.setLevel(logging.WARNING)  # the Trainer of the run has already reported the devices
     try:
         return L.Trainer(
             logger=False,
@@ -201,12 +220,14 @@ def _load_encoder(name: str, tokenizer: Tokenizer) -> Encoder | None:
 
 
 def _tools_of(folder: str | Path, encoder: Encoder | None) -> Tools:
-    """The tools that a database says it was built with."""
+    """Collect the tools that a database was built with, according to its manifest."""
     head = RetrievalDatabase.open(folder).manifest
     made_with = head["made_with"]
     for what in ("tokenizer", *(() if head["retriever"] == "bm25" or encoder is not None else ("encoder",))):
         if made_with[what] is None:
-            raise ValueError(f"{folder} was built with {what} as an object, which cannot be found again: give an equal {what}")
+            raise ValueError(
+                f"{folder} was built with the {what} as an object, which cannot be loaded again. Pass an equal {what}."
+            )
     return make_tools(
         encoder or made_with["encoder"],
         tokenizer=made_with["tokenizer"],

@@ -1,4 +1,4 @@
-"""RETRO: chunked cross-attention to retrieved neighbours, between the layers of any decoder.
+"""The RETRO model: chunked cross-attention to retrieved neighbors, added between the layers of any decoder.
 
 Borgeaud et al. 2021, "Improving language models by retrieving from trillions of tokens", arXiv 2112.04426.
 """
@@ -17,26 +17,42 @@ from lightning_align.retro.attention import ChunkedCrossAttention
 from lightning_align.retro.encoder import NeighborEncoder
 
 Read = Callable[[int, Tensor], Tensor]
-"""What a layer reads: (index of the cross-attention, its input (B, N, D)) -> (B, N, D), added to the input."""
+"""Compute what a cross-attention layer adds: (index of the cross-attention, layer input (B, N, D)) -> (B, N, D)."""
 
 
 class NeighborTokens(NamedTuple):
-    """Neighbours of chunks, each a chunk with its continuation. The chunks are those of a row, or of a whole batch."""
+    """Token ids of the neighbors of some chunks. A neighbor is a chunk of the database followed by its continuation.
+
+    The leading dimensions index the chunks: (B, U) for the chunks of each row, (G,) for the chunks of a whole batch.
+    """
 
     tokens: Tensor
-    """(..., J, R) int64."""
+    """(..., J, R) int64 token ids."""
     mask: Tensor
-    """(..., J, R) bool, true at tokens that exist; all false at a neighbour that does not."""
+    """(..., J, R) bool, true at real tokens. All false for a neighbor that does not exist."""
 
     def first(self, count: int) -> "NeighborTokens":
-        """The nearest ``count`` of each chunk; of 0 one that is masked, so that every parameter still takes part."""
+        """Keep the nearest ``count`` neighbors of each chunk.
+
+        For a count of 0, keep one neighbor and mask it. Every parameter then still takes part in the computation, which DDP
+        requires.
+
+        Args:
+            count: The number of neighbors to keep.
+
+        Returns:
+            (..., max(count, 1), R) tokens and mask.
+        """
         kept = max(count, 1)
         mask = self.mask[..., :kept, :]
         return NeighborTokens(self.tokens[..., :kept, :], mask if count else torch.zeros_like(mask))
 
 
 class RETRO(nn.Module):
-    """A decoder that reads neighbours of the chunk before; without neighbours it is the decoder, bit for bit."""
+    """A decoder whose layers attend to the neighbors of the preceding chunk.
+
+    Without neighbors, the output equals the output of the decoder bit for bit.
+    """
 
     def __init__(
         self,
@@ -53,30 +69,32 @@ class RETRO(nn.Module):
         dropout: float = 0.0,
         train_decoder: bool = True,
     ) -> None:
-        """Put cross-attention between the layers of a decoder.
+        """Add an encoder of neighbors and cross-attention layers to a decoder.
 
         Args:
-            decoder: a language model with `hidden`, `head` and `blocks`, such as PaLM.
-            chunk_size: M, tokens of a chunk; one retrieval serves so many.
-            cross_layers: layers of the decoder, counted from 1, that read the neighbours before they do anything else. By
-                default every third up to the last: 6, 9 and 12 of 12 layers, 3 and 6 of 6, the last of less than 3.
-            encoder_dim: E, width of the encoder of neighbours; by default that of the decoder.
-            encoder_depth: its layers.
-            heads: query heads of the encoder and of the cross-attention; keys and values have one.
-            dim_head: width of a head, even.
-            ff_mult: width of the encoder's feed-forward layers over its width.
-            conditioned: whether the encoder sees the chunk that found the neighbours. Without it the encoding of a neighbour
-                can be computed once and stored.
-            dropout: in the encoder, and on the weights of the cross-attention.
-            train_decoder: false freezes the decoder, and leaves what it does without neighbours as it is.
+            decoder: The language model to extend. It must have `hidden`, `head` and `blocks`, as PaLM does.
+            chunk_size: M, the number of tokens per chunk. The model retrieves once per chunk.
+            cross_layers: The decoder layers that attend to the neighbors, counted from 1. The cross-attention runs before the
+                layer. Default is every third layer from layer 6 on (6, 9 and 12 of 12). In a decoder with less than 9 layers it
+                is every third layer from layer 3 on (3 and 6 of 6), or the last layer if there are less than 3.
+            encoder_dim: E, the width of the encoder of neighbors. Default is the width of the decoder.
+            encoder_depth: The number of layers of the encoder.
+            heads: The number of query heads in the encoder and in the cross-attention. Keys and values have one head.
+            dim_head: The width of a head. Must be even.
+            ff_mult: The ratio of the width of the encoder's feed-forward layers to its width.
+            conditioned: Whether the encoder attends to the chunk that the neighbors were retrieved for. If false, the encoding
+                of a neighbor can be computed once and stored.
+            dropout: The dropout probability in the encoder and on the weights of the cross-attention.
+            train_decoder: Whether to train the decoder. If false, the decoder is frozen and its output without neighbors does
+                not change.
 
         Raises:
-            ValueError: if the decoder offers too little, or a number is out of range.
+            ValueError: If the decoder lacks `hidden`, `head` or `blocks`, or if a number is out of range.
         """
         super().__init__()
         if isinstance(decoder, dict):
             decoder = build_backbone(decoder)
-        # What a checkpoint needs to build this model again.
+        # A checkpoint stores these arguments to rebuild the model.
         init_args = {name: value for name, value in locals().items() if name not in ("self", "__class__", "decoder")}
         spec = backbone_spec(decoder)
         if spec is not None:
@@ -84,23 +102,28 @@ class RETRO(nn.Module):
         blocks = getattr(decoder, "blocks", None)
         if not has_hidden(decoder) or not isinstance(blocks, nn.ModuleList):
             raise ValueError(
-                f"RETRO: decoder is a {type(decoder).__name__}, which does not offer `hidden`, `head` and `blocks` (a "
-                "ModuleList): give a PaLM, or a model with these"
+                f"RETRO: `decoder` must have `hidden`, `head` and `blocks` (a ModuleList), but got a {type(decoder).__name__}. "
+                "Use a PaLM or another model that has them."
             )
         if cross_layers is None:
             depth = len(blocks)
             cross_layers = range(6 if depth >= 9 else min(3, depth), depth + 1, 3)
         self.cross_layers = tuple(cross_layers)
         if not self.cross_layers or any(not 1 <= layer <= len(blocks) for layer in self.cross_layers):
-            raise ValueError(f"RETRO: cross_layers is {list(cross_layers)}; expected some of the layers 1 to {len(blocks)}")
+            raise ValueError(
+                f"RETRO: `cross_layers` must name at least one of the layers 1 to {len(blocks)}, and no others, but got "
+                f"{list(cross_layers)}."
+            )
         if list(self.cross_layers) != sorted(set(self.cross_layers)):
-            raise ValueError(f"RETRO: cross_layers is {list(cross_layers)}; expected each layer once and in ascending order")
+            raise ValueError(
+                f"RETRO: `cross_layers` must name each layer once and in ascending order, but got {list(cross_layers)}."
+            )
         if chunk_size < 1:
-            raise ValueError(f"RETRO: chunk_size is {chunk_size}; it must be at least 1")
+            raise ValueError(f"RETRO: `chunk_size` must be at least 1, but got {chunk_size}.")
         if encoder_depth < 1:
-            raise ValueError(f"RETRO: encoder_depth is {encoder_depth}; the encoder needs at least 1 layer")
+            raise ValueError(f"RETRO: `encoder_depth` must be at least 1, but got {encoder_depth}.")
         if dim_head < 2 or dim_head % 2:
-            raise ValueError(f"RETRO: dim_head is {dim_head}; rotary positions need an even number of at least 2")
+            raise ValueError(f"RETRO: `dim_head` must be even and at least 2, but got {dim_head}. Rotary positions need pairs.")
         width = decoder.head.weight.shape[1]
         self.decoder: HiddenModel = decoder
         self.chunk_size, self.conditioned = chunk_size, conditioned
@@ -122,65 +145,74 @@ class RETRO(nn.Module):
             decoder.requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """Initialise everything again, after ``to_empty`` if the model was made on meta."""
+        """Initialize all parameters again, for example after ``to_empty`` on a model that was built on the meta device."""
         for module in (self.decoder, self.encoder, *self.cross):
             module.reset_parameters()
 
-    # -- what a language model offers
+    # -- the interface of a language model
 
     @property
     def head(self) -> Head:
-        """That of the decoder."""
+        """The output layer of the decoder."""
         return self.decoder.head
 
     @property
     def num_tokens(self) -> int:
-        """V."""
+        """V, the size of the vocabulary."""
         return self.head.weight.shape[0]
 
     @property
     def max_seq_len(self) -> int | None:
-        """The most tokens that the decoder can read; None if it does not say."""
+        """The maximum number of tokens that the decoder can process. None if the decoder does not define one."""
         return context_length(self.decoder)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """Those of the decoder."""
+        """The layers of the decoder."""
         blocks = self.decoder.blocks
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
     def make_cache(self, batch: int, length: int) -> Any:
-        """The decoder's, for generation without neighbours; with them see `RetrievalDecoder`.
+        """Make the key-value cache of the decoder, for generation without neighbors.
 
-        Raises:
-            ValueError: if the decoder has none.
-        """
-        if not has_cache(self.decoder):
-            raise ValueError(f"RETRO: the decoder {type(self.decoder).__name__} has no `make_cache`, which decoding needs")
-        return self.decoder.make_cache(batch, length)
-
-    # -- reading
-
-    def encode(self, neighbors: NeighborTokens, chunk: Tensor | None = None) -> Tensor:
-        """Encodings of neighbours.
+        `RetrievalDecoder` generates with neighbors.
 
         Args:
-            neighbors: of G chunks, (G, J, R).
-            chunk: (G, M, D) hidden states of those chunks before the first reading layer, if the encoder is conditioned.
+            batch: B, the number of rows.
+            length: The number of columns that will be decoded.
+
+        Raises:
+            ValueError: If the decoder has no `make_cache`.
+        """
+        if not has_cache(self.decoder):
+            raise ValueError(
+                f"RETRO: the decoder must have `make_cache` for generation, but {type(self.decoder).__name__} has none."
+            )
+        return self.decoder.make_cache(batch, length)
+
+    # -- attention to neighbors
+
+    def encode(self, neighbors: NeighborTokens, chunk: Tensor | None = None) -> Tensor:
+        """Encode the neighbors of some chunks.
+
+        Args:
+            neighbors: (G, J, R) neighbors of G chunks.
+            chunk: (G, M, D) hidden states of those chunks at the input of the first cross-attention. Required if the encoder
+                is conditioned.
 
         Returns:
-            (G, J, R, E).
+            (G, J, R, E) encodings.
         """
         encodings: Tensor = self.encoder(neighbors.tokens, neighbors.mask, self.head.weight, chunk)
         return encodings
 
     @contextmanager
     def reading(self, read: Read) -> Iterator[None]:
-        """The decoder with cross-attention, for the length of a block; outside of it, it is what it was.
+        """Add cross-attention to the decoder inside a ``with`` block. The decoder is unchanged outside of it.
 
         Args:
-            read: called before each layer that reads.
+            read: Called before each layer in `cross_layers`. Its result is added to the input of the layer.
         """
 
         def before(index: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
@@ -203,40 +235,46 @@ class RETRO(nn.Module):
         encodings: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Final hidden states.
+        """Compute the final hidden states.
 
         Args:
-            tokens: (B, N) int64, padded on the right if at all.
-            neighbors: of the first U chunks of each row, (B, U, J, R); those of a chunk that the row does not fill are not
-                read. None: the decoder alone.
-            encodings: (B, U, J, R, E) of those neighbours, if they are stored.
-            **kwargs: for the decoder, where there are no neighbours: `mask`, `positions`, `cache`.
+            tokens: (B, N) int64 token ids. Padding must be on the right.
+            neighbors: (B, U, J, R) neighbors of the first U chunks of each row. Neighbors of an incomplete chunk are not used.
+                None runs the decoder alone.
+            encodings: (B, U, J, R, E) stored encodings of those neighbors. Default is to compute them.
+            **kwargs: Arguments for the decoder: `mask`, `positions`, `cache`. Only allowed without neighbors.
 
         Returns:
-            (B, N, D).
+            (B, N, D) hidden states.
 
         Raises:
-            ValueError: if stored encodings are given to a model whose encoder sees the chunk, or the decoder's arguments with
-                neighbours.
+            ValueError: If encodings are given to a model with a conditioned encoder, or if decoder arguments are given together
+                with neighbors.
         """
         if neighbors is None or tokens.shape[1] < self.chunk_size:
             return self.decoder.hidden(tokens, **kwargs)
         if given := [name for name, value in kwargs.items() if value is not None]:
-            raise ValueError(f"RETRO.hidden takes neighbors for whole rows padded on the right, without {', '.join(given)}")
+            raise ValueError(
+                f"RETRO: `neighbors` need whole rows that are padded on the right, but got {', '.join(given)}. Leave these "
+                "out, or use RetrievalDecoder to generate."
+            )
         if encodings is not None and self.conditioned:
-            raise ValueError("RETRO: encodings depend on the chunk here and cannot be stored: build it with conditioned=False")
+            raise ValueError(
+                "RETRO: `encodings` cannot be given, because a conditioned encoder depends on the chunk. Build the model with "
+                "conditioned=False to store encodings."
+            )
         chunks = tokens.shape[1] // self.chunk_size
         neighbors = NeighborTokens(neighbors.tokens[:, :chunks], neighbors.mask[:, :chunks])
-        with self.reading(_WholeRows(self, neighbors, encodings)):
+        with self.reading(_RowReader(self, neighbors, encodings)):
             return self.decoder.hidden(tokens)
 
     def forward(self, tokens: Tensor, **kwargs: Any) -> Tensor:
-        """Logits (B, N, V); the arguments are those of `hidden`."""
+        """Compute the logits (B, N, V). The arguments are those of `hidden`."""
         return self.head.logits(self.hidden(tokens, **kwargs))
 
 
-class _WholeRows:
-    """Reads in rows that begin at position 0; encodes the neighbours when the first layer does."""
+class _RowReader:
+    """A `Read` for whole rows that start at position 0. It encodes the neighbors once, at the first cross-attention."""
 
     def __init__(self, model: RETRO, neighbors: NeighborTokens, encodings: Tensor | None) -> None:
         self.model, self.neighbors = model, neighbors

@@ -1,4 +1,4 @@
-"""Training and evaluation of RETRO: the log-likelihood of text, given the neighbours of the chunk before."""
+"""Training and evaluation of RETRO: the log-likelihood of text, given the neighbors of the preceding chunk."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,19 +18,21 @@ from lightning_align.retro.arms import RetrievalArms
 from lightning_align.retro.batch import RetrievalBatch
 from lightning_align.retro.decoding import RetrievalDecoder
 from lightning_align.retro.model import RETRO, NeighborTokens
+from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.targets import select_targets
 from lightning_align.training.module import AlignModule
 
 FIT_ARMS = ("on", "off")
-"""What a validation within a fit compares; the other arms, each a pass of its own, are for `validate` and `test`."""
+"""The arms of a validation within `fit`. Only `validate` and `test` use the others, which need one forward pass each."""
 
 
 class RETROModule(AlignModule):
     """Trains a RETRO model, from scratch or on a frozen language model (RETRO-fitting).
 
-    Each training step reads the nearest k of the batch's neighbours, with k drawn from 0 to all of them (from 1 with a frozen
-    decoder, which has nothing to learn without), so that one model serves any number of neighbours, and none.
+    Each optimizer step uses the nearest k neighbors. By default k is drawn from 0 to `num_neighbors`, so that the trained model
+    works with any number of neighbors, including none. With a frozen decoder k is at least 1, because no trainable parameter
+    has an effect without neighbors.
     """
 
     default_lr = 3e-4
@@ -48,73 +50,78 @@ class RETROModule(AlignModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationConfig | None = None,
     ) -> None:
-        """Describe the run; the policy is built in ``configure_model``.
+        """Set up the module. The policy is built later, in ``configure_model``.
 
         Args:
-            backbone: a RETRO: a module or a factory in code, `class_path` and `init_args` in YAML. May be left out with
-                `init_from`, whose checkpoint says what it is of.
-            init_from: checkpoint of a RETRO whose weights the policy begins with.
-            retrofit_from: checkpoint of a language model whose weights the decoder begins with; give the backbone
-                `train_decoder: false` to keep them.
-            num_neighbors: neighbours of each chunk that are read: at most in training, and in the arm `on`.
-            vary_neighbors: whether a training step draws how many it reads.
-            by_k: further numbers of neighbours that `validate` and `test` report.
-            optimizer: factory over parameters; by default AdamW at 3e-4.
-            lr_scheduler: factory over the optimizer; stepped every optimizer step.
-            generation: how `predict` decodes.
+            backbone: A RETRO model: a module or a factory in code, `class_path` and `init_args` in YAML. Not needed with
+                `init_from`.
+            init_from: A checkpoint of a RETRO model to take the initial weights from.
+            retrofit_from: A checkpoint of a language model to initialize the decoder from. Set `train_decoder: false` in the
+                backbone to keep these weights fixed.
+            num_neighbors: The number of neighbors per chunk: the maximum in training, and the number of the arm `on`.
+            vary_neighbors: Whether to draw the number of neighbors for each optimizer step. If false, each step uses
+                `num_neighbors`.
+            by_k: Further numbers of neighbors that `validate` and `test` evaluate.
+            optimizer: A factory that gets the parameter groups. Default is AdamW with learning rate 3e-4.
+            lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
+            generation: How `predict` and the sample logger decode.
 
         Raises:
-            ValueError: if there is no model to build, or a number of neighbours is below 1.
+            ValueError: If there is no model to build, or if a number of neighbors is less than 1.
         """
         super().__init__(backbone, init_from=init_from, optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation)
         if retrofit_from is not None and (backbone is None or init_from is not None):
             raise ValueError(
-                "RETROModule: retrofit_from gives weights to the decoder of `backbone`: give that, and no `init_from`, which "
-                "has weights for all of it"
+                "RETROModule: `retrofit_from` initializes the decoder of `backbone`, so it needs `backbone` and excludes "
+                "`init_from`, which initializes the whole model. Set `backbone` and remove `init_from`."
             )
         if num_neighbors < 1 or any(k < 1 for k in by_k):
-            raise ValueError(f"RETROModule: num_neighbors is {num_neighbors} and by_k {list(by_k)}; expected 1 or more each")
+            raise ValueError(
+                f"RETROModule: `num_neighbors` and each entry of `by_k` must be at least 1, but got {num_neighbors} and "
+                f"{list(by_k)}."
+            )
         self.retrofit_from = retrofit_from
         self.num_neighbors, self.vary_neighbors, self.by_k = num_neighbors, vary_neighbors, tuple(by_k)
         self.arms: RetrievalArms | None = None
 
     # -- the model
 
-    def _build_policy(self) -> nn.Module:
-        policy = super()._build_policy()
+    def build_policy(self) -> nn.Module:
+        """Build the RETRO model, with the decoder's weights from ``retrofit_from`` if given."""
+        policy = super().build_policy()
         if not isinstance(policy, RETRO):
             raise ValueError(
-                f"RETROModule: the backbone is a {type(policy).__name__}; expected a RETRO: class_path: lightning_align.RETRO "
-                "with your model as init_args.decoder"
+                f"RETROModule: `backbone` must be a RETRO, but got a {type(policy).__name__}. Use class_path: "
+                "lightning_align.RETRO with your model as init_args.decoder."
             )
         if self.retrofit_from is not None:
             if Path(self.retrofit_from).is_file():
                 state = policy_state(read_checkpoint(self.retrofit_from)["state_dict"])
                 load_weights(policy.decoder, state, self.retrofit_from)
             else:
-                # A checkpoint of this run has all weights, and outlives the file that the run began from.
-                self._awaits_weights = True
+                # A checkpoint of this run contains all weights, so it can be loaded after the original file is gone.
+                self.source.awaits_weights = True
         return policy
 
-    def _check_weights(self) -> None:
-        """Refuse to go on with the weights of no file at all."""
-        if self._awaits_weights and self.retrofit_from is not None:
+    def check_weights_loaded(self) -> None:
+        """Raise if the weights were never loaded."""
+        if self.source.awaits_weights and self.retrofit_from is not None:
             read_checkpoint(self.retrofit_from)
-        super()._check_weights()
+        super().check_weights_loaded()
 
     @property
     def _retro(self) -> RETRO:
         return cast(RETRO, self.policy)
 
     def logprobs(self, batch: RetrievalBatch, neighbors: NeighborTokens | None) -> Tensor:
-        """Log-probability of each target, row by row.
+        """Compute the log-probability of each target, row by row.
 
         Args:
-            batch: windows whose last token is a target alone.
-            neighbors: of their chunks; None for the decoder by itself.
+            batch: The windows. Their last token is only a target.
+            neighbors: (B, U, J, R) neighbors of their chunks. None runs the decoder alone.
 
         Returns:
-            (T,) float32, in nats.
+            (T,) float32 log-probabilities, in nats.
         """
         rows, before, targets = select_targets(batch)
         hidden = self._retro.hidden(batch["tokens"][:, :-1], neighbors=neighbors)
@@ -123,7 +130,10 @@ class RETROModule(AlignModule):
     # -- training
 
     def training_step(self, batch: RetrievalBatch, batch_idx: int) -> Tensor:
-        """Sum of -log p over the targets of the micro-batch, to be divided by those of the optimizer batch."""
+        """Compute the sum of -log p over the targets of the micro-batch.
+
+        The gradient is divided by the number of targets in the optimizer batch later, see `AlignModule`.
+        """
         neighbors = self._read(batch["neighbors"], self.num_neighbors)
         k = self._draw(neighbors.tokens.shape[2], batch_idx // self.trainer.accumulate_grad_batches)
         loss, count = -self.logprobs(batch, neighbors.first(k)).sum(), batch["targets"].sum()
@@ -132,7 +142,10 @@ class RETROModule(AlignModule):
         return self.weighted(loss, count)
 
     def _draw(self, most: int, step: int) -> int:
-        """How many neighbours this optimizer step reads: the same in all its micro-batches, on every rank, after a resume."""
+        """Draw the number of neighbors of an optimizer step.
+
+        It is the same in all micro-batches of the step, on each rank, and after a resume.
+        """
         if not self.vary_neighbors:
             return most
         least = 0 if any(parameter.requires_grad for parameter in self._retro.decoder.parameters()) else 1
@@ -142,8 +155,9 @@ class RETROModule(AlignModule):
     def _read(self, neighbors: NeighborTokens, count: int) -> NeighborTokens:
         if count > neighbors.tokens.shape[2]:
             raise ValueError(
-                f"RETROModule: {count} neighbours of a chunk are to be read, and the batches have {neighbors.tokens.shape[2]}: "
-                "give the data module num_neighbors (in evaluation eval_num_neighbors) as large"
+                f"RETROModule: {count} neighbors per chunk are needed, but the batches have {neighbors.tokens.shape[2]}. Set "
+                "`num_neighbors` (for training) or `eval_num_neighbors` (for evaluation) of the data module to at least "
+                f"{count}."
             )
         return neighbors.first(count)
 
@@ -164,17 +178,17 @@ class RETROModule(AlignModule):
         return arms
 
     def on_validation_epoch_start(self) -> None:
-        """Begin counting."""
+        """Reset the arms."""
         fitting = self.trainer.state.fn == "fit"
         names = FIT_ARMS if fitting else (*FIT_ARMS, "random", "shuffled", *(f"k_{k}" for k in self.by_k))
         self.arms = RetrievalArms(names).to(self.device)
 
     def on_test_epoch_start(self) -> None:
-        """Begin counting."""
+        """Reset the arms."""
         self.on_validation_epoch_start()
 
     def validation_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
-        """Add a batch to every arm."""
+        """Add a batch to each arm."""
         assert self.arms is not None
         nats = []
         for neighbors in self._arms(batch, self.arms.arms).values():
@@ -190,15 +204,15 @@ class RETROModule(AlignModule):
         )
 
     def test_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """Add a batch to each arm."""
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the arms."""
+        """Log the metrics of the arms."""
         self._log_arms("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the arms."""
+        """Log the metrics of the arms."""
         self._log_arms("test")
 
     def _log_arms(self, stage: str) -> None:
@@ -207,23 +221,23 @@ class RETROModule(AlignModule):
         if values:
             self.log(f"{stage}/bits_per_byte", values["on/bits_per_byte"], prog_bar=True, sync_dist=True)
         for name, value in values.items():
-            # Equal on every rank already; sync_dist only tells Lightning so.
+            # The value is already the same on each rank. sync_dist tells Lightning so.
             self.log(f"{stage}/{name}", value, sync_dist=True)
 
     # -- prediction
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Continue prompts, with retrieval on the fly.
+        """Generate responses to prompts, with live retrieval.
 
         Args:
-            batch: a `PromptBatch`, prompts of any lengths.
-            batch_idx: not used: a response depends on the number of its row, whatever batch it is in.
+            batch: A `PromptBatch` with prompts of any lengths.
+            batch_idx: Not used. A response depends on the number of its row, and not on the batch that the row is in.
 
         Returns:
-            For each prompt ``row``, ``prompt``, ``responses``, ``finished``, and ``neighbors``: for each response what was
-            read, chunk by chunk.
+            For each prompt ``row``, ``prompt``, ``responses``, ``finished`` and ``neighbors``. The last contains, for each
+            response, the neighbors of each chunk that were used.
         """
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by the Trainer when there is one
+        data: Any = datamodule_of(self.trainer)
         tokenizer, table = data.tokenizer, data.database.chunks
         decoder = RetrievalDecoder(self._retro, data.retriever, num_neighbors=self.num_neighbors)
         results = generate(
@@ -240,19 +254,19 @@ class RETROModule(AlignModule):
                 "prompt": tokenizer.decode(prompt),
                 "responses": [tokenizer.decode(r.tokens) for r in responses],
                 "finished": [r.finished for r in responses],
-                "neighbors": [self._used(decoder.found, [*prompt, *r.tokens], tokenizer, table) for r in responses],
+                "neighbors": [self._used_neighbors(decoder.found, [*prompt, *r.tokens], tokenizer, table) for r in responses],
             }
             for row, prompt, responses in zip(batch["rows"], batch["prompts"], results, strict=True)
         ]
 
-    def _used(
+    def _used_neighbors(
         self, found: Mapping[tuple[int, ...], Found], row: Sequence[int], tokenizer: Any, table: ChunkTable
     ) -> list[dict[str, Any]]:
-        """The neighbours of each chunk of a row that was complete before the row ended, as text."""
+        """Format the neighbors that were used for each chunk of a row as text. A chunk at the very end of the row used none."""
         size, used = self._retro.chunk_size, []
         for start in range(0, len(row) - size + 1, size):
             chunk = tuple(row[start : start + size])
-            if chunk not in found:  # completed by the last token, which nothing was predicted from
+            if chunk not in found:  # it ends with the last token, which was never an input
                 continue
             one = found[chunk]
             ids, masks = one.tokens.ids[0], one.tokens.mask[0]

@@ -1,8 +1,8 @@
-"""How much of a chunk could have been copied: the longest run of tokens that it shares with one of its neighbours.
+"""The overlap of a chunk with its neighbors: the share of the chunk that could be copied from one of them.
 
-Borgeaud et al. 2021, section 2.6: r(C) = s / m, with s the longest token substring that the chunk C shares with its neighbours
-and their continuations, and m its length. Bits per byte over the chunks with r(C) <= alpha say what retrieval gives where it
-gives no text to copy.
+Borgeaud et al. 2021, section 2.6: r(C) = s / m. Here s is the length of the longest token substring that chunk C shares with
+its neighbors and their continuations, and m is the length of the chunk. Bits per byte over the chunks with r(C) <= alpha show
+the effect of retrieval where there is little text to copy.
 """
 
 import numpy as np
@@ -11,23 +11,25 @@ from numpy.typing import NDArray
 from lightning_align.retrieval.tables import Bools, ChunkTable, Ints, Neighbors
 
 NUM_NEIGHBORS = 10
-"""Neighbours that are looked at, as in the paper, however many the model reads."""
+"""The number of neighbors that the overlap considers, as in the paper. It does not depend on the number that the model uses."""
 BLOCK = 4096
+"""The number of chunks that are processed together."""
 
 
 def longest_common_run(a: Ints, a_mask: Bools, b: Ints, b_mask: Bools) -> Ints:
-    """Length of the longest run of tokens that two rows share.
+    """Compute the length of the longest run of tokens that two rows share.
 
     Args:
-        a: (..., N) tokens.
-        a_mask: (..., N) true at tokens that exist.
-        b: (..., M) tokens.
-        b_mask: (..., M) true at tokens that exist.
+        a: (..., N) token ids.
+        a_mask: (..., N) true at real tokens.
+        b: (..., M) token ids.
+        b_mask: (..., M) true at real tokens.
 
     Returns:
-        (...).
+        (...) lengths, in tokens.
     """
-    # run[j]: tokens that agree up to a[i] and b[j]. Each token of `a` shifts all runs by one and ends those that do not agree.
+    # run[j] is the length of the common run that ends at a[i] and b[j]. Each step in i shifts all runs by one place, extends
+    # those that match and resets the others to 0.
     run = np.zeros(b.shape, np.int64)
     longest = np.zeros(b.shape[:-1], np.int64)
     for i in range(a.shape[-1]):
@@ -38,22 +40,22 @@ def longest_common_run(a: Ints, a_mask: Bools, b: Ints, b_mask: Bools) -> Ints:
 
 
 def overlaps(table: ChunkTable, neighbors: Neighbors, database: ChunkTable) -> NDArray[np.float32]:
-    """r(C) of every chunk of a table.
+    """Compute the overlap r(C) of each chunk of a table.
 
     Args:
-        table: of C chunks.
-        neighbors: those of its chunks.
-        database: the chunks that they are.
+        table: The table of C chunks.
+        neighbors: The neighbors of these chunks.
+        database: The table that the neighbors are in.
 
     Returns:
-        (C,) from 0 to 1.
+        (C,) overlaps from 0 to 1.
     """
     shares = np.zeros(len(table), np.float32)
     for start in range(0, len(table), BLOCK):
         chunks = np.arange(start, min(start + BLOCK, len(table)))
         own, own_mask = table.gather(chunks)
-        found, there = neighbors.ids[chunks, :NUM_NEIGHBORS], neighbors.mask[chunks, :NUM_NEIGHBORS]
-        other, other_mask = database.gather(np.where(there, found, 0), 2 * table.chunk_size)
-        runs = longest_common_run(own[:, None], own_mask[:, None], other, other_mask & there[..., None])
+        found, exists = neighbors.ids[chunks, :NUM_NEIGHBORS], neighbors.mask[chunks, :NUM_NEIGHBORS]
+        other, other_mask = database.gather(np.where(exists, found, 0), 2 * table.chunk_size)
+        runs = longest_common_run(own[:, None], own_mask[:, None], other, other_mask & exists[..., None])
         shares[chunks] = runs.max(axis=1, initial=0) / table.lengths(chunks)
     return shares

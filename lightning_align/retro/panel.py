@@ -1,4 +1,4 @@
-"""What was found, to look at: chunks of held-out documents beside their neighbours, as text in TensorBoard."""
+"""A callback that shows chunks of held-out documents and their neighbors as text in TensorBoard."""
 
 from typing import Any
 
@@ -11,27 +11,31 @@ COLUMNS = ("query", "neighbor", "continuation", "document", "distance")
 
 
 class NeighborPanel(Callback):
-    """Shows chunks of the validation documents with what the database has for them, and how that goes on."""
+    """Logs a table of chunks of the validation documents, their neighbors in the database and the continuations of these.
+
+    The table is logged at the end of the first validation of a run, and again whenever the database has changed.
+    """
 
     def __init__(self, *, num_chunks: int = 8, num_neighbors: int = 2) -> None:
-        """Write at the end of the first validation of a run, and whenever the database has changed since.
+        """Set up the callback.
 
         Args:
-            num_chunks: chunks to show, spread evenly over the documents.
-            num_neighbors: neighbours of each.
+            num_chunks: The number of chunks to show. They are spread evenly over the documents.
+            num_neighbors: The maximum number of neighbors to show per chunk.
         """
         self.num_chunks, self.num_neighbors = num_chunks, num_neighbors
         self._shown: Any = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the table."""
+        """Log the table to each TensorBoard logger."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         data: Any = getattr(trainer, "datamodule", None)
         if trainer.sanity_checking or not loggers or not trainer.is_global_zero:
             return
         if not hasattr(data, "database"):
             raise ValueError(
-                "NeighborPanel needs a RETRODataModule, whose database it shows: use one, or leave the callback out"
+                f"NeighborPanel shows the database of a RETRODataModule, but the data module is a {type(data).__name__}. Use a "
+                "RETRODataModule, or remove the callback."
             )
         database = data.database
         if self._shown == database.manifest:
@@ -42,11 +46,14 @@ class NeighborPanel(Callback):
             logger.experiment.add_text("val/neighbors", text, trainer.global_step)
 
     def table(self, data: Any, database: Any) -> str:
-        """The table in Markdown, a line for each neighbour.
+        """Make the table in Markdown, with one line per neighbor.
 
         Args:
-            data: a `RETRODataModule`.
-            database: its database.
+            data: The `RETRODataModule`.
+            database: The retrieval database of the data module.
+
+        Returns:
+            The table.
         """
         queries = database.queries(data.sets["validation"])
         decode = data.tokenizer.decode
@@ -71,6 +78,6 @@ class NeighborPanel(Callback):
 
 
 def _cell(text: str) -> str:
-    """Text as code in a cell of a Markdown table, in which neither a line break nor a bar nor a backtick may stand."""
+    """Format text as code in a cell of a Markdown table, which must not contain line breaks, bars or backticks."""
     shown = text.replace("\n", "⏎").replace("|", "¦").replace("`", "'").strip()
     return f"`{shown}`" if shown else ""

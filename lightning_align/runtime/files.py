@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def publish(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, then rename it: a reader finds all of it or nothing.
+    """Write a file under a temporary name, then rename it. A reader never sees a partial file.
 
     Args:
-        path: the file; its folder is made.
-        write: writes to the path that it is given.
+        path: The file. Its folder is created.
+        write: Writes the content to the path that it gets.
 
     Raises:
-        ValueError: if the folder or the file cannot be written.
+        ValueError: If the folder or the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -29,7 +29,7 @@ def publish(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def publish_text(path: str | Path, text: str) -> None:
-    """`publish` for a text, in UTF-8."""
+    """Publish a text in UTF-8; see `publish`."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -38,10 +38,10 @@ def publish_text(path: str | Path, text: str) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out whether `publish` will find a place for a file, without touching one that is there.
+    """Check that `publish` can write a file, without touching an existing one.
 
     Raises:
-        ValueError: if the folder cannot be written to.
+        ValueError: If the folder cannot be written to.
     """
     path = Path(path)
     try:

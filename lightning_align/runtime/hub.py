@@ -1,4 +1,4 @@
-"""Names on the Hugging Face hub: whether the hub can be asked at all."""
+"""Whether the Hugging Face hub can be reached."""
 
 from functools import cache
 
@@ -7,21 +7,21 @@ SECONDS = 5.0
 
 @cache
 def out_of_reach(name: str, revision: str | None = None) -> bool:
-    """Whether the hub gives no answer about a repository, so that only what was fetched before can be read.
+    """Return whether the hub gives no answer about a repository, so that only downloaded files can be used.
 
-    It is asked once, and shortly: without a network, transformers would try again for half a minute for every file.
+    The hub is asked once, with a short timeout. Without a network, transformers would retry for half a minute per file.
 
     Args:
-        name: of a model's repository.
-        revision: branch, tag or commit.
+        name: The name of a model's repository.
+        revision: A branch, tag or commit.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         HfApi().model_info(name, revision=revision, timeout=SECONDS)
-    except HfHubHTTPError:  # an answer: there is no such repository, or it is not for everybody
+    except HfHubHTTPError:  # an answer: the repository does not exist or is private
         return False
-    except Exception:  # of the network, or that there shall be none: its kinds are those of the client library
+    except Exception:  # no network, or offline mode: the client library has many kinds of errors here
         return True
     return False

@@ -1,28 +1,28 @@
-"""Memory that is freed and kept: what a step on a CPU allocates is what the step before has freed."""
+"""Reuse of freed memory on a CPU: a step allocates what the step before has freed."""
 
 import ctypes
 import os
 import sys
 
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-# A user who has set one of these has decided for themselves.
+# Users who set one of these have configured the allocator themselves.
 CHOSEN = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed for the next allocation, rather than hand it back to the system.
+    """Make the C library keep freed memory for the next allocation instead of returning it to the system.
 
-    By default glibc maps every block of more than 32 MiB anew and unmaps it when it is freed, so that each activation of each
-    training step is given, and cleared, by the kernel page by page: a fifth of a step and more. Kept, memory stays at the
-    most that was in use, and about a tenth more, since what is free lies in pieces.
+    By default glibc maps every block above 32 MiB and unmaps it when it is freed. The kernel then clears the pages of every
+    large activation in every training step, which takes a fifth of a step and more. With this setting the process keeps its
+    peak memory, and about a tenth more because of fragmentation.
 
     Returns:
-        Whether it was done: not where a variable of the environment already tells the allocator what to do (see `CHOSEN`), and
-        not where the C library is another.
+        Whether the setting was made. It is not made if an environment variable already configures the allocator (see
+        `CHOSEN`), or if the C library is not glibc.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in CHOSEN):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # 0 blocks may be mapped each by itself, and -1 is never to trim the heap they come from instead.
+    # At most 0 blocks are mapped by themselves, and the heap is never trimmed.
     return mallopt is not None and mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1

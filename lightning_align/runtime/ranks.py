@@ -1,4 +1,4 @@
-"""What ranks ask of each other: which part of the work is theirs, and whether all agree."""
+"""Ranks of a distributed run: who has which part of the work, and small agreements between them."""
 
 from typing import TypeVar
 
@@ -11,20 +11,20 @@ T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
-    """(rank, number of ranks); (0, 1) outside of a process group."""
+    """Return (rank, number of ranks), or (0, 1) outside of a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def share(items: list[T]) -> list[T]:
-    """This rank's part of a list: every n-th item, so that the parts interleave back into the list."""
+    """Return this rank's part of a list: every n-th item, where n is the number of ranks."""
     rank, ranks = world()
     return items[rank::ranks]
 
 
 def everyone(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is true on every rank; a collective."""
+    """Return whether the flag is true on every rank. This is a collective."""
     if world()[1] == 1:
         return flag
     value = torch.tensor(int(flag), device=device)
@@ -33,7 +33,7 @@ def everyone(flag: bool, device: torch.device) -> bool:
 
 
 def largest(number: int, device: torch.device) -> int:
-    """The largest of the ranks' numbers; a collective."""
+    """Return the largest of the ranks' numbers. This is a collective."""
     if world()[1] == 1:
         return number
     value = torch.tensor(number, device=device)
@@ -42,5 +42,5 @@ def largest(number: int, device: torch.device) -> int:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's parameters are spread over ranks, so that every forward pass is a collective."""
+    """Return whether the model's parameters are sharded over ranks, so that every forward pass is a collective."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

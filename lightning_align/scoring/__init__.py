@@ -1,1 +1,1 @@
-"""Log-probabilities of responses, and losses on pairs of them."""
+"""Log-probs of responses, and losses on pairs of responses."""

@@ -1,4 +1,4 @@
-"""How likely two tokens drawn at the same position are equal."""
+"""The probability that two tokens sampled at the same position are equal."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,16 @@ from lightning_align.types import TokenBatch
 
 @torch.no_grad()
 def response_collisions(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Log-probability that two tokens drawn at a position are the same, log sum_v p_v^2, summed over the targets.
+    """Compute log sum_v p_v^2 at each target, and sum it over the targets of each row.
+
+    This is the log-probability that two tokens sampled at the same position are equal.
 
     Args:
-        model: any language model; it runs once more, in the mode that it is in.
-        batch: (B, N), padded on the right.
+        model: Any language model. It runs one extra forward pass, and its training or evaluation mode is not changed.
+        batch: (B, N) tokens, padded on the right.
 
     Returns:
-        (B,) in nats.
+        (B,) sums in nats.
     """
     rows, before, _ = select_targets(batch)
     outputs: Callable[[Tensor], Tensor]

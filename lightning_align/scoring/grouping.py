@@ -1,4 +1,4 @@
-"""Rows of a batch in groups of about one length."""
+"""Groups of batch rows of similar length."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,21 @@ from torch import Tensor
 from lightning_align.runtime.ranks import world
 from lightning_align.types import TokenBatch
 
-# Groups of rows of about one length that a model without a packed layout is run on, one after the other.
+# Maximum number of groups. A model without a packed layout runs once per group.
 LENGTH_GROUPS = 4
 
 
 def targets_of(group: Tensor, rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The targets of a group of rows: for each its row within the group, and its number among all targets."""
+    """Select the targets of a group of rows.
+
+    Args:
+        group: (G,) row indices of the group.
+        rows: (T,) row index of each target of the batch.
+        num_rows: The number of rows of the batch.
+
+    Returns:
+        For each target of the group, its row within the group, and its index among all T targets.
+    """
     place = rows.new_full((num_rows,), -1)
     place[group] = torch.arange(len(group))
     chosen = (place[rows] >= 0).nonzero().squeeze(1)
@@ -19,10 +28,17 @@ def targets_of(group: Tensor, rows: Tensor, num_rows: int) -> tuple[Tensor, Tens
 
 
 def length_groups(batch: TokenBatch) -> list[tuple[Tensor, int]]:
-    """Rows of about one length, and the positions that score their targets: causality makes the others superfluous.
+    """Group the rows of a batch by length.
 
-    On a CPU a pad costs what a token costs. On a GPU looking at lengths would stall the queue, and of a sharded model
-    every rank must run the same number of forward passes: there, and where it would save less than a tenth, no groups.
+    The grouping saves time on a CPU, where padding costs as much as tokens. There are no groups in these cases:
+
+    - On a GPU, where reading the lengths would stall the queue.
+    - On several ranks, because all ranks of a sharded model must run the same number of forward passes.
+    - If the groups would save less than 10 % of the positions.
+
+    Returns:
+        For each group, its row indices, and the number of leading positions that predict its targets. The model is causal,
+        so the positions after them are not needed. Empty if the batch should not be split.
     """
     tokens, targets = batch["tokens"], batch["targets"]
     if tokens.is_cuda or not tokens.numel() or world()[1] > 1:

@@ -1,8 +1,8 @@
-"""Log-probabilities of responses: the shift, the mask and the softmax, in one place for every method.
+"""Log-probs of targets from hidden states and the weights of the output layer.
 
-The logit at position t scores the token at t + 1. A target is a token to be predicted, so the hidden state that
-predicts target t stands at t - 1. Only those hidden states meet the output layer, a tile of rows and vocabulary at a
-time, in float32; the logits of prompts and pads never exist, nor does the whole (T, V) matrix when it is large.
+The logits at position t score the token at t + 1, so the hidden state that predicts the target at t is at t - 1. Only these
+hidden states go through the output layer, in float32, one tile of rows and vocabulary at a time. The logits of prompts and
+padding are never computed, and a large (T, V) matrix of logits is never stored.
 """
 
 from collections.abc import Iterator
@@ -14,20 +14,21 @@ from torch.autograd.function import once_differentiable
 
 from lightning_align.models.language_model import Head
 
-# A tile of float32 logits: large enough for a matrix product to run at full speed, small enough to stay in the
-# last-level cache from one pass over it to the next. About square, since a thin one would stream the weight, and its
-# gradient, from memory for every few rows.
+# Size of a tile of float32 logits. It is large enough for matrix products to run at full speed, and small enough to stay in
+# the last-level cache between two passes over it. Tiles are about square: a tile of few rows would read the weight and its
+# gradient from memory again for every few rows.
 CHUNK_BYTES = 16 * 2**20
 TILE_ROWS = 2048
-# Up to this many bytes the probabilities are kept for the backward pass; above, they are computed again there.
+# Probabilities of up to this many bytes are kept for the backward pass. Larger ones are computed again there.
 KEEP_BYTES = 256 * 2**20
 
 
 class _HeadLogProbs(torch.autograd.Function):
-    """log softmax(hidden W' + b) at the targets, with neither logits nor probabilities kept beyond `KEEP_BYTES`.
+    """log softmax(hidden W' + b) at the targets. Keeps no more than `KEEP_BYTES` of probabilities, and no logits.
 
-    Only thin things are scaled row by row: with P the probabilities, d logp / d logits = onehot - P, so gradients are
-    -g (P - onehot) W and (P - onehot)' (-g hidden), and no pass over a tile multiplies it with g.
+    With P the probabilities and g the incoming gradient, d logp / d logits = onehot - P. The gradients are therefore
+    -g (P - onehot) W for the hidden states and (P - onehot)' (-g hidden) for the weight. The factor g scales only matrices of
+    width D, so no pass over a tile of logits is spent on it.
     """
 
     @staticmethod
@@ -43,7 +44,7 @@ class _HeadLogProbs(torch.autograd.Function):
     ) -> Tensor:
         total, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
         target_logits_T = hidden_TD.new_zeros(total, dtype=accumulator_dtype(hidden_TD.dtype))
-        # The log-sum-exp of every row over each block of the vocabulary.
+        # The log-sum-exp of each row over each block of the vocabulary.
         parts = target_logits_T.new_empty(-(-vocabulary // tile[1]), total)
         kept = []
         buffer = None if keep else _buffer(hidden_TD, tile)
@@ -51,9 +52,9 @@ class _HeadLogProbs(torch.autograd.Function):
             logits = _logits(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer, softcap)
             index, inside = _inside(targets_T[rows], columns)
             target_logits_T[rows] += logits.gather(1, index).squeeze(1).where(inside, 0)
-            # Where all of a block is forbidden (-inf), so is its maximum, and -inf - -inf would be NaN.
+            # If all logits of a block are -inf (masked out), its maximum is too, and -inf - -inf would be NaN.
             maxima = logits.amax(dim=1).clamp_(min=torch.finfo(logits.dtype).min)
-            # In place: from here on the tile holds exp(logit - max), of which a scaling makes probabilities.
+            # In place: from here on the tile holds exp(logit - max). The backward pass scales it to probabilities.
             sums = logits.sub_(maxima[:, None]).exp_().sum(dim=1)
             parts[columns.start // tile[1], rows] = maxima + sums.log()
             if keep:
@@ -74,7 +75,7 @@ class _HeadLogProbs(torch.autograd.Function):
         grad_bias = lses_T.new_zeros(vocabulary) if needs_bias else None
         scale_T = -grad_T
         scaled_TD = (hidden_TD * scale_T[:, None]).to(hidden_TD.dtype)
-        # A second backward pass (retain_graph) finds nothing kept, since it is overwritten below, and computes again.
+        # The kept tiles are overwritten below, so a second backward pass (retain_graph) computes them again.
         kept, ctx.kept = ctx.kept[::-1], []
         buffer = None if kept else _buffer(hidden_TD, ctx.tile)
         for rows, columns in _tiles(total, vocabulary, ctx.tile):
@@ -111,30 +112,33 @@ class _HeadLogProbs(torch.autograd.Function):
 
 
 def _tiles(total: int, vocabulary: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
-    """Tiles of a (total, vocabulary) matrix; a block of the vocabulary stays in the cache while the rows pass."""
+    """Yield the tiles of a (total, vocabulary) matrix. Rows vary fastest, so a block of the weight stays in the cache."""
     for column in range(0, vocabulary, tile[1]):
         for row in range(0, total, tile[0]):
             yield slice(row, min(row + tile[0], total)), slice(column, min(column + tile[1], vocabulary))
 
 
 def _inside(targets_T: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Column of each target within a tile (T, 1), any if it has none there, and whether it has (T,); without a sync."""
+    """Return the column of each target within a tile (T, 1), and whether the target is in the tile (T,).
+
+    The column is 0 for a target that is not in the tile. Does not synchronize with the GPU.
+    """
     inside = (targets_T >= columns.start) & (targets_T < columns.stop)
     return (targets_T - columns.start).where(inside, 0)[:, None], inside
 
 
 def _buffer(like: Tensor, tile: tuple[int, int]) -> Tensor | None:
-    """Room for one tile of float32 logits, used over and over: a fresh one would cost a page fault for every page."""
+    """Allocate a tile of float32 logits for reuse. A new tile each time would cost a page fault for every page."""
     return like.new_empty(tile[0] * tile[1]) if like.dtype is accumulator_dtype(like.dtype) else None
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: at least float32."""
+    """Return the dtype for sums: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None, softcap: float | None) -> Tensor:
-    """Logits of a tile in at least float32, in memory that the caller may overwrite."""
+    """Compute the logits of a tile in at least float32. The caller may overwrite the result."""
     shape = hidden.shape[0], weight.shape[0]
     out = None if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
     logits = torch.mm(hidden, weight.t(), out=out)
@@ -153,7 +157,7 @@ def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """Log-probability of each target under an output layer; see `head_logprobs`."""
+    """Compute the log-prob of each target under an output layer. See `head_logprobs`."""
     return head_logprobs(hidden, head.weight, head.bias, targets, softcap=head.softcap)
 
 
@@ -166,33 +170,34 @@ def head_logprobs(
     softcap: float | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """Log-probability of each target under ``softmax(hidden @ weight.T + bias)``, the logits perhaps capped.
+    """Compute the log-prob of each target under ``softmax(hidden @ weight.T + bias)``.
 
-    Products run in the autocast dtype where autocast is on, the softmax and all sums in float32.
+    Matrix products use the autocast dtype if autocast is on. The softmax and all sums are in float32, or in float64 for float64
+    inputs.
 
     Args:
-        hidden: (T, D) hidden states, each the one before its target.
-        weight: (V, D) of the output layer.
-        bias: (V,) or None.
+        hidden: (T, D) hidden states, each from the position before its target.
+        weight: (V, D) weight of the output layer.
+        bias: (V,) bias of the output layer, or None.
         targets: (T,) int64 token ids.
-        softcap: C of C tanh(logits / C); None leaves them as they are.
-        chunk_bytes: bytes of float32 logits to hold at a time, where they are not kept for the backward pass.
+        softcap: The C in C tanh(logits / C), which caps the logits. None does not cap them.
+        chunk_bytes: The number of bytes of float32 logits per tile.
 
     Returns:
-        (T,) float32, in nats.
+        (T,) log-probs in nats, at least float32.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     total, vocabulary = targets.shape[0], weight.shape[0]
     rows = max(1, min(total, TILE_ROWS, chunk_bytes // 4))
     columns = max(1, chunk_bytes // (4 * rows))
-    # Rows of a tile that begin off a cache line cost the matrix product an eighth.
+    # Rows of a tile that do not start on a cache line slow the matrix product down by an eighth.
     tile = rows, min(vocabulary, columns - columns % 64 if columns > 64 else columns)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    # Capped logits are wanted once more in the backward pass, besides their probabilities.
+    # With a softcap the backward pass needs the capped logits too, not only the probabilities, so nothing is kept.
     keep = wanted and softcap is None and 4 * total * vocabulary <= KEEP_BYTES
     with torch.autocast(device, enabled=False):
-        # The casts stand outside of the function, so that autograd returns gradients in the dtype of the parameters.
+        # The casts are outside of the function, so that autograd returns gradients in the dtype of the parameters.
         logps: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
             hidden.to(dtype), weight.to(dtype), bias, targets, tile, keep, softcap
         )

@@ -1,4 +1,4 @@
-"""Log-probabilities of targets from logits that a model has computed."""
+"""Log-probs of targets from the logits of a model."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from lightning_align.scoring.head import CHUNK_BYTES, accumulator_dtype
 
 
 class _LogitsLogProbs(torch.autograd.Function):
-    """log softmax of given logits at some positions, without a second (B, N, V) tensor in the forward pass."""
+    """log softmax of given logits at selected positions. The forward pass allocates no second (B, N, V) tensor."""
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, where_T: Tensor, targets_T: Tensor, chunk: int) -> Tensor:
@@ -42,10 +42,10 @@ class _LogitsLogProbs(torch.autograd.Function):
 
 
 def _zeros_like(x: Tensor) -> Tensor:
-    """Zeros to be written in part.
+    """Return zeros of which only a part will be written.
 
-    On a CPU they come from numpy, which leaves a page to the system until it is written and asks for huge pages:
-    `torch.zeros_like` would touch them all, at the price of a page fault each.
+    On a CPU they come from numpy, which asks for huge pages and does not touch a page before it is written.
+    `torch.zeros_like` would touch all pages, at the cost of a page fault each.
     """
     if x.device.type != "cpu":
         return torch.zeros_like(x)
@@ -53,16 +53,16 @@ def _zeros_like(x: Tensor) -> Tensor:
 
 
 def logits_logprobs(logits: Tensor, rows: Tensor, before: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target where there are logits and nothing else: the path of any plain module.
+    """Compute the log-prob of each target from logits, for models that have no hidden states and head.
 
     Args:
-        logits: (B, N, V).
+        logits: (B, N, V) logits.
         rows: (T,) row of each target.
-        before: (T,) position of the logit that scores it.
+        before: (T,) position of the logits that score the target.
         targets: (T,) int64 token ids.
 
     Returns:
-        (T,) float32, in nats.
+        (T,) log-probs in nats, at least float32.
     """
     chunk = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
     flat = rows * logits.shape[1] + before

@@ -1,4 +1,4 @@
-"""Log-probability of every target of a batch, by the fastest path that a model offers."""
+"""Log-probs of all targets of a batch, by the fastest path that the model supports."""
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,17 @@ from lightning_align.types import TokenBatch
 
 
 def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Log-probability of every target of a batch, by the fastest path that the model offers.
+    """Compute the log-prob of each target of a batch, by the fastest path that the model supports.
 
     Args:
-        model: any language model (see `lightning_align.models.language_model`).
-        batch: (B, N), padded on the right.
+        model: Any language model (see `lightning_align.models.language_model`).
+        batch: (B, N) tokens, padded on the right.
 
     Returns:
-        Log-probs (T,) float32 in nats, row by row, and the row (T,) of each.
+        (T,) log-probs in nats, at least float32, row by row, and the (T,) row of each.
 
     Raises:
-        ValueError: if a token id is outside of the vocabulary, or a first token is a target.
+        ValueError: If a token id is outside of the vocabulary, or the first token of a row is a target.
     """
     rows, before, targets = select_targets(batch)
     tokens, mask = batch["tokens"], batch["mask"]
@@ -38,7 +38,7 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
 
 
 def _target_hidden(model: HiddenModel, batch: TokenBatch, rows: Tensor, before: Tensor) -> Tensor:
-    """Hidden states (T, D) before the targets, by a model that has no packed layout."""
+    """Compute the (T, D) hidden states before the targets, with a model that has no packed layout."""
     tokens = batch["tokens"]
     parts, places = [], []
     for group, width in length_groups(batch):
@@ -49,7 +49,7 @@ def _target_hidden(model: HiddenModel, batch: TokenBatch, rows: Tensor, before: 
 
 
 def _plain_logprobs(model: nn.Module, batch: TokenBatch, rows: Tensor, before: Tensor, targets: Tensor) -> Tensor:
-    """Log-probs (T,) by a model that gives logits and nothing else, at every position that it is shown."""
+    """Compute the (T,) log-probs with a model that returns only logits, which it does for every position."""
     tokens = batch["tokens"]
     parts, places = [], []
     for group, width in length_groups(batch):
@@ -58,7 +58,7 @@ def _plain_logprobs(model: nn.Module, batch: TokenBatch, rows: Tensor, before: T
         check_ids(tokens, logits.shape[-1])
         parts.append(logits_logprobs(logits, within, before[chosen], targets[chosen]))
         places.append(chosen)
-        del logits  # without gradients they are free now, and not only when the next are there
+        del logits  # Without gradients this frees them now, and not only after the next ones exist.
     if not parts:
         logits = logits_of(model, tokens)
         check_ids(tokens, logits.shape[-1])

@@ -1,4 +1,4 @@
-"""One loss or several, with divergence, margins and weights."""
+"""The objective on pairs: one or several losses, with a divergence, margins and weights."""
 
 import inspect
 import math
@@ -14,17 +14,29 @@ from lightning_align.scoring.ratios import Ratios
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 SATURATED = 0.02
-"""Of the slope at the reference; the sigmoid loss, whose slope there is half of the largest, has less where s(b d) > 0.99."""
+"""A pair is saturated if its slope is below this share of the slope at the reference. For the sigmoid loss, which has half of
+its largest slope at the reference, this means s(b d) > 0.99."""
 
 
 def diverge(ratios: Ratios, divergence: Divergence, *, alpha: float = 0.5) -> Ratios:
-    """Scores f'(p/q) in the place of log-ratios: DPO for other divergences, Wang et al. 2023, arXiv 2309.16240.
+    """Replace the log-ratios by the scores f'(p/q) of another divergence.
 
-    reverse_kl: r. forward_kl: 1 - exp(-r). js: log 2 + log s(r). alpha: (exp((a - 1) r) - 1) / (a - 1), whose limit for a to 1
-    is the first and whose value for a = 0 is the second. Powers are cut at exp(80), near the largest number of float32.
+    DPO for other divergences, Wang et al. 2023, arXiv 2309.16240:
+
+    - ``reverse_kl``: r.
+    - ``forward_kl``: 1 - exp(-r).
+    - ``js``: log 2 + log s(r).
+    - ``alpha``: (exp((a - 1) r) - 1) / (a - 1). It is ``forward_kl`` for a = 0, and goes to ``reverse_kl`` as a goes to 1.
+
+    Exponents are cut at 80, because exp(88) is near the largest float32 number.
+
+    Args:
+        ratios: The log-ratios of B pairs.
+        divergence: The name of the divergence.
+        alpha: The parameter a of the ``alpha`` divergence. Must not be 1.
 
     Raises:
-        ValueError: if the divergence is unknown.
+        ValueError: If the divergence is unknown.
     """
 
     def score(r: Tensor) -> Tensor:
@@ -37,15 +49,15 @@ def diverge(ratios: Ratios, divergence: Divergence, *, alpha: float = 0.5) -> Ra
                 return math.log(2) + F.logsigmoid(r)
             case "alpha":
                 return torch.expm1(((alpha - 1) * r).clamp(max=80)) / (alpha - 1)
-        raise ValueError(f"divergence is {divergence!r}; it must be one of {', '.join(get_args(Divergence))}")
+        raise ValueError(f"`divergence` must be one of {', '.join(get_args(Divergence))}, but got {divergence!r}.")
 
     return ratios._replace(chosen=score(ratios.chosen), rejected=score(ratios.rejected))
 
 
 class Objective:
-    """One loss, or a weighted sum of several, with all that goes with it, checked once.
+    """One loss, or a weighted sum of several losses, with a divergence. The arguments are checked once, at construction.
 
-    A margin m of a pair makes b d into b d - m (Touvron et al. 2023, arXiv 2307.09288, equation 2).
+    A margin m of a pair replaces b d by b d - m (Touvron et al. 2023, arXiv 2307.09288, equation 2).
     """
 
     def __init__(
@@ -58,40 +70,45 @@ class Objective:
         divergence: Divergence = "reverse_kl",
         divergence_alpha: float = 0.5,
     ) -> None:
-        """Choose the losses.
+        """Set up the objective.
 
         Args:
-            loss: a name, or names with their weights.
-            beta: see the losses.
-            label_smoothing: for those of the losses that have it; at least one must.
-            loss_args: further arguments of the losses, by name: `temperature` of discopop, `penalty` of dpop, `gamma` of simpo.
-            divergence: what the policy is held to the reference by.
-            divergence_alpha: of the alpha divergence.
+            loss: The name of a loss, or a dictionary from names to weights.
+            beta: The factor on the log-ratios. See the losses.
+            label_smoothing: The assumed share of flipped labels. At least one of the losses must have label smoothing. The
+                others ignore it.
+            loss_args: Further arguments of the losses, by name: `temperature` of discopop, `penalty` of dpop, `gamma` of simpo.
+            divergence: The divergence between policy and reference.
+            divergence_alpha: The parameter of the alpha divergence.
 
         Raises:
-            ValueError: if a loss cannot use its numbers, or the losses do not go together.
+            ValueError: If a loss does not support the given values, or the losses cannot be combined.
         """
         self.weights: dict[str, float] = {loss: 1.0} if isinstance(loss, str) else dict(loss)
         if not self.weights or any(not weight > 0 for weight in self.weights.values()):
-            raise ValueError(f"loss is {self.weights}; give a name, or names with weights above 0")
+            raise ValueError(f"`loss` must be a name, or names with weights above 0, but got {self.weights}.")
         smoothed = [name for name in self.weights if name in SMOOTHED]
         for name in self.weights:
-            # Of several losses some may have no smoothing; if none has, the first of them says so.
+            # Some of several losses may have no smoothing. If none has it, the check of the first one raises.
             check_loss(name, beta=beta, label_smoothing=label_smoothing if name in smoothed or not smoothed else 0.0)
         free = [name for name in self.weights if name in REFERENCE_FREE]
         if free and len(free) < len(self.weights):
             others = [name for name in self.weights if name not in free]
             raise ValueError(
-                f"loss has {', '.join(free)}, without a reference, and {', '.join(others)}, with one: choose one kind"
+                f"`loss` must not mix losses without a reference ({', '.join(free)}) and losses with a reference "
+                f"({', '.join(others)}). Use only one kind."
             )
         if divergence not in get_args(Divergence):
-            raise ValueError(f"divergence is {divergence!r}; it must be one of {', '.join(get_args(Divergence))}")
+            raise ValueError(f"`divergence` must be one of {', '.join(get_args(Divergence))}, but got {divergence!r}.")
         if divergence == "alpha" and divergence_alpha == 1:
-            raise ValueError("divergence_alpha is 1, where the alpha divergence is the reverse KL: give divergence: reverse_kl")
+            raise ValueError(
+                "`divergence_alpha` must not be 1, because that divergence is the reverse KL. Use `divergence: reverse_kl`."
+            )
         unfit = [name for name in self.weights if name not in IN_DELTA]
         if divergence != "reverse_kl" and unfit:
             raise ValueError(
-                f"divergence is {divergence}, which is defined for {', '.join(IN_DELTA)}, not for {', '.join(unfit)}"
+                f"`divergence` must be reverse_kl with the loss {', '.join(unfit)}, but got {divergence}. Other divergences "
+                f"need one of {', '.join(IN_DELTA)}."
             )
         self.needs_reference = not free
         self._no_margin = unfit
@@ -116,55 +133,72 @@ class Objective:
             terms.append((weight, term))
         if unknown := sorted(set(further) - known):
             raise ValueError(
-                f"loss_args has {', '.join(unknown)}, but {', '.join(self.weights)} takes {', '.join(sorted(known)) or 'none'}"
+                f"`loss_args` must only have arguments of {', '.join(self.weights)} ({', '.join(sorted(known)) or 'none'}), "
+                f"but got {', '.join(unknown)}."
             )
         return terms
 
     def __call__(self, ratios: Ratios, *, weights: Tensor | None = None, margins: Tensor | None = None) -> Tensor:
-        """The loss of each pair.
+        """Compute the loss of each pair.
 
         Args:
-            ratios: of B pairs.
-            weights: (B,) what each pair's loss is multiplied with.
-            margins: (B,) by how much b d should be above 0.
+            ratios: The log-ratios of B pairs.
+            weights: (B,) factor on the loss of each pair.
+            margins: (B,) margin m of each pair, by which b d should exceed 0.
 
         Returns:
-            (B,).
+            (B,) losses.
 
         Raises:
-            ValueError: if there are margins, or weights, of pairs that the loss does not tell apart.
+            ValueError: If there are margins or weights, but the loss does not support them.
         """
         ratios = diverge(ratios, self._divergence, alpha=self._alpha)
         if margins is not None:
             if self._no_margin:
                 raise ValueError(
-                    f"the rows have margins, which the loss {self._no_margin[0]} has no place for: drop the column"
+                    f"The rows must not have margins, because the loss {self._no_margin[0]} does not support them. Drop the "
+                    "column of margins."
                 )
             shift = margins / self._beta
-            # A mean is of sums: there the shift is one a token.
-            normalised = {"sigmoid_norm", "ipo"} & self.weights.keys()
-            if normalised and len(normalised) < len(self.weights):
-                raise ValueError(f"the rows have margins, which {', '.join(self.weights)} would each put on another scale")
-            scale = ratios.chosen_lengths.clamp(min=1) if normalised else 1
+            # Normalized losses divide the sums by the lengths. Scaling by the length makes up for it.
+            normalized = {"sigmoid_norm", "ipo"} & self.weights.keys()
+            if normalized and len(normalized) < len(self.weights):
+                raise ValueError(
+                    f"The rows must not have margins with the losses {', '.join(self.weights)}, because some are normalized by "
+                    "length and others are not, so the scales of the margins differ. Drop the column of margins, or use only "
+                    "one kind of loss."
+                )
+            scale = ratios.chosen_lengths.clamp(min=1) if normalized else 1
             ratios = ratios._replace(chosen=ratios.chosen - shift * scale)
         if weights is not None and self._sorted:
-            raise ValueError(f"pairs have weights, and the loss {self._sorted[0]} tells no pairs apart: use one without")
+            raise ValueError(
+                f"The pairs must not have weights, because the loss {self._sorted[0]} has no loss per pair. Drop the weights, "
+                "or use another loss."
+            )
         losses = torch.stack([weight * term(ratios) for weight, term in self._terms]).sum(dim=0)
         return losses if weights is None else losses * weights
 
     def saturated(self, ratios: Ratios, *, margins: Tensor | None = None) -> Tensor:
-        """Which pairs (B,) have no gradient left: less than `SATURATED` of what they had at the reference."""
+        """Return which pairs have (almost) no gradient left: less than `SATURATED` times their gradient at the reference.
+
+        Args:
+            ratios: The log-ratios of B pairs.
+            margins: (B,) margin of each pair.
+
+        Returns:
+            (B,) bool.
+        """
         start = ratios._replace(chosen=torch.zeros_like(ratios.chosen), rejected=torch.zeros_like(ratios.rejected))
         return self._slopes(ratios, margins) < SATURATED * self._slopes(start, margins)
 
     def _slopes(self, ratios: Ratios, margins: Tensor | None) -> Tensor:
-        """|dL/dr_w| + |dL/dr_l| of each pair (B,)."""
-        # Validation is in inference mode, whose tensors only a copy brings out of it.
+        """Compute |dL/dr_w| + |dL/dr_l| of each pair (B,)."""
+        # Validation runs in inference mode. Autograd works only on copies of its tensors, made outside of this mode.
         with torch.inference_mode(False), torch.enable_grad():
             fixed = Ratios(*(None if part is None else part.detach().clone() for part in ratios))  # type: ignore[arg-type]
             sides = fixed.chosen.requires_grad_(), fixed.rejected.requires_grad_()
             if fixed.policy_delta is not None:
-                # The same derivative through log p as through log p - log q.
+                # The value of `policy_delta` stays the same. Its derivative becomes that of d, since log q is constant.
                 fixed = fixed._replace(policy_delta=fixed.policy_delta + fixed.delta - fixed.delta.detach())
             losses = self(fixed, margins=None if margins is None else margins.clone())
             slopes = torch.autograd.grad(losses.sum(), sides)

@@ -1,4 +1,4 @@
-"""Sums of the log-probabilities of responses."""
+"""Sums of log-probs over responses."""
 
 from torch import Tensor, nn
 
@@ -7,29 +7,32 @@ from lightning_align.types import LogProbs, TokenBatch
 
 
 def response_logprobs(model: nn.Module, batch: TokenBatch) -> LogProbs:
-    """Sums and counts of the log-probs of the responses.
+    """Compute the sum of the log-probs of each response, and its number of tokens.
 
     Args:
-        model: any language model.
-        batch: (B, N), padded on the right.
+        model: Any language model.
+        batch: (B, N) tokens, padded on the right. ``target_weights``, if present, weight the terms of the sums.
 
     Returns:
-        (B,) sums in nats, weighted where the batch has ``target_weights``, and (B,) counts.
+        (B,) sums in nats, and (B,) counts of targets.
     """
     return sum_logprobs(*token_logprobs(model, batch), batch["targets"], batch.get("target_weights"))
 
 
 def sum_logprobs(logps: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> LogProbs:
-    """Sums and counts of responses.
+    """Sum the log-probs of the targets over each row.
 
     Args:
-        logps: (T,) log-prob of each target, as `token_logprobs` gives them.
-        rows: (T,) its row.
-        targets: (B, N) bool.
-        weights: (B, N) what each counts.
+        logps: (T,) log-prob of each target in nats, in the order of `token_logprobs`.
+        rows: (T,) row of each target.
+        targets: (B, N) bool, true at targets.
+        weights: (B, N) weight of each target's log-prob. By default all weights are 1.
+
+    Returns:
+        (B,) sums in nats in the dtype of ``logps``, and (B,) counts of targets. Weights do not change the counts.
     """
     if weights is not None:
         logps = logps * weights[:, 1:][targets[:, 1:]]
-    # One after the other in float32, hundreds of terms lose a digit that the difference of two such sums would have.
+    # Float32 sums of hundreds of terms would lose a digit that matters in the difference of two such sums. MPS has no float64.
     wide = logps if logps.device.type == "mps" else logps.double()
     return LogProbs(wide.new_zeros(targets.shape[0]).index_add(0, rows, wide).to(logps.dtype), targets.sum(dim=1))

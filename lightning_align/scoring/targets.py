@@ -1,4 +1,4 @@
-"""The shift: which hidden state predicts which token."""
+"""The shift by one between positions and targets: which hidden state predicts which token."""
 
 from torch import Tensor
 
@@ -6,21 +6,25 @@ from lightning_align.types import TokenBatch
 
 
 def select_targets(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """The one place of the shift.
+    """Find the targets of a batch, and the positions that predict them. This is the only place of the shift by one.
 
     Args:
         batch: (B, N) tokens and targets.
 
     Returns:
-        For each of the T targets, row by row: its row (T,), the position of the hidden state that predicts it (T,), one
-        before the target, and its token id (T,).
+        For each of the T targets, row by row: its (T,) row, the (T,) position of the hidden state that predicts it (one before
+        the target), and its (T,) token id.
 
     Raises:
-        ValueError: if the first token of a row is a target: nothing precedes it.
+        ValueError: If the first token of a row is a target. No hidden state predicts it. Not checked on a GPU, to avoid a
+            synchronization.
     """
     tokens, targets = batch["tokens"], batch["targets"]
     if not tokens.is_cuda and bool(targets[:, 0].any()):
-        raise ValueError("targets[:, 0] is true in some row, but nothing precedes a first token that could predict it")
+        raise ValueError(
+            "`targets[:, 0]` must be false in every row, but got true. No token precedes the first one, so it cannot be "
+            "predicted. Start the targets at the second token or later."
+        )
     rows, before = targets[:, 1:].nonzero(as_tuple=True)
     return rows, before, tokens[rows, before + 1]
 
@@ -30,14 +34,14 @@ def check_ids(tokens: Tensor, vocabulary: int | None) -> None:
 
     Args:
         tokens: (B, N) token ids.
-        vocabulary: entries of the vocabulary; None if unknown.
+        vocabulary: The number of entries of the vocabulary, or None if it is unknown.
 
     Raises:
-        ValueError: if a token id is outside of the vocabulary.
+        ValueError: If a token id is outside of the vocabulary. Not checked on a GPU.
     """
-    # On a GPU the comparison would stall the queue at every step; there, the data module's check stands alone.
+    # On a GPU the comparison would stall the queue at every step. There, only the data module checks the ids.
     if vocabulary is not None and not tokens.is_cuda and tokens.numel() and int(tokens.max()) >= vocabulary:
         raise ValueError(
-            f"a token id is {int(tokens.max())}, but the model's vocabulary has {vocabulary} entries: "
-            "give the backbone as many as the tokenizer has"
+            f"Token ids must be below {vocabulary}, the vocabulary size of the model, but got {int(tokens.max())}. "
+            "Give the backbone the vocabulary size of the tokenizer."
         )

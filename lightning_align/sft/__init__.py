@@ -1,1 +1,1 @@
-"""Supervised fine-tuning: the stage that every method starts from."""
+"""Supervised fine-tuning, the stage that the other methods start from."""

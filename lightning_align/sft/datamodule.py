@@ -1,4 +1,4 @@
-"""Rows for supervised fine-tuning."""
+"""The data module of supervised fine-tuning."""
 
 from typing import ClassVar
 
@@ -7,10 +7,10 @@ from lightning_align.training.datamodule import AlignDataModule
 
 
 class SFTDataModule(AlignDataModule):
-    """Rows of prompt and response, of messages, or of text.
+    """Data module of rows with a prompt and a response, with messages, or with text.
 
-    Rows of text are packed: one after the other, an end-of-sequence token between them, cut in blocks of max_length
-    tokens. To predict, rows need a prompt or messages.
+    Rows of text are packed: they are joined with an end-of-sequence token between them and cut into blocks of `max_length`
+    tokens. Rows for prediction need a prompt or messages.
     """
 
     kind: ClassVar[str] = "sft"

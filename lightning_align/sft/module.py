@@ -1,14 +1,10 @@
-"""Supervised fine-tuning: the negative log-likelihood of the responses, a mean over the tokens of the optimizer batch."""
+"""Supervised fine-tuning: the negative log-likelihood of responses, averaged over the tokens of the optimizer batch."""
 
-from typing import Any
-
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.building import Backbone
-from lightning_align.models.lora import LoRAConfig
 from lightning_align.scoring.sums import response_logprobs
+from lightning_align.training.arguments import PolicyArguments, Unpack
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.types import TokenBatch
@@ -19,39 +15,18 @@ class SFTModule(AlignModule):
 
     default_lr = 3e-4
 
-    def __init__(
-        self,
-        backbone: Backbone | None = None,
-        *,
-        init_from: str | None = None,
-        lora: LoRAConfig | None = None,
-        optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        generation: GenerationConfig | None = None,
-    ) -> None:
-        """Describe the run; the policy is built in ``configure_model``.
+    def __init__(self, backbone: Backbone | None = None, **shared: Unpack[PolicyArguments]) -> None:
+        """Describe the run. The policy is built in ``configure_model``.
 
         Args:
-            backbone: the language model: a module or a factory in code, `class_path` and `init_args` in YAML. May be left out
-                with `init_from`, whose checkpoint says what it is of.
-            init_from: checkpoint (.ckpt of this package, .pt or .safetensors state dict) whose weights the policy begins with.
-            lora: train only adapters, on a frozen base.
-            optimizer: factory over parameters; by default AdamW at 3e-4.
-            lr_scheduler: factory over the optimizer; stepped every optimizer step.
-            generation: how `predict` and the sample logger decode.
+            backbone: The language model; see `AlignModule`. Not needed with `init_from`.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler` and `generation` of `AlignModule`.
         """
-        super().__init__(
-            backbone,
-            init_from=init_from,
-            lora=lora,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            generation=generation,
-        )
+        super().__init__(backbone, **shared)
         self.val_nll, self.test_nll = TokenNLL(), TokenNLL()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """Sum of -log p(response) over the micro-batch, to be divided by the tokens of the optimizer batch."""
+        """Return the sum of -log p(response) over the micro-batch, and count its target tokens."""
         logprobs = response_logprobs(self.policy, batch)
         loss, count = -logprobs.sums.sum(), logprobs.counts.sum()
         self.count_tokens(batch)
@@ -67,20 +42,13 @@ class SFTModule(AlignModule):
         self._evaluate(self.val_nll, batch)
 
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """Add a batch to the same metrics under ``test/``."""
         self._evaluate(self.test_nll, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the epoch's sums and counts give."""
-        self._log_nll("val", self.val_nll)
+        """Log the metrics of all rows."""
+        self.log_evaluation("val", self.val_nll.compute_and_reset())
 
     def on_test_epoch_end(self) -> None:
-        """Log what the epoch's sums and counts give."""
-        self._log_nll("test", self.test_nll)
-
-    def _log_nll(self, stage: str, metric: TokenNLL) -> None:
-        values: dict[str, Any] = metric.compute()
-        metric.reset()
-        for name, value in values.items():
-            # The metric is the same on every rank already; sync_dist only tells Lightning so.
-            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        """Log the metrics of all rows."""
+        self.log_evaluation("test", self.test_nll.compute_and_reset())

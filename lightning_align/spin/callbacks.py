@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.models.formats import whole_weights
 from lightning_align.models.weights import state_hash
 from lightning_align.runtime.files import publish
+from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.spin.generations import GeneratedSet, Pairs, Row, plan, statistics
 from lightning_align.spin.opponent import served_weights
 from lightning_align.spin.play import Play, real_ids
@@ -126,10 +128,8 @@ class SelfPlayGeneration(Callback):
         if not hasattr(pl_module, "begin_iteration"):
             raise ValueError(f"SelfPlayGeneration needs a SPINModule. {type(pl_module).__name__} has no opponent.")
         self._check(pl_module)
-        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        most = trainer.fit_loop.max_epochs
-        if most is None or most < 0 or most > self._starts[-1]:
-            trainer.fit_loop.max_epochs = self._starts[-1]
+        set_reload_interval(trainer, 1)
+        limit_epochs(trainer, self._starts[-1])
 
     def _check(self, module: Any) -> None:
         """Raise if the settings conflict, before anything is generated."""
@@ -146,7 +146,7 @@ class SelfPlayGeneration(Callback):
                     "cannot serve its two models as one. Remove `backend` to use the native sampler, or set `opponent` to "
                     "iterate, ema or base."
                 )
-        if self.lr_factors is not None and not self.reset_optimizer and module._lr_scheduler is not None:
+        if self.lr_factors is not None and not self.reset_optimizer and module.make_schedule is not None:
             raise ValueError(
                 f"`lr_factors` of SelfPlayGeneration is {list(self.lr_factors)}, but `reset_optimizer` is false and there is "
                 "an `lr_scheduler`. One schedule then runs through all iterations and overrides the factors. Set "
@@ -218,11 +218,7 @@ class SelfPlayGeneration(Callback):
         if iteration <= self.iteration:
             return
         self.iteration, self._step = iteration, trainer.global_step
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and progress.is_last_batch:
-            # Resumed from the last batch of an epoch of another length: Lightning compares the count of that epoch's
-            # batches with the new length, and would leave out as many of the new ones.
-            progress.current.completed = sys.maxsize // 2
+        skip_no_batches(trainer, enough=sys.maxsize // 2)
         module.begin_iteration(iteration)
         weights = whole_weights(module.policy)
         # The hash also covers the other weights of the opponent: an average and a base.
@@ -326,10 +322,10 @@ class SelfPlayGeneration(Callback):
                 optimizer.state.clear()
             for group in optimizer.param_groups:
                 factor = 1.0 if self.lr_factors is None else self.lr_factors[self.iteration]
-                if self.reset_optimizer or module._lr_scheduler is None:
+                if self.reset_optimizer or module.make_schedule is None:
                     group["lr"] = group["initial_lr"] = group["base_lr"] * factor
-            if self.reset_optimizer and number < len(trainer.lr_scheduler_configs):
-                trainer.lr_scheduler_configs[number].scheduler = module._lr_scheduler(optimizer)
+            if self.reset_optimizer and module.make_schedule is not None:
+                replace_schedule(trainer, number, partial(module.make_schedule, optimizer))
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         played = {stage: values for stage, (iteration, _, values) in self._cache.items() if iteration == self.iteration}

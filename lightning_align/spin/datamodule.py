@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_align.data.forms import Form
 from lightning_align.data.store import StoredRow, TokenStore
+from lightning_align.runtime.lightning_internals import callbacks_of
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import collate_self_play
 from lightning_align.training.datamodule import AlignDataModule, Stage
@@ -49,7 +50,7 @@ class SPINDataModule(AlignDataModule):
         trainer = self.trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return None
-        loops = [c for c in trainer.callbacks if isinstance(c, SelfPlayGeneration)]  # type: ignore[attr-defined]
+        loops = [c for c in callbacks_of(trainer) if isinstance(c, SelfPlayGeneration)]
         if not loops:
             return None
         pairs = loops[0].pairs(trainer, self, str(stage), self._store(stage))

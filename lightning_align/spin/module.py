@@ -14,24 +14,23 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.generation.sampler import generate
 from lightning_align.models.building import Backbone
-from lightning_align.models.lora import LoRAConfig
-from lightning_align.models.parallelize import shard
 from lightning_align.models.weights import weights_hash
 from lightning_align.references.frozen import frozen_copy
 from lightning_align.references.moving import moving_reference
+from lightning_align.runtime.lightning_internals import callbacks_of
 from lightning_align.scoring.losses import LOSSES, LossName, check_loss
 from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
+from lightning_align.training.arguments import PolicyArguments, Unpack
 from lightning_align.training.metrics import PairMeans, TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs, SelfPlayBatch, TokenBatch
@@ -58,7 +57,6 @@ class SPINModule(AlignModule):
         self,
         backbone: Backbone | None = None,
         *,
-        init_from: str | None = None,
         loss: LossName = "sigmoid",
         beta: float | Sequence[float] = 0.1,
         label_smoothing: float = 0.0,
@@ -68,17 +66,12 @@ class SPINModule(AlignModule):
         base_weight: float = 0.5,
         generate: Generate = "per_iteration",
         monitor_kl: bool = False,
-        lora: LoRAConfig | None = None,
-        optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        generation: GenerationConfig | None = None,
+        **shared: Unpack[PolicyArguments],
     ) -> None:
         """Store the settings. ``configure_model`` builds policy and opponent.
 
         Args:
-            backbone: the language model: a module or a factory in code, `class_path` and `init_args` in YAML. May be left out
-                with `init_from`, whose checkpoint says what it is of.
-            init_from: checkpoint of the fine-tuned model that the policy begins as.
+            backbone: The language model; see `AlignModule`. Not needed with `init_from`.
             loss: The loss of a pair: `sigmoid` (SPIN), `sigmoid_norm` (on mean log-probs), `hinge`, `ipo` or `robust`. Default
                 is `sigmoid`.
             beta: The strength of the KL penalty (lambda in the paper). A smaller value takes larger steps away from the
@@ -96,22 +89,14 @@ class SPINModule(AlignModule):
                 opponent scores them. Default is `per_iteration`.
             monitor_kl: Whether to log the KL divergence of each iteration from the base. This keeps a copy of the base, unless
                 only adapters train. Default is false.
-            lora: train only adapters; an opponent that must be kept is then a second scope on the same backbone.
-            optimizer: factory over parameters; by default AdamW at 5e-6.
-            lr_scheduler: factory over the optimizer; stepped every optimizer step, and begun anew with each iteration.
-            generation: how the opponent answers, and how `predict` and the sample logger decode.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler` and `generation` of `AlignModule`. With `lora`, an
+                opponent that must be kept is a second set of adapters on the same backbone. The schedule restarts with each
+                iteration. `generation` is also how the opponent responds.
 
         Raises:
             ValueError: If an argument is out of range.
         """
-        super().__init__(
-            backbone,
-            init_from=init_from,
-            lora=lora,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            generation=generation,
-        )
+        super().__init__(backbone, **shared)
         self._betas = [beta] if isinstance(beta, (int, float)) else list(beta)
         for value in self._betas:
             check_loss(loss, beta=value, label_smoothing=label_smoothing)
@@ -152,9 +137,9 @@ class SPINModule(AlignModule):
         return self._betas[min(self.iteration, len(self._betas) - 1)]
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return a `SelfPlayGeneration` callback with default settings, unless the trainer already has one."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by the Trainer's callback connector
-        return [] if any(isinstance(callback, SelfPlayGeneration) for callback in callbacks) else [SelfPlayGeneration()]
+        """Return a `SelfPlayGeneration` callback with default settings, unless the Trainer already has one."""
+        present = any(isinstance(callback, SelfPlayGeneration) for callback in callbacks_of(self.trainer))
+        return [] if present else [SelfPlayGeneration()]
 
     # -- the opponent
 
@@ -163,34 +148,26 @@ class SPINModule(AlignModule):
         moves = self.opponent_kind in ("iterate", "mixture") and self.generate_mode == "per_step"
         moving = None
         if moves or self.opponent_kind == "ema":
-            moving = moving_reference(policy, lora=self.lora, convert=self._convert, shard=self._shard)
+            moving = moving_reference(policy, lora=self.lora, convert=self.convert_like_policy, shard=self.shard_like_policy)
             # Registering the average saves it in checkpoints, sharded or not, and restores it.
             self.opponent_average = moving.average
         base = None
         if self.lora is None and (self.opponent_kind in ("base", "mixture") or self.monitor_kl):
-            if self._awaits_weights:
+            if self.source.awaits_weights:
                 raise ValueError(
-                    f"`opponent` {self.opponent_kind!r} or `monitor_kl` needs the weights at the start of the run, but "
-                    f"`init_from` is {self.init_from}, which is not a file. Set `init_from` to the checkpoint that the run "
-                    "began with."
+                    f"`opponent` {self.opponent_kind!r} or `monitor_kl` needs the weights at the start of the run, "
+                    f"but `init_from` is {self.init_from}, which is not a file. Give the checkpoint that the run started from."
                 )
             base = frozen_copy(policy).model
             self.base_hash = weights_hash(base)
-            base = self._shard(self._convert(base))
+            base = self.shard_like_policy(self.convert_like_policy(base))
         self.opponent = Opponent(
             self.opponent_kind, moving=moving, base=base, scoped=self.lora is not None, weight=self.base_weight
         )
 
-    def _convert(self, model: nn.Module) -> nn.Module:
-        """Convert a model to the precision of the policy. Lightning converts registered modules only."""
-        return model if self._trainer is None else self._trainer.precision_plugin.convert_module(model)
-
-    def _shard(self, model: nn.Module) -> nn.Module:
-        """Shard a model as a root of its own if the policy is sharded. Otherwise every rank would hold all of it."""
-        return shard(model.to(self.device), self._data_mesh) if self._sharded else model
-
-    def _check_weights(self) -> None:
-        super()._check_weights()
+    def check_weights_loaded(self) -> None:
+        """Do what `AlignModule.check_weights_loaded` does, and restore the opponent."""
+        super().check_weights_loaded()
         self.restore_opponent()
 
     def restore_opponent(self) -> None:
@@ -271,7 +248,7 @@ class SPINModule(AlignModule):
 
     def play(self, batch: TokenBatch) -> SelfPlayBatch:
         """Generate responses of the policy to a batch of real rows, and score both responses under the opponent."""
-        tokenizer = self._tokenizer
+        tokenizer = self.data_tokenizer
         lengths, prompts = batch["mask"].sum(1).tolist(), batch["targets"].int().argmax(1).tolist()
         rows = [row[:length] for row, length in zip(batch["tokens"], lengths, strict=True)]
         most = getattr(getattr(self.trainer, "datamodule", None), "max_length", max(lengths))
@@ -332,9 +309,7 @@ class SPINModule(AlignModule):
         }
         means.reset()
         nll.reset()
-        for name, value in values.items():
-            # The value is already the same on every rank. `sync_dist` only tells Lightning so.
-            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rewards/accuracies"), sync_dist=True)
+        self.log_evaluation(stage, values, progress_bar=("loss", "rewards/accuracies"))
 
 
 def tied(pairs: TokenBatch) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # its stubs are a separate package
+from tqdm.auto import tqdm
 
 from lightning_align.data.store import TokenStore
 from lightning_align.generation.sampler import Generation

@@ -1,4 +1,4 @@
-"""Callbacks that decode: samples to look at, problems to solve, predictions to keep. None of them changes what is learned."""
+"""Callbacks that any method can use: samples, solved problems, and predictions. None of them changes what is learned."""
 
 import json
 from functools import partial
@@ -18,11 +18,12 @@ from lightning_align.data.rows import Grader, RowTask
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.language_model import policy_of
 from lightning_align.runtime.files import check_writable, publish_text
+from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.runtime.ranks import world
 
 
 def _continue(module: Any, prompts: list[list[int]], config: GenerationConfig, **options: Any) -> list[list[Generation]]:
-    """Continue prompts as the module does it, or with the `policy` of one that is not of this package."""
+    """Generate with the module's own method, or with the policy of a module of another package."""
     own = getattr(module, "continue_prompts", None)
     results: list[list[Generation]] = (own or partial(generate, policy_of(module)))(prompts, config, **options)
     return results
@@ -31,26 +32,26 @@ def _continue(module: Any, prompts: list[list[int]], config: GenerationConfig, *
 def _decode_shared(
     trainer: L.Trainer, module: Any, prompts: list[list[int]], config: GenerationConfig
 ) -> list[tuple[int, Generation]]:
-    """This rank's share of the prompts, continued: (index of the prompt, response).
+    """Generate responses to this rank's share of the prompts: (index of the prompt, response).
 
-    Every rank makes the same number of calls on as many prompts, repeating its last one if it has fewer, since under a sharded
-    strategy each forward pass is a collective.
+    Under a sharded strategy each forward pass is a collective. So every rank makes the same number of calls on the same number
+    of prompts. A rank with fewer prompts repeats its last one.
     """
     rank, ranks = world()
     mine = list(range(rank, len(prompts), ranks))
     padded = mine + [mine[-1] if mine else 0] * (-(-len(prompts) // ranks) - len(mine))
-    eos_id = trainer.datamodule.tokenizer.eos_id  # type: ignore[attr-defined]  # set by the Trainer when there is one
+    eos_id = datamodule_of(trainer).tokenizer.eos_id
     with trainer.precision_plugin.forward_context():
-        # By their numbers, so that what is drawn does not depend on the number of ranks.
+        # The random numbers of a response depend on its prompt's number, not on the number of ranks.
         results = _continue(module, [prompts[i] for i in padded], config, eos_id=eos_id, ids=padded)
     return [(index, responses[0]) for index, responses in zip(mine, results, strict=False)]
 
 
 def _block(text: str) -> str:
-    """Text as a block of code in Markdown, in lines that fit the page; such a block does not wrap by itself."""
+    """Format text as a Markdown code block, with lines that fit the page: such a block does not wrap."""
     lines = [part for line in text.splitlines() for part in wrap(line, width=110, drop_whitespace=False) or [""]]
     if not text.strip():
-        lines = [repr(text) if text else "(nothing)"]  # white space would look like nothing
+        lines = [repr(text) if text else "(nothing)"]  # white space would be invisible
     return "\n".join("    " + line for line in lines)
 
 
@@ -58,45 +59,45 @@ def _require_data(trainer: L.Trainer, what: str, attribute: str) -> Any:
     data = getattr(trainer, "datamodule", None)
     if data is None or getattr(data, attribute, None) is None:
         raise ValueError(
-            f"{what} needs a data module with `{attribute}`; {type(data).__name__ if data else 'a bare loader'} has none: "
-            "use one of lightning_align's data modules, or leave the callback out"
+            f"{what} needs a data module with `{attribute}`, but {type(data).__name__ if data else 'a bare loader'} has none. "
+            "Use a data module of lightning_align, or remove the callback."
         )
     return data
 
 
 class SampleLogger(Callback):
-    """Shows what the policy writes: prompt, chosen response and generated response, as text in TensorBoard and on file.
+    """Logs samples: prompt, chosen response and generated response.
 
-    With another logger than TensorBoard, or none, the samples stand in ``samples.jsonl`` in the run's folder alone.
+    The samples are logged to TensorBoard as text and appended to ``samples.jsonl`` in the run's folder. Other loggers get none.
     """
 
     def __init__(self, *, num_samples: int = 4, max_new_tokens: int = 128, temperature: float = 0.0) -> None:
         """Sample at the end of each validation.
 
         Args:
-            num_samples: prompts, the first of the validation rows.
-            max_new_tokens: longest response.
-            temperature: 0 takes the likeliest token.
+            num_samples: The number of prompts, taken from the first validation rows.
+            max_new_tokens: The largest number of tokens per response.
+            temperature: The sampling temperature. 0 takes the most likely token.
         """
         self.num_samples = num_samples
         self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sample and write."""
+        """Sample and log."""
         if trainer.sanity_checking:
             return
         data = _require_data(trainer, "SampleLogger", "validation_prompts")
         triples = data.validation_prompts(self.num_samples)
         if not triples:
             return
-        # All ranks decode all of them: they are few, and nothing need be gathered.
+        # Every rank generates all samples. They are few, and nothing has to be gathered.
         with trainer.precision_plugin.forward_context():
             results = _continue(pl_module, [t[0] for t in triples], self.config, eos_id=data.tokenizer.eos_id)
         samples = [
             {"prompt": prompt, "chosen": chosen, "generated": data.tokenizer.decode(responses[0].tokens)}
             for (_, prompt, chosen), responses in zip(triples, results, strict=True)
         ]
-        # Asked for on every rank: the ranks agree on the folder by a broadcast.
+        # On every rank, because `log_dir` is a broadcast.
         self._write(trainer, Path(trainer.log_dir or trainer.default_root_dir), samples)
 
     @rank_zero_only
@@ -113,7 +114,7 @@ class SampleLogger(Callback):
 
 
 class SolveRate(Callback):
-    """Lets the policy solve problems of a task that can grade answers, and logs ``val/solved``, the share that it solves."""
+    """Logs ``val/solved``: the share of problems that the policy solves, of a task that grades responses."""
 
     def __init__(
         self,
@@ -128,19 +129,20 @@ class SolveRate(Callback):
         """Solve at the end of each validation or test.
 
         Args:
-            problems: a task with `grade`; held out, so of another split than the rows that train.
-            num_problems: how many of them, the first.
-            max_new_tokens: longest response; one that is cut by it is not solved.
-            temperature: 0 takes the likeliest token.
-            batch_size: problems decoded together.
-            name: what is logged is ``val/name``; of several of these callbacks each needs its own.
+            problems: A task with `grade`. Use another split than that of the training rows.
+            num_problems: The number of problems, taken from the start of the task.
+            max_new_tokens: The largest number of tokens per response. A response that reaches it is not solved.
+            temperature: The sampling temperature. 0 takes the most likely token.
+            batch_size: Problems per generated batch.
+            name: The logged name: ``val/<name>``. Several of these callbacks need different names.
 
         Raises:
-            ValueError: if the task cannot grade.
+            ValueError: If the task has no `grade`.
         """
         if not isinstance(problems, Grader):
             raise ValueError(
-                f"SolveRate: problems is a {type(problems).__name__}, which has no `grade`: give a task that grades"
+                f"SolveRate: `problems` must be a task with a method `grade`, but got a {type(problems).__name__}. Use a task "
+                "such as Arithmetic."
             )
         self.grader, self.name = problems, name
         self.prompts = [str(row["prompt"]) for row in islice(problems.rows(), num_problems)]
@@ -168,22 +170,22 @@ class SolveRate(Callback):
 
 
 class PredictionWriter(Callback):
-    """Writes what `predict_step` returns as JSONL, a line a row, in the order of the rows."""
+    """Writes what `predict_step` returns to a JSONL file, one line per row, in the order of the rows."""
 
     def __init__(self, path: str | Path) -> None:
-        """Write when the prediction is done.
+        """Set the file.
 
         Args:
-            path: the file; written whole or not at all.
+            path: The file. It is written at the end of the prediction, whole or not at all.
         """
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find out now, not after the prediction, whether the file can be written."""
+        """Check before the prediction that the file can be written."""
         if stage == "predict" and trainer.is_global_zero:
             if self.path.is_dir():
-                raise ValueError(f"{self.path} is a folder: give the name of a file to write")
+                raise ValueError(f"{self.path} is a folder. Give the name of a file to write.")
             check_writable(self.path)
 
     def on_predict_batch_end(
@@ -195,11 +197,11 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep a batch's rows."""
+        """Collect the rows of a batch."""
         self.rows.extend(outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gather the ranks' rows and write the file."""
+        """Gather the rows of all ranks and write the file."""
         rows, self.rows = self.rows, []
         if world()[1] > 1:
             gathered: list[list[dict[str, Any]]] = [[] for _ in range(world()[1])]

@@ -1,4 +1,4 @@
-"""What every DataModule of the suite shares: sources in, batches out, every row accounted for."""
+"""The base data module: rows from sources, tokenized once, as batches."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +24,7 @@ from lightning_align.data.ledger import BadRow, Ledger, write_ledgers
 from lightning_align.data.rows import Grader, RowTask, read_rows
 from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
 
 Stage = Literal["train", "validation", "test", "predict"]
 _STAGES_OF: dict[str, tuple[Stage, ...]] = {
@@ -36,42 +37,41 @@ _SPLITS: dict[Stage, str] = {"train": "train", "validation": "validation", "test
 
 
 class AlignDataModule(L.LightningDataModule):
-    """Rows of files, of the hub or of a task as batches of token ids.
+    """Reads rows from files, the hub or a task, tokenizes them, and makes batches of token ids.
 
     A source is a file (.jsonl, .jsonl.gz, .parquet, .csv), a dataset of the Hugging Face hub (name, name:split or
     name:config:split), or a task (class_path and init_args).
 
     Args:
-        train: Source of the training rows.
-        validation: Source of the validation rows.
-        test: Source of the test rows.
-        predict: Source of the rows to continue or to score.
-        tokenizer: bytes, the path of a tokenizer.json, or a folder or hub name of a transformers tokenizer.
-        batch_size: Rows of a training batch of each device.
-        eval_batch_size: Rows of a validation, test or prediction batch of each device; as batch_size where it is not
-            given.
-        max_length: Most tokens of a row, prompt and response together.
-        truncation: What becomes of a longer row: keep_start cuts the end of the response, keep_end the beginning of the
-            prompt, drop drops the row. Each is counted.
-        mask_turns: Which turns of an answer are trained: the last_turn of the assistant, all of them (assistant_only),
-            or all that follows the prompt, whoever says it.
-        group_by_length: Whether a training batch has rows of about one length, which saves padding. Where length and
-            content go together (sums of two digits, sums of three), groups make every batch one-sided and training
-            slower or unstable: switch it off there.
-        on_bad_row: What a broken row does: fail stops and names it, warn drops it and says so, skip drops and counts
-            it.
-        num_workers: Processes that make batches ahead of time; 0 makes them in the training process.
-        cache_dir: Folder of the tokenised rows. Found again by the hash of all that they depend on, they may be deleted
-            at any time.
-        seed: Where the order of the training rows starts from.
+        train: The source of the training rows.
+        validation: The source of the validation rows.
+        test: The source of the test rows.
+        predict: The source of the rows to respond to or to score.
+        tokenizer: `bytes`, the path of a tokenizer.json, or the folder or hub name of a transformers tokenizer.
+        batch_size: Rows per training batch, on each device.
+        eval_batch_size: Rows per validation, test or prediction batch, on each device. Default is `batch_size`.
+        max_length: The largest number of tokens per row, prompt and response together.
+        truncation: What happens to a longer row. `keep_start` cuts the end of the response, `keep_end` cuts the beginning
+            of the prompt, and `drop` drops the row. Each is counted.
+        mask_turns: Which turns are trained: the last turn of the assistant (`last_turn`), all turns of the assistant
+            (`assistant_only`), or everything after the prompt (`all`).
+        group_by_length: Group rows of similar length in training batches, which saves padding. If length and content
+            are related (sums of two and of three numbers, for example), groups make batches one-sided and training slower
+            or unstable. Switch it off in that case.
+        on_bad_row: What happens to a malformed row. `fail` stops and names the row, `warn` drops it with a warning, and
+            `skip` drops and counts it.
+        num_workers: Processes that prepare batches. 0 prepares them in the training process.
+        cache_dir: The folder of tokenized rows. Its files are found by a hash of everything that they depend on, and may be
+            deleted at any time.
+        seed: The seed of the order of the training rows.
     """
 
     kind: ClassVar[str]
-    """Word of the cache's file names."""
+    """The first word of the cache's file names."""
     forms: ClassVar[tuple[Form, ...]]
-    """Forms of rows to train on, preferred ones first."""
+    """The forms of training rows, preferred forms first."""
     predict_forms: ClassVar[tuple[Form, ...]] = ("prompt", "messages")
-    """Forms of rows to predict on; where pairs are among them, a source of pairs is scored instead of continued."""
+    """The forms of prediction rows. If pairs are among them, a source of pairs is scored."""
 
     def __init__(
         self,
@@ -100,14 +100,14 @@ class AlignDataModule(L.LightningDataModule):
             ("num_workers", num_workers, 0),
         ):
             if value < least:
-                raise ValueError(f"{name} is {value}, expected {least} or more")
+                raise ValueError(f"`{name}` must be {least} or more, but got {value}.")
         for name, choice, choices in (
             ("truncation", truncation, ("keep_start", "keep_end", "drop")),
             ("mask_turns", mask_turns, ("last_turn", "assistant_only", "all")),
             ("on_bad_row", on_bad_row, ("fail", "warn", "skip")),
         ):
             if choice not in choices:
-                raise ValueError(f"{name} is {choice!r}, expected one of {', '.join(choices)}")
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {choice!r}.")
         self.sources: dict[Stage, str | RowTask] = {
             stage: source
             for stage, source in cast(
@@ -128,32 +128,32 @@ class AlignDataModule(L.LightningDataModule):
         self.cache_dir = cache_dir
         self.seed = seed
         self.ledgers: dict[Stage, Ledger] = {}
-        """What became of the rows of each source that was set up."""
+        """Counts of kept, trimmed and dropped rows, per source."""
         self._stores: dict[Stage, TokenStore] = {}
         self._tokenizer: Tokenizer | None = None
         self._limit_val_batches: int | float | None = None
 
-    # -- the tokenised rows
+    # -- tokenized rows
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded when it is first used."""
+        """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_name)
         return self._tokenizer
 
     def prepare_data(self) -> None:
-        """Tokenises the sources that are needed into the cache; the trainer calls it in one process a node."""
+        """Tokenize the sources of the running command into the cache. The Trainer calls it in one process per node."""
         trainer = self.trainer
         function = None if trainer is None else trainer.state.fn
         stages = tuple(self.sources) if function is None else _STAGES_OF[function.value]
         if function is not None:
-            self._require(stages[0])  # before the others are tokenised and the model is built
+            self._require(stages[0])  # before other sources are tokenized and the model is built
         for stage in stages:
             self._open(stage)
 
     def setup(self, stage: str) -> None:
-        """Opens the tokenised rows; shows what became of all rows and writes it to ``ledger.json`` beside the logs."""
+        """Open the tokenized rows, print how many were kept, and write the counts to ``ledger.json`` in the run's folder."""
         new = [name for name in _STAGES_OF[stage] if name in self.sources and name not in self._stores]
         for name in new:
             opened = self._open(name)
@@ -162,16 +162,16 @@ class AlignDataModule(L.LightningDataModule):
             rank_zero_info(f"{name} rows from {self.ledgers[name].table()}")
         trainer = self.trainer
         if stage == "fit" and trainer is not None and "validation" not in self.sources:
-            # A fit without validation rows does not validate. Neither no loader nor an empty one says so without a warning.
+            # A fit without validation rows does not validate. Lightning warns if there is no loader or an empty one.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
-        if trainer is not None and new and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # the Trainer sets it in a function of another file
-            # Asked for on every rank: the ranks agree on the folder by a broadcast.
+        if trainer is not None and new and not is_fast_dev_run(trainer):
+            # On every rank, because `log_dir` is a broadcast.
             folder = Path(trainer.log_dir or trainer.default_root_dir)
             if trainer.is_global_zero:
                 write_ledgers(folder / "ledger.json", {str(name): ledger for name, ledger in self.ledgers.items()})
 
     def teardown(self, stage: str) -> None:
-        """Leaves the trainer as it was."""
+        """Restore the Trainer's settings."""
         if self.trainer is not None and self._limit_val_batches is not None:
             self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
@@ -205,21 +205,21 @@ class AlignDataModule(L.LightningDataModule):
     # -- batches
 
     def train_dataloader(self) -> DataLoader[list[StoredRow]]:
-        """Batches in an order of each epoch's own; resumes where a checkpoint was taken."""
+        """Return training batches, in a new order for each epoch. A resumed run continues at the next batch."""
         store = self._store("train")
         sampler = self._sampler(store, self.batch_size, shuffle=True, grouped=self.group_by_length)
         return self._loader(store, sampler, self._collate(store), resumable=True)
 
     def val_dataloader(self) -> DataLoader[list[StoredRow]]:
-        """Batches of every row once."""
+        """Return batches of every row once."""
         return self._eval_loader("validation")
 
     def test_dataloader(self) -> DataLoader[list[StoredRow]]:
-        """Batches of every row once."""
+        """Return batches of every row once."""
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[list[StoredRow]]:
-        """Prompts to continue, or pairs to score, every row once and in the order of the source."""
+        """Return prompts or pairs, every row once and in the order of the source."""
         return self._eval_loader("predict")
 
     def _eval_loader(self, stage: Stage) -> DataLoader[list[StoredRow]]:
@@ -251,7 +251,7 @@ class AlignDataModule(L.LightningDataModule):
         *,
         resumable: bool = False,
     ) -> DataLoader[list[StoredRow]]:
-        # The sampler yields whole batches: were it given as batch sampler, the trainer would put its own in its place.
+        # The sampler yields whole batches. As a `batch_sampler`, Lightning would replace it with its own.
         options: dict[str, Any] = {
             "batch_size": None,
             "collate_fn": collate,
@@ -259,31 +259,31 @@ class AlignDataModule(L.LightningDataModule):
             "persistent_workers": self.num_workers > 0,
         }
         if self._overfits:
-            # The trainer then takes the first batches of a plain sampler, and deals them out to the ranks itself.
+            # Lightning then takes the first batches of a plain sampler and splits them over the ranks itself.
             return DataLoader(RowLists(store, list(sampler)), **options)
         loader = ResumableLoader if resumable else DataLoader
         return loader(RowLists(store), sampler=sampler, **options)
 
     @property
     def _overfits(self) -> bool:
-        return self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]  # the Trainer sets it in a function of another file
+        return overfits(self.trainer)
 
     def _store(self, stage: Stage) -> TokenStore:
         self._require(stage)
         if stage not in self._stores:
-            raise ValueError("the rows are not open yet: call prepare_data() and setup() first, as the trainer does")
+            raise ValueError("The rows are not open yet. Call prepare_data() and setup() first, as the Trainer does.")
         self._check_vocabulary()
         return self._stores[stage]
 
     def _require(self, stage: Stage) -> None:
         if stage not in self.sources:
             raise ValueError(
-                f"there is no source of {stage} rows: give {type(self).__name__}({stage}=...), on the command line "
-                f"--data.{stage}: a file that is not empty or a task"
+                f"There is no source of {stage} rows. Give `{stage}` to {type(self).__name__}, on the command line "
+                f"--data.{stage}: a file that is not empty, a hub dataset or a task."
             )
 
     def _check_vocabulary(self) -> None:
-        # Here and not in setup, where the module has not built its policy yet.
+        # Not in `setup`, because the module builds its policy after it.
         policy = getattr(self.trainer and self.trainer.lightning_module, "policy", None)
         for owner in (policy, getattr(policy, "config", None)):
             for name in ("num_tokens", "vocab_size"):
@@ -295,7 +295,7 @@ class AlignDataModule(L.LightningDataModule):
 
     @property
     def grader(self) -> Grader | None:
-        """What can tell a right response from a wrong one: the task that the validation or the training rows are from."""
+        """The task that grades responses: the source of the validation rows or of the training rows, or None."""
         for stage in ("validation", "train"):
             source = self.sources.get(stage)
             if isinstance(source, RowTask) and isinstance(source, Grader):
@@ -303,14 +303,14 @@ class AlignDataModule(L.LightningDataModule):
         return None
 
     def validation_prompts(self, limit: int) -> list[tuple[list[int], str, str]]:
-        """The first validation prompts, for showing what the model makes of them.
+        """Return the first validation prompts, for samples.
 
         Args:
-            limit: How many at most.
+            limit: The largest number of prompts.
 
         Returns:
-            For each the ids of the prompt, its text, and the reference: the response or the chosen answer. Empty where
-            there are no validation rows, or plain texts, which have no prompts.
+            For each prompt its token ids, its text, and the response of the row (of a pair, the chosen response). Empty if
+            there are no validation rows, or if they are plain texts without prompts.
         """
         store = self._stores.get("validation")
         if store is None:
@@ -331,7 +331,7 @@ class AlignDataModule(L.LightningDataModule):
 
 
 def _first_form(source: str | RowTask, accepted: Sequence[Form], *, split: str) -> Form | None:
-    """The form of the first row that has one."""
+    """Return the form of the first row that has one."""
     for row in read_rows(source, split=split):
         try:
             return form_of(row.fields, accepted=accepted)

@@ -1,7 +1,8 @@
-"""Metrics from exact sums and counts: the same number for any batch size, accumulation and number of ranks."""
+"""Metrics with exact sums and counts: equal for any batch size, accumulation and number of ranks."""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,10 @@ from torchmetrics import Metric
 
 
 class _ExactMetric(Metric):
-    """Keeps its float64 states where the module around it is converted, as `precision: bf16-true` does.
+    """Keeps its float64 states when the module around it is converted, as with `precision: bf16-true`.
 
-    Updates are not in place: a state that `Trainer.validate` reset, in inference mode, could not be updated in a later fit.
+    Updates are not in place. A state that was reset in inference mode, by `Trainer.validate`, could not be updated in place
+    in a later fit.
     """
 
     full_state_update = False
@@ -19,12 +21,18 @@ class _ExactMetric(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         return super()._apply(lambda state: state.to(fn(state).device), exclude_state)
 
+    def compute_and_reset(self) -> Any:
+        """Return the value over all ranks and start again."""
+        value = self.compute()
+        self.reset()
+        return value
+
 
 class TokenNLL(_ExactMetric):
-    """Negative log-likelihood a token, and what follows from it.
+    """Negative log-likelihood per token, perplexity, and bits per byte.
 
-    From sums of log-probs, so a logit gap of any size stays finite: taking the logarithm of a softmax gives infinity at
-    a gap of 110.
+    Computed from sums of log-probs, so it is finite for logit gaps of any size. The logarithm of a softmax is infinite at a gap
+    of 110.
     """
 
     nll: Tensor
@@ -36,16 +44,16 @@ class TokenNLL(_ExactMetric):
         """Start at zero."""
         super().__init__()
         for name in ("nll", "tokens", "bytes_nll", "num_bytes"):
-            # float64: after 2^24 tokens a float32 count no longer counts.
+            # float64, because a float32 count stops at 2^24 tokens.
             self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, counts: Tensor, num_bytes: Tensor | None = None) -> None:
-        """Add rows.
+        """Add the rows of a batch.
 
         Args:
-            sums: (B,) log-probs in nats.
-            counts: (B,) tokens.
-            num_bytes: (B,) UTF-8 bytes that the tokens spell, where known.
+            sums: (B,) sums of log-probs in nats.
+            counts: (B,) numbers of tokens.
+            num_bytes: (B,) numbers of UTF-8 bytes in the text of these tokens, if known.
         """
         nll = -sums.detach().double().sum()
         self.nll = self.nll + nll
@@ -55,7 +63,7 @@ class TokenNLL(_ExactMetric):
             self.num_bytes = self.num_bytes + num_bytes.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss` (nats a token), `perplexity`, and `bits_per_byte` where bytes are known; empty before any token."""
+        """Return `loss` (nats per token), `perplexity`, and `bits_per_byte` if bytes are known. Empty before any token."""
         if not bool(self.tokens > 0):
             return {}
         loss = self.nll / self.tokens
@@ -66,7 +74,7 @@ class TokenNLL(_ExactMetric):
 
 
 class PairMeans(_ExactMetric):
-    """Means over pairs of any number of named values."""
+    """Means of named values over pairs."""
 
     sums: Tensor
     count: Tensor
@@ -75,7 +83,7 @@ class PairMeans(_ExactMetric):
         """Start at zero.
 
         Args:
-            names: of the values, all of which every update gives.
+            names: The names of the values. Every update must have all of them.
         """
         super().__init__()
         self.names = names
@@ -83,24 +91,24 @@ class PairMeans(_ExactMetric):
         self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: dict[str, Tensor]) -> None:
-        """Add pairs.
+        """Add the pairs of a batch.
 
         Args:
-            values: (B,) for each name.
+            values: (B,) values for each name.
         """
         stacked = torch.stack([values[name].detach().double() for name in self.names])
         self.sums = self.sums + stacked.sum(dim=1)
         self.count = self.count + stacked.shape[1]
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean of each name; empty before any pair."""
+        """Return the mean of each name. Empty before any pair."""
         if not bool(self.count > 0):
             return {}
         return dict(zip(self.names, (self.sums / self.count).float().unbind(), strict=True))
 
 
 class Correlation(_ExactMetric):
-    """Pearson's correlation of two values a pair."""
+    """Pearson correlation of two values per pair."""
 
     moments: Tensor
 
@@ -111,21 +119,21 @@ class Correlation(_ExactMetric):
         self.add_state("moments", default=torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, first: Tensor, second: Tensor) -> None:
-        """Add pairs.
+        """Add the pairs of a batch.
 
         Args:
-            first: (B,).
-            second: (B,).
+            first: (B,) first values.
+            second: (B,) second values.
         """
         x, y = first.detach().double(), second.detach().double()
         sums = [part.sum() for part in (torch.ones_like(x), x, y, x * x, y * y, x * y)]
         self.moments = self.moments + torch.stack(sums)
 
     def compute(self) -> Tensor:
-        """The correlation; NaN where one of the two does not vary."""
+        """Return the correlation, or NaN if one of the two values is constant."""
         count, x, y, xx, yy, xy = self.moments.unbind()
         variances = torch.stack([count * xx - x * x, count * yy - y * y])
-        # What rounding makes of a constant is no variance.
+        # The variance of a constant is not exactly 0, because of rounding.
         varies = variances > 1e-12 * count * torch.stack([xx, yy])
         value = (count * xy - x * y) / variances.clamp(min=0).sqrt().prod()
         return value.where(varies.all(), torch.nan).float()

@@ -1,51 +1,56 @@
-"""What every module of the suite shares: how its policy is built and saved, how its loss is weighted, what it logs."""
+"""The base module: Lightning's hooks, each handed to the part that does the work."""
 
 import dataclasses
-import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.tensorboard.summary import hparams
 
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
-from lightning_align.models.building import Backbone, backbone_spec, build_backbone, has_own_weights
-from lightning_align.models.checkpoint import load_policy, read_checkpoint
+from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
 from lightning_align.models.language_model import logits_of
-from lightning_align.models.lora import LoRAConfig, add_lora, train_only
+from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.parallelize import shard
-from lightning_align.models.weights import POLICY_PREFIX, check_weights, policy_state
+from lightning_align.models.weights import check_weights, policy_state
+from lightning_align.runtime.lightning_internals import (
+    built_from_config,
+    count_epoch_as_begun,
+    datamodule_of,
+    log_interval,
+    trainer_of,
+)
 from lightning_align.runtime.memory import keep_freed_memory
+from lightning_align.training.checkpoints import drop_frozen, number_parameters, restore_frozen
+from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
+from lightning_align.training.optimizers import parameter_groups, schedule_config
+from lightning_align.training.policy import PolicySource
+from lightning_align.training.prediction import prediction_rows
+from lightning_align.training.tensorboard import log_hyperparameters
+from lightning_align.training.throughput import Throughput
 from lightning_align.types import TokenBatch
 
 
 class AlignModule(L.LightningModule):
-    """A LightningModule around one policy.
+    """A LightningModule that trains one policy.
 
-    The policy is built in ``configure_model``, where Lightning wants it for sharded strategies, as ``self.policy``.
+    The policy is built in ``configure_model``, where Lightning expects it for sharded strategies, as ``self.policy``.
 
-    A training step returns a **sum** over what it is a mean of (tokens, pairs) and declares how many there were,
-    through `weighted`; the gradients are divided once, before the optimizer step, by the number in the whole optimizer
-    batch. So one optimizer batch gives one gradient, however it is cut into micro-batches and spread over ranks.
+    A training step returns a **sum** over tokens or pairs and says through `weighted` how many there were. The gradients are
+    divided once, before the optimizer step, by the number in the whole optimizer batch. So an optimizer batch has one gradient,
+    however it is split into micro-batches and over ranks.
     """
 
-    default_lr = 1e-4
-    objects: ClassVar[tuple[str, ...]] = ()
-    """Further arguments that are objects in code, of which a subclass puts into ``hparams`` what a checkpoint can hold."""
+    default_lr: ClassVar[float] = 1e-4
+    """The learning rate of the default optimizer."""
+    object_arguments: ClassVar[tuple[str, ...]] = ("backbone", "lora", "optimizer", "lr_scheduler", "generation")
+    """Arguments that are objects in code. Instead of the objects, ``hparams`` gets what a checkpoint can hold."""
 
     def __init__(
         self,
@@ -57,158 +62,143 @@ class AlignModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationConfig | None = None,
     ) -> None:
-        """See the subclasses for the arguments."""
+        """Describe the run. The policy is built in ``configure_model``.
+
+        Args:
+            backbone: The language model: a module or a factory in code, `class_path` and `init_args` in YAML. Not needed with
+                `init_from`, because a checkpoint says which backbone it is of.
+            init_from: A checkpoint to take the initial weights from: a .ckpt of this package, a state dict (.pt or
+                .safetensors), or an exported folder.
+            lora: Train LoRA adapters only, on a frozen base model.
+            optimizer: A factory that gets the parameter groups. Default is AdamW with the learning rate of the method: 3e-4
+                for SFT and RETRO, 1e-3 for CALM, 5e-6 for DPO and SPIN.
+            lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
+            generation: How `predict` and the sample logger decode.
+
+        Raises:
+            ValueError: If there is neither a backbone nor a checkpoint.
+        """
         super().__init__()
-        if backbone is None and init_from is None:
-            raise ValueError(f"{type(self).__name__}: give `backbone` (what to build), `init_from` (a checkpoint), or both")
         if isinstance(lora, Mapping):
             lora = LoRAConfig(**lora)
         if isinstance(generation, Mapping):
             generation = GenerationConfig(**generation)
-        # On the command line Lightning hands over the parsed configuration, which is primitives only. In code the arguments are
-        # objects; what a checkpoint can hold of them, and rebuild them from, is their own arguments.
-        given = _given_hyperparameters.get() is not None
-        objects = ("backbone", "lora", "optimizer", "lr_scheduler", "generation", *self.objects)
-        self.save_hyperparameters(ignore=() if given else objects)
+        # A plain object, not a module: as a submodule the backbone would be registered twice.
+        self.source = PolicySource(type(self).__name__, backbone, init_from=init_from, lora=lora)
+        # On the command line, Lightning hands over the parsed configuration, which holds primitives only. In code the arguments
+        # are objects: a checkpoint can hold the arguments that they were made with.
+        given = built_from_config()
+        self.save_hyperparameters(ignore=() if given else self.object_arguments)
         if not given:
-            described = backbone_spec(backbone) if isinstance(backbone, nn.Module) else backbone
-            self.hparams["backbone"] = described if isinstance(described, dict) else None
+            self.hparams["backbone"] = self.source.described()
             self.hparams["lora"] = None if lora is None else dataclasses.asdict(lora)
             self.hparams["generation"] = None if generation is None else dataclasses.asdict(generation)
-        # In a tuple: a module as attribute would be registered, a second time beside the policy.
-        self._backbone = (backbone,)
         self.init_from, self.lora, self.generation = init_from, lora, generation or GenerationConfig()
-        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.policy: nn.Module = cast(nn.Module, None)
-        self._awaits_weights = False
-        self._weight: Tensor | float = 0.0
-        self._tokens = self._cells = torch.zeros((), dtype=torch.long)
-        self._clock, self._timed_step = math.nan, 0
-
-    def setup(self, stage: str) -> None:
-        """Settle how memory is allocated before the first of it is."""
-        if self.trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
+        self.batch_mean = BatchMean()
+        self.throughput = Throughput()
 
     # -- the policy
+
+    def setup(self, stage: str) -> None:
+        """Choose how memory is allocated, before the first large allocation."""
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
 
     def configure_model(self) -> None:
         """Build the policy, once."""
         if self.policy is not None:
             return
-        policy = self._build_policy()
-        if self.lora is not None:
-            given = self.init_from is not None or isinstance(self._backbone[0], nn.Module)
-            if not given and not has_own_weights(policy):
-                raise ValueError(
-                    f"{type(self).__name__}: `lora` trains adapters on a frozen base, which the checkpoint does not hold: give "
-                    "the base as `init_from`, or a backbone that comes with its weights"
-                )
-            add_lora(policy, self.lora)
-            train_only(policy, self.lora.scope)
+        policy = self.build_policy()
+        self.source.add_adapters(policy)
         self.configure_reference(policy)
-        if self._sharded:
-            shard(policy, self._data_mesh)
-            # A file of adapters lacks their base, which stands here: see `on_load_checkpoint`, which comes too late to add it.
+        if self.is_sharded:
+            shard(policy, self.data_mesh)
+            # A checkpoint of adapters lacks the base model. `on_load_checkpoint` comes too late to add it under a sharded
+            # strategy.
             self.strict_loading = self.lora is None
         self.policy = policy
 
+    def build_policy(self) -> nn.Module:
+        """Build the policy with its initial weights, without adapters. Subclasses override it to build something else."""
+        return self.source.build()
+
     def configure_reference(self, policy: nn.Module) -> None:
-        """Make what the policy is compared with, before it is sharded and before a checkpoint is restored into it."""
+        """Make what the policy is compared with, before it is sharded and before a checkpoint is loaded into it."""
 
-    def _build_policy(self) -> nn.Module:
-        (backbone,) = self._backbone
-        if self.init_from is None:
-            assert backbone is not None
-            return build_backbone(backbone)
-        if backbone is not None and self.lora is None and not Path(self.init_from).is_file():
-            # A checkpoint of this run has all weights, and outlives the file that the run began from. Whether one is about to
-            # be loaded is not known yet: see `_check_weights`.
-            self._awaits_weights = True
-            return build_backbone(backbone)
-        return load_policy(self.init_from, backbone)
-
-    def _check_weights(self) -> None:
-        """Refuse to go on with the weights of no file at all."""
-        if self._awaits_weights:
-            assert self.init_from is not None
-            read_checkpoint(self.init_from)
+    def check_weights_loaded(self) -> None:
+        """Raise if the policy's weights were to come from a file that is missing and no checkpoint has brought them."""
+        self.source.check_weights()
 
     def on_validation_start(self) -> None:
-        """See `_check_weights`."""
-        self._check_weights()
+        """Check that the weights are loaded."""
+        self.check_weights_loaded()
 
     def on_test_start(self) -> None:
-        """See `_check_weights`."""
-        self._check_weights()
+        """Check that the weights are loaded."""
+        self.check_weights_loaded()
 
     def on_predict_start(self) -> None:
-        """See `_check_weights`."""
-        self._check_weights()
+        """Check that the weights are loaded."""
+        self.check_weights_loaded()
 
     @property
-    def _sharded(self) -> bool:
-        return self._trainer is not None and isinstance(self._trainer.strategy, ModelParallelStrategy)
+    def is_sharded(self) -> bool:
+        """Whether the strategy shards the policy over ranks (FSDP2)."""
+        trainer = trainer_of(self)
+        return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
 
     @property
-    def _data_mesh(self) -> Any:
+    def data_mesh(self) -> Any:
+        """The device mesh of the ranks that the policy is sharded over."""
         assert self.device_mesh is not None
         return self.device_mesh["data_parallel"]
 
+    def convert_like_policy(self, model: nn.Module) -> nn.Module:
+        """Convert a model that is not registered here to the precision that Lightning gives the policy."""
+        trainer = trainer_of(self)
+        return model if trainer is None else trainer.precision_plugin.convert_module(model)
+
+    def shard_like_policy(self, model: nn.Module) -> nn.Module:
+        """Shard a model by itself if the policy is sharded. Otherwise every rank would hold all of it."""
+        return shard(model.to(self.device), self.data_mesh) if self.is_sharded else model
+
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the policy, (B, N) -> (B, N, V)."""
+        """Return the logits of the policy, (B, N) -> (B, N, V)."""
         return logits_of(self.policy, tokens)
 
-    # -- what a run that is resumed needs
+    # -- one gradient per optimizer batch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed what a batch draws (dropout) by its place in the run, so that a resumed run draws the same on every rank."""
-        # Resumed from the last batch of an epoch, Lightning does not count the next epoch as begun; a run that is resumed from
-        # the last batch of that one too would train it a second time.
-        progress: Any = self.trainer.fit_loop.epoch_progress
-        for epochs in (progress.total, progress.current):
-            epochs.ready = epochs.started = epochs.processed + 1
+        """Seed dropout by the batch's position in the run, so that a resumed run draws the same numbers on every rank."""
+        count_epoch_as_begun(self.trainer)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        place = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
-        torch.manual_seed(hash(place) % 2**63)
+        position = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
+        torch.manual_seed(hash(position) % 2**63)
 
-    # -- one gradient for one optimizer batch
-
-    def weighted(self, loss_sum: Tensor, weight: Tensor | int) -> Tensor:
-        """Return a summed loss from a training step, and say over how many it is a sum.
+    def weighted(self, loss_sum: Tensor, count: Tensor | int) -> Tensor:
+        """Return a summed loss from a training step, and count what it is a sum over.
 
         Args:
-            loss_sum: scalar, the sum over the micro-batch of what the loss is a mean of.
-            weight: how many there were; their total over the optimizer batch is what the gradient is divided by.
+            loss_sum: Scalar, the sum over the tokens or pairs of the micro-batch.
+            count: How many tokens or pairs there were. The gradient is divided by their total over the optimizer batch.
         """
-        self._weight = self._weight + weight
+        self.batch_mean.add(count)
         return loss_sum
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the gradient of the sum into that of the mean; before clipping, after unscaling."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        total = torch.as_tensor(self._weight, dtype=torch.float32, device=self.device)
-        self._weight = 0.0
-        world = self.trainer.world_size
-        if world > 1:
-            total = self.trainer.strategy.reduce(total, reduce_op="sum")
-        # Lightning has divided by the accumulation, DDP and FSDP2 by the number of ranks.
-        factor = self.trainer.accumulate_grad_batches * world / total.clamp(min=1)
-        if gradients:
-            torch._foreach_mul_(gradients, factor)
-        if self._logs_this_step:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[0]["lr"]})
-
-    @property
-    def _logs_this_step(self) -> bool:
-        return self._log_every > 0 and (self.trainer.global_step + 1) % self._log_every == 0
-
-    @property
-    def _log_every(self) -> int:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the Trainer's logger connector
-        return every
+        """Average the gradient, after unscaling and before clipping."""
+        gradients = gradients_of(optimizer)
+        self.batch_mean.average(
+            gradients,
+            accumulated=self.trainer.accumulate_grad_batches,
+            world_size=self.trainer.world_size,
+            total=lambda count: self.trainer.strategy.reduce(count, reduce_op="sum"),
+            device=self.device,
+        )
+        if self.logs_this_step:
+            self.log_dict({"train/grad_norm": total_norm(gradients), "train/lr": optimizer.param_groups[0]["lr"]})
 
     def configure_gradient_clipping(
         self,
@@ -216,138 +206,108 @@ class AlignModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip; also for a fused optimizer in bfloat16, where Lightning refuses though nothing is left to unscale.
-
-        Raises:
-            ValueError: if a fused optimizer is to unscale float16 gradients after the clipping.
-        """
-        precision = self.trainer.precision_plugin
-        if not isinstance(precision, MixedPrecision) or not getattr(optimizer, "_step_supports_amp_scaling", False):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif precision.scaler is not None and gradient_clip_val:
-            raise ValueError(
-                "gradient_clip_val with precision 16-mixed needs an optimizer that is not fused: set `fused: false` in its "
-                "init_args, or precision bf16-mixed"
-            )
-        else:
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-            Precision.clip_gradients(precision, optimizer, gradient_clip_val or 0.0, algorithm)
+        """Clip gradients; see `clip_gradients`."""
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over what trains, norms' gains and biases without weight decay, and the schedule a step at a time."""
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if p.ndim >= 2]}]
-        if vectors := [p for p in parameters if p.ndim < 2]:
-            groups.append({"params": vectors, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, lr=self.default_lr) if self._optimizer is None else self._optimizer(groups)
-        if self._lr_scheduler is None:
+        """Make the optimizer of the parameters that train, and the schedule."""
+        groups = parameter_groups(self.policy.parameters())
+        make = self.make_optimizer
+        optimizer = torch.optim.AdamW(groups, lr=self.default_lr) if make is None else make(groups)
+        if self.make_schedule is None:
             return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        schedule: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
-        if (monitor := getattr(scheduler, "monitor", None)) is not None:
-            # One that waits for a metric, such as `ReduceLROnPlateau`: there is a new value after a validation, not every step.
-            schedule = {"scheduler": scheduler, "monitor": monitor}
+        schedule = schedule_config(self.make_schedule(optimizer))
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
 
     # -- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the checkpoint whole without the file it began from, and hold no frozen base."""
+        """Make the checkpoint independent of ``init_from``, and leave out frozen base models."""
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
             checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
-        # A sharded strategy restores the weights itself, all of them, before `on_load_checkpoint` could complete them.
-        if self.lora is not None and not self._sharded:
-            for name in self._frozen_names():
-                checkpoint["state_dict"].pop(name, None)
-        if not self._sharded:
-            states = checkpoint.get("optimizer_states", [])
-            for state, optimizer in zip(states, self.trainer.optimizers if states else [], strict=True):
-                self._number_parameters(state, optimizer)
-
-    def _number_parameters(self, state: dict[str, Any], optimizer: Optimizer) -> None:
-        """Number an optimizer's parameters by their places in the module.
-
-        To an optimizer the numbers are names, but a sharded strategy that opens the checkpoint takes them for places.
-        """
-        place_of = {id(parameter): place for place, parameter in enumerate(self.parameters())}
-        places = [place_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-        state["state"] = {places[number]: value for number, value in state["state"].items()}
-        state["param_groups"] = [{**g, "params": [places[number] for number in g["params"]]} for g in state["param_groups"]]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Complete a checkpoint of adapters with the base that stands here, so that loading stays strict.
-
-        Raises:
-            ValueError: if the checkpoint is of another model.
-        """
-        self._awaits_weights = False
-        if self._sharded:
-            if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
-                raise ValueError("the checkpoint is of a run without `lora`, and the module has it: give one of adapters")
+        if self.is_sharded:
+            # A sharded strategy loads the weights itself, all of them, before `on_load_checkpoint` could complete them.
             return
         if self.lora is not None:
-            own = self.state_dict()
-            for name in self._frozen_names():
-                checkpoint["state_dict"].setdefault(name, own[name])
-        path = None if self._trainer is None else self._trainer.ckpt_path
+            drop_frozen(checkpoint, self.policy)
+        states = checkpoint.get("optimizer_states", [])
+        for state, optimizer in zip(states, self.trainer.optimizers if states else [], strict=True):
+            number_parameters(state, optimizer, self.parameters())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Complete a checkpoint of adapters with the base model, so that it is loaded strictly.
+
+        Raises:
+            ValueError: If the checkpoint is of another model.
+        """
+        self.source.awaits_weights = False
+        if self.is_sharded:
+            if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
+                raise ValueError(
+                    "The module has `lora`, but the checkpoint is of a run without `lora`. Give a checkpoint of adapters."
+                )
+            return
+        if self.lora is not None:
+            restore_frozen(checkpoint, self.policy, self.state_dict())
+        trainer = trainer_of(self)
+        path = None if trainer is None else trainer.ckpt_path
         check_weights(self.policy, policy_state(checkpoint["state_dict"]), path or "that was given")
 
-    def _frozen_names(self) -> list[str]:
-        return [POLICY_PREFIX + name for name, parameter in self.policy.named_parameters() if not parameter.requires_grad]
+    # -- logging
 
-    # -- what every method logs
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the Trainer logs the optimizer step that is under way."""
+        every = log_interval(self.trainer)
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
 
-    def log_training(self, values: dict[str, Tensor], *, progress_bar: str, batch_size: int) -> None:
-        """Log a training step's values as ``train/name``.
+    def log_training(self, values: Mapping[str, Tensor], *, progress_bar: str, batch_size: int) -> None:
+        """Log a training step's values as ``train/<name>``.
 
         Args:
-            values: scalars by name.
-            progress_bar: name of the one that is shown there.
-            batch_size: rows of the micro-batch.
+            values: Scalars by name.
+            progress_bar: The name of the value that the progress bar shows.
+            batch_size: Rows of the micro-batch.
         """
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name == progress_bar, batch_size=batch_size)
 
+    def log_evaluation(self, stage: str, values: Mapping[str, Tensor], *, progress_bar: Sequence[str] = ("loss",)) -> None:
+        """Log the values of a whole validation or test as ``<stage>/<name>``.
+
+        Args:
+            stage: ``val`` or ``test``.
+            values: Scalars by name, of metrics that were reduced over ranks.
+            progress_bar: The names of the values that the progress bar shows.
+        """
+        for name, value in values.items():
+            # The value is the same on every rank. sync_dist only tells Lightning so.
+            self.log(f"{stage}/{name}", value, prog_bar=name in progress_bar, sync_dist=True)
+
     def count_tokens(self, batch: TokenBatch) -> None:
         """Count a batch for the throughput and the padding share."""
-        self._tokens = self._tokens + batch["mask"].sum()
-        self._cells = self._cells + batch["mask"].numel()
+        self.throughput.count(batch["mask"])
 
     def on_train_start(self) -> None:
-        """Register the run in TensorBoard's HPARAMS tab, under its validation loss."""
-        self._check_weights()
-        self._weight = 0.0  # a fit that was stopped inside an accumulation left what it had counted
-        self._clock = math.nan
-        for logger in self.loggers:
-            if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
-                # Lightning's own log_hyperparams(..., metrics) would draw their initial values as points of their curves.
-                # What decodes has no part in the loss, and hides what has.
-                shown = {
-                    name: value for name, value in self.hparams_initial.items() if name not in ("_instantiator", "generation")
-                }
-                flat = {name: value for name, value in _flatten(shown) if value is not None}
-                for summary in hparams(flat, {"val/loss": 0.0}):  # type: ignore[no-untyped-call]
-                    logger.experiment._get_file_writer().add_summary(summary)
+        """Check the weights, start counting, and register the run in TensorBoard under its validation loss."""
+        self.check_weights_loaded()
+        self.batch_mean.reset()  # an earlier fit may have been stopped in the middle of an optimizer batch
+        self.throughput.stop()
+        if self.trainer.is_global_zero:
+            log_hyperparameters(self.loggers, self.hparams_initial, metric="val/loss")
 
     def on_validation_end(self) -> None:
         """Leave the validation out of the throughput."""
-        self._tokens = self._cells = torch.zeros((), dtype=torch.long, device=self.device)
-        self._clock = time.perf_counter()
+        self.throughput.restart(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log tokens a second (real ones, over all ranks) and the share of padding since the last time."""
-        step = self.trainer.global_step
-        if step == self._timed_step or not self._log_every or step % self._log_every:
-            return
-        self._timed_step = step
-        now = time.perf_counter()
-        if not math.isnan(self._clock):
-            rate = self._tokens * self.trainer.world_size / (now - self._clock)
-            padding = 1 - self._tokens / self._cells
-            self.log_dict({"train/tokens_per_second": rate.float(), "train/padding_share": padding.float()})
-        self._tokens = self._cells = torch.zeros((), dtype=torch.long, device=self.device)
-        self._clock = now
+        """Log the throughput since the last logged step."""
+        step, every = self.trainer.global_step, log_interval(self.trainer)
+        if every and step % every == 0:
+            values = self.throughput.report(step, world_size=self.trainer.world_size, device=self.device)
+            if values:
+                self.log_dict(values)
 
     # -- prediction
 
@@ -360,24 +320,23 @@ class AlignModule(L.LightningModule):
         ids: Sequence[int] | None = None,
         decode: Callable[[list[int]], str] | None = None,
     ) -> list[list[Generation]]:
-        """Continue prompts with the policy, as `predict_step` and the callbacks do; see `generate` for the arguments.
+        """Generate responses to prompts with the policy, for `predict_step` and the callbacks.
 
-        A module whose policy needs more than the prompts' tokens gives it here.
+        Subclasses override it if their policy needs more than the tokens of the prompts. See `generate` for the arguments.
         """
         return generate(self.policy, prompts, config, eos_id=eos_id, ids=ids, decode=decode)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Continue prompts.
+        """Generate responses to prompts.
 
         Args:
-            batch: a `PromptBatch`, prompts of any lengths.
-            batch_idx: not used: a response depends on the number of its row, whatever batch it is in.
+            batch: A `PromptBatch`, prompts of any lengths.
+            batch_idx: Not used. A response depends on the number of its row, not on the batch.
 
         Returns:
-            For each prompt ``row``, ``prompt`` and ``responses`` (as text where the data module has a tokenizer, else as ids)
-            and ``finished``.
+            See `prediction_rows`. Responses are text if the data module has a tokenizer, otherwise token ids.
         """
-        tokenizer = self._tokenizer
+        tokenizer = self.data_tokenizer
         results = self.continue_prompts(
             batch["prompts"],
             self.generation,
@@ -385,30 +344,9 @@ class AlignModule(L.LightningModule):
             ids=batch["rows"].tolist(),
             decode=None if tokenizer is None else tokenizer.decode,
         )
-
-        def spell(ids: list[int]) -> str | list[int]:
-            return ids if tokenizer is None else tokenizer.decode(ids)
-
-        return [
-            {
-                "row": int(row),
-                "prompt": spell(prompt),
-                "responses": [spell(r.tokens) for r in responses],
-                "finished": [r.finished for r in responses],
-            }
-            for row, prompt, responses in zip(batch["rows"], batch["prompts"], results, strict=True)
-        ]
+        return prediction_rows(batch, results, tokenizer)
 
     @property
-    def _tokenizer(self) -> Any:
-        data = getattr(self.trainer, "datamodule", None)
-        return getattr(data, "tokenizer", None)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested hyperparameters as ``a/b`` with values that TensorBoard can show."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+    def data_tokenizer(self) -> Any:
+        """The data module's tokenizer, or None."""
+        return getattr(datamodule_of(trainer_of(self)), "tokenizer", None)

@@ -1,4 +1,4 @@
-"""A learning-rate schedule that YAML can write: warm up, hold, decay."""
+"""A learning-rate schedule for configurations: warm up, hold, decay."""
 
 import math
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class WarmupDecay(LRScheduler):
-    """Linear warm-up to the optimizer's learning rate, then constant, then decay to a fraction of it."""
+    """Linear warm-up to the optimizer's learning rate, then constant, then decay to a share of it."""
 
     def __init__(
         self,
@@ -22,37 +22,37 @@ class WarmupDecay(LRScheduler):
         final: float = 0.0,
         last_epoch: int = -1,
     ) -> None:
-        """Steps are optimizer steps.
+        """Set up the schedule. Steps are optimizer steps.
 
         Args:
-            optimizer: whose learning rates are the peaks.
-            total_steps: step at which the decay ends; the rate stays there afterwards. Give the run's `max_steps`.
-            warmup_steps: steps of linear warm-up.
-            decay: shape of the decay.
-            decay_from: share of `total_steps` up to which the rate is held; 0 decays from the end of the warm-up.
-            final: share of the peak that is left at the end.
-            last_epoch: for resuming by hand, as in torch.
+            optimizer: Its learning rates are the peaks.
+            total_steps: The step at which the decay ends. The rate is constant after it. Use the run's `max_steps`.
+            warmup_steps: The number of steps of linear warm-up.
+            decay: The shape of the decay.
+            decay_from: The share of `total_steps` after which the decay starts. 0 starts it at the end of the warm-up.
+            final: The share of the peak that is left at the end.
+            last_epoch: For resuming by hand, as in torch.
 
         Raises:
-            ValueError: if the numbers do not describe a schedule.
+            ValueError: If the numbers do not describe a schedule.
         """
         if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
             raise ValueError(
-                f"WarmupDecay: total_steps is {total_steps} and warmup_steps {warmup_steps}; the total must be at "
-                "least 1 and the warm-up no longer than it"
+                f"WarmupDecay: `total_steps` must be at least 1 and `warmup_steps` from 0 to `total_steps`, but got "
+                f"{total_steps} and {warmup_steps}."
             )
         if not 0 <= decay_from < 1 or not 0 <= final <= 1:
             raise ValueError(
-                f"WarmupDecay: decay_from is {decay_from} and final {final}; the first must be in [0, 1), the second in [0, 1]"
+                f"WarmupDecay: `decay_from` must be in [0, 1) and `final` in [0, 1], but got {decay_from} and {final}."
             )
         if decay not in ("none", "linear", "cosine"):
-            raise ValueError(f"WarmupDecay: decay is {decay!r}; it must be 'none', 'linear' or 'cosine'")
+            raise ValueError(f"WarmupDecay: `decay` must be 'none', 'linear' or 'cosine', but got {decay!r}.")
         self.total_steps, self.warmup_steps, self.final, self.decay = total_steps, warmup_steps, final, decay
         self.decay_start = max(warmup_steps, int(decay_from * total_steps))
         super().__init__(optimizer, last_epoch)
 
     def factor(self, step: int) -> float:
-        """Share of the peak at an optimizer step, counted from 0."""
+        """Return the share of the peak at an optimizer step, counted from 0."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.decay == "none" or step < self.decay_start:
@@ -62,19 +62,19 @@ class WarmupDecay(LRScheduler):
         return self.final + (1 - self.final) * left
 
     def get_lr(self) -> list[float | Tensor]:
-        """The learning rates of the parameter groups now."""
+        """Return the current learning rates of the parameter groups."""
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the step of a state, by this schedule's own settings: the optimizer's state is to be loaded before.
+        """Continue from the step of a state, with this schedule's own settings. Load the optimizer's state first.
 
         Args:
-            state_dict: of a schedule of this class, whatever its settings.
+            state_dict: The state of a schedule of this class. Its settings may differ.
         """
         own = {name: getattr(self, name) for name in ("total_steps", "warmup_steps", "decay", "decay_start", "final")}
         super().load_state_dict({**state_dict, **own})
         if any(state_dict.get(name) != value for name, value in own.items()):
-            # The optimizer brought the rate of the old settings, which after a decay that was over is 0.
+            # The loaded optimizer has the rate of the old settings, which is 0 after a finished decay.
             for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
                 if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(rate)

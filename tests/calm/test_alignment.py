@@ -1,4 +1,4 @@
-"""Two tokenizers, one text: the augment's tokens are seen when their characters are over, and not before."""
+"""Tests of alignment by characters: a position of the anchor sees an augment's token only after its last character."""
 
 import json
 from pathlib import Path
@@ -36,17 +36,17 @@ def ids_of(text: str) -> list[int]:
 def test_ends_count_whole_characters() -> None:
     text, ends = char_ends(BYTES, ids_of("aéb"))
     assert text == "aéb"
-    assert ends == [0, 1, 1, 2, 3, 4], "bos, a, the halves of é, b, and the end behind the text"
+    assert ends == [0, 1, 1, 2, 3, 4], "bos, a, the two bytes of é, b, and the end-of-sequence token after the text"
     assert char_ends(BYTES, []) == ("", [])
 
 
-def test_words_end_where_their_last_letters_do(words: Tokenizer) -> None:
+def test_words_end_at_their_last_letter(words: Tokenizer) -> None:
     ids, ends, anchor_ends = realign(ids_of("alpha beta"), BYTES, words)
     assert ids == [3, 4, 1]
     assert ends == [5, 10, 11]
     assert anchor_ends == [0, *range(1, 11), 11]
     ids, ends, _ = realign(ids_of("alpha beta")[:-1], BYTES, words)
-    assert (ids, ends) == ([3, 4], [5, 10]), "a text that goes on has no end"
+    assert (ids, ends) == ([3, 4], [5, 10]), "a text without an end-of-sequence token gets none"
 
 
 def test_batches_are_padded(words: Tokenizer) -> None:
@@ -60,7 +60,7 @@ def test_batches_are_padded(words: Tokenizer) -> None:
     assert given.mask.tolist() == [[True] * 4, [True, True, False, False]]
 
 
-def test_an_anchor_sees_words_that_are_over_and_no_others(words: Tokenizer) -> None:
+def test_anchor_sees_only_complete_words(words: Tokenizer) -> None:
     anchor, augment = tiny_palm(num_tokens=259, dtype=torch.float64), tiny_palm(num_tokens=6, dtype=torch.float64, seed=1)
     model = connect(CALM(anchor, Augment(augment, tokens="own", num_connections=2), connection=SMALL))
     tokens = torch.tensor([ids_of("alpha beta gamma")])
@@ -68,21 +68,21 @@ def test_an_anchor_sees_words_that_are_over_and_no_others(words: Tokenizer) -> N
     given = realign_batch(tokens, mask, BYTES, words)
     want = model(tokens, inputs=[given])
     other = given.tokens.clone()
-    other[0, 1] = 5  # "beta", whose last letter is the anchor's tenth
+    other[0, 1] = 5  # "beta", which ends at the anchor's tenth letter
     changed = (model(tokens, inputs=[given._replace(tokens=other)]) - want).abs().amax(dim=(0, 2))
     assert changed[:10].max() == 0
     assert changed[10:].min() > 0
     ended = given.tokens.clone()
-    ended[0, 3] = 2  # the end, which the position that has to predict it may not see
+    ended[0, 3] = 2  # the end-of-sequence token, which the position that predicts it must not see
     changed = (model(tokens, inputs=[given._replace(tokens=ended)]) - want).abs().amax(dim=(0, 2))
     assert changed[:-1].max() == 0
     plain = anchor(tokens)
-    assert gap(want[:, :5], plain[:, :5]) == 0, "before the first word is over there is nothing to see"
+    assert gap(want[:, :5], plain[:, :5]) == 0, "nothing is visible before the first word is complete"
     assert model.make_cache is None
 
 
-def test_one_tokenizer_by_characters_is_one_tokenizer_by_position() -> None:
-    """With bytes on both sides, alignment by characters allows what alignment by columns does."""
+def test_alignment_by_characters_equals_alignment_by_columns_for_bytes() -> None:
+    """With the byte tokenizer on both sides, alignment by characters and by columns show the same positions."""
     anchor, augment = tiny_palm(num_tokens=259, dtype=torch.float64), tiny_palm(num_tokens=259, dtype=torch.float64, seed=1)
     tokens = torch.tensor([ids_of("alpha beta")])
     given = realign_batch(tokens, torch.ones_like(tokens, dtype=torch.bool), BYTES, BYTES)
@@ -98,14 +98,14 @@ def test_one_tokenizer_by_characters_is_one_tokenizer_by_position() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({}, r"augment 0 reads the anchor's ids, and augment_tokenizers\[0\] gives it others: set `tokens: own`"),
+        ({}, r"augment_tokenizers\[0\] must be null, because augment 0 reads the anchor's token ids. Set `tokens: own`"),
         (
             {"alignment": "prefix"},
-            r"augment 0 reads a prefix, and augment_tokenizers\[0\] encodes whole rows .*responses and all",
+            r"augment_tokenizers\[0\] must be null, because augment 0 reads a prefix .*whole rows with their responses",
         ),
     ],
 )
-def test_a_tokenizer_that_would_not_be_used_is_refused(spec: dict[str, Any], message: str) -> None:
+def test_tokenizer_that_does_not_fit_the_augment_raises(spec: dict[str, Any], message: str) -> None:
     anchor, augment = tiny_palm(num_tokens=259), tiny_palm(num_tokens=259, seed=1)
     model = CALM(anchor, Augment(augment, num_connections=2, **spec), connection=SMALL)
     tokens = torch.tensor([ids_of("alpha beta")])
@@ -113,12 +113,12 @@ def test_a_tokenizer_that_would_not_be_used_is_refused(spec: dict[str, Any], mes
         model(tokens, inputs=[realign_batch(tokens, torch.ones_like(tokens, dtype=torch.bool), BYTES, BYTES)])
 
 
-def test_a_batch_may_name_states_in_place_of_tokens() -> None:
+def test_batch_may_contain_states_instead_of_tokens() -> None:
     anchor, augment = tiny_palm(dtype=torch.float64), tiny_palm(dtype=torch.float64, seed=1)
     model = connect(CALM(anchor, Augment(augment, num_connections=2), connection=SMALL))
     tokens = torch.randint(1, 23, (2, 6))
     states = model.readers[0].read(tokens, None, None, None)
     given = AugmentInput(tokens, states=[states[depth] for depth in model.depths(0)])
     assert gap(model(tokens, inputs=[given]), model(tokens)) == 0
-    with pytest.raises(ValueError, match="inputs are of 2 augments, expected 1"):
+    with pytest.raises(ValueError, match="`inputs` must have one entry per augment, 1 in all, but got 2"):
         model(tokens, inputs=[given, None])

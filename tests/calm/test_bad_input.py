@@ -1,4 +1,4 @@
-"""What cannot be composed is named before anything is trained."""
+"""Tests of the errors for models and options that cannot be composed."""
 
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,31 @@ TOKENS = random_tokens()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"connections": [[1, 4]]}, r"augment 0: connection \[1, 4\]: anchor layer 4 is out of range, it has layers 1 to 3"),
-        ({"connections": [[0, 1]]}, r"augment layer 0 is out of range, it has layers 1 to 4"),
-        ({"connections": [[1, 1], [2, 2], [1, 1]]}, r"connection \[1, 1\] is given twice"),
-        ({"connections": [[1, 2, 3]]}, r"expected a pair"),
-        ({"connections": []}, r"connections is empty"),
-        ({"num_connections": 4}, r"expected 1 to 3"),
-        ({"every": 5}, r"every is 5, expected 1 to 4"),
-        ({"every": 2, "num_connections": 2}, r"num_connections and every: give one of them"),
-        ({"layers": "model.layers.*"}, r"match no part of the PaLM; its parts are .*blocks\.\*"),
+        ({"connections": [[1, 4]]}, r"augment 0: connection \[1, 4\]: the anchor layer must be between 1 and 3, but got 4"),
+        ({"connections": [[0, 1]]}, r"augment layer must be between 1 and 4, but got 0"),
+        ({"connections": [[1, 1], [2, 2], [1, 1]]}, r"contains \[1, 1\] twice"),
+        ({"connections": [[1, 2, 3]]}, r"must contain pairs .*, but got \[1, 2, 3\]"),
+        ({"connections": []}, r"`connections` is empty"),
+        ({"num_connections": 4}, r"`num_connections` must be between 1 and 3, but got 4"),
+        ({"every": 5}, r"`every` must be between 1 and 4, .*, but got 5"),
+        ({"every": 2, "num_connections": 2}, r"only one of num_connections and every can be set"),
+        ({"layers": "model.layers.*"}, r"must match modules of the PaLM, .*Its modules are .*blocks\.\*"),
     ],
 )
 def test_wrong_connections(options: dict[str, Any], message: str) -> None:
     anchor, augment = palms()
     with pytest.raises(ValueError, match=message):
         CALM(anchor, Augment(augment, **options), connection=SMALL)
-    assert all(p.requires_grad for p in (*anchor.parameters(), *augment.parameters())), "and they are left as they were"
+    assert all(p.requires_grad for p in (*anchor.parameters(), *augment.parameters())), "the models are restored"
     assert not any(module._forward_hooks for module in (*anchor.modules(), *augment.modules()))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"heads": 5}, "5 heads do not divide the anchor's width 24"),
-        ({"heads": 8}, "dim_head is 3"),
-        ({"heads": 0}, "heads is 0"),
+        ({"heads": 5}, "`heads` must divide the anchor's width 24, but got 5"),
+        ({"heads": 8}, "`dim_head` must be even for rotary embeddings, but got 3"),
+        ({"heads": 0}, "must be at least 1, but got heads=0"),
     ],
 )
 def test_wrong_heads(config: dict[str, Any], message: str) -> None:
@@ -52,7 +52,7 @@ def test_wrong_heads(config: dict[str, Any], message: str) -> None:
         CALM(anchor, augment, connection=ConnectionConfig(**config))
 
 
-def test_another_layout_of_rows_and_positions() -> None:
+def test_wrong_layout_of_rows_and_positions() -> None:
     class PositionsFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -65,42 +65,44 @@ def test_another_layout_of_rows_and_positions() -> None:
                 x = block(x)
             return x.transpose(0, 1)
 
-    with pytest.raises(ValueError, match=r"augment 0 \(PositionsFirst\) has hidden states \(3, 2, 8\) for token ids \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"\(PositionsFirst\) must have .*, but got \(3, 2, 8\) for token ids of shape \(2, 3\)"
+    ):
         CALM(tiny_palm(), PositionsFirst())
 
 
-def test_weights_that_are_no_numbers() -> None:
+def test_weights_that_are_not_finite() -> None:
     anchor, augment = palms()
     augment.blocks[1].ff_out.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"augment 0 \(PaLM\) has a weight that is no number, in blocks.1.ff_out.weight"):
+    with pytest.raises(ValueError, match=r"augment 0 \(PaLM\) must have finite weights, but blocks.1.ff_out.weight"):
         CALM(anchor, augment)
 
 
-def test_another_tokenizer() -> None:
+def test_vocabularies_of_different_sizes() -> None:
     anchor = tiny_palm()
     augment = tiny_palm(num_tokens=VOCABULARY + 5)
-    with pytest.raises(ValueError, match=r"vocabulary of 28 and the anchor one of 23: .*tokens: own"):
+    with pytest.raises(ValueError, match=r"must have the vocabulary size of the anchor, 23, but has 28\. .*tokens: own"):
         CALM(anchor, augment)
     model = CALM(anchor, Augment(augment, tokens="own"), connection=SMALL)
-    with pytest.raises(ValueError, match="has its own tokenizer: give its tokens"):
+    with pytest.raises(ValueError, match=r"has its own tokenizer\. Pass its tokens"):
         model(TOKENS)
     assert CALM(anchor, Augment(augment, tokens="shared"), connection=SMALL)(TOKENS).shape == (2, 9, VOCABULARY)
 
 
-def test_no_layers_to_be_found() -> None:
+def test_layers_that_cannot_be_found() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.left = nn.ModuleList([nn.Linear(4, 4)])
             self.right = nn.ModuleList([nn.Linear(4, 4)])
 
-    with pytest.raises(ValueError, match="cannot tell which parts of the Two are its layers"):
+    with pytest.raises(ValueError, match="Cannot determine which modules of the Two are its layers"):
         CALM(tiny_palm(), Two())
-    with pytest.raises(ValueError, match="augments is empty"):
+    with pytest.raises(ValueError, match="`augments` is empty"):
         CALM(tiny_palm(), [])
 
 
-def test_padding_that_an_anchor_cannot_take() -> None:
+def test_left_padding_for_an_anchor_without_a_mask() -> None:
     class Anchor(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -113,12 +115,12 @@ def test_padding_that_an_anchor_cannot_take() -> None:
     model = CALM(Anchor(), tiny_palm(), connection=SMALL)
     mask = torch.ones_like(TOKENS, dtype=torch.bool)
     mask[0, 0] = False
-    with pytest.raises(ValueError, match="pad its rows on the right"):
+    with pytest.raises(ValueError, match="Pad its rows on the right"):
         model(TOKENS, mask=mask)
     assert model.make_cache is None
 
 
-def test_connections_know_their_models(tmp_path: Path) -> None:
+def test_connections_load_only_with_their_models(tmp_path: Path) -> None:
     path = tmp_path / "connections.safetensors"
     model = composed(torch.float32)
     model.save_connections(path)
@@ -128,9 +130,9 @@ def test_connections_know_their_models(tmp_path: Path) -> None:
     assert gap(other(TOKENS), model(TOKENS)) == 0
     anchor, augment = palms(torch.float32)
     augment.token_emb.weight.data[0, 0] += 1e-3
-    with pytest.raises(ValueError, match=r"trained for other weights of augments.0"):
+    with pytest.raises(ValueError, match=r"trained with other weights of augments.0"):
         CALM(anchor, Augment(augment, num_connections=2), connection=SMALL).load_connections(path)
-    with pytest.raises(ValueError, match="has connections"):
+    with pytest.raises(ValueError, match="the connections must connect"):
         CALM(*palms(torch.float32), connection=SMALL).load_connections(path)
     with pytest.raises(ValueError, match="cannot be read"):
         other.load_connections(tmp_path / "nothing.safetensors")
@@ -142,12 +144,12 @@ def _same() -> tuple[Any, Augment]:
     return anchor, Augment(augment, num_connections=2)
 
 
-def test_a_released_model_can_be_composed_again() -> None:
+def test_released_models_can_be_composed_again() -> None:
     anchor, augment = palms()
     for _ in range(2):
         model = connect(CALM(anchor, Augment(augment, num_connections=2), connection=SMALL))
         model(TOKENS)
         model.release()
         assert not any(module._forward_hooks for module in anchor.modules())
-    with pytest.raises(ValueError, match="was the composition released"):
+    with pytest.raises(ValueError, match="Do not use a composition after `release`"):
         model(TOKENS)

@@ -1,4 +1,4 @@
-"""Two processes with frozen parts, under DDP and under FSDP2, resumed, give what one process gives."""
+"""Tests that a resumed run on two processes, under DDP and under FSDP2, gives the same result as one process."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_are_one(strategy: str, tmp_path: Path) -> None:
+def test_two_processes_equal_one(strategy: str, tmp_path: Path) -> None:
     start = composed(torch.float32)
     start.save_connections(tmp_path / "connections.safetensors")
     launch(Path(__file__).parent / "train_distributed.py", strategy, str(tmp_path))
     ranks: list[Any] = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     alone = run(lambda: "auto", 1, tmp_path)
-    assert largest_difference(alone["state"], state_of(start)) > 1e-3, "it did not move, so agreement would say nothing"
+    assert largest_difference(alone["state"], state_of(start)) > 1e-3, "the weights must change, or the test shows nothing"
     for rank in ranks:
         assert rank["world"] == 2
         assert largest_difference(rank["state"], alone["state"]) < 1e-6

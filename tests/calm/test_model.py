@@ -1,4 +1,4 @@
-"""The composition is the anchor at its start, never sees the future, and decodes what it computes at once."""
+"""Tests of `CALM`: it equals the anchor at initialization, is causal, and decodes with a cache what one pass computes."""
 
 import copy
 import gc
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_align.calm import attention_inputs
 from lightning_align.calm.connections import Connection, ConnectionConfig, Visible, even_pairs, visible_where
 from lightning_align.calm.model import CALM
 from lightning_align.calm.spec import Augment, AugmentInput
@@ -45,11 +46,11 @@ def test_any_two_models_compose(anchor: str, augment: str) -> None:
     spec = Augment(beside, num_connections=2, layers=NAMED.get(augment), tokens="shared")
     model = CALM(below, spec, connection=SMALL, anchor_layers=NAMED.get(anchor))
     before = logits(below, TOKENS)
-    assert gap(model(TOKENS), before) == 0, "a composition that was not trained is its anchor"
+    assert gap(model(TOKENS), before) == 0, "an untrained composition equals its anchor"
     connect(model)
     after = model(TOKENS).detach()
     assert gap(after, before) > 1e-3
-    assert gap(logits(below, TOKENS), before) == 0, "the anchor alone is what it was"
+    assert gap(logits(below, TOKENS), before) == 0, "the anchor alone is unchanged"
     changed = (model(perturbed(TOKENS, 5)) - after).abs().amax(dim=(0, 2))
     assert changed[:5].max() == 0
     assert changed[5] > 0
@@ -70,7 +71,7 @@ def test_no_position_sees_a_later_one(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_decoding_gives_what_one_pass_gives(options: dict[str, Any]) -> None:
+def test_decoding_with_a_cache_equals_one_pass(options: dict[str, Any]) -> None:
     model = composed(**options)
     want = model.hidden(TOKENS)
     cache = model._make_cache(2, TOKENS.shape[1])
@@ -79,9 +80,10 @@ def test_decoding_gives_what_one_pass_gives(options: dict[str, Any]) -> None:
     assert cache.length == TOKENS.shape[1]
 
 
-def test_the_causality_test_finds_a_composition_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_causality_test_detects_a_missing_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model = composed()
-    monkeypatch.setattr(CALM, "_visible", lambda self, i, reader, given, tokens, *_: (AugmentInput(tokens), Visible(None)))
+    without_mask = lambda i, reader, given, tokens, *_: (AugmentInput(tokens), Visible(None))  # noqa: E731
+    monkeypatch.setattr(attention_inputs, "visible_input", without_mask)
     changed = (model(perturbed(TOKENS, 8)) - model(TOKENS)).abs().amax(dim=(0, 2))
     assert changed[:8].max() > 1e-3
 
@@ -92,12 +94,12 @@ def test_padding_changes_nothing() -> None:
     right = torch.tensor([[True] * 6 + [False] * 3])
     assert gap(model.hidden(TOKENS[:1], mask=right)[:, :6], want) < 1e-12
     left = torch.cat([torch.zeros(1, 3, dtype=torch.long), TOKENS[:1, :6]], dim=1)
-    # The tables of rotations are in float32, and padding moves the positions.
+    # Padding shifts the positions, and the rotary tables are in float32.
     assert gap(model.hidden(left, mask=right.flip(1))[:, 3:], want) < 1e-5
 
 
 @pytest.mark.parametrize("alignment", ["aligned", "prefix"])
-def test_sampling_with_caches_is_sampling_without(alignment: str) -> None:
+def test_sampling_with_caches_equals_sampling_without(alignment: str) -> None:
     model = composed(num_connections=2, alignment=alignment)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
     config = GenerationConfig(max_new_tokens=7, temperature=0)
@@ -107,8 +109,8 @@ def test_sampling_with_caches_is_sampling_without(alignment: str) -> None:
             assert generate(Plain(model), [prompt], config, eos_id=4) == [responses]
 
 
-@pytest.mark.parametrize("wrapped", [True, False], ids=["with hidden states", "as it is"])
-def test_a_prefix_with_learned_positions_is_read_alike_in_any_batch(wrapped: bool) -> None:
+@pytest.mark.parametrize("wrapped", [True, False], ids=["with hidden states", "bare"])
+def test_prefix_with_learned_positions_does_not_depend_on_the_batch(wrapped: bool) -> None:
     augment = PretrainedLM(config=gpt2().config.to_dict()) if wrapped else gpt2()
     spec = Augment(augment.double(), alignment="prefix", num_connections=2)
     model = connect(CALM(palms()[0], spec, connection=SMALL))
@@ -125,7 +127,7 @@ def test_a_prefix_with_learned_positions_is_read_alike_in_any_batch(wrapped: boo
     [({}, 12), ({"alignment": "prefix"}, 32), ({"tokens": "own"}, 32)],
     ids=["aligned", "prefix", "own tokenizer"],
 )
-def test_responses_end_where_the_shorter_context_does(spec: dict[str, Any], most: int) -> None:
+def test_responses_end_at_the_shorter_context(spec: dict[str, Any], most: int) -> None:
     model = CALM(gpt2(), Augment(gpt2(12), num_connections=2, **spec), connection=SMALL)
     assert context_length(model) == most
     if "tokens" not in spec:
@@ -136,7 +138,7 @@ def test_responses_end_where_the_shorter_context_does(spec: dict[str, Any], most
     assert context_length(CALM(palms()[0], gpt2(12), connection=SMALL)) == 12
 
 
-def test_pads_of_a_prefix_on_either_side_change_nothing() -> None:
+def test_padding_of_a_prefix_on_either_side_changes_nothing() -> None:
     model = connect(CALM(palms()[0], Augment(gpt2().double(), alignment="prefix", num_connections=2), connection=SMALL))
     prefix, pads = random_tokens(2, 5), torch.zeros(2, 3, dtype=torch.long)
     seen = []
@@ -150,31 +152,31 @@ def test_pads_of_a_prefix_on_either_side_change_nothing() -> None:
     right, left = torch.cat([prefix, pads], dim=1), torch.cat([pads, prefix], dim=1)
     assert gap(model(TOKENS, inputs=[AugmentInput(right, mask)]), want) < 1e-12
     assert gap(model(TOKENS, inputs=[AugmentInput(left, mask.flip(1))]), want) < 1e-12
-    assert torch.equal(seen[1], right), "what is padded on the right is read as it stands"
+    assert torch.equal(seen[1], right), "a prefix that is padded on the right is read as it is"
 
 
-def test_a_prefix_is_seen_by_all_and_read_once() -> None:
+def test_every_position_sees_the_prefix_which_is_read_once() -> None:
     model = composed(alignment="prefix", num_connections=3)
     prefix = random_tokens(2, 5)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     inputs = [AugmentInput(prefix, mask)]
     want = model(TOKENS, inputs=inputs)
     changed = (model(TOKENS, inputs=[AugmentInput(perturbed(prefix, 4), mask)]) - want).abs().amax(dim=2)
-    assert changed[0].min() > 0, "the first position sees the last of the prefix"
-    assert changed[1].max() == 0, "a pad is seen by none"
+    assert changed[0].min() > 0, "the first position sees the last token of the prefix"
+    assert changed[1].max() == 0, "no position sees a pad"
     assert (model(perturbed(TOKENS, 5), inputs=inputs) - want).abs().amax(dim=(0, 2))[:5].max() == 0
     cache = model._make_cache(2, TOKENS.shape[1])
     first = model.hidden(TOKENS[:, :4], cache=cache, inputs=inputs)
     rest = [model.hidden(part, cache=cache) for part in TOKENS[:, 4:].split(1, dim=1)]
     assert gap(torch.cat([first, *rest], dim=1), model.hidden(TOKENS, inputs=inputs)) < 1e-12
-    with pytest.raises(ValueError, match="reads a prefix: give it"):
+    with pytest.raises(ValueError, match="must be an AugmentInput, because augment 0 reads a prefix"):
         model(TOKENS)
 
 
 def test_an_augment_need_not_be_a_language_model() -> None:
     anchor, _ = palms()
     picture = nn.Sequential(nn.Linear(7, 10), nn.Tanh()).double()
-    with pytest.raises(ValueError, match="give the width of its hidden states as `dim`"):
+    with pytest.raises(ValueError, match="set `dim` to the width of its hidden states"):
         CALM(anchor, Augment(picture, layers="", alignment="prefix", num_connections=1))
     model = connect(CALM(anchor, Augment(picture, layers="", alignment="prefix", dim=10, num_connections=1), connection=SMALL))
     seen = torch.randn(2, 4, 7, dtype=torch.float64)
@@ -182,10 +184,10 @@ def test_an_augment_need_not_be_a_language_model() -> None:
     assert (model(TOKENS, inputs=[AugmentInput(seen + 1)]) - want).abs().amax(dim=2).min() > 0
 
 
-def test_an_encoder_can_be_a_prefix_and_cannot_be_aligned() -> None:
+def test_encoder_can_read_a_prefix_but_cannot_be_aligned() -> None:
     anchor, _ = palms()
     encoder = tiny_palm(depth=2, dtype=torch.float64, causal=False)
-    with pytest.raises(ValueError, match="sees the future"):
+    with pytest.raises(ValueError, match="must be causal"):
         CALM(anchor, encoder)
     model = CALM(anchor, Augment(encoder, alignment="prefix"), connection=SMALL)
     assert gap(model(TOKENS, inputs=[AugmentInput(TOKENS)]), anchor(TOKENS)) == 0
@@ -204,12 +206,12 @@ def test_several_augments() -> None:
     parts = [model.hidden(part, cache=cache) for part in TOKENS.split(2, dim=1)]
     assert gap(torch.cat(parts, dim=1), model.hidden(TOKENS)) < 1e-12
     summed = connect(CALM(anchor, pairs, connection=SMALL, combine="sum"))
-    assert gap(summed(TOKENS), want) > 1e-4, "in sequence, the second sees what the first one added"
+    assert gap(summed(TOKENS), want) > 1e-4, "in sequence, the second connection sees the output of the first"
 
 
 @torch.no_grad()
-def test_a_connection_by_hand() -> None:
-    """One head, no norm: out + W_o softmax(q K' / sqrt(k)) V, a position at a time, in float64."""
+def test_connection_equals_a_calculation_by_hand() -> None:
+    """With one head and no norm, compute W_o softmax(q K' / sqrt(k)) V position by position, in float64."""
     torch.manual_seed(3)
     connection = Connection(4, 3, ConnectionConfig(heads=1, norm=False, rotary=False)).double()
     nn.init.normal_(connection.to_out.weight)
@@ -229,7 +231,7 @@ def test_a_connection_by_hand() -> None:
     assert weights.triu(1).max() == 0
 
 
-def test_rotation_depends_on_distances_alone() -> None:
+def test_rotary_attention_depends_only_on_distances() -> None:
     connection = Connection(8, 8, ConnectionConfig(heads=2))
     nn.init.normal_(connection.to_out.weight)
     hidden, states, places = torch.randn(1, 5, 8), torch.randn(1, 5, 8), torch.arange(5)
@@ -242,7 +244,7 @@ def test_rotation_depends_on_distances_alone() -> None:
     assert gap(run(0, 0), run(2, 0)) > 1e-3
 
 
-def test_who_sees_nothing_gets_nothing() -> None:
+def test_positions_that_see_nothing_get_zero() -> None:
     connection = Connection(8, 8, ConnectionConfig(heads=2))
     nn.init.normal_(connection.to_out.weight)
     hidden = torch.randn(1, 3, 8, requires_grad=True)
@@ -271,13 +273,13 @@ def test_only_connections_train() -> None:
     assert model.connections.training
 
 
-def test_frozen_models_do_not_drop_out() -> None:
+def test_frozen_models_apply_no_dropout() -> None:
     anchor, augment = tiny_palm(depth=2, ff_dropout=0.5), tiny_palm(depth=2, ff_dropout=0.5, seed=2)
     model = CALM(anchor, augment, connection=SMALL).train()
     assert torch.equal(model(TOKENS), model(TOKENS))
 
 
-def test_augments_stop_after_the_last_layer_that_is_read() -> None:
+def test_augments_run_no_layer_above_the_last_one_read() -> None:
     anchor, augment = palms()
     seen: list[int] = []
     for depth, block in enumerate(augment.blocks, start=1):
@@ -288,7 +290,7 @@ def test_augments_stop_after_the_last_layer_that_is_read() -> None:
     assert seen == [1, 2]
 
 
-def test_states_that_a_model_writes_over_are_copied() -> None:
+def test_states_that_a_model_overwrites_are_copied() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -298,7 +300,7 @@ def test_states_that_a_model_writes_over_are_copied() -> None:
         def forward(self, tokens: Tensor) -> Tensor:
             x: Tensor = self.embed(tokens)
             for block in self.blocks:
-                # what PaLM-rlhf-pytorch does where no gradients are kept
+                # PaLM-rlhf-pytorch does this when no gradients are kept
                 x = block.pass_on(x.add_(x.cumsum(dim=1)))  # type: ignore[operator,union-attr]
             return x
 
@@ -311,7 +313,7 @@ def test_states_that_a_model_writes_over_are_copied() -> None:
     assert gap(states[1], states[3]) > 1e-2
 
 
-def test_nothing_is_left_behind_by_a_forward_pass() -> None:
+def test_forward_pass_leaves_no_tensors_behind() -> None:
     model = composed(torch.float32)
 
     def tensors() -> int:
@@ -325,10 +327,10 @@ def test_nothing_is_left_behind_by_a_forward_pass() -> None:
     assert tensors() == before
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # what dynamo looks at, not we
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised by dynamo, not by this code
 @pytest.mark.parametrize("part", ["anchor", "augment", "whole", "before"])
-def test_compiled_parts_give_the_same(part: str) -> None:
-    # As small as they come: what takes time is the tracing.
+def test_compiled_parts_give_the_same_result(part: str) -> None:
+    # The models are as small as possible, because tracing takes the time.
     torch._dynamo.reset()
     anchor, augment = tiny_palm(depth=1), tiny_palm(depth=2, seed=1)
     alone = anchor(TOKENS)
@@ -346,7 +348,7 @@ def test_compiled_parts_give_the_same(part: str) -> None:
         assert gap(anchor.head.logits(want), model(TOKENS)) < 1e-5
 
 
-def test_a_copy_is_a_composition_of_its_own() -> None:
+def test_copy_is_an_independent_composition() -> None:
     model = composed()
     other = copy.deepcopy(model)
     nn.init.zeros_(other.connections[0].to_out.weight)  # type: ignore[union-attr,arg-type]
@@ -356,14 +358,14 @@ def test_a_copy_is_a_composition_of_its_own() -> None:
     assert {n for n, _ in model.named_parameters()} == set(model.state_dict())
 
 
-def test_even_pairs_are_the_papers() -> None:
+def test_even_pairs_match_the_paper() -> None:
     assert even_pairs(12, 4, 4) == [(3, 1), (6, 2), (9, 3), (12, 4)]
     assert even_pairs(12, 24, 3) == [(4, 8), (8, 16), (12, 24)]
     anchor, augment = palms()
-    assert [tuple(s)[1:] for s in CALM(anchor, augment, connection=SMALL).spots] == [(4, 3)], "one for each four layers"
+    assert [tuple(s)[1:] for s in CALM(anchor, augment, connection=SMALL).spots] == [(4, 3)], "one connection per four layers"
 
 
-def test_tracing_measures_what_is_added() -> None:
+def test_tracing_measures_the_contributions() -> None:
     model = composed()
     with model.tracing(maps=True) as traces:
         model(TOKENS)

@@ -1,4 +1,4 @@
-"""Training connections: with any Trainer, resumed, from files, with states from the disk, through the command line."""
+"""Tests of `CALMModule`: training, resuming, loading connections, stored states, and the command line."""
 
 import functools
 import json
@@ -45,10 +45,10 @@ def loader(size: int = 2) -> DataLoader[Any]:
     return DataLoader(split(BATCH, size), batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
 
-def test_logprobs_are_those_of_the_slow_way() -> None:
+def test_logprobs_equal_the_slow_version() -> None:
     model = composed(torch.float32)
     sums, counts = slow_logprobs(model, BATCH)
-    got = composed_logprobs(model, BATCH, [None])  # type: ignore[arg-type]  # a TokenBatch has no augments, and need not
+    got = composed_logprobs(model, BATCH, [None])  # type: ignore[arg-type]  # a TokenBatch, without augments
     assert got.sums.tolist() == pytest.approx(sums, abs=1e-4)
     assert got.counts.tolist() == counts
 
@@ -56,12 +56,11 @@ def test_logprobs_are_those_of_the_slow_way() -> None:
 @pytest.mark.parametrize("anchor", ["palm", "llama", "gpt2", "x_transformers"])
 def test_any_anchor_trains_and_predicts(anchor: str, tmp_path: Path) -> None:
     subject = module(anchor=MAKERS[anchor](), augments=[Augment(MAKERS["llama"](), num_connections=1)], optimizer=ADAM)
-    fit = trainer(tmp_path, max_epochs=2, gradient_clip_val=1.0)
+    fit = trainer(tmp_path, max_epochs=8, gradient_clip_val=1.0)
+    (start,) = fit.validate(subject, loader(), verbose=False)
     fit.fit(subject, loader(), loader())
-    first = float(fit.callback_metrics["val/loss"])
-    fit = trainer(tmp_path, max_epochs=8)
-    fit.fit(subject, loader(), loader())
-    assert float(fit.callback_metrics["val/loss"]) < first
+    # The least fall of four anchors, two seeds and six kernels is 0.2 nats.
+    assert float(fit.callback_metrics["val/loss"]) < start["val/loss"] - 0.1
     subject.generation.max_new_tokens = 3
     prompts = DataLoader([{"prompts": [[1, 2], [3, 4, 5]], "rows": torch.arange(2)}], batch_size=None)  # type: ignore[arg-type]
     (rows,) = fit.predict(subject, prompts) or []
@@ -89,16 +88,16 @@ def test_only_connections_are_saved_and_resumed(tmp_path: Path) -> None:
     given = {"anchor": anchor, "augments": [Augment(augment, num_connections=2)]}
     again = CALMModule.load_from_checkpoint(path, weights_only=True, **given)
     assert largest_difference(state_of(again.policy), state_of(first.policy)) == 0
-    with pytest.raises(ValueError, match="anchor was a module when the run was made"):
+    with pytest.raises(ValueError, match="`anchor` must be a model, but got None"):
         CALMModule.load_from_checkpoint(path, weights_only=True)
     anchor, augment = palms(torch.float32)
     nn.init.zeros_(anchor.norm.weight)
     given = {"anchor": anchor, "augments": [Augment(augment, num_connections=2)]}
-    with pytest.raises(ValueError, match="trained for other weights of anchor"):
+    with pytest.raises(ValueError, match="trained with other weights of anchor"):
         CALMModule.load_from_checkpoint(path, weights_only=True, **given)
 
 
-def test_connections_can_be_begun_with(tmp_path: Path) -> None:
+def test_training_starts_from_given_connections(tmp_path: Path) -> None:
     model = composed(torch.float32)
     model.save_connections(tmp_path / "c.safetensors")
     subject = module(connections_from=str(tmp_path / "c.safetensors"))
@@ -123,16 +122,16 @@ def test_stored_states_are_computed_once_and_change_nothing(tmp_path: Path) -> N
     reader.read = counted  # type: ignore[method-assign]
     trainer(tmp_path).fit(stored, loader(), loader())
     assert sum(calls) == 8 + 4 + 2 * 8, (
-        "each row once in two epochs; and in validations and the sanity check, which store nothing"
+        "each training row once in two epochs, and every row of the validations and the sanity check, which store nothing"
     )
     assert largest_difference(state_of(stored.policy.connections), state_of(live.policy.connections)) < 1e-5
     calls.clear()
     trainer(tmp_path, max_epochs=1).fit(stored, loader(), loader())
-    assert sum(calls) == 4 + 8, "another run finds them"
+    assert sum(calls) == 4 + 8, "another run finds the stored states"
 
 
 @pytest.mark.parametrize("other", ["bf16-true", "bf16-mixed"])
-def test_stored_states_are_of_one_precision(other: str, tmp_path: Path) -> None:
+def test_stored_states_are_kept_per_precision(other: str, tmp_path: Path) -> None:
     composed(torch.float32).save_connections(tmp_path / "c.safetensors")
 
     def losses(precision: Any, batches: DataLoader[Any], store: str | None) -> list[float]:
@@ -156,12 +155,12 @@ def test_stored_states_are_of_one_precision(other: str, tmp_path: Path) -> None:
     assert len(list(Path(store).glob("*.bin"))) == 2
 
 
-def test_stored_states_of_another_dtype_are_refused(tmp_path: Path) -> None:
+def test_stored_states_of_another_dtype_raise(tmp_path: Path) -> None:
     tokens = BATCH["tokens"][:2, :3]
     single, double = composed(torch.float32), composed(torch.float64)
     store = StateStore(tmp_path, "key")
     store.fetch(single.readers[0], tokens, tokens > 0)
-    with pytest.raises(ValueError, match=r"\(16, 'float32'\), and the augment's are now of \(16, 'float64'\)"):
+    with pytest.raises(ValueError, match=r"\(16, 'float32'\), but the augment now has \(16, 'float64'\)"):
         store.fetch(double.readers[0], tokens + 1, tokens > 0)
     store.close()
 
@@ -173,19 +172,19 @@ def test_the_loss_can_be_on_all_tokens(tmp_path: Path) -> None:
     whole = {**BATCH, "targets": BATCH["mask"] & (torch.arange(BATCH["mask"].shape[1]) > 0)}
     sums, counts = slow_logprobs(subject.policy, whole)  # type: ignore[arg-type]
     assert float(fit.callback_metrics["val/loss"]) == pytest.approx(-sum(sums) / sum(counts), rel=1e-5)
-    with pytest.raises(ValueError, match="loss_on is 'some'"):
+    with pytest.raises(ValueError, match="`loss_on` must be one of response, all, but got 'some'"):
         module(loss_on="some")
 
 
-def test_the_loss_is_not_on_a_prefix_that_is_seen_whole() -> None:
+def test_loss_on_all_tokens_with_a_prefix_raises() -> None:
     anchor, augment = palms(torch.float32)
     augments = [Augment(augment, num_connections=2), Augment(anchor, alignment="prefix", num_connections=2)]
-    with pytest.raises(ValueError, match="loss_on is 'all', and augment 1 reads the prompt as a prefix"):
+    with pytest.raises(ValueError, match="but got 'all', because augment 1 reads the prompt as a prefix"):
         module(augments=augments, loss_on="all")
     module(augments=augments)
 
 
-def test_a_prefix_is_the_prompt(tmp_path: Path) -> None:
+def test_default_prefix_is_the_prompt(tmp_path: Path) -> None:
     subject = module(augments=[Augment(palms(torch.float32)[1], alignment="prefix", num_connections=2)])
     trainer(tmp_path, max_epochs=1).fit(subject, loader(), loader())
     (given,) = subject._inputs(BATCH)  # type: ignore[arg-type]
@@ -194,7 +193,7 @@ def test_a_prefix_is_the_prompt(tmp_path: Path) -> None:
     assert given.mask.sum(dim=1).tolist() == [2, 1, 3, 2, 1, 2, 3, 1]
 
 
-def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+def test_augment_with_its_own_tokenizer(tmp_path: Path) -> None:
     text = [{"prompt": f"{i} and", "response": f" {i + 1}"} for i in range(6)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in text))
@@ -214,19 +213,19 @@ def test_a_tokenizer_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokenizers", "spec", "message"),
     [
-        (["bytes"], {}, r"augment 0 reads the anchor's ids, and augment_tokenizers\[0\] gives it others: set `tokens: own`"),
+        (["bytes"], {}, r"augment_tokenizers\[0\] must be null, because augment 0 reads the anchor's token ids"),
         (["bytes"], {"alignment": "prefix"}, r"augment 0 reads a prefix"),
-        ([None, "bytes"], {}, r"augment_tokenizers are 2, expected 1"),
+        ([None, "bytes"], {}, r"must have one entry per augment, 1 in all, but got 2"),
     ],
 )
-def test_tokenizers_of_no_use_are_refused_at_set_up(tokenizers: Any, spec: Any, message: str, tmp_path: Path) -> None:
+def test_tokenizers_that_do_not_fit_raise_at_setup(tokenizers: Any, spec: Any, message: str, tmp_path: Path) -> None:
     data = CALMDataModule(KeyValue(4), batch_size=2, augment_tokenizers=tokenizers, cache_dir=str(tmp_path))
     augment = Augment(tiny_palm(num_tokens=259, seed=1), num_connections=1, **spec)
     subject = module(anchor=tiny_palm(num_tokens=259), augments=[augment], store_states=str(tmp_path / "states"))
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, enable_checkpointing=False).fit(subject, data)
     assert subject.policy is None
-    if len(tokenizers) == 1:  # and where batches come from elsewhere, before states of them are kept
+    if len(tokenizers) == 1:  # with batches from elsewhere, it raises before their states are stored
         data.setup("fit")
         batches = DataLoader([next(iter(data.train_dataloader()))], batch_size=None)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=message):
@@ -235,12 +234,12 @@ def test_tokenizers_of_no_use_are_refused_at_set_up(tokenizers: Any, spec: Any, 
 
 
 @pytest.mark.parametrize("spec", [{"tokens": "own"}, {"alignment": "prefix"}, {}], ids=["own tokenizer", "prefix", "aligned"])
-def test_callbacks_decode_what_predict_does(spec: dict[str, Any], tmp_path: Path) -> None:
+def test_callbacks_decode_the_same_as_predict(spec: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i} and", "response": f" {i + 1}"}) + "\n" for i in range(3)))
     realigned = {"augment_tokenizers": ["bytes"]} if "tokens" in spec else {}
     data = CALMDataModule(str(path), validation=str(path), predict=str(path), cache_dir=str(tmp_path), **realigned)
-    # A module that maps tokens to logits and no more: the prefix has no cache to be kept in.
+    # `Plain` only maps tokens to logits, so there is no cache for the prefix.
     anchor = Plain(tiny_palm(num_tokens=259)) if "alignment" in spec else tiny_palm(num_tokens=259)
     augment = Augment(tiny_palm(num_tokens=259, seed=1), num_connections=1, **spec)
     subject = module(anchor=anchor, augments=[augment], anchor_layers="model.blocks.*" if "alignment" in spec else None)
@@ -265,7 +264,7 @@ TINY = {"dim": 16, "depth": 4, "heads": 2, "dim_head": 8}
 
 
 def shrink(name: str, folder: Path) -> list[str]:
-    """A configuration of the repository, and what makes its run small."""
+    """Write a configuration of the repository with sizes that make its run short, and return its command-line arguments."""
     config = yaml.safe_load((ROOT / "configs" / "calm" / f"{name}.yaml").read_text())
     callbacks = config["trainer"]["callbacks"]
     for callback in callbacks:
@@ -288,7 +287,7 @@ def shrink(name: str, folder: Path) -> list[str]:
     return ["--config", str(path)]
 
 
-def test_from_two_models_to_one_by_the_command_line(folder: Path) -> None:
+def test_command_line_trains_two_models_and_composes_them(folder: Path) -> None:
     for name in ("key_value_augment", "key_value_anchor"):
         run(["fit", *shrink(name, folder)])
     begin = [*shrink("key_value", folder), "--model.init_args.attention_maps", "true"]
@@ -311,7 +310,7 @@ def test_from_two_models_to_one_by_the_command_line(folder: Path) -> None:
     assert "val/attention/augment0_layer4_to_layer3" in tags["images"]
 
 
-def test_ten_lines_with_a_bare_trainer(tmp_path: Path) -> None:
+def test_bare_trainer(tmp_path: Path) -> None:
     class Rows(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
             return 4
@@ -325,7 +324,7 @@ def test_ten_lines_with_a_bare_trainer(tmp_path: Path) -> None:
     assert gap(subject(BATCH["tokens"]), anchor(BATCH["tokens"])) > 0
 
 
-def test_the_table_of_the_configurations_is_one() -> None:
+def test_configurations_share_one_table() -> None:
     tasks = []
     for path in sorted((ROOT / "configs" / "calm").glob("key_value*.yaml")):
         data = yaml.safe_load(path.read_text())["data"]["init_args"]

@@ -1,6 +1,7 @@
-"""Small models of every kind that can be composed, and the composition of two of them with connections that do something.
+"""Small models of every kind that can be composed, and compositions with nonzero connections.
 
-Peers' packages are imported where a model of theirs is made: the processes of the distributed test need none.
+Other packages are imported only in the functions that build their models, because the processes of the distributed test need
+none of them.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ SMALL = ConnectionConfig(heads=2, dim_head=8)
 
 
 class TupleBlock(nn.Module):
-    """A block that returns a tuple, as those of transformers did for years."""
+    """A block that returns a tuple, as the blocks of older versions of transformers do."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -30,7 +31,7 @@ class TupleBlock(nn.Module):
 
 
 class Tuples(nn.Module):
-    """A causal model whose blocks return tuples and which no rule finds: they are attributes."""
+    """A causal model with blocks that return tuples. The blocks are attributes, so they must be named with `layers`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ def random_tokens(rows: int = 2, width: int = 9) -> Tensor:
 
 
 def connect(model: CALM) -> CALM:
-    """Give the connections something to say: at their start they say nothing."""
+    """Set the connections to random values, because at initialization their output is 0."""
     generator = torch.Generator().manual_seed(5)
     for parameter in model.connections.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype) + (parameter.ndim == 1)
@@ -96,7 +97,7 @@ def connect(model: CALM) -> CALM:
 
 
 def palms(dtype: torch.dtype = torch.float64) -> tuple[PaLM, PaLM]:
-    """An anchor and an augment of other width and depth."""
+    """Build an anchor and an augment that differ in width and depth."""
     return tiny_palm(depth=3, dim=24, dtype=dtype), tiny_palm(depth=4, dtype=dtype, seed=1)
 
 

@@ -1,4 +1,4 @@
-"""What a rank does in the distributed test of CALM: train two epochs, the second after a resume, and write what came."""
+"""The script of a rank in the distributed test of CALM: train an epoch, resume for a second one, and save the results."""
 
 import functools
 import sys
@@ -57,7 +57,6 @@ def run(strategy: Any, devices: int, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     name, target = sys.argv[1], Path(sys.argv[2])
     result = run(lambda: STRATEGIES[name]("calm"), 2, target)
     torch.save(result, target / f"{torch.distributed.get_rank()}.pt")

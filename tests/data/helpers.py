@@ -1,4 +1,4 @@
-"""Rows, tokenizers and encodings that several tests of the data room use."""
+"""Helpers of several tests in this folder: rows, tokenizers and encodings."""
 
 import json
 from collections.abc import Iterable
@@ -15,14 +15,14 @@ WORDS = "the quick brown fox jumps over a lazy dog while seven small birds sing 
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> str:
-    """Writes rows, or lines that are strings already, and returns the path."""
+    """Write rows, or lines that are already strings, and return the path."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return str(path)
 
 
 def small_bpe(folder: Path, *, vocab_size: int = 400) -> FileTokenizer:
-    """A tokenizer with merges over spaces, letters and line breaks."""
+    """Train a tokenizer with merges over spaces, letters and line breaks."""
     text = " ".join(WORDS[i * 7 % len(WORDS)] for i in range(600))
     rows = [{"text": text}, {"text": "Answer:\n\nthe dog. Answer: a fox! über naïve 東京 🙂 "}] * 3
     train_tokenizer([write_jsonl(folder / "corpus.jsonl", rows)], output=str(folder / "bpe.json"), vocab_size=vocab_size)
@@ -38,7 +38,7 @@ def encode(
     on_bad_row: Any = "fail",
     prompts_only: bool = False,
 ) -> tuple[list[EncodedRow], Ledger]:
-    """Encodes rows given as dictionaries."""
+    """Encode rows given as dictionaries."""
     ledger = Ledger("test", on_bad_row=on_bad_row)
     rows = (Row(row, f"test:{number}") for number, row in enumerate(fields, start=1))
     encoded = encode_rows(
@@ -55,7 +55,7 @@ def encode(
 
 
 def spell(tokenizer: Tokenizer, row: EncodedRow, side: int = 0) -> tuple[str, str]:
-    """The whole text of a side and the text of its targets, special tokens shown."""
+    """Decode a side and the targets of the side, with special tokens."""
     tokens, targets, _ = row.sides[side]
     trained = [token for token, target in zip(tokens, targets, strict=True) if target]
     return tokenizer.decode(tokens, skip_special=False), tokenizer.decode(trained, skip_special=False)

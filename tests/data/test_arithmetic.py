@@ -22,13 +22,13 @@ def write_jsonl(path: Path, rows: list[Any]) -> str:
 
 
 def steps(prompt: str) -> list[tuple[str, int]]:
-    """The signs and operands of a problem, read apart from the code under test."""
+    """Parse the signs and operands of a problem, independently of the code under test."""
     text = prompt.removesuffix("=")
     return [(text[i], int(text[i + 1 : i + 3])) for i in range(2, len(text), 3)]
 
 
 def needs_borrow(prompt: str) -> list[bool]:
-    # The last digit does not know whether an earlier borrow was forgotten: 10 too big ends in the same digit.
+    # A forgotten borrow adds 10, so the last digit does not depend on earlier forgotten borrows.
     digit, found = int(prompt[1]), []
     for sign, operand in steps(prompt):
         found.append(sign == "-" and operand % 10 > digit)
@@ -41,16 +41,16 @@ def needs_borrow(prompt: str) -> list[bool]:
     [
         ("27+82-42=", "109,67", 2),
         ("52-17-11=", "35,24", 2),
-        ("52-17-11=", "45,34", 1),  # forgot the borrow, then went on rightly from what it wrote
-        ("52-17-18=", "45,37", 0),  # forgot both
-        ("52-17-11=", "45,24", 0),  # the right end, but not from what it wrote
+        ("52-17-11=", "45,34", 1),  # a forgotten borrow, then a right step from the wrong result
+        ("52-17-18=", "45,37", 0),  # both borrows forgotten
+        ("52-17-11=", "45,24", 0),  # the right last result, but not from the result before it
         ("52-17-11=", "35", 1),
         ("52-17-11=", "", 0),
         ("52-17-11=", "35,", 1),
         ("52-17-11=", "x,24", 0),
         ("52-17-11=", "035,24", 0),
         ("52-17-11=", " 35,24", 0),
-        ("52-17-11=", "٣٥,24", 0),  # digits, but not ours
+        ("52-17-11=", "٣٥,24", 0),  # digits, but not ASCII
         ("52-17-11=", "9" * 10_000 + ",24", 0),
         ("10-10=", "0", 1),
     ],
@@ -67,8 +67,8 @@ def test_right_steps_in_a_wrong_format_are_not_right(response: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", "52-17-11", "5-3=", "52=", "052-17=", "52*17=", "52-17=35", "52-17=\n"])
-def test_foreign_prompt_is_refused(prompt: str) -> None:
-    with pytest.raises(ValueError, match=r"prompt=.*expected a problem such as"):
+def test_prompt_of_another_task_is_an_error(prompt: str) -> None:
+    with pytest.raises(ValueError, match=r"`prompt` must be a problem such as"):
         steps_right(prompt, "1")
 
 
@@ -92,7 +92,7 @@ def test_clean_demonstrations_are_right(seed: int, num_operands: int) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.75])
-def test_borrows_are_forgotten_at_the_rate(rate: float) -> None:
+def test_borrows_are_forgotten_with_the_given_probability(rate: float) -> None:
     task = Arithmetic(4000, seed=3, forget_borrow=rate)
     chances = forgotten = 0
     for row in task.rows():
@@ -100,12 +100,12 @@ def test_borrows_are_forgotten_at_the_rate(rate: float) -> None:
         forgotten += num_steps - right
         chances += sum(needs_borrow(row["prompt"]))
         assert task.grade(row["prompt"], row["response"]) == (right == num_steps)
-    # Nothing but forgotten borrows is wrong, and their number is binomial: four standard deviations.
+    # All errors are forgotten borrows, and their number is binomial. The tolerance is four standard deviations.
     assert chances > 1000
     assert abs(forgotten - rate * chances) < 4 * math.sqrt(chances * rate * (1 - rate))
 
 
-def test_every_forgotten_borrow_is_ten_too_big() -> None:
+def test_every_forgotten_borrow_adds_ten() -> None:
     clean, sloppy = Arithmetic(500).rows(), Arithmetic(500, forget_borrow=1.0).rows()
     for right, wrong in zip(clean, sloppy, strict=True):
         assert right["prompt"] == wrong["prompt"]
@@ -119,7 +119,7 @@ def test_about_a_quarter_of_the_problems_need_a_borrow() -> None:
     assert 0.23 < share < 0.31
 
 
-def test_splits_are_disjoint_whatever_the_seeds() -> None:
+def test_splits_are_disjoint_for_all_seeds() -> None:
     prompts = {
         split: {row["prompt"] for seed in range(3) for row in Arithmetic(800, seed=seed, split=split).rows()}
         for split in ("train", "validation", "test")
@@ -136,7 +136,7 @@ def test_splits_have_their_shares_of_all_two_operand_problems() -> None:
     assert abs(shares["test"] / len(problems) - 0.1) < 0.02
 
 
-def test_rows_repeat_and_fingerprints_tell_sources_apart() -> None:
+def test_rows_are_reproducible_and_fingerprints_differ() -> None:
     task = Arithmetic(50, forget_borrow=0.5)
     assert list(task.rows()) == list(task.rows()) == list(Arithmetic(50, forget_borrow=0.5).rows())
     others = [
@@ -164,12 +164,12 @@ def test_rows_repeat_and_fingerprints_tell_sources_apart() -> None:
     ],
 )
 def test_wrong_argument_is_named(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"^{next(iter(arguments))}=.*expected.*;"):
+    with pytest.raises(ValueError, match=rf"^`{next(iter(arguments))}` must be .*but got"):
         Arithmetic(**{"num_rows": 5, **arguments})
 
 
 def test_more_rows_than_problems_is_named() -> None:
-    with pytest.raises(ValueError, match=r"num_rows=5000: expected at most about 1\d\d\d, for split='test'"):
+    with pytest.raises(ValueError, match=r"`num_rows` must be at most about 1\d\d\d with split='test'.*got 5000"):
         list(Arithmetic(5000, num_operands=2, split="test").rows())
 
 
@@ -217,11 +217,11 @@ def test_judge_file_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "10+10="}, r"samples.jsonl:2 has prompt='10\+10=', responses=None: expected"),
+        ({"prompt": "10+10="}, r"samples.jsonl:2 has prompt='10\+10=' and responses=None, expected"),
         ({"prompt": "10+10=", "responses": "20"}, r"samples.jsonl:2 has .* expected"),
         ({"prompt": "10+10=", "responses": []}, r"samples.jsonl:2 has .* expected"),
         ({"prompt": "10+10=", "responses": [20]}, r"samples.jsonl:2 has .* expected"),
-        ({"prompt": "hello", "responses": ["20"]}, r"samples.jsonl:2: prompt='hello': expected a problem"),
+        ({"prompt": "hello", "responses": ["20"]}, r"samples.jsonl:2: `prompt` must be a problem .* got 'hello'"),
         ([], r"samples.jsonl:2 is a JSON list"),
     ],
 )
@@ -234,25 +234,25 @@ def test_bad_sample_row_is_named_and_nothing_is_written(tmp_path: Path, row: Any
 
 def test_no_pair_is_an_error(tmp_path: Path) -> None:
     samples = write_jsonl(tmp_path / "samples.jsonl", SAMPLES[1:3])
-    with pytest.raises(ValueError, match=r"found 2 prompts: 0 pairs, 1 with every response right.*more responses"):
+    with pytest.raises(ValueError, match=r"has 2 prompts: 0 pairs, 1 with every response right.*more responses"):
         judge_file(Arithmetic(1), samples=samples, preferences=str(tmp_path / "pairs.jsonl"))
 
 
-def test_one_file_in_two_places_is_refused(tmp_path: Path) -> None:
+def test_output_to_the_samples_file_is_an_error(tmp_path: Path) -> None:
     samples = write_jsonl(tmp_path / "samples.jsonl", SAMPLES)
-    with pytest.raises(ValueError, match="expected different files"):
+    with pytest.raises(ValueError, match="must be different files"):
         judge_file(Arithmetic(1), samples=samples, preferences=str(tmp_path / "x" / ".." / "samples.jsonl"))
     assert read_jsonl(tmp_path / "samples.jsonl") == SAMPLES
 
 
-def test_task_that_cannot_grade_is_refused(tmp_path: Path) -> None:
+def test_task_that_cannot_grade_is_an_error(tmp_path: Path) -> None:
     class Mute(RowTask):
         fingerprint = "mute"
 
         def rows(self):
             yield {}
 
-    with pytest.raises(ValueError, match=r"task=Mute: expected a method grade"):
+    with pytest.raises(ValueError, match=r"`task` must have a method grade.*Mute"):
         judge_file(Mute(), samples="samples.jsonl", preferences=str(tmp_path / "pairs.jsonl"))
 
 

@@ -51,7 +51,7 @@ def _sampler(num_rows=203, batch_size=8, num_replicas=1, rank=0, **options):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize(("batch_size", "num_replicas"), [(8, 1), (4, 2), (2, 4), (1, 8), (101, 2), (300, 1), (100, 3)])
-def test_every_row_once_and_no_rank_idle(batch_size, num_replicas, shuffle):
+def test_every_row_occurs_once_and_every_rank_has_rows(batch_size, num_replicas, shuffle):
     samplers = [
         _sampler(batch_size=batch_size, num_replicas=num_replicas, rank=rank, shuffle=shuffle) for rank in range(num_replicas)
     ]
@@ -61,7 +61,7 @@ def test_every_row_once_and_no_rank_idle(batch_size, num_replicas, shuffle):
     assert sorted(index for part in parts for batch in part for index in batch) == list(range(203))
 
 
-def test_one_process_and_two_see_the_same_global_batches():
+def test_global_batches_do_not_depend_on_the_number_of_processes():
     for epoch in (0, 1):
         seen = []
         for batch_size, num_replicas in ((8, 1), (4, 2), (2, 4)):
@@ -70,13 +70,13 @@ def test_one_process_and_two_see_the_same_global_batches():
                 sampler.set_epoch(epoch)
             steps = zip(*samplers, strict=True)
             seen.append([sorted(index for part in step for index in part) for step in steps])
-        # The tail of two rows joins the batch before it on four ranks, and is a batch of its own on one or two.
+        # With four ranks, the last two rows are added to the batch before. With one or two ranks, they are a batch.
         assert seen[0] == seen[1]
         assert seen[2][:-1] == seen[0][:-2]
         assert seen[2][-1] == sorted(seen[0][-2] + seen[0][-1])
 
 
-def test_orders_follow_seed_and_epoch():
+def test_the_order_depends_on_seed_and_epoch():
     def order(seed, epoch):
         sampler = _sampler(seed=seed)
         sampler.set_epoch(epoch)
@@ -98,22 +98,22 @@ def test_grouping_reduces_padding():
     assert grouped < 1.02 * lengths.sum() < 1.5 * lengths.sum() < mixed
 
 
-def test_the_tail_is_dropped_only_when_asked():
+def test_the_last_rows_are_dropped_only_with_drop_last():
     sampler = _sampler(203, drop_last=True)
     assert [len(batch) for batch in sampler] == [8] * 25
     assert len(sampler) == 25
     assert [len(batch) for batch in _sampler(203)] == [8] * 25 + [3]
 
 
-def test_without_lengths_and_shuffling_the_order_is_the_source():
+def test_without_lengths_and_shuffling_the_order_is_that_of_the_source():
     sampler = LengthGroupedSampler(None, num_rows=7, batch_size=3, shuffle=False)
     assert list(sampler) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_too_few_rows():
-    with pytest.raises(ValueError, match="there are 2 rows, too few"):
+    with pytest.raises(ValueError, match="`num_rows` is 2, which is too few"):
         _sampler(2, num_replicas=3)
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, but got 0"):
         _sampler(batch_size=0)
 
 
@@ -146,7 +146,7 @@ def _loader(store, *, num_workers=0, batch_size=8, seed=0):
 
 
 def _epochs(loader, epochs, *, stop=None):
-    """The rows of each batch, and the states after each batch, until ``stop`` batches were taken."""
+    """Return the rows of each batch and the state after each batch, up to ``stop`` batches."""
     seen, states = [], []
     for epoch in epochs:
         loader.sampler.set_epoch(epoch)
@@ -159,7 +159,7 @@ def _epochs(loader, epochs, *, stop=None):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resuming_anywhere_equals_going_on(store, num_workers):
+def test_resuming_after_any_batch_equals_the_uninterrupted_run(store, num_workers):
     whole, states = _epochs(_loader(store, num_workers=num_workers), [0, 1])
     assert len(whole) == 12
     for taken in (1, 3, 5, 6, 7) if num_workers == 0 else (3, 6):
@@ -169,7 +169,7 @@ def test_resuming_anywhere_equals_going_on(store, num_workers):
         loader.load_state_dict(stopped[-1])
         assert loader.state_dict() == stopped[-1]
         assert len(loader) == 6
-        # The trainer goes on with the epoch that was broken off, or with the next where it was over.
+        # The trainer resumes in the interrupted epoch, or in the next epoch if it was complete.
         rest, _ = _epochs(loader, [0, 1] if taken < 6 else [1])
         assert rest == whole[taken:]
 
@@ -179,7 +179,7 @@ def test_the_state_wraps_on_the_last_batch(store):
     assert [state["num_yielded"] for state in states] == [1, 2, 3, 4, 5, 0]
 
 
-def test_an_epoch_that_was_left_early_does_not_shorten_the_next(store):
+def test_an_interrupted_epoch_does_not_shorten_the_next(store):
     loader = _loader(store)
     _epochs(loader, [0], stop=3)
     assert len(_epochs(loader, [1])[0]) == 6
@@ -189,18 +189,18 @@ def test_an_epoch_that_was_left_early_does_not_shorten_the_next(store):
     assert len(_epochs(other, [1])[0]) == 6
 
 
-def test_a_state_of_other_batches_is_refused(store):
+def test_a_state_of_other_batches_is_an_error(store):
     _, states = _epochs(_loader(store), [0], stop=2)
-    with pytest.raises(ValueError, match="global_batch_size is 4, the checkpoint has 8"):
+    with pytest.raises(ValueError, match="global_batch_size is 4 but 8 in the checkpoint"):
         _loader(store, batch_size=4).load_state_dict(states[-1])
-    with pytest.raises(ValueError, match="seed is 1, the checkpoint has 0"):
+    with pytest.raises(ValueError, match="seed is 1 but 0 in the checkpoint"):
         _loader(store, seed=1).load_state_dict(states[-1])
     _loader(store, seed=1).load_state_dict({**states[-1], "num_yielded": 0})
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_a_state_of_another_order_is_refused(store, grouped):
-    """Rows of other lengths, as by another `max_length`, come in another order; and so does not sorting them at all."""
+def test_a_state_of_another_order_is_an_error(store, grouped):
+    """Rows of other lengths, as with another `max_length`, are in another order. So are rows that are not sorted by length."""
 
     def start(lengths):
         sampler = LengthGroupedSampler(lengths, num_rows=len(store), batch_size=8)
@@ -208,9 +208,9 @@ def test_a_state_of_another_order_is_refused(store, grouped):
 
     own, other = (store.lengths(), store.lengths().clip(max=5)) if grouped else (None, store.lengths())
     _, states = _epochs(start(own), [0], stop=2)
-    with pytest.raises(ValueError, match=r"another order .* resume with the same group_by_length, max_length"):
+    with pytest.raises(ValueError, match=r"another order .* Resume with the same group_by_length, max_length"):
         start(other).load_state_dict(states[-1])
     start(own).load_state_dict(states[-1])
-    # From the end of an epoch, and from a state that does not tell its order.
+    # A state from the end of an epoch and a state without an order are accepted.
     start(other).load_state_dict({**states[-1], "num_yielded": 0})
     start(other).load_state_dict({name: value for name, value in states[-1].items() if name != "order"})

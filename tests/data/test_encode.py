@@ -2,9 +2,9 @@ import random
 
 import pytest
 
-from lightning_align.data.encode import encode_blocks
 from lightning_align.data.forms import common_prefix
 from lightning_align.data.ledger import Ledger
+from lightning_align.data.packing import encode_blocks
 from lightning_align.data.rows import Row
 from lightning_align.data.tokenizer import ByteTokenizer
 from tests.data.helpers import WORDS, encode, small_bpe, spell
@@ -37,7 +37,7 @@ def _random_text(random_numbers: random.Random) -> str:
     return "".join(random_numbers.choice(pieces) for _ in range(random_numbers.randint(1, 12)))
 
 
-def test_no_token_straddles_and_training_sees_what_generation_sees(bpe):
+def test_no_token_crosses_the_boundary_and_training_sees_what_generation_sees(bpe):
     random_numbers = random.Random(0)
     rows = [{"prompt": _random_text(random_numbers), "response": _random_text(random_numbers)} for _ in range(200)]
     rows = [row for row in rows if row["response"].strip()]
@@ -51,7 +51,7 @@ def test_no_token_straddles_and_training_sees_what_generation_sees(bpe):
         assert tokens[-1] == bpe.eos_id
         assert tokens.count(bpe.eos_id) == 1
         assert num_bytes == len(fields["response"].encode())
-    # The corpus has both kinds: boundaries that the tokenizer would merge over and those that it would not.
+    # The corpus has boundaries that the tokenizer merges over and boundaries that it does not.
     assert 10 < ledger.notes["merged_boundary"] < len(rows) - 10
 
 
@@ -101,7 +101,7 @@ def test_truncation(max_length, truncation, outcome, text, trained):
     ("max_length", "truncation", "reason"),
     [(5, "keep_start", "prompt_too_long"), (5, "keep_end", "response_too_long"), (8, "drop", "too_long")],
 )
-def test_rows_over_the_limit_are_counted_and_never_a_failure(max_length, truncation, reason):
+def test_rows_over_the_limit_are_counted_and_never_an_error(max_length, truncation, reason):
     rows, ledger = encode({"prompt": "abcd", "response": "xyz"}, max_length=max_length, truncation=truncation)
     assert rows == []
     assert ledger.counts == {f"dropped/{reason}": 1}
@@ -115,18 +115,18 @@ def test_keep_end_trims_both_sides_of_a_pair_alike():
     assert ledger.counts == {"prompt_trimmed": 1}
 
 
-def test_pairs_that_truncation_makes_identical_are_dropped_and_never_a_failure():
+def test_pairs_that_truncation_makes_identical_are_dropped_and_never_an_error():
     fields = {"prompt": "ab", "chosen": "xyA", "rejected": "xyB"}
     rows, ledger = encode(fields, max_length=5)
     assert rows == []
     assert ledger.counts == {"dropped/response_too_long": 1}
     (line,) = ledger.examples["response_too_long"]
-    assert "max_length is 5: its chosen and rejected are the same so far" in line
-    # Trimmed at its prompt, the pair keeps what tells its answers apart.
+    assert "max_length is 5, and its chosen and rejected responses are identical up to there" in line
+    # If the prompt is trimmed instead, the responses stay different.
     assert encode(fields, max_length=6, truncation="keep_end")[1].counts == {"prompt_trimmed": 1}
 
 
-def test_weights_and_margins_of_pairs_are_numbers_or_strings_of_them():
+def test_weights_and_margins_of_pairs_are_numbers_or_strings_of_numbers():
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     given = [({}, 1.0, 0.0), ({"weight": 2, "margin": -0.5}, 2.0, -0.5), ({"weight": "2.5", "margin": ""}, 2.5, 0.0)]
     rows, _ = encode(*(pair | fields for fields, _, _ in given))
@@ -169,7 +169,7 @@ def test_masks_of_answers_in_messages():
         assert BYTES.decode(row.sides[0].tokens[: row.num_prompt]).endswith("U1\n<|assistant|>\n")
 
 
-def test_a_prompt_that_stands_in_front_of_its_answer_again_is_read_once():
+def test_a_prompt_repeated_in_its_response_is_used_once():
     turns = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}]
     (twice, once), ledger = encode({"prompt": "U", "response": turns}, {"prompt": turns[:1], "response": turns[1:]})
     assert twice.sides == once.sides and spell(BYTES, twice)[1] == "A<eos>"
@@ -177,14 +177,14 @@ def test_a_prompt_that_stands_in_front_of_its_answer_again_is_read_once():
     assert encode({"prompt": "U", "response": turns[:1]}, on_bad_row="skip")[1].counts == {"dropped/wrong_role": 1}
 
 
-def test_prompt_of_messages_is_what_generation_gets():
+def test_the_prompt_of_messages_is_the_prompt_of_generation():
     for fields in ({"messages": CHAT}, {"messages": CHAT[:4]}, {"prompt": CHAT[:4]}):
         (prompt,), _ = encode(fields, prompts_only=True)
         (row,), _ = encode({"messages": CHAT})
         assert prompt.sides[0].tokens == row.sides[0].tokens[: row.num_prompt]
 
 
-def test_what_follows_the_last_answer_is_left_out_and_noted():
+def test_messages_after_the_last_response_are_left_out_and_noted():
     (row,), ledger = encode({"messages": [*CHAT, {"role": "user", "content": "thanks"}]})
     assert spell(BYTES, row)[0] == RENDERED
     assert ledger.notes == {"trailing_turns": 1}

@@ -12,7 +12,7 @@ SMALL: dict[str, Any] = {"num_rows": 300, "num_keys": 50, "operands": [2, 3]}
 
 
 def answer(task: KeyValue, prompt: str) -> str:
-    """The right answer by Python's own arithmetic."""
+    """Compute the right response with Python's own arithmetic."""
     tag, expression = prompt[0], prompt[2:-1]
     numbers = re.sub(r"[a-z]+", lambda name: str(task.table[name[0]]), expression)
     return numbers if tag == "S" else str(eval(numbers))
@@ -43,23 +43,23 @@ def test_the_papers_example() -> None:
     assert task.grade("M 2+3*4=", "14")
 
 
-def test_parts_of_the_keys_share_none() -> None:
+def test_parts_of_the_keys_are_disjoint() -> None:
     parts = {keys: KeyValue(keys=keys).names() for keys in ("held_in", "validation", "held_out")}  # type: ignore[arg-type]
     assert {name: len(part) for name, part in parts.items()} == {"held_in": 200, "validation": 100, "held_out": 700}
     assert len(set().union(*parts.values())) == 1000
     for keys, names in parts.items():
         task = KeyValue(200, keys=keys)  # type: ignore[arg-type]
         assert {name for row in task.rows() for name in re.findall(r"[a-z]+", row["prompt"])} <= set(names)
-        assert task.table == KeyValue().table, "one table, whatever the part"
+        assert task.table == KeyValue().table, "all parts share the table"
 
 
-def test_no_key_begins_another() -> None:
+def test_no_key_is_a_prefix_of_another() -> None:
     names = sorted(KeyValue(num_keys=300, key_length=[1, 3]).table)
     assert not any(after.startswith(name) for name, after in pairwise(names))
     assert {len(name) for name in names} == {1, 2, 3}
 
 
-def test_inline_rows_write_each_value_behind_its_key() -> None:
+def test_inline_rows_have_each_value_after_its_key() -> None:
     task = KeyValue(**SMALL, mix={"inline": 1.0})
     for row in task.rows():
         expression, _, numbers = row["response"].partition("=")
@@ -69,17 +69,17 @@ def test_inline_rows_write_each_value_behind_its_key() -> None:
         assert numbers == (re.sub("[a-z]", "", expression) if row["prompt"] == "S " else "")
 
 
-def test_copies_say_what_they_saw() -> None:
+def test_copies_repeat_the_prompt() -> None:
     for row in KeyValue(**SMALL, mix={"copy_numbers": 1, "copy_letters": 1}).rows():
         assert row["prompt"] == f"S {row['response']}="
 
 
-def test_letters_before_numbers_mean_nothing() -> None:
+def test_letters_before_numbers_do_not_change_the_result() -> None:
     for row in KeyValue(**SMALL, mix={"lettered_math": 1}).rows():
         assert row["response"] == str(eval(re.sub("[a-z]", "", row["prompt"][2:-1])))
 
 
-def test_mixtures_have_their_shares() -> None:
+def test_mixtures_follow_their_weights() -> None:
     rows = list(KeyValue(2000, mix={"kv_math": 3, "num_math": 1}).rows())
     kinds = Counter(bool(re.search("[a-z]", row["prompt"])) for row in rows)
     assert 0.7 < kinds[True] / 2000 < 0.8
@@ -87,7 +87,7 @@ def test_mixtures_have_their_shares() -> None:
     assert rows != list(KeyValue(2000, mix={"kv_math": 3, "num_math": 1}, seed=1).rows())
 
 
-def test_fingerprints_tell_tasks_apart() -> None:
+def test_fingerprints_of_tasks_differ() -> None:
     tasks = [KeyValue(), KeyValue(seed=1), KeyValue(table_seed=1), KeyValue(keys="held_in"), KeyValue(mix={"subs": 1.0})]
     assert len({task.fingerprint for task in tasks}) == 5
     assert KeyValue().fingerprint == KeyValue(keys="all").fingerprint
@@ -96,15 +96,15 @@ def test_fingerprints_tell_tasks_apart() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_rows": 0}, "num_rows is 0"),
-        ({"mix": {"sums": 1.0}}, "mix is .*expected shares above 0 of subs"),
-        ({"mix": {"subs": 0.0}}, "mix is"),
-        ({"keys": "some"}, "keys is some, expected one of all"),
-        ({"num_keys": 500, "key_length": [1, 2]}, "num_keys is 500, expected 3 to 169"),
-        ({"held_in": 0.95}, "held_in is 0.95"),
-        ({"operands": []}, "operands is"),
-        ({"operations": "/"}, "operations is /"),
-        ({"keys": "validation", "validation": 0.0}, "that part of 1000 keys is empty"),
+        ({"num_rows": 0}, "`num_rows` .* at least 1, but got 0"),
+        ({"mix": {"sums": 1.0}}, "`mix` .* positive weights of subs"),
+        ({"mix": {"subs": 0.0}}, "`mix` of KeyValue"),
+        ({"keys": "some"}, "`keys` .* one of all.* got some"),
+        ({"num_keys": 500, "key_length": [1, 2]}, "`num_keys` .* 3 to 169 .* got 500"),
+        ({"held_in": 0.95}, "`held_in` .* got 0.95"),
+        ({"operands": []}, "`operands` of KeyValue"),
+        ({"operations": "/"}, "`operations` .* got /"),
+        ({"keys": "validation", "validation": 0.0}, "this part of the 1000 keys is empty"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -112,8 +112,8 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         KeyValue(**arguments)
 
 
-def test_only_its_own_prompts_are_graded() -> None:
+def test_grading_another_prompt_is_an_error() -> None:
     task = KeyValue(num_keys=10)
     for prompt in ("M zzzzz+a=", "X 1+2=", "M 1+=", "1+2="):
-        with pytest.raises(ValueError, match="expected a question such as"):
+        with pytest.raises(ValueError, match="`prompt` must be a question such as"):
             task.grade(prompt, "3")

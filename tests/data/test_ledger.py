@@ -25,12 +25,12 @@ def test_counts_add_up():
     assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))).to_dict() == ledger.to_dict()
 
 
-def test_fail_names_the_row_and_the_remedy():
+def test_fail_names_the_row_and_the_option():
     with pytest.raises(ValueError, match=r"a\.jsonl:17 is not JSON.*on_bad_row.*'skip'.*unreadable"):
         Ledger("a").drop("unreadable", origin="a.jsonl:17", problem="is not JSON")
 
 
-def test_limits_are_no_failure():
+def test_length_limits_are_not_errors():
     ledger = Ledger("a")
     ledger.keep()
     ledger.drop("too_long", origin="a:1", problem="long")
@@ -43,13 +43,13 @@ def test_warn_once_with_five_examples():
     ledger.keep()
     for line in range(9):
         ledger.drop("missing_field", origin=f"a:{line}", problem="has no field")
-    with pytest.warns(UserWarning, match="9 of 10 rows of a are dropped") as warned:
+    with pytest.warns(UserWarning, match="9 of 10 rows of a were dropped") as warned:
         ledger.close()
     assert len(warned) == 1
     assert str(warned[0].message).count("has no field") == 5
 
 
-def test_nothing_left_is_always_an_error():
+def test_no_remaining_row_is_always_an_error():
     for on_bad_row in ("fail", "warn", "skip"):
         ledger = Ledger("a", on_bad_row=on_bad_row)
         ledger.drop("too_long", origin="a:1", problem="is long")
@@ -57,7 +57,7 @@ def test_nothing_left_is_always_an_error():
             ledger.close()
 
 
-def test_written_in_one_step(tmp_path):
+def test_ledgers_are_written_atomically(tmp_path):
     ledger = Ledger("a")
     ledger.keep()
     write_ledgers(tmp_path / "ledger.json", {"train": ledger})
@@ -66,5 +66,5 @@ def test_written_in_one_step(tmp_path):
 
 
 def test_unknown_policy():
-    with pytest.raises(ValueError, match="on_bad_row is 'ignore'"):
+    with pytest.raises(ValueError, match=r"`on_bad_row` must be .* but got 'ignore'"):
         Ledger("a", on_bad_row="ignore")

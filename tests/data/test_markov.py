@@ -1,4 +1,4 @@
-"""The chain: its rows are its own, its distributions add up, and what it cannot write is told."""
+"""Tests of the Markov chain: its rows, its distributions, and the responses that it cannot generate."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from lightning_align.data.tasks.markov import END, MarkovChain
 SMALL = {"num_symbols": 5, "num_successors": 2, "max_symbols": 6, "end": 0.3}
 
 
-def test_rows_are_what_the_chain_writes() -> None:
+def test_the_chain_can_generate_its_rows() -> None:
     task = MarkovChain(300, **SMALL)
     rows = list(task.rows())
     assert rows == list(task.rows()) and len(rows) == 300
@@ -18,7 +18,7 @@ def test_rows_are_what_the_chain_writes() -> None:
     assert {len(row["prompt"]) for row in rows} == {2}
 
 
-def test_frequencies_are_the_distribution() -> None:
+def test_frequencies_follow_the_distribution() -> None:
     task = MarkovChain(20_000, **SMALL)
     counts: dict[tuple[str, str], Counter[str]] = {}
     for row in task.rows():
@@ -34,7 +34,7 @@ def test_frequencies_are_the_distribution() -> None:
         assert found.keys() <= expected.keys() and chi < 20  # at most 2 degrees of freedom
 
 
-def test_what_the_chain_cannot_write_is_told() -> None:
+def test_responses_that_the_chain_cannot_generate_are_wrong() -> None:
     task = MarkovChain(1, **SMALL)
     first = next(iter(task.distribution("ab", "")))
     assert END not in task.distribution("ab", "") and END in task.distribution("ab", first)
@@ -58,7 +58,7 @@ def test_splits_seeds_and_chains_differ() -> None:
     "arguments",
     [{"num_rows": 0}, {"num_symbols": 27}, {"num_successors": 17}, {"end": 1.0}, {"max_symbols": 0}, {"split": "dev"}],
 )
-def test_impossible_arguments_are_named(arguments: dict[str, object]) -> None:
+def test_wrong_arguments_are_named(arguments: dict[str, object]) -> None:
     (name,) = arguments
-    with pytest.raises(ValueError, match=f"{name}="):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
         MarkovChain(**arguments)

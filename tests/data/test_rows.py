@@ -51,7 +51,7 @@ def test_bad_lines_are_rows_with_a_problem(tmp_path):
     assert [row.problem[:12] for row in rows] == ["", "is not JSON:", "is not UTF-8", "is a JSON li", ""]
 
 
-def test_half_characters_and_endless_numbers_are_problems_of_their_line(tmp_path):
+def test_surrogates_and_very_long_numbers_are_problems_of_their_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     messages = r'{"messages": [{"role": "user", "content": "\uDE00"}]}'
     lines = [r'{"prompt": "\ud83d\ude00", "other": "\\ud83d"}', r'{"prompt": "\ud83d"}', messages, '{"a": ' + "9" * 5000 + "}"]
@@ -64,12 +64,12 @@ def test_half_characters_and_endless_numbers_are_problems_of_their_line(tmp_path
     assert others[2].problem.startswith("cannot be read: Exceeds the limit")
 
 
-def test_a_line_of_csv_with_fields_missing(tmp_path):
+def test_a_csv_line_with_missing_fields(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,response\na,b\nc\n")
     assert [bool(row.problem) for row in read_rows(str(tmp_path / "rows.csv"))] == [False, True]
 
 
-def test_a_field_of_csv_may_be_long(tmp_path):
+def test_a_csv_field_may_be_long(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,response\na," + "b" * 200_000 + "\n")
     (row,) = read_rows(str(tmp_path / "rows.csv"))
     assert len(row.fields["response"]) == 200_000 and not row.problem
@@ -85,22 +85,22 @@ def test_empty_files(tmp_path, name):
         list(read_rows(str(tmp_path / name)))
 
 
-def test_wrong_paths_say_what_is_near(tmp_path):
+def test_wrong_paths_suggest_similar_files(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"no file .*trian.jsonl .*looked in .*near it: .*train\.jsonl"):
+    with pytest.raises(ValueError, match=r"no file .*trian.jsonl .*searched in .*similar files: .*train\.jsonl"):
         read_rows(str(tmp_path / "trian.jsonl"))
     with pytest.raises(ValueError, match=r"folder .*data does not exist"):
         read_rows(str(tmp_path / "data" / "train.jsonl"))
     with pytest.raises(ValueError, match=r"is a folder.*did you mean .*train\.jsonl"):
         read_rows(str(tmp_path))
-    with pytest.raises(ValueError, match="no name of the hub either"):
+    with pytest.raises(ValueError, match="not the name of a hub dataset either"):
         read_rows(str(tmp_path / "train"))
     (tmp_path / "rows.xlsx").write_text("x")
-    with pytest.raises(ValueError, match=r"unknown kind.*\.jsonl"):
+    with pytest.raises(ValueError, match=r"unknown file type.*\.jsonl"):
         read_rows(str(tmp_path / "rows.xlsx"))
 
 
-def test_cut_and_false_files(tmp_path):
+def test_truncated_and_invalid_files(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:40])
     with pytest.raises(ValueError, match="cannot be read"):
         list(read_rows(str(tmp_path / "cut.jsonl.gz")))
@@ -118,20 +118,20 @@ def test_a_file_without_permission(tmp_path):
         list(read_rows(str(path)))
 
 
-def test_fingerprints_follow_the_content(tmp_path):
+def test_fingerprints_depend_on_the_content(tmp_path):
     one, two = write_jsonl(tmp_path / "one.jsonl", ROWS), write_jsonl(tmp_path / "two.jsonl", ROWS)
     other = write_jsonl(tmp_path / "other.jsonl", ROWS[:1])
     assert source_fingerprint(one) == source_fingerprint(two) != source_fingerprint(other)
     assert source_fingerprint(Two()).endswith("Two:two")
 
 
-def test_a_name_of_the_hub_that_cannot_be_loaded(monkeypatch):
+def test_a_hub_dataset_that_cannot_be_loaded(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(ValueError, match=r"neither a file here.*offline"):
+    with pytest.raises(ValueError, match=r"neither a file .*offline"):
         list(read_rows("someone/something:test"))
 
 
-def test_a_name_of_the_hub_gives_its_rows(monkeypatch):
+def test_rows_of_a_hub_dataset(monkeypatch):
     asked = []
 
     def load_dataset(*args, **kwargs):

@@ -36,7 +36,7 @@ def source(tmp_path):
     return write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p" * i, "response": "r"} for i in range(1500)])
 
 
-def test_rows_come_back_as_they_went_in(tmp_path, source):
+def test_stored_rows_equal_the_encoded_rows(tmp_path, source):
     _, store, ledger = _build(tmp_path, source, truncation="keep_end")
     assert len(store) == ledger.num_kept == 1500
     row = store[2]
@@ -48,7 +48,7 @@ def test_rows_come_back_as_they_went_in(tmp_path, source):
     assert ledger.counts == {"kept": 62, "prompt_trimmed": 1438}
 
 
-def test_a_second_build_reads_the_first(tmp_path, source, monkeypatch):
+def test_a_second_build_opens_the_first(tmp_path, source, monkeypatch):
     path, store, ledger = _build(tmp_path, source, truncation="drop")
     monkeypatch.setattr("lightning_align.data.store.read_rows", None)
     _, again, ledger_again = _build(tmp_path, source, truncation="drop")
@@ -57,7 +57,7 @@ def test_a_second_build_reads_the_first(tmp_path, source, monkeypatch):
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name, path.with_suffix(".json").name]
 
 
-def test_whatever_the_ids_depend_on_changes_the_name(tmp_path, source):
+def test_everything_that_the_ids_depend_on_changes_the_name(tmp_path, source):
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "p", "response": "r"}])
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes((tmp_path / "rows.jsonl").read_bytes())
@@ -76,7 +76,7 @@ def test_whatever_the_ids_depend_on_changes_the_name(tmp_path, source):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "manifest", "not json"])
-def test_a_damaged_store_is_built_again_with_a_warning(tmp_path, source, damage):
+def test_a_damaged_store_is_rebuilt_with_a_warning(tmp_path, source, damage):
     path, _, _ = _build(tmp_path, source, truncation="drop")
     content = path.read_bytes()
     manifest = path.with_suffix(".json")
@@ -86,7 +86,7 @@ def test_a_damaged_store_is_built_again_with_a_warning(tmp_path, source, damage)
         path.write_bytes(b"")
     else:
         manifest.write_text("{}" if damage == "manifest" else "{")
-    with pytest.warns(UserWarning, match="is damaged and will be written again"):
+    with pytest.warns(UserWarning, match="is damaged and will be rebuilt"):
         _build(tmp_path, source, truncation="drop")
     assert path.read_bytes() == content
     assert open_store(path) is not None
@@ -100,7 +100,7 @@ def test_a_store_without_ledger_is_none(tmp_path, source):
     assert open_store(path) is not None
 
 
-def test_nothing_is_left_behind_by_a_build_that_fails(tmp_path):
+def test_a_failed_build_leaves_no_files(tmp_path):
     source = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "p", "response": "r"}] * 16 + ["{oops"])
     with pytest.raises(ValueError, match=r"bad\.jsonl:17 is not JSON"):
         _build(tmp_path, source)

@@ -28,7 +28,7 @@ def test_bytes_by_hand():
     assert encoding.offsets == [(0, 1), (1, 2), (1, 2)]
     assert ByteTokenizer().decode([1, 100, 2]) == "a"
     assert ByteTokenizer().decode([1, 100, 2], skip_special=False) == "<bos>a<eos>"
-    with pytest.raises(ValueError, match="knows 0 to 258"):
+    with pytest.raises(ValueError, match="must be in 0 to 258"):
         ByteTokenizer().decode([259])
 
 
@@ -43,7 +43,7 @@ def test_lossless_with_offsets_in_order(folder, name):
         assert max(encoding.ids, default=0) < tokenizer.vocab_size
 
 
-def test_digits_are_single_and_special_text_is_recognised(folder):
+def test_digits_are_single_and_special_text_is_recognized(folder):
     tokenizer = load_tokenizer(str(folder / "bpe.json"))
     (encoding,) = tokenizer.encode_batch(["<bos>123<eos>"])
     assert [tokenizer.decode([i]) for i in encoding.ids[1:-1]] == ["1", "2", "3"]
@@ -51,7 +51,7 @@ def test_digits_are_single_and_special_text_is_recognised(folder):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
 
 
-def test_fingerprints_follow_the_content(folder, tmp_path):
+def test_fingerprints_depend_on_the_content(folder, tmp_path):
     one = load_tokenizer(str(folder / "bpe.json"))
     copy = tmp_path / "copy.json"
     copy.write_text((folder / "bpe.json").read_text())
@@ -70,15 +70,15 @@ def _renamed(folder, tmp_path, **names):
     return str(path)
 
 
-def test_special_tokens_of_unusual_names(folder, tmp_path):
+def test_special_tokens_with_uncommon_names(folder, tmp_path):
     path = _renamed(folder, tmp_path, eos="<|done|>", pad="<|fill|>")
     with pytest.raises(ValueError, match=r"no end-of-sequence token.*eos="):
         load_tokenizer(path)
     tokenizer = load_tokenizer(f"{path}?eos=<|done|>")
     assert (tokenizer.eos_id, tokenizer.pad_id) == (2, 2)
-    with pytest.raises(ValueError, match=r"eos is '<nope>'"):
+    with pytest.raises(ValueError, match=r"`eos` must be a token of .*got '<nope>'"):
         load_tokenizer(f"{path}?eos=<nope>")
-    with pytest.raises(ValueError, match="gives unk"):
+    with pytest.raises(ValueError, match="but got unk"):
         load_tokenizer(f"{path}?unk=x")
 
 
@@ -90,9 +90,9 @@ def test_bad_files(tmp_path):
         load_tokenizer(str(tmp_path / "bad.json"))
 
 
-def test_a_model_must_know_every_id():
+def test_a_model_needs_an_embedding_for_every_id():
     check_vocabulary(ByteTokenizer(), num_tokens=259)
-    with pytest.raises(ValueError, match="knows 258 tokens, the tokenizer has 259"):
+    with pytest.raises(ValueError, match="has 258 tokens, but the tokenizer has 259"):
         check_vocabulary(ByteTokenizer(), num_tokens=258)
 
 
@@ -113,7 +113,7 @@ def test_training_refuses_bad_input(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"other": "x"}])
     with pytest.raises(ValueError, match="no text field"):
         train_tokenizer([rows], output=str(tmp_path / "tok.json"))
-    with pytest.raises(ValueError, match="vocab_size is 258"):
+    with pytest.raises(ValueError, match=r"`vocab_size` must be at least 259.*got 258"):
         train_tokenizer([rows], output=str(tmp_path / "tok.json"), vocab_size=258)
     with pytest.raises(ValueError, match=r"ends in \.json"):
         train_tokenizer([rows], output=str(tmp_path / "tok"))

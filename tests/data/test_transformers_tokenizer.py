@@ -25,7 +25,7 @@ CHAT = [
 ]
 
 
-def test_says_what_to_install_where_transformers_is_missing(monkeypatch):
+def test_missing_transformers_gives_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'lightning-align\[hf\]'"):
         load_tokenizer("some/model")
@@ -61,8 +61,8 @@ def test_masks_follow_the_template(make):
     assert tokenizer.decode(prompt.sides[0].tokens, skip_special=False).endswith("the<eos>\n<|im_start|>assistant\n")
 
 
-def test_a_template_that_begins_and_does_not_end(make):
-    with pytest.warns(UserWarning, match="saved ends what the assistant says without <eos>: it is added here behind the last"):
+def test_a_template_with_bos_and_without_eos(make):
+    with pytest.warns(UserWarning, match="saved does not end the turns of the assistant with <eos>: training adds it"):
         tokenizer = make(NO_EOS, bos_token="<bos>")
     (row,), ledger = encode({"messages": CHAT}, tokenizer=tokenizer)
     text, trained = spell(tokenizer, row)
@@ -76,12 +76,12 @@ def test_a_template_that_begins_and_does_not_end(make):
     [
         ("<bos>" + CHATML, None),
         ("<bos><bos>" + CHATML, "begins with <bos> twice"),
-        (CHATML, "does not begin with <bos>: it is added here"),
-        ("<bos>" + CHATML.replace("<eos>", "<eos><eos>"), "says with <eos> twice: the first is learned"),
-        (CHATML.replace("<eos>", ""), r"not begin with <bos>.*; it ends what the assistant says without <eos>"),
+        (CHATML, "does not begin with <bos>: training adds it"),
+        ("<bos>" + CHATML.replace("<eos>", "<eos><eos>"), "assistant with <eos> twice: training uses the first only"),
+        (CHATML.replace("<eos>", ""), r"not begin with <bos>.*; it does not end the turns of the assistant with <eos>"),
     ],
 )
-def test_templates_that_drop_or_repeat_the_ends_are_noticed(make, template, fault):
+def test_templates_that_drop_or_repeat_special_tokens_give_a_warning(make, template, fault):
     with nullcontext() if fault is None else pytest.warns(UserWarning, match=f"the chat template of .*{fault}"):
         tokenizer = make(template, bos_token="<bos>", adds_bos=True)
     (row,), _ = encode({"messages": CHAT}, tokenizer=tokenizer)
@@ -90,20 +90,20 @@ def test_templates_that_drop_or_repeat_the_ends_are_noticed(make, template, faul
     assert trained.replace("\n", "") == "dog<eos>"
 
 
-def test_a_template_that_rewrites_the_past_is_refused_by_name(make):
-    with pytest.raises(ValueError, match=r"test:1 .*writes message 2 differently"):
+def test_a_template_that_renders_earlier_turns_differently_is_an_error(make):
+    with pytest.raises(ValueError, match=r"test:1 .*renders message 2 differently"):
         encode({"messages": CHAT}, tokenizer=make(FORGETFUL))
 
 
-def test_a_template_that_refuses_a_row_names_the_row(make):
+def test_a_template_that_rejects_a_row_names_the_row(make):
     refusing = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no systems here') }}{% endif %}"
     tokenizer = make(refusing + CHATML.partition("%}")[2])
     row = {"messages": [{"role": "system", "content": "be brief"}, *CHAT]}
-    with pytest.raises(ValueError, match=r"test:1 .*the chat template of .*saved refuses the messages \(no systems here"):
+    with pytest.raises(ValueError, match=r"test:1 .*the chat template of .*saved rejects the messages \(no systems here"):
         encode(row, tokenizer=tokenizer)
 
 
-def test_a_tokenizer_without_a_pad_token_pads_with_the_end_which_is_still_learned(make, tmp_path, monkeypatch):
+def test_a_tokenizer_without_a_pad_token_pads_with_eos_which_is_still_a_target(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = make(CHATML, pad_token=None)
     assert tokenizer.pad_id == tokenizer.eos_id

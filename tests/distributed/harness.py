@@ -1,13 +1,23 @@
 """Starts a script in several processes, as a launcher would, and ends it for sure."""
 
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
+import time
+import warnings
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent.parent
+# Imports take a rank longer than all else, so one process does them, and ranks are forks of it. It runs nothing itself.
+CONTEXT = multiprocessing.get_context("forkserver")
+SCRIPTS = ("distributed.train", "distributed.spin", "distributed.index", "retro.train", "calm.train_distributed")
+CONTEXT.set_forkserver_preload([*(f"tests.{name}" for name in SCRIPTS), "transformers", "peft"])
 
 
 def free_port() -> int:
@@ -17,59 +27,65 @@ def free_port() -> int:
         return port
 
 
-def launch(script: Path, *arguments: str, ranks: int = 2, timeout: float = 60) -> None:
+def run_rank(script: Path, arguments: tuple[str, ...], environment: dict[str, str], output: Path) -> None:
+    """Be one rank: what the script prints goes to a file, and its exit status is this process's."""
+    os.setsid()
+    os.environ.update(environment)
+    os.chdir(script.parent)
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    warnings.filterwarnings("error", category=UserWarning, module="lightning_align")
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def launch(script: Path, *arguments: str, ranks: int = 2, timeout: float = 500) -> None:
     """Run ``script arguments`` once a rank, all on this machine, and fail with their output if one of them fails.
 
     A rank that fails leaves the others waiting in a collective, and Lightning catches SIGTERM: so each has a session of its
     own, which is killed whole.
     """
     port, processes = str(free_port()), []
-    for rank in range(ranks):
-        environment = {
-            **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "WORLD_SIZE": str(ranks),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "GROUP_RANK": "0",
-            "TORCHELASTIC_RUN_ID": "tests",  # what makes Lightning take these ranks for torchrun's
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONPATH": str(ROOT),
-        }
-        command = [sys.executable, "-W", "error::UserWarning:lightning_align", str(script), *arguments]
-        processes.append(
-            subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-                cwd=script.parent,
+    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):
+        forkserver.ensure_running()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{rank}.txt" for rank in range(ranks)]
+        for rank in range(ranks):
+            environment = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "WORLD_SIZE": str(ranks),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "GROUP_RANK": "0",
+                "TORCHELASTIC_RUN_ID": "tests",  # what makes Lightning take these ranks for torchrun's
+                "GLOO_SOCKET_IFNAME": "lo",
+            }
+            process = CONTEXT.Process(target=run_rank, args=(script, arguments, environment, outputs[rank]))
+            process.start()
+            processes.append(process)
+        deadline = time.monotonic() + timeout
+        try:
+            # One that failed is the end: the others may wait for it for ever.
+            while any(process.exitcode is None for process in processes) and not any(p.exitcode for p in processes):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        finally:
+            codes = [process.exitcode for process in processes]
+            for process in processes:
+                if process.exitcode is None:
+                    try:
+                        os.killpg(process.pid or 0, signal.SIGKILL)
+                    except ProcessLookupError:  # it has no session yet
+                        process.kill()
+                process.join()
+        if any(code != 0 for code in codes):
+            told = "\n".join(
+                f"--- rank {rank}, {f'killed, with a limit of {timeout} s' if code is None else f'exit {code}'}\n"
+                + (outputs[rank].read_text() if outputs[rank].exists() else "")
+                for rank, code in enumerate(codes)
             )
-        )
-    outputs = ["" for _ in processes]
-    try:
-        for index, process in enumerate(processes):
-            outputs[index], _ = process.communicate(timeout=timeout)
-            if process.returncode:
-                break  # the others may wait for it for ever
-    except subprocess.TimeoutExpired:
-        outputs[index] += f"\nrank {index} did not end in {timeout} s"
-    finally:
-        codes = [process.poll() for process in processes]
-        for index, process in enumerate(processes):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                outputs[index] += process.communicate()[0] or ""
-            elif process.stdout is not None and not process.stdout.closed:
-                outputs[index] += process.stdout.read()
-                process.stdout.close()
-    if any(codes):
-        told = "\n".join(
-            f"--- rank {rank}, exit {code}\n{text}" for rank, (code, text) in enumerate(zip(codes, outputs, strict=True))
-        )
-        raise AssertionError(f"{script.name} {' '.join(arguments)} failed:\n{told}")
+            raise AssertionError(f"{script.name} {' '.join(arguments)} failed:\n{told}")

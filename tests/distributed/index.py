@@ -63,7 +63,6 @@ def fit(folder: Path, encoder: str, *, strategy: Any, devices: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     root = Path(sys.argv[1])
-    fit(root / "two", str(root / "encoder.ckpt"), strategy=DDPStrategy(timeout=timedelta(seconds=60)), devices=2)
+    fit(root / "two", str(root / "encoder.ckpt"), strategy=DDPStrategy(timeout=timedelta(seconds=300)), devices=2)
     torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from tests.distributed.train import STRATEGIES, full
-from tests.spin.runs import start
+from tests.spin.runs import exact_palm, start
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -31,7 +31,7 @@ def run(folder: Path, rows: str, strategy: Any, devices: int, *, opponent: str, 
 
     def prepared(*callbacks: Callback, max_steps: int = -1) -> tuple[L.Trainer, Any, Any]:
         loop = {"iterations": 2, "epochs": 1}
-        template, module, data = start(place, optimizer=SGD, loop=loop, opponent=opponent, ema_decay=0.7)
+        template, module, data = start(place, optimizer=SGD, loop=loop, opponent=opponent, ema_decay=0.7, backbone=exact_palm())
         play = template.callbacks[0]  # type: ignore[attr-defined]
         play.folder = folder / "sets"
         data.sources = {"train": rows, "validation": rows}
@@ -66,7 +66,6 @@ def run(folder: Path, rows: str, strategy: Any, devices: int, *, opponent: str, 
 
 
 def main(name: str, opponent: str, folder: Path, rows: str) -> None:
-    torch.set_num_threads(1)
     result = run(folder, rows, lambda: STRATEGIES[name]("spin"), 2, opponent=opponent, resumed=opponent == "ema")
     torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

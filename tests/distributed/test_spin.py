@@ -8,8 +8,8 @@ import torch
 
 from tests.distributed.harness import launch
 from tests.distributed.spin import run
-from tests.spin.runs import set_rows, write_rows
-from tests.toys import gap, largest_difference, state_of, tiny_palm
+from tests.spin.runs import exact_palm, set_rows, write_rows
+from tests.toys import gap, largest_difference, state_of
 
 pytestmark = pytest.mark.distributed
 
@@ -23,7 +23,7 @@ def test_two_processes_play_as_one(strategy: str, opponent: str, tmp_path: Path)
         (tmp_path / name).mkdir()
     launch(Path(__file__).parent / "spin.py", strategy, opponent, str(tmp_path / "two"), rows)
     alone = run(tmp_path / "one", rows, lambda: "auto", 1, opponent=opponent)
-    assert largest_difference(alone["state"], state_of(tiny_palm(num_tokens=259))) > 1e-3
+    assert largest_difference(alone["state"], state_of(exact_palm())) > 1e-3
     for rank in range(2):
         result: Any = torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True)
         assert largest_difference(result["state"], alone["state"]) < 1e-5

@@ -1,4 +1,4 @@
-"""The check of the first batch: five planted faults are named, and clean runs are left alone."""
+"""The check of the first batch: it names each planted fault and is silent in correct runs."""
 
 import functools
 import warnings
@@ -25,7 +25,7 @@ SGD = functools.partial(torch.optim.SGD, lr=0.05)
 
 
 def found(module: DPOModule, folder: Path, batch: PreferenceBatch | None = None, **arguments: Any) -> list[str]:
-    """What one step of training warns of."""
+    """Return the warnings of the check in one step of training."""
     data: Any = DataLoader([batch or preference_batch(6)], batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
     trainer = L.Trainer(**{"accelerator": "cpu", "max_epochs": 1, "default_root_dir": folder, **quiet, **arguments})
@@ -33,7 +33,7 @@ def found(module: DPOModule, folder: Path, batch: PreferenceBatch | None = None,
         warnings.simplefilter("always")
         trainer.fit(module, data)
     texts = [str(warning.message) for warning in caught]
-    return [text.partition("still be its reference: ")[2] for text in texts if "still be its reference" in text]
+    return [text.partition("still equal its reference: ")[2] for text in texts if "still equal its reference" in text]
 
 
 def sides(change: Any, batch: PreferenceBatch) -> PreferenceBatch:
@@ -79,28 +79,28 @@ FAULTS: list[tuple[str, Any, Any]] = [
     ("dtype: ", lambda: OtherDtype(tiny_palm(), optimizer=SGD), None),
     ("adapter: ", lambda: WarmAdapters(tiny_palm(), lora=LoRAConfig(rank=2), optimizer=SGD), None),
     ("reference file: ", lambda: OtherWeights(tiny_palm(), optimizer=SGD), None),
-    ("mask: pads are trained", lambda: DPOModule(tiny_palm(), optimizer=SGD), shifted(1)),
-    ("mask: the last token of every response", lambda: DPOModule(tiny_palm(), optimizer=SGD), shifted(-1)),
-    ("BOS: every row begins with token 7 twice", lambda: DPOModule(tiny_palm(), optimizer=SGD), doubled),
+    ("mask: Padding tokens are targets", lambda: DPOModule(tiny_palm(), optimizer=SGD), shifted(1)),
+    ("mask: The last token of every response", lambda: DPOModule(tiny_palm(), optimizer=SGD), shifted(-1)),
+    ("BOS: Every row starts with token 7 twice", lambda: DPOModule(tiny_palm(), optimizer=SGD), doubled),
 ]
 
 
 @pytest.mark.parametrize(("message", "module", "change"), FAULTS, ids=[fault[0].partition(":")[0] for fault in FAULTS])
-def test_a_planted_fault_is_named(message: str, module: Any, change: Any, tmp_path: Path) -> None:
+def test_planted_faults_are_named(message: str, module: Any, change: Any, tmp_path: Path) -> None:
     batch = preference_batch(6) if change is None else sides(change, preference_batch(6))
     (fault,) = found(module(), tmp_path, batch)
     assert fault.startswith(message)
 
 
-def test_targets_that_stand_too_late_are_named() -> None:
+def test_targets_that_are_too_late_are_named() -> None:
     def later(side: TokenBatch) -> TokenBatch:
-        targets = side["targets"].roll(1, dims=1) & side["targets"]  # the first of each response is left out
+        targets = side["targets"].roll(1, dims=1) & side["targets"]  # drops the first target of each response
         return {**side, "targets": targets}
 
     batch = preference_batch(6)
     assert batch_faults(batch) == []
     (fault,) = batch_faults(sides(later, batch))
-    assert fault.startswith("mask: the first tokens that chosen and rejected differ in")
+    assert fault.startswith("mask: The first tokens in which chosen and rejected differ")
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,12 @@ def test_targets_that_stand_too_late_are_named() -> None:
         ({"confidence_weighting": True}, {}),
     ],
 )
-def test_a_clean_run_is_left_alone(given: dict[str, Any], arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_correct_runs_have_no_warning(given: dict[str, Any], arguments: dict[str, Any], tmp_path: Path) -> None:
     given = {"backbone": tiny_palm(), "reference_cache": str(tmp_path / "cache"), **given}
     assert found(DPOModule(optimizer=SGD, **given), tmp_path, **arguments) == []
 
 
-def test_rows_of_the_task_are_clean(tmp_path: Path) -> None:
-    """The check must not take what the data room makes for a fault."""
+def test_rows_of_the_data_module_have_no_faults(tmp_path: Path) -> None:
     from lightning_align.dpo.datamodule import DPODataModule
 
     source = Arithmetic(num_rows=40)

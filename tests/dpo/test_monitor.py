@@ -1,4 +1,4 @@
-"""The watch on preference learning: its numbers by hand, its alarms, and what it refuses."""
+"""The preference monitor: its values against slow versions, its warnings, and the arguments it rejects."""
 
 import functools
 import warnings
@@ -38,7 +38,7 @@ def trainer(folder: Path, *callbacks: Any, **arguments: Any) -> L.Trainer:
 
 
 def moved(seed: int = 1, **given: Any) -> DPOModule:
-    """A policy that is another than its reference."""
+    """Make a module with a policy that differs from its reference."""
     module = DPOModule(tiny_palm(), **given)
     module.configure_model()
     module.policy.load_state_dict(tiny_palm(seed=seed).state_dict())
@@ -54,7 +54,7 @@ def alarms(caught: list[warnings.WarningMessage]) -> list[str]:
     return [str(w.message) for w in caught if str(w.message).startswith("PreferenceMonitor")]
 
 
-# -- the numbers
+# -- values
 
 
 def ratios(chosen: list[float], rejected: list[float]) -> Ratios:
@@ -66,12 +66,12 @@ def ratios(chosen: list[float], rejected: list[float]) -> Ratios:
 @pytest.mark.parametrize(
     ("loss", "beta", "deltas", "expected"),
     [
-        # s(4.5) = 0.9890 and s(4.7) = 0.9910; a pair that is wrong has all of its gradient.
+        # s(4.5) = 0.9890 and s(4.7) = 0.9910; a wrongly ranked pair has its full gradient.
         ("sigmoid", 0.1, [0.0, 45.0, 47.0, -90.0], [False, False, True, False]),
         ("sigmoid", 1.0, [0.0, 4.5, 4.7, -9.0], [False, False, True, False]),
-        # Nothing beyond b d = 1.
+        # No gradient beyond b d = 1.
         ("hinge", 0.5, [0.0, 1.9, 2.1, -9.0], [False, False, True, False]),
-        # d / 2 is to be 1 / (2 b) = 1: neither less nor more.
+        # The target of d / 2 is 1 / (2 b) = 1. Only there the gradient vanishes.
         ("ipo", 0.5, [0.0, 2.0, 1.9, 4.0], [False, True, False, False]),
     ],
 )
@@ -82,7 +82,7 @@ def test_saturated_by_hand(loss: Any, beta: float, deltas: list[float], expected
 
 
 @pytest.mark.parametrize("loss", sorted(set(LOSSES) - set(REFERENCE_FREE)))
-def test_no_loss_is_saturated_where_it_begins(loss: Any) -> None:
+def test_no_loss_is_saturated_at_the_start(loss: Any) -> None:
     objective = Objective(loss, beta=0.1, label_smoothing=0.01 if loss == "exo_pair" else 0)
     start = ratios([0.0, 0.0], [0.0, 0.0])
     assert not objective.saturated(start).any()
@@ -91,7 +91,7 @@ def test_no_loss_is_saturated_where_it_begins(loss: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [8, 3, 1])
-def test_validation_by_hand(size: int, tmp_path: Path) -> None:
+def test_validation_equals_the_slow_version(size: int, tmp_path: Path) -> None:
     module = moved(beta=2.0)
     values = validated(module, tmp_path, size=size)
     sides = {}
@@ -109,8 +109,8 @@ def test_validation_by_hand(size: int, tmp_path: Path) -> None:
     assert values["val/rewards/saturated"] == share
 
 
-def test_training_is_logged_a_window_at_a_time(tmp_path: Path) -> None:
-    """Two windows of two steps, each of two pairs: the policy stands still, so a window's number is that of its pairs."""
+def test_training_values_are_per_window(tmp_path: Path) -> None:
+    """Two windows of two steps with two pairs each. The policy is constant, so the value of a window is that of its pairs."""
 
     class Values(L.Callback):
         found: list[float]
@@ -122,19 +122,19 @@ def test_training_is_logged_a_window_at_a_time(tmp_path: Path) -> None:
     values.found = []
     module = moved(optimizer=functools.partial(torch.optim.SGD, lr=0.0))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the first batch finds another policy than the reference is the case
+        warnings.simplefilter("ignore")  # the check of the first batch warns that the policy differs from the reference
         trainer(tmp_path, PreferenceMonitor(), values, log_every_n_steps=2).fit(module, loader(split(BATCH, 2)))
     expected = []
     for half in split(BATCH, 4):
         policy, counts = slow_logprobs(module.policy, half["chosen"])
         reference, _ = slow_logprobs(tiny_palm(), half["chosen"])
         expected.append((sum(policy) - sum(reference)) / sum(counts))
-    # Callbacks later in the list see what was logged when its step ends.
+    # Callbacks later in the list see the value at the end of its step.
     assert module.trainer.logged_metrics["train/logps/chosen_displacement"] == pytest.approx(expected[1], rel=1e-4)
     assert values.found[2] == pytest.approx(expected[0], rel=1e-4)
 
 
-def test_without_a_fixed_reference_it_is_since_the_first_time(tmp_path: Path) -> None:
+def test_without_a_fixed_reference_displacement_is_from_the_first_value(tmp_path: Path) -> None:
     for given in ({"loss": "cpo"}, {"reference": "moving"}):
         monitor = PreferenceMonitor()
         module = DPOModule(tiny_palm(), optimizer=SGD, **given)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def test_without_a_fixed_reference_it_is_since_the_first_time(tmp_path: Path) ->
 # -- the KL
 
 
-def test_kl_is_that_of_the_policys_samples(tmp_path: Path) -> None:
+def test_kl_equals_the_slow_version_on_the_samples(tmp_path: Path) -> None:
     module = moved()
     values = [validated(module, tmp_path, size=size, num_prompts=5, max_new_tokens=6)["val/kl/reference"] for size in (8, 3, 1)]
     assert values[0] == pytest.approx(values[1], rel=1e-5) and values[0] == pytest.approx(values[2], rel=1e-5)
@@ -172,8 +172,8 @@ def test_kl_is_that_of_the_policys_samples(tmp_path: Path) -> None:
     assert values[0] == pytest.approx(total / 30, rel=1e-4)
 
 
-def test_kl_comes_out_as_the_exact_one(tmp_path: Path) -> None:
-    """One token after one prompt, many times: within four standard errors of the sum over the vocabulary."""
+def test_kl_estimate_is_close_to_the_exact_kl(tmp_path: Path) -> None:
+    """One token after one prompt, 2000 times: within four standard errors of the sum over the vocabulary."""
     module, rows = moved(seed=3), 2000
     side = {"tokens": torch.tensor([[1, 2]] * rows), "mask": torch.ones(rows, 2, dtype=torch.bool)}
     side["targets"] = torch.tensor([[False, True]] * rows)
@@ -190,10 +190,10 @@ def test_kl_of_the_reference_to_itself_is_zero(tmp_path: Path) -> None:
     assert validated(DPOModule(tiny_palm()), tmp_path, num_prompts=4)["val/kl/reference"] == 0
 
 
-# -- the alarms
+# -- warnings
 
 
-def test_alarms_are_given_once_and_say_what_to_do(tmp_path: Path) -> None:
+def test_warnings_are_given_once_and_name_a_remedy(tmp_path: Path) -> None:
     limits = {"max_fall": 0.01, "max_length_correlation": 0.01, "max_saturated": 0.01, "max_kl": 0.01}
     module, monitor = moved(beta=2.0), PreferenceMonitor(**limits, num_prompts=4, max_new_tokens=4)
     with warnings.catch_warnings(record=True) as caught:
@@ -206,15 +206,15 @@ def test_alarms_are_given_once_and_say_what_to_do(tmp_path: Path) -> None:
     for name, limit, remedy in (
         ("logps/chosen_displacement", "-0.01", "sft_weight"),
         ("rewards/length_correlation", "-0.01", "lengths"),  # it is negative here
-        ("rewards/saturated", "0.01", "new pairs"),
+        ("rewards/saturated", "0.01", "add new pairs"),
         ("kl/reference", "0.01", "higher `beta`"),
     ):
         (text,) = [text for text in found if f"val/{name} is" in text]
-        assert f"is {first[f'val/{name}']:.3g}, beyond {limit}, at step 0" in text and remedy in text
+        assert f"is {first[f'val/{name}']:.3g}, beyond its limit of {limit}, at step 0" in text and remedy in text
 
 
 def biased(pairs: int, more: int) -> PreferenceBatch:
-    """Chosen is longer by 0 to `more` tokens than rejected, and of the same tokens."""
+    """Make pairs with chosen longer than rejected by 0 to `more` tokens. All tokens are the same."""
     sides = {}
     for name, extra in (("chosen", True), ("rejected", False)):
         lengths = torch.tensor([4 + (row % (more + 1)) * extra for row in range(pairs)])
@@ -227,7 +227,7 @@ def biased(pairs: int, more: int) -> PreferenceBatch:
 
 @pytest.mark.parametrize(("more", "alarmed"), [(5, True), (0, False)])
 def test_a_planted_length_bias_is_found(more: int, alarmed: bool, tmp_path: Path) -> None:
-    """Where longer is always better the policy learns to tell by length; where lengths are equal nothing is said."""
+    """If longer is always better, the policy learns to prefer length. With equal lengths there is no warning."""
     batch = biased(12, more)
     if not more:
         batch["chosen"]["tokens"] = batch["chosen"]["tokens"] * 2
@@ -244,8 +244,8 @@ def test_a_planted_length_bias_is_found(more: int, alarmed: bool, tmp_path: Path
         assert "val/rewards/length_correlation" not in run.callback_metrics
 
 
-def test_the_alarm_comes_before_a_nat_is_lost(tmp_path: Path) -> None:
-    """Both responses share their tokens but for one, and both fall."""
+def test_the_warning_comes_before_chosen_falls_by_a_nat(tmp_path: Path) -> None:
+    """Training on flipped pairs makes the chosen responses of validation less likely."""
     batch = preference_batch(8, seed=4)
     module = DPOModule(tiny_palm(), beta=0.1, optimizer=functools.partial(torch.optim.SGD, lr=0.3))
     seen: list[float] = []
@@ -260,11 +260,11 @@ def test_the_alarm_comes_before_a_nat_is_lost(tmp_path: Path) -> None:
         run = trainer(tmp_path, PreferenceMonitor(max_fall=0.2), Fall(), max_epochs=15, num_sanity_val_steps=0)
         run.fit(module, loader([flipped]), loader([batch]))
     (text,) = alarms(caught)
-    step = int(text.partition("at step ")[2].partition(":")[0])
+    step = int(text.partition("at step ")[2].partition(".")[0])
     assert all(value > -1 for value in seen[:step]) and min(seen) < -0.2
 
 
-def test_no_limit_no_alarm(tmp_path: Path) -> None:
+def test_no_warning_without_limits_or_within_them(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         validated(moved(beta=2.0), tmp_path, num_prompts=2)
@@ -274,21 +274,21 @@ def test_no_limit_no_alarm(tmp_path: Path) -> None:
     assert not alarms(caught)
 
 
-# -- what is refused
+# -- errors
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_fall": 0}, "max_fall is 0; it must be above 0"),
-        ({"max_length_correlation": 1.5}, "max_length_correlation is 1.5; it must be above 0 and below 1"),
-        ({"max_saturated": 1}, "max_saturated is 1; .*below 1"),
-        ({"num_prompts": -1}, "num_prompts is -1"),
-        ({"max_kl": 0.1}, "max_kl is 0.1, but num_prompts is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_fall": 0}, "`max_fall` must be above 0, but got 0"),
+        ({"max_length_correlation": 1.5}, "`max_length_correlation` must be above 0 and below 1, but got 1.5"),
+        ({"max_saturated": 1}, "`max_saturated` must be above 0 and below 1, but got 1"),
+        ({"num_prompts": -1}, "`num_prompts` must be 0 or more, but got -1"),
+        ({"max_kl": 0.1}, "`max_kl` must be None if `num_prompts` is 0, but got 0.1"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` of GenerationConfig must be at least 1, but got 0"),
     ],
 )
-def test_numbers_out_of_range_are_named(given: dict[str, Any], message: str) -> None:
+def test_arguments_out_of_range_are_rejected(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PreferenceMonitor(**given)
 
@@ -296,11 +296,14 @@ def test_numbers_out_of_range_are_named(given: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (lambda folder: SFTModule(tiny_palm()), "SFTModule has no pairs"),
-        (lambda folder: DPOModule(tiny_palm(), loss="cpo"), "the loss has none"),
-        (lambda folder: DPOModule(tiny_palm(), reference="stored", reference_cache=str(folder)), "a stored one cannot"),
+        (lambda folder: SFTModule(tiny_palm()), "needs a DPOModule, but got SFTModule"),
+        (lambda folder: DPOModule(tiny_palm(), loss="cpo"), "must be 0 with a loss without a reference, but got 2"),
+        (
+            lambda folder: DPOModule(tiny_palm(), reference="stored", reference_cache=str(folder)),
+            "must be 0 with a stored reference, which cannot score new texts, but got 2",
+        ),
     ],
 )
-def test_what_cannot_be_watched_is_refused(module: Any, message: str, tmp_path: Path) -> None:
+def test_unsupported_modules_are_rejected(module: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, PreferenceMonitor(num_prompts=2)).validate(module(tmp_path), loader([BATCH]), verbose=False)

@@ -1,4 +1,4 @@
-"""Every loss in a run: split in any way, with and without a reference, with the columns that rows may have."""
+"""Every loss in training: with split batches, with and without a reference, and with weights and margins of rows."""
 
 import functools
 import json
@@ -13,8 +13,9 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import DataLoader
 
 from lightning_align.data.forms import BadRowError
+from lightning_align.dpo.batch import concatenate
 from lightning_align.dpo.datamodule import DPODataModule
-from lightning_align.dpo.module import DPOModule, concatenate
+from lightning_align.dpo.module import DPOModule
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.scoring.losses import LOSSES, REFERENCE_FREE, SORTED
 from tests.data.helpers import encode
@@ -37,31 +38,31 @@ def fit(folder: Path, batches: list[Any], *, steps: int = 2, **given: Any) -> DP
 
 
 def smoothing(loss: str) -> dict[str, float]:
-    # The targets of sppo_hard stand at 1 / (2 b), and its gradient is as large as they are far.
+    # The targets of sppo_hard are at 1 / (2 b). Its gradient grows with their distance, so beta must not be small.
     return {"exo_pair": {"label_smoothing": 0.1}, "sppo_hard": {"beta": 1.0}}.get(loss, {})
 
 
 @pytest.mark.parametrize("loss", sorted(set(LOSSES) - set(SORTED)))
-def test_every_loss_is_the_same_however_the_batch_is_cut(loss: Any, tmp_path: Path) -> None:
+def test_losses_do_not_depend_on_the_split_of_the_batch(loss: Any, tmp_path: Path) -> None:
     states = [state_of(fit(tmp_path, split(BATCH, size), loss=loss, **smoothing(loss)).policy) for size in (8, 1)]
     assert largest_difference(*states) < 1e-6
     assert largest_difference(states[0], state_of(tiny_palm())) > 1e-6
 
 
 @pytest.mark.parametrize("loss", [*SORTED, {"sigmoid": 0.8, "bco_pair": 0.2}, {"simpo": 1.0, "orpo": 0.5}])
-def test_every_other_choice_trains(loss: Any, tmp_path: Path) -> None:
+def test_sorted_and_combined_losses_train(loss: Any, tmp_path: Path) -> None:
     states = []
     for steps in (1, 2):
-        torch.manual_seed(0)  # the adapters begin at random
+        torch.manual_seed(0)  # the adapters start at random values
         states.append(state_of(fit(tmp_path, [BATCH], steps=steps, loss=loss, lora=LoRAConfig(rank=2)).policy))
     assert all(bool(value.isfinite().all()) for value in states[1].values())
     assert largest_difference(*states) > 1e-6
 
 
 @pytest.mark.parametrize("loss", REFERENCE_FREE)
-def test_without_a_reference_none_is_made(loss: Any, tmp_path: Path) -> None:
+def test_reference_free_losses_build_no_reference(loss: Any, tmp_path: Path) -> None:
     module = fit(tmp_path, [BATCH], loss=loss)
-    with pytest.raises(ValueError, match=f"the loss {loss} has no reference"):
+    with pytest.raises(ValueError, match=f"The loss {loss} uses no reference"):
         _ = module.reference
     assert module.sft_weight == (0.0 if loss == "simpo" else 1.0)
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -70,7 +71,7 @@ def test_without_a_reference_none_is_made(loss: Any, tmp_path: Path) -> None:
 
 
 def log_ratio(model: Any, side: str, share: float, others: list[int]) -> Tensor:
-    """Log-probs in which targets beyond so many count a share, one row at a time."""
+    """Compute the log-probs of a side row by row. Targets beyond `others[row]` have the weight `share`."""
     rows: Any = BATCH[side]  # type: ignore[literal-required]
     values = []
     for row, shared in enumerate(others):
@@ -81,7 +82,7 @@ def log_ratio(model: Any, side: str, share: float, others: list[int]) -> Tensor:
     return torch.tensor(values)
 
 
-def test_ld_dpo_by_the_slow_way() -> None:
+def test_ld_dpo_equals_the_slow_version() -> None:
     policy, reference = tiny_palm(seed=1), tiny_palm()
     module = DPOModule(tiny_palm(), ld_alpha=0.25, sft_weight=0.5)
     module.configure_model()
@@ -93,12 +94,12 @@ def test_ld_dpo_by_the_slow_way() -> None:
     for side, found in (("chosen", ratios.chosen), ("rejected", ratios.rejected)):
         expected = log_ratio(policy, side, 0.25, shared) - log_ratio(reference, side, 0.25, shared)
         torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-4)
-    # The likelihood term and what is logged are of the whole responses.
+    # The likelihood term and the logged log-probs use the whole responses.
     whole, _ = slow_logprobs(policy, BATCH["chosen"])
     torch.testing.assert_close(pair_logps.sums[:8].detach(), torch.tensor(whole), rtol=1e-4, atol=1e-4)
 
 
-def test_wpo_by_the_slow_way() -> None:
+def test_wpo_equals_the_slow_version() -> None:
     module = DPOModule(tiny_palm(), confidence_weighting=True, beta=0.5)
     module.configure_model()
     module.policy.load_state_dict(tiny_palm(seed=1).state_dict())
@@ -125,7 +126,7 @@ def test_weights_scale_and_margins_shift(tmp_path: Path) -> None:
     torch.testing.assert_close(module.pair_losses(batch, logps, ratios), expected)
 
 
-def test_columns_of_rows_reach_the_batch(tmp_path: Path) -> None:
+def test_weights_and_margins_of_rows_reach_the_batch(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": f"{i}=", "chosen": "a", "rejected": "bb", "weight": 0.5 + i, "margin": -0.25 * i} for i in range(4)
     ]
@@ -142,13 +143,13 @@ def test_columns_of_rows_reach_the_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [{"weight": -1}, {"weight": "much"}, {"margin": True}, {"margin": float("nan")}])
-def test_a_bad_number_is_named(number: dict[str, Any]) -> None:
+def test_bad_weights_and_margins_are_rejected(number: dict[str, Any]) -> None:
     row = {"prompt": "a", "chosen": "b", "rejected": "c", **number}
     with pytest.raises((ValueError, BadRowError), match=f"in field '{next(iter(number))}', expected a number"):
         encode(row)
 
 
-def test_a_field_of_another_kind_of_row_is_left_alone() -> None:
+def test_fields_of_other_kinds_of_rows_are_ignored() -> None:
     rows, _ = encode({"prompt": "a", "response": "b", "weight": "heavy"})
     assert len(rows) == 1
 
@@ -156,12 +157,12 @@ def test_a_field_of_another_kind_of_row_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"ld_alpha": 1.5}, "ld_alpha is 1.5"),
-        ({"loss": "aot", "confidence_weighting": True}, "tells no pairs apart"),
-        ({"loss": "simpo", "reference": "moving"}, "simpo has no reference"),
-        ({"loss": "simpo", "loss_args": {"beta": 1.0}}, "loss_args has beta"),
+        ({"ld_alpha": 1.5}, "but got 1.5"),
+        ({"loss": "aot", "confidence_weighting": True}, "no loss per pair"),
+        ({"loss": "simpo", "reference": "moving"}, "simpo uses no reference"),
+        ({"loss": "simpo", "loss_args": {"beta": 1.0}}, "`loss_args` must only have .*, but got beta"),
     ],
 )
-def test_what_does_not_go_together_is_refused(given: dict[str, Any], message: str) -> None:
+def test_bad_combinations_are_rejected(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DPOModule(tiny_palm(), **given)

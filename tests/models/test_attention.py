@@ -1,4 +1,4 @@
-"""Masks by hand."""
+"""Attention masks against masks written by hand."""
 
 import torch
 
@@ -17,7 +17,7 @@ def keys(text: str) -> torch.Tensor:
 def test_causality_and_padding() -> None:
     assert rows(attention_mask(keys("xxx"), 3, causal=True)) == ["x..", "xx.", "xxx"]
     assert rows(attention_mask(keys("xxx"), 3, causal=False)) == ["xxx", "xxx", "xxx"]
-    # A pad sees itself where it sees nothing else: a softmax over nothing is NaN on some kernels.
+    # A pad that sees no other token sees itself, because a softmax over nothing gives NaN in some kernels.
     assert rows(attention_mask(keys("..xx"), 4, causal=True)) == ["x...", ".x..", "..x.", "..xx"]
     assert rows(attention_mask(keys("xx."), 3, causal=True)) == ["x..", "xx.", "xxx"]
 
@@ -27,13 +27,13 @@ def test_the_queries_are_the_last_columns() -> None:
     assert rows(attention_mask(keys(".xxxx"), 1, causal=True)) == [".xxxx"]
 
 
-def test_who_sees_whom_is_taken_as_it_is() -> None:
+def test_a_three_dimensional_mask_is_not_changed() -> None:
     table = torch.tensor([[[True, True, False], [True, False, False], [False, False, False]]])
     assert rows(attention_mask(table, 3, causal=False)) == ["xx.", "x..", "..x"]
     assert rows(attention_mask(table, 3, causal=True)) == ["x..", "x..", "..x"]
 
 
-def test_one_query_is_mixed_as_one_of_many() -> None:
+def test_a_single_query_gives_the_same_output_as_one_of_many() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
     padded = torch.tensor([[False, False, True, True, True], [True] * 5])

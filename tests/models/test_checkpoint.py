@@ -1,4 +1,4 @@
-"""Policies out of files: what is read back is what was written, and what does not fit is named."""
+"""Policies are read back from checkpoints as they were written, and errors name what does not fit."""
 
 import functools
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_a_bare_state_dict_is_read_back(name: str, tmp_path: Path) -> None:
     )
     loaded = load_policy(tmp_path / name, lambda: tiny_palm(seed=7))
     torch.testing.assert_close(loaded(tokens_of()), model(tokens_of()), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="does not say which backbone"):
+    with pytest.raises(ValueError, match="does not describe its backbone"):
         load_policy(tmp_path / name)
 
 
@@ -84,7 +84,7 @@ def test_the_hash_sees_every_change() -> None:
 )
 def test_a_checkpoint_of_another_model_is_named(overrides: dict[str, int], message: str, tmp_path: Path) -> None:
     path = save(tiny_palm(), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=f"a.ckpt: is of another model than PaLM: .*{message}"):
+    with pytest.raises(ValueError, match=f"a.ckpt is of another model than PaLM: .*{message}"):
         load_policy(path, tiny_palm(**overrides))
 
 
@@ -94,12 +94,12 @@ def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path) -> None:
         load_policy(tmp_path / "best.ckpt")
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_errors_name_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.ckpt: cannot be read"):
+    with pytest.raises(ValueError, match=r"text\.ckpt cannot be read"):
         read_checkpoint(tmp_path / "text.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(ValueError, match="holds a list, not a checkpoint"):
+    with pytest.raises(ValueError, match="must contain a dictionary, but contains a list"):
         read_checkpoint(tmp_path / "list.ckpt")
 
 
@@ -120,7 +120,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_adapters_lead_on_to_their_base(tmp_path: Path) -> None:
+def test_adapters_are_merged_into_their_base_model(tmp_path: Path) -> None:
     base = tiny_palm()
     base_path = save(base, tmp_path / "base.ckpt", backbone=backbone_spec(base))
     config: dict[str, Any] = {"rank": 2, "targets": ["in_proj"], "scope": "task"}
@@ -138,10 +138,12 @@ def test_adapters_lead_on_to_their_base(tmp_path: Path) -> None:
 
     adapters.popitem()
     torch.save({"state_dict": adapters, "hyper_parameters": hparams}, tmp_path / "half.ckpt")
-    with pytest.raises(ValueError, match=r"half.ckpt: .*1 weights are not in the file, such as blocks\.1\.in_proj\.lora"):
+    with pytest.raises(
+        ValueError, match=r"half.ckpt is of another model .*1 weights are not in the file, such as blocks\.1\.in_proj\.lora"
+    ):
         load_policy(tmp_path / "half.ckpt")
     torch.save({"state_dict": adapters, "hyper_parameters": {"lora": config}}, tmp_path / "lost.ckpt")
-    with pytest.raises(ValueError, match="does not say on which weights they were trained"):
+    with pytest.raises(ValueError, match="does not name the weights that they were trained on"):
         load_policy(tmp_path / "lost.ckpt")
 
 
@@ -157,18 +159,18 @@ def test_a_spec_builds_the_model_again() -> None:
 
 
 @pytest.mark.parametrize("path", ["os.path.join", "no.such.Thing", "PaLMs", "torch.optim.Adam", "lightning_align.generate"])
-def test_what_builds_no_module_is_named(path: str) -> None:
-    with pytest.raises(ValueError, match=f"class_path '{path}' is no nn.Module"):
+def test_a_class_path_that_is_no_module_is_named(path: str) -> None:
+    with pytest.raises(ValueError, match=f"`class_path` of `backbone` must be an importable nn.Module, but got '{path}'"):
         build_backbone({"class_path": path})
 
 
-def test_a_factory_of_something_else_is_named() -> None:
-    with pytest.raises(ValueError, match="the factory returned a dict"):
+def test_a_factory_that_returns_no_module_is_named() -> None:
+    with pytest.raises(ValueError, match=r"must return an nn.Module, but returned a dict"):
         build_backbone(dict)  # type: ignore[arg-type]
 
 
 def test_a_sharded_model_is_described_by_its_own_class() -> None:
     model = tiny_palm()
-    model.__class__ = type("FSDPPaLM", (FSDPModule, PaLM), {})  # as sharding does it
+    model.__class__ = type("FSDPPaLM", (FSDPModule, PaLM), {})  # as FSDP2 does
     described = backbone_spec(model)
     assert described is not None and described["class_path"] == "lightning_align.models.palm.PaLM"

@@ -1,4 +1,4 @@
-"""Compiled layers compute what they compute as they are, under the same names."""
+"""Compiled layers give the same results as uncompiled ones, with the same weight names."""
 
 import copy
 from collections import Counter
@@ -13,9 +13,9 @@ from lightning_align.scoring.sums import response_logprobs
 from tests.models.test_pretrained import FAMILIES, V, batch
 from tests.toys import largest_difference
 
-# A backend that only traces: what a real one makes of the graphs is torch's own concern.
+# This backend only traces. The code that other backends generate is torch's responsibility.
 BACKEND = "eager"
-# Where warnings are errors, what torch hides of its own looks becomes one.
+# torch suppresses this warning when its own code triggers it, but the tests turn warnings into errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
@@ -49,13 +49,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["palm", "llama"])
-def test_the_same_numbers_under_the_same_names(kind: str, graphs: Counter[str]) -> None:
+def test_compiled_and_plain_models_agree(kind: str, graphs: Counter[str]) -> None:
     plain, compiled = make(kind, None), make(kind, BACKEND)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     assert largest_difference(gradients(compiled), gradients(plain)) < 1e-6
     once = graphs.total()
-    assert 0 < once <= 3, "alike layers share their compilations: of the first shape, of the second, of any"
-    # Decoding runs the layers as they are.
+    assert 0 < once <= 3, (
+        "identical layers share their compilations, at most one each for the first shape, the second shape and dynamic shapes"
+    )
+    # Decoding runs the uncompiled layers.
     sampled = generate(compiled.eval(), [[5, 6, 7], [8]], GenerationConfig(max_new_tokens=4, temperature=0.0), eos_id=None)
     assert sampled == generate(plain.eval(), [[5, 6, 7], [8]], GenerationConfig(max_new_tokens=4, temperature=0.0), eos_id=None)
     assert graphs.total() == once
@@ -70,6 +72,6 @@ def test_a_copy_is_compiled_and_a_checkpoint_is_not(graphs: Counter[str]) -> Non
     assert "compile" not in module.hparams["backbone"]["init_args"]
 
 
-def test_a_backend_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"compile is 'inducktor'; expected a backend .* inductor"):
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`compile` must be a backend .*inductor.*, but got 'inducktor'"):
         make("palm", "inducktor")

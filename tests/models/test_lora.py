@@ -1,4 +1,4 @@
-"""LoRA scopes against the dense formula, and what they must leave alone."""
+"""LoRA scopes against the dense formula, and the parts of a model that they must not change."""
 
 import math
 
@@ -53,14 +53,14 @@ def test_it_starts_as_the_plain_model() -> None:
     names = add_lora(model, LoRAConfig(rank=3))
     assert sorted(names) == sorted(f"blocks.{i}.{n}" for i in range(2) for n in ("in_proj", "attn_out", "ff_out"))
     torch.testing.assert_close(model(tokens), before, **EXACT)
-    # ... while A is not zero, or nothing would ever train.
+    # A must not be zero, or nothing would ever train.
     assert all(float(layer.lora["default"].A.detach().std()) > 0 for _, layer in lora_layers(model))
     # The base keeps its names, so a checkpoint of the plain model still loads.
     assert set(keys) == {name for name in model.state_dict() if ".lora." not in name}
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 12 / 4), (True, 12 / math.sqrt(4))])
-def test_it_is_the_dense_formula(rslora: bool, scale: float) -> None:
+def test_the_adapter_follows_the_dense_formula(rslora: bool, scale: float) -> None:
     layer = layer_with(LoRAConfig(rank=4, alpha=12, rslora=rslora)).double()
     A, B = lora_parameters(layer, "default")
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_a_begins_kaiming_uniform() -> None:
 
 
 def test_the_product_of_its_factors_is_never_formed() -> None:
-    """Counted in operations: the layer costs 2 T in out, its adapter 2 T r (in + out); A @ B would add 2 in r out."""
+    """The layer needs 2 T in out operations, its adapter 2 T r (in + out). The product A @ B would add 2 in r out."""
     layer, rows = layer_with(LoRAConfig(rank=2), inputs=50, outputs=40, bias=False), 3
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -124,7 +124,7 @@ def test_switching_off_and_nesting() -> None:
     torch.testing.assert_close(model(tokens), plain, **EXACT)
 
 
-def test_merging_and_taking_out() -> None:
+def test_merging_and_unmerging() -> None:
     model, tokens = tiny_palm(), tokens_of()
     plain, weights = model(tokens), state_of(model)
     add_lora(model, LoRAConfig(rank=2))
@@ -143,7 +143,7 @@ def test_merging_and_taking_out() -> None:
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
 
 
-def test_removing_a_merged_scope_leaves_it_in_the_weights() -> None:
+def test_a_removed_merged_scope_stays_in_the_weights() -> None:
     model, tokens = tiny_palm(), tokens_of()
     add_lora(model, LoRAConfig(rank=2))
     fill(model, "default")
@@ -165,7 +165,7 @@ def test_patterns_match_the_last_part_or_the_whole(targets: list[str], count: in
     assert len(lora_layers(model)) == count
 
 
-def test_the_output_layer_has_to_be_named_and_then_counts() -> None:
+def test_the_output_layer_gets_an_adapter_only_if_it_is_named() -> None:
     model = tiny_palm(tie_embeddings=False)
     assert len(add_lora(model, LoRAConfig(rank=2))) == 6  # all but the output layer
     assert has_hidden(model)
@@ -186,14 +186,14 @@ def test_the_output_layer_has_to_be_named_and_then_counts() -> None:
     with using_lora(model, "default"):
         assert has_hidden(model)
     merge_lora(model, "all")
-    assert has_hidden(model)  # now its weight says all
+    assert has_hidden(model)  # all of it is in the weight
     torch.testing.assert_close(response_logprobs(model, batch).sums, sums, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_of_an_output_layer_alone_is_refused() -> None:
+def test_a_model_with_only_an_output_layer_is_an_error() -> None:
     model = tiny_palm(tie_embeddings=False)
     model.blocks = torch.nn.ModuleList()
-    with pytest.raises(ValueError, match="does not stand for the output layer"):
+    with pytest.raises(ValueError, match="excludes the output layer"):
         add_lora(model, LoRAConfig())
 
 
@@ -210,19 +210,19 @@ def test_only_a_scope_trains() -> None:
 
 def test_errors() -> None:
     model = tiny_palm()
-    with pytest.raises(ValueError, match=r"\['wq'\] match none of the linear layers \['attn_out', 'ff_out', 'in_proj'\]"):
+    with pytest.raises(ValueError, match=r"\['wq'\] match none of \['attn_out', 'ff_out', 'in_proj'\]"):
         add_lora(model, LoRAConfig(targets=["wq"]))
-    with pytest.raises(ValueError, match="no scope 'x'; it has none"):
+    with pytest.raises(ValueError, match=r"no scope 'x'\. Its scopes are none"):
         use_lora(model, "x")
     add_lora(model, LoRAConfig())
-    with pytest.raises(ValueError, match="has a scope 'default' already"):
+    with pytest.raises(ValueError, match="already has a scope 'default'"):
         add_lora(model, LoRAConfig())
-    with pytest.raises(ValueError, match=r"no scope 'x'; it has \['default'\]"):
+    with pytest.raises(ValueError, match=r"no scope 'x'\. Its scopes are \['default'\]"):
         merge_lora(model, "x")
     with pytest.raises(ValueError, match="is not merged"):
         unmerge_lora(model, "default")
     merge_lora(model, "default")
-    with pytest.raises(ValueError, match="is merged already"):
+    with pytest.raises(ValueError, match="is already merged"):
         merge_lora(model, "default")
     with pytest.raises(ValueError, match="cannot be switched off"), lora_disabled(model):
         pass
@@ -230,17 +230,17 @@ def test_errors() -> None:
     class Odd(nn.Linear):
         pass
 
-    with pytest.raises(ValueError, match="is a Odd, a subclass of Linear"):
+    with pytest.raises(ValueError, match=r"must be an nn.Linear, but is a Odd"):
         add_lora(nn.Sequential(Odd(2, 2)), LoRAConfig())
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"rank": 0}, "rank is 0; it must be at least 1"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"scope": "a.b"}, "scope is 'a.b'"),
-        ({"scope": ""}, "scope is ''"),
+        ({"rank": 0}, "`rank` must be at least 1, but got 0"),
+        ({"dropout": 1.0}, "`dropout` must be at least 0 and less than 1, but got 1.0"),
+        ({"scope": "a.b"}, "`scope` must be a name without dots, but got 'a.b'"),
+        ({"scope": ""}, "`scope` must be a name without dots, but got ''"),
     ],
 )
 def test_impossible_values_are_named(values: dict[str, object], message: str) -> None:

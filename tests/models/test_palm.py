@@ -27,7 +27,7 @@ def test_no_position_sees_a_later_one(overrides: dict[str, object]) -> None:
         changed[:, place] = (changed[:, place] + 1) % VOCABULARY
         after = model(changed)
         torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=0)
-        # ... and the later ones do see it, or the first statement would say nothing.
+        # Later positions must see the change, or the first assertion would prove nothing.
         assert float((after[:, place:] - before[:, place:]).detach().abs().amax(dim=(0, 2)).min()) > 1e-9
 
 
@@ -51,7 +51,7 @@ def test_padding_changes_nothing(overrides: dict[str, object], side: str, causal
         tokens[index, place], mask[index, place] = row, True
     logits = model(tokens, mask=mask)
     for index, row in enumerate(rows):
-        # On the left the row has moved: its rotations are other ones, in float32, with the same differences.
+        # Padding on the left moves the row. Its float32 rotations differ, but their differences are the same.
         precision = 1e-5 if side == "left" else 1e-12
         torch.testing.assert_close(logits[index, mask[index]], model(row[None])[0], rtol=0, atol=precision)
     assert bool(logits.isfinite().all())
@@ -64,15 +64,15 @@ def test_gradients_stay_finite_under_left_padding() -> None:
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
-def test_a_custom_mask_says_who_sees_whom() -> None:
-    """Two segments in one row are two rows; and a mask without the diagonal is taken as it is."""
+def test_a_custom_mask_is_followed() -> None:
+    """Two segments in one row behave as two rows, and a mask without the diagonal is not changed."""
     model, tokens = tiny_palm(dtype=torch.float64), tokens_of(1, 9)
     segment = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
     mask = (segment[:, None] == segment[None, :])[None]
     together = model(tokens, mask=mask)
     torch.testing.assert_close(together[:, :4], model(tokens[:, :4]), **EXACT)
     torch.testing.assert_close(together[:, 4:], model(tokens[:, 4:]), rtol=0, atol=1e-5)  # at other positions
-    # Position 1 may only see position 0: its own key must then not matter to what it attends to.
+    # Position 1 may only see position 0, so its own key must not affect its output.
     only_first = torch.zeros(1, 2, 2, dtype=torch.bool)
     only_first[:, :, 0] = True
     block = model.blocks[0]
@@ -144,14 +144,14 @@ def test_the_cache_takes_ragged_rows_padded_on_the_left() -> None:
         torch.testing.assert_close(logits[index, exists[index]], model(row[None])[0], rtol=0, atol=1e-5)
 
 
-def test_a_full_cache_says_so() -> None:
+def test_a_full_cache_is_an_error() -> None:
     model = tiny_palm()
-    with pytest.raises(ValueError, match="holds 4 columns and 9 are needed"):
+    with pytest.raises(ValueError, match="must have at least 9 columns, but has 4"):
         model(tokens_of(), cache=model.make_cache(3, 4))
 
 
 @pytest.mark.parametrize("overrides", VARIANTS, ids=IDS)
-def test_leaving_pads_out_changes_nothing(overrides: dict[str, object]) -> None:
+def test_packing_changes_nothing(overrides: dict[str, object]) -> None:
     model, batch = tiny_palm(dtype=torch.float64, **overrides), token_batch([2, 3, 4], [5, 1, 3])
     hidden = model.hidden(batch["tokens"])[batch["mask"]]
     torch.testing.assert_close(model.packed_hidden(batch["tokens"], batch["mask"]), hidden, **EXACT)
@@ -159,12 +159,12 @@ def test_leaving_pads_out_changes_nothing(overrides: dict[str, object]) -> None:
 
 def test_packing_needs_causality() -> None:
     model, batch = tiny_palm(causal=False), token_batch([2, 3], [5, 1])
-    with pytest.raises(ValueError, match="needs causal=True"):
+    with pytest.raises(ValueError, match="needs `causal=True`"):
         model.packed_hidden(batch["tokens"], batch["mask"])
 
 
 def test_the_qk_scale_reaches_attention() -> None:
-    """At 8 on normalised queries and keys, weights may differ by e^16; at dim_head ** -0.5 they stay nearly uniform."""
+    """With normalized queries and keys, weights can differ by e^16 at scale 8, and are nearly uniform at dim_head ** -0.5."""
     models = {scale: tiny_palm(qk_rmsnorm=True, qk_scale=scale) for scale in (8.0, 8**-0.5)}
     block = models[8.0].blocks[0]
     assert isinstance(block, PaLMBlock) and block.scale == 8.0
@@ -182,7 +182,7 @@ def test_initial_statistics() -> None:
         assert float(getattr(paper.blocks[0], name).weight.detach().std()) == pytest.approx(fan_in**-0.5, rel=0.02)
         # Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
         assert float(getattr(ours.blocks[0], name).weight.detach().std()) == pytest.approx((3 * fan_in) ** -0.5, rel=0.02)
-    # Unit embeddings against a normalised hidden state: scaled by 1/sqrt(dim), the logits are of size 1, not of size 16.
+    # Unit embeddings times a normalized hidden state give logits of size 16. Scaled by 1/sqrt(dim), they have size 1.
     tokens = torch.randint(400, (4, 16))
     hidden = paper.norm(torch.randn(4, 16, 256)) @ paper.token_emb.weight.T
     assert float(hidden.detach().std()) == pytest.approx(16, rel=0.1)
@@ -212,7 +212,7 @@ def test_built_on_meta_it_is_the_same_model(overrides: dict[str, object]) -> Non
     assert all(p.is_meta for p in model.parameters())
     model.to_empty(device="cpu")
     for parameter in model.parameters():
-        nn.init.constant_(parameter, math.nan)  # what reset_parameters forgets must not pass for initialised
+        nn.init.constant_(parameter, math.nan)  # a parameter that reset_parameters forgets must fail the test
     torch.manual_seed(3)
     model.reset_parameters()
     torch.testing.assert_close(model(tokens_of()), normal(tokens_of()), rtol=0, atol=0)
@@ -226,7 +226,7 @@ def test_training_after_inference_mode() -> None:
     assert model.token_emb.weight.grad is not None
 
 
-def test_it_keeps_no_state_but_its_parameters() -> None:
+def test_it_has_no_state_except_its_parameters() -> None:
     model = tiny_palm()
     model(tokens_of())
     assert list(model.buffers()) == []
@@ -234,7 +234,7 @@ def test_it_keeps_no_state_but_its_parameters() -> None:
 
 
 def test_hooks_keep_what_they_saw() -> None:
-    """A residual added in place would change the hidden state that a hook stored from the layer before."""
+    """A residual added in place would change the hidden state that a hook stored from the previous layer."""
     model = tiny_palm(depth=3)
     kept: list[Tensor] = []
     copies: list[Tensor] = []
@@ -248,7 +248,7 @@ def test_hooks_keep_what_they_saw() -> None:
 
 
 def slow_block(block: PaLMBlock, x: Tensor, *, causal: bool, xpos_scale_base: float | None) -> Tensor:
-    """One layer in float64 by loops over rows, heads, queries and keys: y = x + Attention(LN(x)) + MLP(LN(x))."""
+    """Compute one layer in float64 with loops over rows, heads, queries and keys: y = x + Attention(LN(x)) + MLP(LN(x))."""
     weights = {name: p.detach().double() for name, p in block.named_parameters()}
     x = x.detach()
     rows, columns, _ = x.shape
@@ -271,7 +271,8 @@ def slow_block(block: PaLMBlock, x: Tensor, *, causal: bool, xpos_scale_base: fl
                 scores = {}
                 for j in range(i + 1 if causal else columns):
                     score = 0.0
-                    # Each pair (d, d + width/2) is a complex number; rotating both by their position leaves the distance.
+                    # Each pair (d, d + width/2) is a complex number. Rotating query and key by their positions leaves the
+                    # rotation by their distance.
                     for d in range(width // 2):
                         frequency = 10_000.0 ** (-2 * d / width)
                         zq = complex(q[i, h, d], q[i, h, d + width // 2])
@@ -291,7 +292,7 @@ def slow_block(block: PaLMBlock, x: Tensor, *, causal: bool, xpos_scale_base: fl
 
 
 @pytest.mark.parametrize("overrides", [{}, {"xpos_scale_base": 8.0}, {"xpos": False}, {"qk_rmsnorm": True}, {"causal": False}])
-def test_a_block_is_what_the_paper_says(overrides: dict[str, object]) -> None:
+def test_a_block_follows_the_paper(overrides: dict[str, object]) -> None:
     model = tiny_palm(dtype=torch.float64, depth=1, **overrides)
     tokens = tokens_of(2, 5)
     block = model.blocks[0]
@@ -323,11 +324,11 @@ def test_bfloat16_keeps_positions_apart() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"dim_head": 7}, "dim_head is 7; rotary positions need an even number"),
-        ({"dim_head": 0}, "dim_head is 0"),
-        ({"heads": 0}, "heads is 0; it must be at least 1"),
-        ({"num_tokens": 0}, "num_tokens is 0"),
-        ({"depth": -1}, "depth is -1"),
+        ({"dim_head": 7}, "`dim_head` must be even and at least 2 for rotary positions, but got 7"),
+        ({"dim_head": 0}, "`dim_head` must .* but got 0"),
+        ({"heads": 0}, "`heads` must be at least 1, but got 0"),
+        ({"num_tokens": 0}, "`num_tokens` must be at least 1, but got 0"),
+        ({"depth": -1}, "`depth` must be at least 1, but got -1"),
     ],
 )
 def test_impossible_sizes_are_named(overrides: dict[str, int], message: str) -> None:

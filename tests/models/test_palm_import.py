@@ -1,4 +1,4 @@
-"""Checkpoints of PaLM-rlhf-pytorch 0.8.0 give the same logits here; and its defects, which are not ours."""
+"""Checkpoints of PaLM-rlhf-pytorch 0.8.0 give the same logits here. Also shows defects of the original that PaLM lacks."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ SIZES: dict[str, Any] = {"num_tokens": 23, "dim": 16, "depth": 2, "heads": 2, "d
 
 
 def theirs(**overrides: Any) -> Theirs:
-    """Their model with every weight, gains and adapters included, away from its initial value."""
+    """Build the original model with random values for all weights, including gains and adapters."""
     model = Theirs(**SIZES, **overrides).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -34,14 +34,14 @@ def tokens_of() -> Tensor:
 
 @pytest.mark.parametrize("qk_rmsnorm", [False, True])
 @pytest.mark.parametrize("overrides", [{}, {"causal": False}, {"rotary_xpos_scale_base": 64}], ids=["", "encoder", "xpos"])
-def test_the_logits_are_theirs(overrides: dict[str, Any], qk_rmsnorm: bool, tmp_path: Path) -> None:
+def test_the_logits_equal_the_original(overrides: dict[str, Any], qk_rmsnorm: bool, tmp_path: Path) -> None:
     model, tokens = theirs(qk_rmsnorm=qk_rmsnorm, **overrides), tokens_of()
     ours_name = {"causal": "causal", "rotary_xpos_scale_base": "xpos_scale_base"}
     loaded = load_palm_rlhf(save(model, tmp_path), **{ours_name[name]: v for name, v in overrides.items()})
     expected = model(tokens)
     assert float(expected.detach().std()) > 0.3
     torch.testing.assert_close(loaded(tokens), expected, rtol=0, atol=1e-5)
-    # Not so with the other convention of gains, in which theirs would be off by one.
+    # With the other convention, all gains are off by one and the logits differ.
     shifted = load_palm_rlhf(save(model, tmp_path), gain="plain")
     assert float((shifted(tokens) - expected).detach().abs().max()) > 0.1
 
@@ -67,18 +67,18 @@ def test_finetune_scopes_become_lora_scopes(tmp_path: Path) -> None:
 
 def test_a_foreign_file_is_named(tmp_path: Path) -> None:
     torch.save({"layers.0.weight": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt: not a checkpoint of PaLM-rlhf-pytorch"):
+    with pytest.raises(ValueError, match=r"other\.pt must be a checkpoint of PaLM-rlhf-pytorch"):
         load_palm_rlhf(tmp_path / "other.pt")
 
 
 def test_unknown_gains_are_named(tmp_path: Path) -> None:
     path = save(theirs(), tmp_path)
-    with pytest.raises(ValueError, match="gain is 'minus'"):
+    with pytest.raises(ValueError, match=r"`gain` must be 'offset' .* but got 'minus'"):
         load_palm_rlhf(path, gain="minus")
 
 
 def test_their_caches_do_not_survive_inference_mode() -> None:
-    """They register rotations in ``forward``; those of an inference-mode pass cannot take part in training."""
+    """The original registers rotations in ``forward``. Those of an inference-mode pass cannot be used in training."""
     model = theirs()
     with torch.inference_mode():
         model(tokens_of())
@@ -86,7 +86,7 @@ def test_their_caches_do_not_survive_inference_mode() -> None:
         model(tokens_of()).sum().backward()
 
 
-def test_their_residual_overwrites_what_a_hook_kept() -> None:
+def test_their_residual_overwrites_tensors_that_hooks_stored() -> None:
     model = theirs()
     kept: list[Tensor] = []
     for layer in model.layers:

@@ -1,4 +1,4 @@
-"""Adapters of PEFT as policies: trained, compared with the model without them, written and read again."""
+"""PEFT adapters are trained, compared with the model without them, written and read back."""
 
 from pathlib import Path
 
@@ -44,9 +44,9 @@ def test_dora_trains_against_the_model_without_it(base: str) -> None:
     trainer = L.Trainer(max_steps=4, max_epochs=-1, accelerator="cpu", callbacks=[ExportModel("merged")], **off)  # type: ignore[arg-type]
     trainer.fit(module, DPODataModule("pairs.jsonl", batch_size=2, max_length=32))
     trainer.save_checkpoint("last.ckpt")
-    assert float(trainer.callback_metrics["train/loss"]) < 0.5
+    assert float(trainer.callback_metrics["train/loss"]) < 0.5  # from 0.69; the worst of four seeds is 0.35
 
-    # The reference is the model as it was, with nothing kept for it.
+    # The reference is the initial model, without a copy of it.
     assert isinstance(module.reference, AdaptersOff)
     rows = batch()
     referred = module.reference.logprobs(policy, rows).sums  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def test_dora_trains_against_the_model_without_it(base: str) -> None:
     trained = policy(TOKENS).detach()
     assert float((trained - plain(TOKENS)).detach().abs().max()) > 0.01
 
-    # Out: merged when the run ended, adapters alone from the checkpoint; and in again.
+    # Written merged at the end of the run and as adapters only from the checkpoint, then read back.
     run(["export", "last.ckpt", "--output", "adapter", "--adapter_only", "true"])
     merged = AutoModelForCausalLM.from_pretrained("merged")
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter").eval()
@@ -66,7 +66,7 @@ def test_dora_trains_against_the_model_without_it(base: str) -> None:
     assert largest_difference(dict(restored.state_dict()), dict(policy.state_dict())) == 0
 
 
-def test_what_trained_adapters_began_as_is_not_the_bare_model(base: str) -> None:
+def test_the_reference_of_trained_adapters_is_a_frozen_copy(base: str) -> None:
     policy = PretrainedLM(base, adapter=DORA)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -78,9 +78,9 @@ def test_what_trained_adapters_began_as_is_not_the_bare_model(base: str) -> None
     assert isinstance(module.reference, FrozenCopy)
     expected = response_logprobs(policy.eval(), batch()).sums.detach()  # type: ignore[arg-type]
     torch.testing.assert_close(module.reference.logprobs(module.policy, batch()).sums, expected)  # type: ignore[arg-type]
-    # A checkpoint builds it again without the folder, from what the folder said, and gives it its weights.
+    # A checkpoint rebuilds it without the folder, from the stored configuration, and then loads its weights.
     again = build_backbone(backbone_spec(module.policy))  # type: ignore[arg-type]
-    assert again.adapters_off is None, "without its adapters it is not the reference"
+    assert again.adapters_off is None, "the model without trained adapters is not the reference"
     trains = {name for name, p in module.policy.named_parameters() if p.requires_grad}
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trains
     again.load_state_dict(module.policy.state_dict())
@@ -88,12 +88,12 @@ def test_what_trained_adapters_began_as_is_not_the_bare_model(base: str) -> None
 
 
 def test_bad_adapters_are_named(base: str) -> None:
-    with pytest.raises(ValueError, match=r"adapter base: has no adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"adapter base must contain adapter_config\.json"):
         PretrainedLM(base, adapter="base")
-    with pytest.raises(ValueError, match="makes no adapters of PEFT"):
+    with pytest.raises(ValueError, match="must be a configuration of PEFT"):
         PretrainedLM(base, adapter={"rank": 3})
     PretrainedLM(config={"model_type": "llama", **FAMILIES["llama"], "hidden_size": 64}, adapter=DORA).model.save_pretrained(
         "wide"
     )
-    with pytest.raises(ValueError, match=r"adapter wide: .*LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"adapter wide .*LlamaForCausalLM"):
         PretrainedLM(base, adapter="wide")

@@ -1,4 +1,4 @@
-"""Models of transformers: the fast paths give what the model itself gives, for each family."""
+"""The optional capabilities of a PretrainedLM give the same results as the model of transformers, for each family."""
 
 import time
 from pathlib import Path
@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-# Sliding windows are shorter than the rows below, heads tied and untied, with and without biases, of one or more key heads.
+# Covers sliding windows shorter than the rows below, tied and untied heads, biases and their absence, one or more key heads.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**SIZES, "num_key_value_heads": 2},
     "qwen3": {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True},
@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def make(family: str, **options: Any) -> PretrainedLM:
     torch.manual_seed(0)
     model = PretrainedLM(config={"model_type": family, **FAMILIES[family]}, **options)
-    with torch.no_grad():  # as made, logits are near 0, and most errors would be too small to see
+    with torch.no_grad():  # initial logits are near 0, where most errors would be too small to see
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.eval()
@@ -62,14 +62,14 @@ def batch() -> dict[str, Tensor]:
 
 
 def plain_logprobs(model: PretrainedLM, rows: dict[str, Tensor]) -> Tensor:
-    """Log-probs of the targets by the model of transformers alone, with its own attention mask."""
+    """Compute the log-probs of the targets with the model of transformers and its own attention mask."""
     logits = model.model(input_ids=rows["tokens"], attention_mask=rows["mask"].long()).logits.double()
     logps = logits[:, :-1].log_softmax(-1).gather(-1, rows["tokens"][:, 1:, None]).squeeze(-1)
     return logps[rows["targets"][:, 1:]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_and_gradients_are_those_of_the_model_itself(family: str) -> None:
+def test_logprobs_and_gradients_equal_those_of_transformers(family: str) -> None:
     model, rows = make(family), batch()
     assert has_hidden(model)
     fast, _ = token_logprobs(model, rows)  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def test_logprobs_and_gradients_are_those_of_the_model_itself(family: str) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decoding_together_is_what_transformers_decodes_alone(family: str) -> None:
+def test_batched_decoding_equals_generate_of_transformers(family: str) -> None:
     model = make(family)
     prompts = [list(range(5, 17)), [3, 4, 5], [50]]
     assert has_cache(model)
@@ -123,13 +123,13 @@ def test_models_that_keep_a_state_decode_without_a_cache(family: str, config: di
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_out_and_in_again(family: str, tmp_path: Path) -> None:
+def test_a_written_model_is_read_back(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = make(family)
     write_model(model, whole_weights(model), tmp_path / "out", card="# card")
     assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".json", ".safetensors", ".md"}
-    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1, "a server may be another user"
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1, "a server may run as another user"
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = batch()["tokens"]
     assert largest_difference(dict(theirs.state_dict()), dict(model.model.state_dict())) == 0
@@ -143,13 +143,13 @@ def test_out_and_in_again(family: str, tmp_path: Path) -> None:
     assert largest_difference(dict(rebuilt.state_dict()), dict(again.state_dict())) == 0
 
 
-def test_what_scales_the_logits_is_exact() -> None:
+def test_scales_and_soft_caps_are_exact() -> None:
     assert [make(family)._scale for family in ("llama", "granite", "cohere", "gemma2")] == [1.0, 0.25, 0.3, 1.0]
     assert [make(family).head.softcap for family in ("llama", "gemma2")] == [None, 0.4]  # type: ignore[union-attr]
 
 
-def test_logits_that_are_something_else_are_taken_as_they_are() -> None:
-    """By a head that this package has no word for: it says so, and every path goes by the logits."""
+def test_logits_of_an_unknown_head_are_used_as_they_are() -> None:
+    """The head is of an unknown kind, so the model does not offer a head and everything is computed from its logits."""
     model, rows = make("llama"), batch()
     model.model.lm_head.register_forward_hook(lambda _, __, logits: logits + logits.sin())
     model._scale = model._probe()
@@ -161,14 +161,14 @@ def test_logits_that_are_something_else_are_taken_as_they_are() -> None:
     assert found.tokens == theirs[0, 2:].tolist()
 
 
-def test_the_model_is_there_where_its_folder_is_gone(tmp_path: Path) -> None:
+def test_a_checkpoint_is_enough_if_the_folder_is_gone(tmp_path: Path) -> None:
     model = make("llama")
     write_model(model, whole_weights(model), tmp_path / "out")
     spec = backbone_spec(read_model(tmp_path / "out"))
     assert spec is not None
     (tmp_path / "out").rename(tmp_path / "gone")
     skeleton = build_backbone(spec)
-    with pytest.raises(ValueError, match=r"there is no such folder.*Nor has a checkpoint brought the weights"):
+    with pytest.raises(ValueError, match=r"there is no such folder.*No checkpoint has been loaded"):
         skeleton(batch()["tokens"])
     skeleton.load_state_dict(model.state_dict())
     assert torch.equal(skeleton(batch()["tokens"]), model(batch()["tokens"]))
@@ -183,24 +183,24 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 
 def test_bad_models_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give `name`, a folder"):
+    with pytest.raises(ValueError, match="`name` or `config` must be set"):
         PretrainedLM()
     with pytest.raises(ValueError, match="there is no such folder"):
         PretrainedLM(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"the folder has no config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
         PretrainedLM(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="model_type 'clip' makes no causal language model"):
+    with pytest.raises(ValueError, match="must describe a causal language model, but model_type 'clip'"):
         PretrainedLM(config={"model_type": "clip"})
     model = make("llama")
     model.model.save_pretrained(tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     torch.save(model.model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="the weights must be safetensors"):
+    with pytest.raises(ValueError, match="weights must be safetensors"):
         PretrainedLM(str(tmp_path / "pickled"))
 
 
-def test_the_hub_is_asked_once_and_shortly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_once_with_a_short_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi
 
     from lightning_align.data.tokenizer import load_tokenizer
@@ -215,11 +215,11 @@ def test_the_hub_is_asked_once_and_shortly(tmp_path: Path, monkeypatch: pytest.M
     hub.out_of_reach.cache_clear()
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("transformers tries again, for half a minute"))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"the Hugging Face hub did not give it .* Without a network give .* \./my"):
+        with pytest.raises(ValueError, match=r"the Hugging Face hub did not provide it .* Without a network, pass .* \./my"):
             PretrainedLM("somebody/some-model")
-        with pytest.raises(ValueError, match=r"cannot be loaded by transformers .* Without a network give the"):
+        with pytest.raises(ValueError, match=r"cannot be loaded by transformers .* Without a network, give the"):
             load_tokenizer("somebody/some-model")
-    # The tokenizer asks about no revision.
+    # The tokenizer passes no revision.
     assert asked == [("somebody/some-model", hub.SECONDS)] * 2
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: None)
     assert not hub.out_of_reach("somebody/other-model")

@@ -1,4 +1,4 @@
-"""What TRL's DPOTrainer does, and ours does not: each error is pinned, so that its repair would be noticed."""
+"""Errors of TRL's DPOTrainer that ours does not have. Each test pins an error, so that it fails once TRL fixes it."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ PAIRS = [
 
 
 @pytest.fixture(autouse=True)
-def _their_words() -> Iterator[None]:
+def _ignore_warnings_of_trl() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -29,7 +29,7 @@ def _their_words() -> Iterator[None]:
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., Any]:
-    """TRL's trainer of a tiny Llama on five pairs; settings are those of its `DPOConfig`."""
+    """Return a function that makes TRL's trainer of a tiny Llama on five pairs. It takes arguments of `DPOConfig`."""
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
@@ -37,7 +37,7 @@ def trainer(tmp_path: Path) -> Callable[..., Any]:
     datasets.disable_progress_bars()
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(f"{json.dumps(pair)}\n" for pair in PAIRS), encoding="utf-8")
-    # From a file, as users have them: what is made of rows in memory is not kept by `datasets`, and so not mixed up.
+    # From a file, as users have it: `datasets` does not cache the results for rows in memory, so they would not be mixed up.
     rows = datasets.load_dataset("json", data_files=str(source), cache_dir=str(tmp_path / "cache"), split="train")
     vocabulary = {word: number for number, word in enumerate([*WORDS, "<eos>", "<pad>"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
@@ -59,7 +59,7 @@ def trainer(tmp_path: Path) -> Callable[..., Any]:
 
 
 def test_trl_reuses_stored_reference_log_probs_of_another_length(trainer: Callable[..., Any]) -> None:
-    """The key of its cache is without `max_length`, which its collator applies. Ours is of each row's tokens and mask."""
+    """Its cache key lacks `max_length`, which its collator applies. Our key has the tokens and mask of each row."""
 
     def stored(max_length: int) -> list[float]:
         made = trainer(precompute_ref_log_probs=True, truncation_mode="keep_end", max_length=max_length)
@@ -79,7 +79,7 @@ def test_trl_reuses_stored_reference_log_probs_of_another_length(trainer: Callab
 def test_trl_computes_stored_reference_log_probs_again_for_another_beta(
     trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are the reference's alone; ours serve every beta, loss and learning rate (tests/test_stored.py)."""
+    """They depend only on the reference. Ours serve every beta, loss and learning rate (tests/references/test_stored.py)."""
     from trl import DPOTrainer
 
     calls, real = [], DPOTrainer.compute_ref_log_probs
@@ -91,14 +91,14 @@ def test_trl_computes_stored_reference_log_probs_again_for_another_beta(
 
 @pytest.mark.parametrize("metric", ["eval_rewards/margins", "eval_rewards/chosen"])
 def test_trl_reports_other_rewards_at_another_evaluation_batch(trainer: Callable[..., Any], metric: str) -> None:
-    """It averages the means of batches of unequal sizes; ours are sums over samples (tests/distributed)."""
+    """It averages the means of batches of unequal sizes. Ours are sums over samples (tests/distributed)."""
     by_batch = {size: trainer(per_device_eval_batch_size=size).evaluate() for size in (1, 2)}
     assert abs(by_batch[1]["eval_loss"] - by_batch[2]["eval_loss"]) < 1e-5
     assert abs(by_batch[1][metric] - by_batch[2][metric]) > 1e-4
 
 
 def test_trl_forgets_a_moved_reference_on_resume(trainer: Callable[..., Any], tmp_path: Path) -> None:
-    """Its checkpoint has the policy alone; ours resumes a moving reference to the bit (tests/test_resume.py)."""
+    """Its checkpoint has only the policy. Ours resumes a moving reference bit for bit (tests/training/test_resume.py)."""
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, "max_steps": 4}
 
     def losses(made: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""What published implementations do, and ours does not: each error is pinned, so that its repair would be noticed."""
+"""Errors of published implementations that ours does not have. Each test pins an error, so that it fails once it is fixed."""
 
 import importlib
 from typing import Any
@@ -18,14 +18,15 @@ from tests.toys import largest_difference, state_of, tiny_palm
 
 
 def walk(model: nn.Module, seed: int) -> None:
+    """Add random numbers to all parameters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def test_ema_pytorch_copies_where_it_should_be_frozen() -> None:
-    """With a decay of 1 nothing should move; for its first 100 calls it copies. Frozen here means that nothing calls it."""
+def test_ema_pytorch_copies_instead_of_staying_frozen() -> None:
+    """With a decay of 1 nothing should move, but it copies for its first 100 calls. Our frozen reference is never updated."""
     online = tiny_palm()
     theirs = EMA(online, beta=1.0)
     start = state_of(online)
@@ -35,7 +36,7 @@ def test_ema_pytorch_copies_where_it_should_be_frozen() -> None:
     assert largest_difference(state_of(theirs.ema_model), start) > 0.1
 
 
-def test_ema_pytorch_copies_first_whatever_the_decay() -> None:
+def test_ema_pytorch_copies_at_first_for_any_decay() -> None:
     online = tiny_palm()
     theirs = EMA(online, beta=0.9, update_after_step=0, update_every=1, include_online_model=False)
     ours = Average(tiny_palm())
@@ -48,8 +49,8 @@ def test_ema_pytorch_copies_first_whatever_the_decay() -> None:
     assert largest_difference(state_of(ours.model), expected) < 1e-6
 
 
-def test_ema_pytorch_skips_what_was_renamed() -> None:
-    """No error, and no average either; `Average.follow` raises, as its own test shows."""
+def test_ema_pytorch_skips_renamed_weights() -> None:
+    """It neither raises nor averages. Our `Average.follow` raises, as its own test shows."""
     online, renamed = tiny_palm(), nn.Module()
     theirs = EMA(online, beta=0.5, include_online_model=False)
     renamed.inner = online
@@ -60,7 +61,7 @@ def test_ema_pytorch_skips_what_was_renamed() -> None:
 
 
 def pair() -> tuple[PreferenceBatch, dict[str, Tensor]]:
-    """One pair: prompt at 0-2, responses at 3-5, pads at 6-7."""
+    """Make one pair with the prompt at 0-2, the responses at 3-5 and padding at 6-7."""
     places = torch.arange(8)[None]
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = (torch.randint(1, 23, (1, 8), generator=generator) for _ in range(2))
@@ -72,7 +73,7 @@ def pair() -> tuple[PreferenceBatch, dict[str, Tensor]]:
 
 
 def test_x_transformers_trains_the_pad_and_not_the_first_token() -> None:
-    """It is ours, averaged over tokens, with targets one too late: 4, 5, 6 instead of 3, 4, 5."""
+    """Its loss is our length-normalized loss with targets one position too late: 4, 5, 6 instead of 3, 4, 5."""
     batch, inputs = pair()
     theirs = DPO(tiny_palm(), beta=2.0)  # type: ignore[arg-type]  # any module that gives logits
     theirs.policy_model.load_state_dict(tiny_palm(seed=1).state_dict())
@@ -82,7 +83,7 @@ def test_x_transformers_trains_the_pad_and_not_the_first_token() -> None:
         module = DPOModule(tiny_palm(), loss="sigmoid_norm", beta=2.0)
         module.configure_model()
         module.policy.load_state_dict(tiny_palm(seed=1).state_dict())
-        # The model has to see the pad whose prediction is scored.
+        # The model must see the padding token that is scored.
         sides: Any = {
             name: {**side, "targets": side["targets"].roll(shift, dims=1), "mask": torch.ones_like(side["mask"])}  # type: ignore[index,dict-item]
             for name, side in batch.items()
@@ -94,7 +95,7 @@ def test_x_transformers_trains_the_pad_and_not_the_first_token() -> None:
 
 
 class Successor(nn.Module):
-    """Knows that the next token is the last one plus one, and is sure of it."""
+    """A model that predicts token + 1 with the logit `sure`."""
 
     def __init__(self, sure: float) -> None:
         super().__init__()
@@ -107,9 +108,9 @@ class Successor(nn.Module):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["dpo", "spin"])
 def test_self_rewarding_lm_scores_each_token_against_itself(name: str) -> None:
-    """A model that predicts every token of chosen scores 0; theirs reads the logits that predict the token after it.
+    """It scores each token with the logits that predict the token after it, so a perfect model does not score 0.
 
-    And where it looks for pads it overwrites them in the batch that it was given.
+    It also overwrites padding tokens in the batch that it is given.
     """
     theirs: Any = importlib.import_module(f"self_rewarding_lm_pytorch.{name}")
     places = torch.arange(6)[None]
@@ -117,7 +118,7 @@ def test_self_rewarding_lm_scores_each_token_against_itself(name: str) -> None:
     policy, reference = Successor(50.0), Successor(1.0)
 
     def value(shift: int) -> Tensor:
-        """Of a beta of 0.01 on means, with the logits of this many positions before."""
+        """Compute the loss with a beta of 0.01 on means, from the logits this many positions before each token."""
         means = []
         for tokens in (chosen, rejected):
             logps = [model(tokens).log_softmax(-1) for model in (policy, reference)]

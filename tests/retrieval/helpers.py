@@ -1,4 +1,4 @@
-"""Small documents and encoders that several tests share."""
+"""Small documents and encoders for several tests."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ BYTES = DocumentTokenizer(ByteTokenizer())
 
 
 class Listed(DocumentSource):
-    """Documents that stand in a dictionary."""
+    """Documents from a dictionary."""
 
     def __init__(self, texts: dict[str, str]) -> None:
         self.texts = texts
@@ -32,7 +32,7 @@ class Listed(DocumentSource):
 
 
 class Projection:
-    """Encodes a chunk as a random projection of how often each token stands in it."""
+    """Encodes a chunk as a random projection of its token frequencies."""
 
     def __init__(self, dim: int = 8, *, seed: int = 0, vocabulary: int = 259) -> None:
         self.matrix = np.random.default_rng(seed).normal(size=(vocabulary, dim)).astype(np.float32)
@@ -45,7 +45,7 @@ class Projection:
 
 
 def texts(num: int, *, words: int = 60, seed: int = 0, prefix: str = "d") -> dict[str, str]:
-    """Documents of random words out of a hundred."""
+    """Make documents of random words from a vocabulary of a hundred."""
     draw = random.Random(seed)
     lexicon = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 8))) for _ in range(100)]
     return {f"{prefix}{i}": " ".join(draw.choices(lexicon, k=draw.randint(words // 2, words))) for i in range(num)}
@@ -57,7 +57,7 @@ def chunk(root: Path, source: dict[str, str] | DocumentSource, *, size: int = 16
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """Of every file below a folder."""
+    """Compute the hash of every file below a folder."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

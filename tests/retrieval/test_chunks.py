@@ -37,7 +37,7 @@ def bpe(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [1, 7, 16])
-def test_chunks_are_those_of_a_loop(tmp_path, size, bpe):
+def test_chunks_equal_a_plain_loop(tmp_path, size, bpe):
     for tokenizer in (BYTES, DocumentTokenizer(bpe)):
         stage = build_chunks(tmp_path, Listed(ODD), tokenizer, chunk_size=size, team=Team(), verify=1.0)
         table, number = ChunkTable(stage.folder), 0
@@ -60,13 +60,13 @@ def test_chunks_are_those_of_a_loop(tmp_path, size, bpe):
 
 
 def test_bytes_are_counted_where_their_characters_begin(tmp_path):
-    # bos + "aé" + "bc" + eos in chunks of 3: <bos> a é(1) | é(2) b c | <eos>; é counts where it begins
+    # bos + "aé" + "bc" + eos in chunks of 3: <bos> a é(1) | é(2) b c | <eos>; é counts in the chunk where it begins
     table = ChunkTable(chunk(tmp_path, {"x": "aébc"}, size=3).folder)
     assert [table.chunk(i).tolist() for i in range(3)] == [[1, 100, 198], [172, 101, 102], [2]]
     assert table.num_bytes.tolist() == [1, 4, 0]
 
 
-def test_without_byte_counts_everything_else_is_the_same(tmp_path, bpe):
+def test_byte_counts_do_not_change_other_arrays(tmp_path, bpe):
     for number, tokenizer in enumerate((BYTES, DocumentTokenizer(bpe))):
         options = {"chunk_size": 7, "team": Team(), "verify": 1.0}
         counted = build_chunks(tmp_path / str(number), Listed(ODD), tokenizer, **options)
@@ -81,16 +81,16 @@ def test_gather_takes_any_shape_and_stays_in_the_document(tmp_path):
     table = ChunkTable(chunk(tmp_path, {"x": "a" * 10, "y": "b" * 3}, size=4).folder)
     ids, mask = table.gather(np.array([[0, 2], [1, 3]]), 8)
     assert ids.shape == mask.shape == (2, 2, 8)
-    # bos + 10 + eos are 12 tokens and three chunks, bos + 3 + eos are 5 and two
+    # bos + 10 + eos are 12 tokens in three chunks, bos + 3 + eos are 5 tokens in two chunks
     assert mask.sum(-1).tolist() == [[8, 4], [8, 5]]
     assert ids[1, 1].tolist() == [1, 101, 101, 101, 2, 0, 0, 0]
-    with pytest.raises(IndexError, match="there are 5 chunks"):
+    with pytest.raises(IndexError, match="chunk numbers from 0 to 4, but got 5 to 5"):
         table.gather([5])
     with pytest.raises(IndexError):
         table.gather([-1])
 
 
-def test_a_table_travels_as_a_path(tmp_path):
+def test_pickled_table_holds_only_its_path(tmp_path):
     table = ChunkTable(chunk(tmp_path, texts(50)).folder)
     assert table.tokens.size > 10_000 and isinstance(table.tokens, np.memmap) and table.tokens.dtype == np.uint16
     sent = pickle.dumps(table)
@@ -98,11 +98,11 @@ def test_a_table_travels_as_a_path(tmp_path):
     assert pickle.loads(sent).chunk(7).tolist() == table.chunk(7).tolist()
 
 
-def test_ids_are_stored_as_small_as_they_fit():
+def test_token_dtype_is_the_smallest_that_fits():
     assert [token_dtype(size) for size in (259, 1 << 16, (1 << 16) + 1)] == [np.uint16, np.uint16, np.int32]
 
 
-def test_a_build_that_stops_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+def test_stopped_build_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks_module, "BLOCK_BYTES", 500)
     whole = chunk(tmp_path / "whole", texts(30))
 
@@ -119,10 +119,10 @@ def test_a_build_that_stops_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     chunk(tmp_path / "stopped", texts(30), verify=0.0)
     assert hashes(tmp_path / "stopped") == hashes(tmp_path / "whole")
     monkeypatch.setattr("lightning_align.retrieval.chunks._chunk", None)
-    assert chunk(tmp_path / "whole", texts(30)).key == whole.key  # what is there is not made again
+    assert chunk(tmp_path / "whole", texts(30)).key == whole.key  # the finished stage is not built again
 
 
-def test_appended_chunks_are_those_of_both(tmp_path):
+def test_appended_chunks_equal_a_joint_build(tmp_path):
     first, second = texts(5), texts(5, seed=1, prefix="e")
     before, added = chunk(tmp_path, first), chunk(tmp_path, second)
     both = ChunkTable(append_chunks(tmp_path, before, added, deleted=[], team=Team()).folder)
@@ -134,10 +134,10 @@ def test_appended_chunks_are_those_of_both(tmp_path):
     append_chunks(tmp_path, before, before, deleted=range(5), team=Team())
 
 
-def test_bad_input_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no document with text in it \(1 are empty\)"):
+def test_invalid_input_raises(tmp_path):
+    with pytest.raises(ValueError, match="all of its 1 documents are empty"):
         chunk(tmp_path, {"a": ""})
-    with pytest.raises(ValueError, match="chunk_size is 0"):
+    with pytest.raises(ValueError, match="`chunk_size` must be at least 1, but got 0"):
         chunk(tmp_path, {"a": "x"}, size=0)
 
     class Twice(Listed):
@@ -145,11 +145,11 @@ def test_bad_input_is_named(tmp_path):
             yield from super().documents()
             yield from super().documents()
 
-    with pytest.raises(ValueError, match="two documents have the name 'a'"):
+    with pytest.raises(ValueError, match="two have the name 'a'"):
         chunk(tmp_path, Twice({"a": "x"}))
 
 
-def test_the_fast_encoders_give_what_the_plain_one_gives(bpe):
+def test_fast_encoders_equal_the_plain_one(bpe):
     class Plain:
         def __init__(self, tokenizer):
             self.__dict__ = {
@@ -168,7 +168,7 @@ def test_the_fast_encoders_give_what_the_plain_one_gives(bpe):
 # -- sources
 
 
-def test_a_folder_is_its_files_in_order(tmp_path):
+def test_folder_yields_its_files_in_order(tmp_path):
     write_folder(tmp_path, {"b.txt": "B", "a/x.txt": "A", "a/skip/y.txt": "no", "c.md": "C"})
     source = FolderDocuments(str(tmp_path), glob=["**/*.txt", "*.md"], exclude=["**/skip"])
     assert [tuple(document) for document in source.documents()] == [("a/x.txt", "A"), ("b.txt", "B"), ("c.md", "C")]
@@ -188,21 +188,21 @@ def test_a_split_is_by_file_and_complete(tmp_path):
     assert set(train) <= {*FolderDocuments(str(tmp_path), part="train", held_out=0.2).files}
 
 
-def test_bad_files_are_named_or_left_out(tmp_path):
+def test_bad_files_raise_or_are_skipped(tmp_path):
     write_folder(tmp_path, {"a.txt": "text"})
     (tmp_path / "b.bin").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(ValueError, match=r"b.bin is no text file: byte 1 is 0x89, which is not UTF-8: leave it out with"):
+    with pytest.raises(ValueError, match=r"b.bin is not a text file: byte 1 is 0x89, which is not UTF-8. Leave it out with"):
         list(FolderDocuments(str(tmp_path)).documents())
-    with pytest.warns(UserWarning, match="b.bin is left out"):
+    with pytest.warns(UserWarning, match="b.bin is skipped"):
         assert len(list(FolderDocuments(str(tmp_path), on_bad_file="skip").documents())) == 1
     (tmp_path / "b.bin").write_bytes(b"ab\0c")
-    with pytest.raises(ValueError, match="byte 3 is 0, so it is a binary file"):
+    with pytest.raises(ValueError, match="byte 3 is 0, as in a binary file"):
         list(FolderDocuments(str(tmp_path)).documents())
     for match, arguments in {
-        "not there": {"folder": str(tmp_path / "no")},
-        "a file, expected a folder": {"folder": str(tmp_path / "a.txt")},
-        "held_out is 1": {"folder": str(tmp_path), "held_out": 1.0},
-        "part is 'x'": {"folder": str(tmp_path), "part": "x"},
+        "does not exist": {"folder": str(tmp_path / "no")},
+        "is a file: give its path": {"folder": str(tmp_path / "a.txt")},
+        "`held_out` must be .* got 1": {"folder": str(tmp_path), "held_out": 1.0},
+        "`part` must be .* got 'x'": {"folder": str(tmp_path), "part": "x"},
     }.items():
         with pytest.raises(ValueError, match=match):
             FolderDocuments(**arguments)
@@ -215,7 +215,9 @@ def test_rows_are_documents(tmp_path):
     path.write_text('{"text": "one", "name": "n1"}\n{"text": "two", "name": "n2"}\n')
     assert [tuple(d) for d in load_documents(str(path)).documents()] == [("1", "one"), ("2", "two")]
     assert [d.id for d in RowDocuments(str(path), id="name").documents()] == ["n1", "n2"]
-    with pytest.raises(ValueError, match=r"rows.jsonl:1 has None as 'body', expected a text; its fields are text, name"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:1: the field 'body' must be a string, but got None. The fields .* text, name"
+    ):
         list(RowDocuments(str(path), text="body").documents())
 
 

@@ -11,7 +11,7 @@ from lightning_align.retrieval.neighbors import Forbidden
 
 
 def brute_force(vectors, groups, queries, k, forbidden):
-    """A loop over queries: numbers by distance in float64, then by number."""
+    """Find the nearest of each query in a loop, in order of distance in float64, then number."""
     pairs = set(zip(forbidden.rows.tolist(), forbidden.groups.tolist(), strict=True))
     ids, distances = np.zeros((len(queries), k), dtype=np.int64), np.full((len(queries), k), np.inf)
     for row, query in enumerate(queries.astype(np.float64)):
@@ -30,7 +30,7 @@ def check(found, truth):
 
 
 def case(num, *, copies, seed=0, dim=12, num_groups=30, spread=False):
-    """Vectors of documents, every `copies`-th of them a copy of one of three."""
+    """Make vectors of documents. Every `copies`-th is a copy of one of three vectors."""
     draw = np.random.default_rng(seed)
     vectors = draw.normal(size=(num, dim)).astype(np.float16).astype(np.float32)
     if copies:
@@ -45,14 +45,14 @@ def case(num, *, copies, seed=0, dim=12, num_groups=30, spread=False):
 @pytest.mark.parametrize("k", [1, 2, 9])
 @pytest.mark.parametrize("copies", [0, 2])
 @pytest.mark.parametrize("spread", [False, True], ids=["runs", "scattered"])
-def test_what_is_found_is_brute_force(k, copies, spread):
+def test_exact_search_equals_brute_force(k, copies, spread):
     vectors, groups, queries, forbidden = case(1300, copies=copies, spread=spread)
     found = ExactSearch(vectors, groups).nearest(queries, k, forbidden)
     check(found, brute_force(vectors, groups, queries, k, forbidden))
 
 
 @pytest.mark.parametrize("rows, columns, width", [(7, 16, 4), (300, 33, 8), (64, 1024, 128)])
-def test_neither_tiles_nor_batches_nor_threads_change_it(monkeypatch, rows, columns, width):
+def test_result_does_not_depend_on_tiles_batches_or_threads(monkeypatch, rows, columns, width):
     vectors, groups, queries, forbidden = case(700, copies=2, seed=1)
     truth = ExactSearch(vectors, groups).nearest(queries, 3, forbidden)
     for name, value in (("ROWS", rows), ("COLUMNS", columns), ("WIDTH", width), ("FEW", 8), ("PAIRS", 5)):
@@ -73,8 +73,8 @@ def test_neither_tiles_nor_batches_nor_threads_change_it(monkeypatch, rows, colu
         assert all(np.array_equal(one, other[start : start + 77]) for one, other in zip(part, truth, strict=True))
 
 
-def test_distances_that_scores_cannot_tell_apart_are_told_apart():
-    # Far from the origin a score in float32 is off by more than what lies between the neighbors.
+def test_neighbors_are_correct_where_scores_round_away_the_difference():
+    # Far from the origin the error of a float32 score exceeds the differences between the neighbors.
     draw = np.random.default_rng(2)
     vectors = (1000 + 0.01 * draw.normal(size=(900, 8))).astype(np.float32)
     groups, none = np.zeros(900, dtype=np.int64), np.array([], dtype=np.int64)
@@ -83,7 +83,7 @@ def test_distances_that_scores_cannot_tell_apart_are_told_apart():
     assert found.ids[:, 0].tolist() == list(range(50))
 
 
-def test_of_copies_those_with_the_lowest_numbers_are_found():
+def test_ties_return_the_lowest_numbers():
     vectors = np.ones((5000, 4), dtype=np.float32)
     groups = np.arange(5000) // 10
     rows = np.arange(300)
@@ -92,7 +92,7 @@ def test_of_copies_those_with_the_lowest_numbers_are_found():
     assert found.mask.all() and not found.distances.any()
 
 
-def test_where_nothing_is_allowed_nothing_is_found():
+def test_slots_without_allowed_vectors_are_masked():
     vectors, groups = np.eye(6, dtype=np.float32), np.array([-1, -1, 0, 0, 0, 1])
     search = ExactSearch(vectors, groups)
     found = search.nearest(vectors[:3], 4, Forbidden(np.array([0, 0, 1]), np.array([0, 1, 0])))
@@ -100,7 +100,7 @@ def test_where_nothing_is_allowed_nothing_is_found():
     assert np.isinf(found.distances[~found.mask]).all()
 
 
-def test_flat_indexes_are_searched_so_mapped_or_not_and_others_not(tmp_path):
+def test_only_flat_indexes_are_searched_exactly(tmp_path):
     vectors, groups, queries, forbidden = case(600, copies=0, dim=8)
     index = faiss.index_factory(8, "Flat")
     index.add(vectors)

@@ -17,10 +17,10 @@ DIM = 16
 
 
 def vectors_of(num, *, seed=0, dim=DIM):
-    """Clustered vectors, as those of texts are."""
+    """Make clustered vectors, like the vectors of texts."""
     draw = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(20, dim))
-    return (centres[draw.integers(0, 20, num)] + 0.5 * draw.normal(size=(num, dim))).astype(np.float16)
+    centers = np.random.default_rng(99).normal(size=(20, dim))
+    return (centers[draw.integers(0, 20, num)] + 0.5 * draw.normal(size=(num, dim))).astype(np.float16)
 
 
 def stage_of(root: Path, data, *, name="v") -> Stage:
@@ -35,7 +35,7 @@ def build(root, data, *, name="v", verify=1.0, **config):
 
 
 def brute_force(data, queries, k, allowed):
-    """(n, k) distances in float64, infinite where fewer are allowed; a loop over queries."""
+    """Compute the nearest distances (n, k) in float64 in a loop, infinite where fewer are allowed."""
     result = np.full((len(queries), k), np.inf)
     for row, query in enumerate(queries.astype(np.float64)):
         distances = np.sort(np.square(data[allowed[row]].astype(np.float64) - query).sum(1))[:k]
@@ -44,7 +44,7 @@ def brute_force(data, queries, k, allowed):
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16,SQ8", "PCA8,IVF16,PQ4x4", "IVF16,PQ8x4fs,RFlat"])
-def test_shards_that_are_merged_are_one_index(tmp_path, factory):
+def test_merged_shards_equal_one_index(tmp_path, factory):
     data = vectors_of(3000)
     one = build(tmp_path / "one", data, factory=factory, min_recall=0.0)
     many = build(tmp_path / "many", data, factory=factory, min_recall=0.0, shard_size=700)
@@ -62,29 +62,30 @@ def test_the_same_vectors_give_the_same_bytes(tmp_path):
     assert files[0] == files[1]
 
 
-def test_effort_is_raised_until_the_recall_is_reached(tmp_path):
+def test_effort_increases_until_the_recall_is_reached(tmp_path):
     data = vectors_of(4000)
     low = build(tmp_path / "low", data, factory="IVF64,Flat", min_recall=0.3).manifest()["table"]
     high = build(tmp_path / "high", data, factory="IVF64,Flat", min_recall=0.99).manifest()["table"]
     assert low["recall"] >= 0.3 and high["recall"] >= 0.99 and high["effort"] > low["effort"]
 
 
-def test_an_index_that_refines_compares_more_until_the_recall_is_reached(tmp_path):
+def test_refining_index_compares_more_until_the_recall_is_reached(tmp_path):
     data = vectors_of(4000, dim=32)
     stage = build(tmp_path, data, factory="IVF16,PQ8x4fs,RFlat", min_recall=0.95)
     table, groups = stage.manifest()["table"], np.arange(4000) // 10
-    assert table["recall"] >= 0.95 and table["effort"] > 16  # all lists were not enough
+    assert table["recall"] >= 0.95 and table["effort"] > 16  # more than all 16 lists: candidates were increased too
     searcher = DenseSearcher(open_index(stage), groups, effort=table["effort"])
     found = searcher.nearest(data[:200].astype(np.float32), 2, Forbidden(np.arange(200), groups[:200]))
     truth = brute_force(data, data[:200], 2, groups[None] != groups[:200, None])
-    # The recall was measured without leaving anything out, so that of these 400 neighbors may be a little lower.
-    assert (found.distances <= truth[:, -1:] + 1e-3).mean() > 0.93
+    # The index measured its recall without forbidden chunks, so the recall of these 400 neighbors can be a little lower: 0.96
+    # here. Kernels that round otherwise give slightly different lists and codes. At half the effort the recall is 0.73.
+    assert (found.distances <= truth[:, -1:] + 1e-3).mean() > 0.9
 
 
-def test_recall_is_the_share_of_true_neighbors():
+def test_recall_is_the_fraction_of_true_neighbors():
     data = vectors_of(500)
     index = faiss.IndexFlatL2(DIM)
-    index.add(np.concatenate([data[:250], data[:250] + 100]).astype(np.float32))  # half of them are out of place
+    index.add(np.concatenate([data[:250], data[:250] + 100]).astype(np.float32))  # half of the vectors are shifted
     config = IndexConfig(min_recall=0.0, recall_at=3)
     measured = tune(index, data, config, factory="x", num_queries=500)["recall"]
     hits = []
@@ -97,17 +98,17 @@ def test_recall_is_the_share_of_true_neighbors():
     assert measured == pytest.approx(np.mean(hits), abs=0.01)
 
 
-def test_an_index_that_is_too_coarse_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"IVF4,PQ2x4 finds 0\.\d+ of the 2 nearest chunks at most, min_recall is 0.99"):
+def test_too_coarse_index_raises(tmp_path):
+    with pytest.raises(ValueError, match=r"IVF4,PQ2x4 finds at most 0\.\d+ of the 2 nearest chunks, but `min_recall` is 0\.99"):
         build(tmp_path, vectors_of(1000), factory="IVF4,PQ2x4", min_recall=0.99)
 
 
-def test_an_index_that_cannot_be_trained_is_refused_with_the_one_to_take(tmp_path):
-    with pytest.raises(ValueError, match=r"IVF1024,Flat needs 39,936 vectors to train .* there are 500: take Flat"):
+def test_untrainable_index_raises_and_recommends_another(tmp_path):
+    with pytest.raises(ValueError, match=r"IVF1024,Flat needs at least 39,936 vectors to train .* got 500\. Use Flat"):
         build(tmp_path, vectors_of(500), factory="IVF1024,Flat")
-    with pytest.raises(ValueError, match=r"PQ4 needs 9,984 vectors"):
+    with pytest.raises(ValueError, match=r"PQ4 needs at least 9,984 vectors"):
         build(tmp_path, vectors_of(500), factory="PQ4")
-    with pytest.raises(ValueError, match=r"cannot make an index 'Flut'"):
+    with pytest.raises(ValueError, match=r"got 'Flut', which faiss cannot create"):
         build(tmp_path, vectors_of(500), factory="Flut")
     check_training(faiss.index_factory(DIM, "IVF1024,Flat"), "IVF1024,Flat", 40_000, DIM)
 
@@ -127,7 +128,7 @@ def test_an_index_that_cannot_be_trained_is_refused_with_the_one_to_take(tmp_pat
         "IVF64,PQ8x4fs,RFlat",
     ],
 )
-def test_bytes_are_foretold_within_5_percent(tmp_path, factory):
+def test_index_bytes_are_predicted_within_5_percent(tmp_path, factory):
     data = vectors_of(10_000, dim=32).astype(np.float32)
     index = faiss.index_factory(32, factory)
     index.train(data[:1000])
@@ -136,7 +137,7 @@ def test_bytes_are_foretold_within_5_percent(tmp_path, factory):
     assert index_bytes(factory, 10_000, 32) == pytest.approx((tmp_path / "i").stat().st_size, rel=0.05)
 
 
-def test_the_advice_grows_with_the_corpus():
+def test_advice_depends_on_the_size_of_the_corpus():
     gib = 2**30
     assert advise(10_000, 384, memory=gib).factory == "Flat"
     assert advise(1_000_000, 384, memory=8 * gib).factory == "IVF8192,SQ8"
@@ -146,13 +147,13 @@ def test_the_advice_grows_with_the_corpus():
     assert advise(10**9, 768, memory=50 * gib).factory.endswith("PQ64x4fsr")
     assert advise(10**9, 768, memory=100 * gib, cores=64).hours < advise(10**9, 768, memory=100 * gib, cores=8).hours
     assert advise(200_000, 384, memory=200 * 2**20).factory == "IVF4096,SQ8"  # Flat would take 293 MiB
-    with pytest.raises(ValueError, match=r"no index of 1,000,000,000 vectors of 768 dimensions fits into 1.0 GiB"):
+    with pytest.raises(ValueError, match=r"an index of 1,000,000,000 vectors of 768 dimensions, but got 1\.0 GiB"):
         advise(10**9, 768, memory=gib)
     for num in (100, 1000, 10_000, 300_000):
-        check_training(faiss.index_factory(64, advise(num, 64).factory), "", num, 64)  # what it chooses can be trained
+        check_training(faiss.index_factory(64, advise(num, 64).factory), "", num, 64)  # the recommended index can be trained
 
 
-def test_without_faiss_it_says_what_to_install(monkeypatch):
+def test_missing_faiss_raises_with_the_package_to_install(monkeypatch):
     real = builtins.__import__
 
     def without(name, *arguments, **options):
@@ -174,14 +175,14 @@ def test_appended_vectors_are_found_without_training(tmp_path):
     assert index.ntotal == 2000 and (ids[:, 0] == np.arange(1500, 2000)).mean() > 0.95
 
 
-# -- search that leaves out
+# -- search with forbidden chunks
 
 
 @pytest.mark.parametrize(
     "factory", ["Flat", "IVF16,Flat", "HNSW16", "PCA16,IVF16,Flat", "PCA16,IVF16,Flat,RFlat", "HNSW16,Refine(SQfp16)"]
 )
 @pytest.mark.parametrize("sizes", [[1] * 300, [1500, 700, 1, 1, 300], [2000]], ids=["many", "few", "giant"])
-def test_search_finds_the_nearest_that_are_allowed(factory, sizes):
+def test_search_finds_the_nearest_allowed_chunks(factory, sizes):
     num = sum(sizes)
     groups = np.repeat(np.arange(len(sizes)), sizes)
     deleted = 5 if len(sizes) > 5 else None
@@ -194,7 +195,7 @@ def test_search_finds_the_nearest_that_are_allowed(factory, sizes):
     set_effort(index, max_effort(index))
     rows = np.random.default_rng(0).choice(num, 60, replace=False)
     rows = rows[groups[rows] >= 0]
-    # Every query leaves out its own group, and every third one a further group.
+    # Every query forbids its own group, and every third query a further group.
     forbidden = {(row, int(groups[q])) for row, q in enumerate(rows)}
     forbidden |= {(row, 0) for row in range(0, len(rows), 3)}
     pairs = np.array(sorted(forbidden))
@@ -208,9 +209,9 @@ def test_search_finds_the_nearest_that_are_allowed(factory, sizes):
     assert np.allclose(found.distances[found.mask], truth[found.mask], atol=2e-3)
 
 
-# The last but one refines, but not from exact vectors; the last knows no search that leaves out.
+# The third index refines, but not with exact vectors. The last index cannot exclude chunks in a search.
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,PQ8x4fs,RFlat", "IVF16,PQ8x4fs,Refine(SQ8)", "PQ8x4fs"])
-def test_a_search_that_looks_at_little_still_fills_every_row(factory):
+def test_search_with_low_effort_still_fills_every_row(factory):
     groups = np.arange(1000) // 50
     data = vectors_of(1000)
     index = faiss.index_factory(DIM, factory)
@@ -224,7 +225,7 @@ def test_a_search_that_looks_at_little_still_fills_every_row(factory):
     assert (groups[found.ids] != groups[:, None]).all()
 
 
-def test_what_refines_compares_by_its_better_vectors():
+def test_refining_index_compares_by_its_precise_vectors():
     groups = np.arange(3000) // 10
     data = vectors_of(3000).astype(np.float32)
     index = faiss.index_factory(DIM, "IVF16,PQ8x4fs,RFlat")
@@ -244,7 +245,7 @@ def test_what_refines_compares_by_its_better_vectors():
     assert refined > 0.9 > without + 0.2
 
 
-def test_exact_neighbors_in_blocks_are_those_of_one_search():
+def test_exact_neighbors_in_blocks_equal_one_search():
     data = vectors_of(1000)
     queries = data[:50].astype(np.float32)
     index = faiss.IndexFlatL2(DIM)
@@ -255,7 +256,7 @@ def test_exact_neighbors_in_blocks_are_those_of_one_search():
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains_the_index_that_a_cpu_searches(tmp_path):
+def test_gpu_trains_the_index_that_a_cpu_searches(tmp_path):
     if not faiss_seam.num_gpus():
         pytest.skip("faiss sees no GPU: needs faiss-gpu")
     manifest = build(tmp_path, vectors_of(20_000), factory="IVF64,Flat").manifest()

@@ -14,7 +14,7 @@ NOTHING = np.zeros(0, dtype=np.int64)
 
 
 def slow_bm25(chunks: list[list[str]], query: list[str], k1=1.5, b=0.75) -> list[float]:
-    """Robertson and Zaragoza 2009 with Lucene's idf, which is never negative."""
+    """Compute BM25 (Robertson and Zaragoza 2009) with the idf of Lucene, which is never negative."""
     mean = sum(map(len, chunks)) / len(chunks)
     scores = []
     for chunk_words in chunks:
@@ -36,7 +36,7 @@ def built(tmp_path_factory):
     return table, build_lexical(root, stage, DECODE, team=Team(), verify=0.0)
 
 
-def test_scores_are_those_of_the_formula(built):
+def test_scores_equal_the_formula(built):
     table, stage = built
     searcher = LexicalSearcher(stage, group_of_chunks(table, NOTHING), DECODE)
     chunks = [words(DECODE(table.chunk(i).tolist())) for i in range(len(table))]
@@ -45,7 +45,7 @@ def test_scores_are_those_of_the_formula(built):
         assert np.allclose(searcher.scores(terms), slow_bm25(chunks, chunks[number]), atol=1e-4)
 
 
-def test_the_best_that_are_allowed_come_in_order(built):
+def test_best_allowed_chunks_are_returned_in_order(built):
     table, stage = built
     deleted = np.array([3])
     groups = group_of_chunks(table, deleted)
@@ -66,6 +66,6 @@ def test_unknown_words_find_nothing(built):
     assert not found.mask.any() and np.isinf(found.distances).all() and (found.ids == 0).all()
 
 
-def test_chunks_without_words_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no chunk has a word in it"):
+def test_chunks_without_words_raise(tmp_path):
+    with pytest.raises(ValueError, match="no chunk has one"):
         build_lexical(tmp_path, chunk(tmp_path, {"a": "... --- ..."}), DECODE, team=Team(), verify=0.0)

@@ -18,7 +18,7 @@ def finished(root):
     return stage
 
 
-def test_a_block_comes_back_and_a_finished_stage_keeps_no_blocks(tmp_path):
+def test_block_round_trip_and_finished_stage_has_no_blocks(tmp_path):
     stage = stage_of(tmp_path)
     stage.write_block(3, {"x": np.arange(4), "y": np.eye(2)})
     assert stage.has_block(3) and not stage.has_block(0)
@@ -31,7 +31,7 @@ def test_a_block_comes_back_and_a_finished_stage_keeps_no_blocks(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "empty"])
-def test_a_damaged_block_is_announced_and_gone(tmp_path, damage):
+def test_damaged_block_warns_and_is_deleted(tmp_path, damage):
     stage = stage_of(tmp_path)
     stage.write_block(0, {"x": np.arange(100)})
     (path,) = stage.folder.rglob("*.npz")
@@ -44,7 +44,7 @@ def test_a_damaged_block_is_announced_and_gone(tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "manifest", "altered"])
-def test_a_damaged_result_is_not_taken_for_whole(tmp_path, damage):
+def test_damaged_result_is_not_finished(tmp_path, damage):
     stage = finished(tmp_path)
     path = stage.folder / ("manifest.json" if damage == "manifest" else "x.npy")
     content = path.read_bytes()
@@ -53,18 +53,18 @@ def test_a_damaged_result_is_not_taken_for_whole(tmp_path, damage):
     else:
         path.write_bytes(content[:-1] + b"\x07" if damage == "altered" else content[:-5])
     if damage == "altered":
-        assert stage.manifest() is not None  # the size tells nothing: it takes a look at the content
-    with pytest.warns(UserWarning, match="damaged and will be made again"):
+        assert stage.manifest() is not None  # the size is unchanged: only the content shows the damage
+    with pytest.warns(UserWarning, match="damaged and will be rebuilt"):
         assert stage.manifest(verify=True) is None
     assert stage.manifest() is None
 
 
-def test_what_a_stage_depends_on_makes_its_folder(tmp_path):
+def test_folder_depends_on_the_inputs(tmp_path):
     assert stage_of(tmp_path, a=1).folder != stage_of(tmp_path, a=2).folder
     assert stage_of(tmp_path, a=1, b=2).folder == stage_of(tmp_path, b=2, a=1).folder
 
 
-def test_a_block_that_is_not_reproduced_is_named(tmp_path):
+def test_block_that_is_not_reproduced_raises(tmp_path):
     stage = stage_of(tmp_path)
     stage.write_block(0, {"x": np.arange(5)})
     stage.check_block(0, {"x": np.arange(5)})
@@ -72,7 +72,7 @@ def test_a_block_that_is_not_reproduced_is_named(tmp_path):
         stage.check_block(0, {"x": np.arange(5) + 1})
 
 
-def test_about_the_wanted_share_of_blocks_is_sampled(tmp_path):
+def test_sampled_fraction_is_about_the_requested_one(tmp_path):
     stage = stage_of(tmp_path)
     sampled = sum(stage.is_sampled(number, 0.1) for number in range(2000))
     assert 140 < sampled < 260
@@ -80,7 +80,7 @@ def test_about_the_wanted_share_of_blocks_is_sampled(tmp_path):
     assert all(stage.is_sampled(number, 1.0) for number in range(50))
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_files(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -93,6 +93,6 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not stage.has_block(0)
 
 
-def test_an_error_in_a_team_of_one_passes():
+def test_error_in_a_team_of_one_propagates():
     with pytest.raises(KeyError), Team().together():
         raise KeyError("x")

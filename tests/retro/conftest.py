@@ -1,4 +1,4 @@
-"""A retrieval database of a few documents, built once."""
+"""A small retrieval database, built once per session."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ HELD_OUT = {"v": "the quick brown dog jumps at noon", "w": "é warm sun"}
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> RetrievalDatabase:
-    """Chunks of 8 bytes, three neighbours each; a held-out set `validation`."""
+    """Build a database with chunks of 8 bytes, three neighbors per chunk and a query set `validation`."""
     root = tmp_path_factory.mktemp("retro")
     for name, texts in (("documents", TEXTS), ("held_out", HELD_OUT)):
         (root / name).mkdir()

@@ -1,4 +1,4 @@
-"""The table of arms against sums worked by hand, and an interval whose coverage is known."""
+"""Tests of the arms against values computed by hand, and of the coverage of the interval."""
 
 import math
 
@@ -9,7 +9,7 @@ from lightning_align.retro.arms import RetrievalArms, interval
 
 
 def filled() -> RetrievalArms:
-    """Two documents in three windows of chunks of 2 tokens; nats are whole bits."""
+    """Make a metric with two documents in three windows of chunks of 2 tokens. All nats are whole bits."""
     arms = RetrievalArms(["on", "off"])
     bit = math.log(2)
     targets = torch.tensor([[False, True, True, True], [False, True, False, False]])
@@ -24,29 +24,29 @@ def filled() -> RetrievalArms:
     return arms
 
 
-def test_worked_by_hand() -> None:
+def test_values_computed_by_hand() -> None:
     values = filled().compute()
     assert values["documents"] == 2
     assert values["on/bits_per_byte"] == pytest.approx((1 + 5 + 4 + 5) / 25)
     assert values["off/bits_per_byte"] == pytest.approx((2 + 10 + 4 + 8) / 25)
     assert values["off/gain"] == pytest.approx(9 / 25)
     assert values["loss"] == pytest.approx(15 * math.log(2) / 5)
-    # Chunks of overlap 0.1 and 0.125 cost 1 and 5 bits ON, and have 4 and 5 bytes; up to 0.5 there is one of 6 bytes more.
+    # The chunks with overlap 0.1 and 0.125 have 4 and 5 bytes and cost 1 and 5 bits ON. One more, with 6 bytes, has 0.5.
     assert values["bytes_alpha_0.125"] == 9 and values["bytes_alpha_0.25"] == 9 and values["bytes_alpha_0.5"] == 15
     assert values["on/bits_per_byte_alpha_0.125"] == pytest.approx(6 / 9)
     assert values["off/bits_per_byte_alpha_0.5"] == pytest.approx((2 + 8 + 10) / 15)
-    # Of two documents, draws are 7 and 7 (9 bits on 15 bytes), 7 and 3, 3 and 3 (none).
+    # Bootstrap samples of two documents: 7 and 7 (a gain of 9 bits on 15 bytes), 7 and 3, 3 and 3 (no gain).
     assert values["off/gain_low"] == pytest.approx(0) and values["off/gain_high"] == pytest.approx(9 / 15)
 
 
-def test_the_precision_of_the_module_does_not_matter() -> None:
+def test_converting_the_metric_keeps_its_values() -> None:
     arms = filled()
     want = arms.compute()
     arms._computed = None
     assert arms.to(torch.bfloat16).compute() == want
 
 
-def test_interval_covers_the_mean_nineteen_times_of_twenty() -> None:
+def test_interval_covers_the_mean_in_about_95_percent_of_the_samples() -> None:
     generator = torch.Generator().manual_seed(0)
     covered = 0
     for _ in range(200):

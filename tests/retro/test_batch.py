@@ -1,4 +1,4 @@
-"""Windows and their neighbours against the documents that they were cut from."""
+"""Tests of the RETRO dataset: windows and neighbors, compared with the documents that they come from."""
 
 import pickle
 from collections import Counter
@@ -38,7 +38,7 @@ def evaluation(database: RetrievalDatabase, *, num_chunks: int = 3, seed: int = 
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 50])
-def test_each_token_but_the_first_of_a_document_is_a_target_once(database: RetrievalDatabase, num_chunks: int) -> None:
+def test_each_token_except_the_first_is_a_target_exactly_once(database: RetrievalDatabase, num_chunks: int) -> None:
     table, windows = database.chunks, training(database, num_chunks=num_chunks)
     seen: Counter[int] = Counter()
     for window in range(len(windows)):
@@ -53,7 +53,7 @@ def test_each_token_but_the_first_of_a_document_is_a_target_once(database: Retri
     assert seen == Counter(place for place in range(len(table.tokens)) if place not in firsts)
 
 
-def test_neighbors_are_those_of_the_chunks_that_the_window_fills(database: RetrievalDatabase) -> None:
+def test_neighbors_belong_to_the_full_chunks_of_the_window(database: RetrievalDatabase) -> None:
     windows, table, neighbors = training(database), database.chunks, database.neighbors
     order = np.random.default_rng(0).permutation(len(windows))[:4].tolist()
     batch = windows[order]
@@ -70,20 +70,20 @@ def test_neighbors_are_those_of_the_chunks_that_the_window_fills(database: Retri
     assert bool(batch["neighbors"].mask.any())
 
 
-def test_a_share_of_the_neighbors_is_random_whatever_the_batch(database: RetrievalDatabase) -> None:
+def test_random_neighbors_do_not_depend_on_the_batch(database: RetrievalDatabase) -> None:
     rows = list(range(len(training(database))))
     right, some, all_ = (training(database, random=share)[rows]["neighbors"] for share in (0, 0.5, 1))
-    chunks = training(database)[rows]["mask"][:, :-1].unflatten(1, (-1, SIZE)).any(-1)  # those that exist
+    chunks = training(database)[rows]["mask"][:, :-1].unflatten(1, (-1, SIZE)).any(-1)  # chunks that exist
     replaced = (some.tokens != right.tokens).any(-1)
     assert 0 < int(replaced[chunks].sum()) < replaced[chunks].numel()
     assert torch.equal(some.tokens[replaced], all_.tokens[replaced])
-    # Where a chunk is left without neighbours, random ones are there nevertheless; past the end of a row there are none.
+    # Chunks without neighbors get random ones too. There are none past the end of a row.
     assert bool(all_.mask[chunks][..., 0].all()) and not bool(all_.mask[~chunks].any())
     alone = training(database, random=1)[rows[2:3]]["neighbors"]
     assert torch.equal(alone.tokens[0], all_.tokens[2, : alone.tokens.shape[1]])
 
 
-def test_evaluation_does_not_depend_on_how_it_is_batched(database: RetrievalDatabase) -> None:
+def test_controls_do_not_depend_on_the_batch(database: RetrievalDatabase) -> None:
     windows = evaluation(database)
     together = windows[list(range(len(windows)))]
     for window in range(len(windows)):
@@ -97,7 +97,7 @@ def test_evaluation_does_not_depend_on_how_it_is_batched(database: RetrievalData
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 50])
-def test_bytes_add_up_to_the_documents(database: RetrievalDatabase, num_chunks: int) -> None:
+def test_chunk_bytes_add_up_to_the_documents(database: RetrievalDatabase, num_chunks: int) -> None:
     windows = evaluation(database, num_chunks=num_chunks)
     totals: Counter[str] = Counter()
     ids = database.queries("validation").chunks.document_ids
@@ -107,30 +107,30 @@ def test_bytes_add_up_to_the_documents(database: RetrievalDatabase, num_chunks: 
     assert totals == {f"{name}.txt": len(text.encode()) for name, text in HELD_OUT.items()}
 
 
-def test_overlap_is_that_of_the_chunk(database: RetrievalDatabase) -> None:
+def test_overlap_belongs_to_the_chunk(database: RetrievalDatabase) -> None:
     batch = evaluation(database)[[0]]
     spelled = ByteTokenizer().decode(batch["tokens"][0].tolist())
     assert spelled.startswith("the quick brown")
-    # "the quick" stands in a and b; the first chunk is its beginning-of-sequence token and 7 letters of that.
+    # Documents a and b start with "the quick". The first chunk is the beginning-of-sequence token and the 7 letters "the qui".
     assert float(batch["overlap"][0, 0]) == 1.0
     assert bool(((batch["overlap"] >= 0) & (batch["overlap"] <= 1)).all())
 
 
-def test_is_pickled_without_the_tables(database: RetrievalDatabase) -> None:
+def test_pickling_keeps_the_batches(database: RetrievalDatabase) -> None:
     windows = training(database)
     first = windows[[0, 1]]
     again = pickle.loads(pickle.dumps(windows))
     assert torch.equal(again[[0, 1]]["neighbors"].tokens, first["neighbors"].tokens)
 
 
-def test_refuses_more_neighbors_than_are_kept(database: RetrievalDatabase) -> None:
-    with pytest.raises(ValueError, match="keeps 3 neighbours"):
+def test_more_neighbors_than_in_the_database_raise(database: RetrievalDatabase) -> None:
+    with pytest.raises(ValueError, match=r"`num_neighbors` must be at most 3, .* but got 4"):
         training(database, num_neighbors=4)
 
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> RetrievalDatabase:
-    """Twelve documents of 3 to 6 chunks, three of which were deleted."""
+    """A database of twelve documents with 3 to 6 chunks each. Three of them are deleted."""
     root = tmp_path_factory.mktemp("edited")
     listed = Listed(texts(12, words=8))
     build_database(root, listed, encoder="bm25", queries={"validation": Listed(texts(4, seed=3))}, chunk_size=SIZE, k=3)
@@ -139,7 +139,7 @@ def edited(tmp_path_factory: pytest.TempPathFactory) -> RetrievalDatabase:
 
 @pytest.mark.parametrize("deletes", [False, True])
 @pytest.mark.parametrize("own", [False, True], ids=["query set", "own documents"])
-def test_random_neighbors_are_live_and_of_other_documents(edited: RetrievalDatabase, own: bool, deletes: bool) -> None:
+def test_random_neighbors_come_from_other_live_documents(edited: RetrievalDatabase, own: bool, deletes: bool) -> None:
     deleted = edited.manifest["deleted"] if deletes else []
     documents = edited if own else edited.queries("validation")
     table = edited.chunks
@@ -160,7 +160,7 @@ def test_random_neighbors_are_live_and_of_other_documents(edited: RetrievalDatab
         assert there.all() and not np.isin(table.document_of(control), deleted).any()
 
 
-def test_what_is_drawn_again_is_any_other_chunk(edited: RetrievalDatabase) -> None:
+def test_replacements_are_uniform_over_the_allowed_chunks(edited: RetrievalDatabase) -> None:
     table, deleted = edited.chunks, edited.manifest["deleted"]
     live, own, random = LiveChunks(table, deleted), 3, np.random.default_rng(0)
     ids = random.integers(0, len(table), 40_000)
@@ -175,7 +175,7 @@ def test_what_is_drawn_again_is_any_other_chunk(edited: RetrievalDatabase) -> No
     assert not there.any() and only.shape == ids.shape
 
 
-def test_no_window_is_of_a_deleted_document(edited: RetrievalDatabase) -> None:
+def test_deleted_documents_have_no_windows(edited: RetrievalDatabase) -> None:
     source = RETRODataModule(str(edited.folder), num_chunks=2, num_neighbors=2, random_neighbors=0.5)
     rows: Any = source.train_dataloader().dataset
     assert not np.isin(rows.windows.document, edited.manifest["deleted"]).any()

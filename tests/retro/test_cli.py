@@ -1,4 +1,4 @@
-"""From documents to a model that reads, by the command line and its own configuration files."""
+"""Tests of the commands with the configurations in `configs/retro`."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def config_of_few_facts(folder: Path) -> str:
-    """The configuration of the facts, with fewer of them."""
+    """Write a copy of facts.yaml with fewer facts."""
     text = (CONFIGS / "facts.yaml").read_text().replace("{role: ", "{num_facts: 24, num_held_out: 6, num_notes: 9, role: ")
     path = folder / "facts.yaml"
     path.write_text(text.replace("batch_size: 16", "batch_size: 8").replace("val_check_interval: 500", "val_check_interval: 4"))
@@ -58,7 +58,7 @@ def test_fit_validate_predict(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [["facts"], ["stdlib"], ["stdlib", "folder"]])
-def test_each_configuration_is_read(folder: Path, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_configuration_parses(folder: Path, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "texts").mkdir()
     for number in range(30):
         (folder / "texts" / f"{number}.txt").write_text("text")

@@ -1,4 +1,4 @@
-"""RETROModule and RETRODataModule with a bare Trainer: what they optimise, report and refuse."""
+"""Tests of RETROModule and RETRODataModule with a plain Trainer."""
 
 import functools
 import json
@@ -59,12 +59,12 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
 
 @torch.no_grad()
 def slow_nats(model: RETRO, batch: RetrievalBatch, neighbors: NeighborTokens | None) -> Tensor:
-    """Sum over a row's targets, one row and one target at a time, without padding."""
+    """Compute the nats of each row, one row and one target at a time, without padding."""
     sums = []
     for row in range(len(batch["tokens"])):
         length, total = int(batch["mask"][row].sum()), 0.0
         one = None if neighbors is None else NeighborTokens(*(part[row : row + 1] for part in neighbors))
-        # One position more than is scored, so that a short row is not below the size of a chunk by itself.
+        # Include one position more than is scored, so that a short row has at least one chunk.
         logits = model(batch["tokens"][row : row + 1, : max(length, SIZE)], neighbors=one)[0].double()
         for place in range(1, length):
             total -= float(logits[place - 1].log_softmax(0)[batch["tokens"][row, place]])
@@ -72,7 +72,7 @@ def slow_nats(model: RETRO, batch: RetrievalBatch, neighbors: NeighborTokens | N
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def test_arms_are_what_each_says(database: RetrievalDatabase, tmp_path: Path) -> None:
+def test_each_arm_uses_its_neighbors(database: RetrievalDatabase, tmp_path: Path) -> None:
     tuned = module(by_k=[1, 3])
     run = trainer(tmp_path)
     (values,) = run.validate(tuned, data(database, eval_batch_size=2), verbose=False)
@@ -98,7 +98,7 @@ def test_arms_are_what_each_says(database: RetrievalDatabase, tmp_path: Path) ->
     assert values["val/off/gain"] == pytest.approx(off, abs=1e-5)
 
 
-def test_a_step_descends_the_mean_over_targets(database: RetrievalDatabase, tmp_path: Path) -> None:
+def test_a_step_follows_the_gradient_of_the_mean_over_targets(database: RetrievalDatabase, tmp_path: Path) -> None:
     source = data(database, batch_size=100, num_neighbors=2)
     tuned = module(vary_neighbors=False)
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(tuned, source)
@@ -113,18 +113,18 @@ def test_a_step_descends_the_mean_over_targets(database: RetrievalDatabase, tmp_
         assert gap(parameter - 0.1 * parameter.grad, new) < 1e-5
 
 
-def test_trains_on_a_query_set_where_one_is_named(database: RetrievalDatabase, tmp_path: Path) -> None:
+def test_training_on_a_query_set(database: RetrievalDatabase, tmp_path: Path) -> None:
     source = data(database, train="validation", random_neighbors=1.0)
     trainer(tmp_path, limit_val_batches=0).fit(module(), source)
     rows: Any = source.train_dataloader().dataset
     assert rows.table.document_ids == ["v.txt", "w.txt"] and rows.database is not rows.table
     with pytest.raises(ValueError, match="no query set 'other'"):
         data(database, train="other").train_dataloader()
-    with pytest.raises(ValueError, match="random_neighbors is 2"):
+    with pytest.raises(ValueError, match="`random_neighbors` must be a share from 0 to 1, but got 2"):
         data(database, random_neighbors=2.0)
 
 
-def test_the_number_of_neighbors_is_drawn_from_the_step(
+def test_the_number_of_neighbors_depends_on_the_step_only(
     database: RetrievalDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[int, int]] = []
@@ -141,14 +141,14 @@ def test_the_number_of_neighbors_is_drawn_from_the_step(
         for _ in range(2):
             settings = {"max_steps": 20, "limit_val_batches": 0, "accumulate_grad_batches": 2}
             trainer(tmp_path, **settings).fit(module(**options), data(database, batch_size=2))
-        # Each of 20 steps cuts its batch in two (or one at the end of an epoch), and reads one number, the same in both runs.
+        # Each of 20 steps has two micro-batches (or one at the end of an epoch). It draws one number, the same in both runs.
         assert len(drawn) > 60 and len(set(drawn)) == 20
         seen[name] = {number for _, number in drawn}
         drawn.clear()
     assert seen == {"tuned": {0, 1, 2}, "frozen": {1, 2}}
 
 
-def test_retrofitting_keeps_the_language_model_to_the_bit(database: RetrievalDatabase, tmp_path: Path) -> None:
+def test_retrofitting_keeps_the_language_model_bit_for_bit(database: RetrievalDatabase, tmp_path: Path) -> None:
     base = SFTModule(tiny_palm(num_tokens=259, depth=3, seed=5))
     base.configure_model()
     run = trainer(tmp_path)
@@ -167,11 +167,11 @@ def test_retrofitting_keeps_the_language_model_to_the_bit(database: RetrievalDat
     assert torch.equal(fitted(tokens), base.policy(tokens))
 
 
-def test_a_checkpoint_outlives_the_language_model_it_began_from(database: RetrievalDatabase, tmp_path: Path) -> None:
+def test_a_checkpoint_loads_without_the_file_of_retrofit_from(database: RetrievalDatabase, tmp_path: Path) -> None:
     path = tmp_path / "base.pt"
     torch.save(decoder().state_dict(), path)
     tuned = module(retrofit_from=str(path))
-    run = trainer(tmp_path, max_steps=3)  # an epoch, at whose end it validates
+    run = trainer(tmp_path, max_steps=3)  # one epoch, with a validation at its end
     run.fit(tuned, data(database))
     run.save_checkpoint(tmp_path / "retro.ckpt", weights_only=True)
     path.unlink()
@@ -184,7 +184,7 @@ def test_a_checkpoint_outlives_the_language_model_it_began_from(database: Retrie
         trainer(tmp_path).validate(fresh, data(database), verbose=False)
 
 
-def test_resumes_to_the_bit_in_the_middle_of_an_epoch(database: RetrievalDatabase, tmp_path: Path) -> None:
+def test_resuming_within_an_epoch_is_bit_identical(database: RetrievalDatabase, tmp_path: Path) -> None:
     whole = module()
     trainer(tmp_path, max_steps=6, limit_val_batches=0).fit(whole, data(database, batch_size=1))
 
@@ -199,7 +199,7 @@ def test_resumes_to_the_bit_in_the_middle_of_an_epoch(database: RetrievalDatabas
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
-def test_predictions_name_what_was_read(database: RetrievalDatabase, tmp_path: Path) -> None:
+def test_predictions_contain_the_neighbors(database: RetrievalDatabase, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "the quick brown fox"}\n{"prompt": "a"}\n')
     tuned = module(generation=GenerationConfig(max_new_tokens=10, temperature=0.0))
@@ -208,12 +208,12 @@ def test_predictions_name_what_was_read(database: RetrievalDatabase, tmp_path: P
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["the quick brown fox", "a"]
     first = rows[0]["neighbors"][0][0]
-    assert first["chunk"] == "the qui"  # with the beginning of the sequence, 8 tokens
+    assert first["chunk"] == "the qui"  # 8 tokens with the beginning-of-sequence token
     assert {read["document"] for read in first["read"]} <= {"a.txt", "b.txt", "d.txt"} and len(first["read"]) == 2
     assert first["read"][0]["text"] == "the qui" and first["read"][0]["continuation"] == "ck brown"
 
 
-def test_a_planted_leak_stops_the_run_or_is_measured(tmp_path: Path) -> None:
+def test_a_planted_leak_raises_or_warns(tmp_path: Path) -> None:
     for name in ("documents", "held_out"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "same.txt").write_text("a text that stands on both sides of the split is no evidence")
@@ -226,45 +226,45 @@ def test_a_planted_leak_stops_the_run_or_is_measured(tmp_path: Path) -> None:
         )
 
     leaky = build("database")
-    with pytest.raises(ValueError, match=r"1 documents of validation stand in the database too, such as same\.txt"):
+    with pytest.raises(ValueError, match=r"1 documents of validation have near-duplicates in the database, such as same\.txt"):
         trainer(tmp_path).validate(module(), data(leaky), verbose=False)
     overlap = {}
     for name, database in (("hidden", leaky), ("shown", build("shown", hide_copies=False))):
-        with pytest.warns(UserWarning, match="copied from, not predicted with"):
+        with pytest.warns(UserWarning, match="can copy from them as neighbors"):
             rows = data(database, on_leak="warn").val_dataloader().dataset
         batch = rows[range(len(rows))]  # type: ignore[arg-type]
         overlap[name] = batch["overlap"][batch["chunk_bytes"] > 0]
-    assert bool((overlap["shown"] == 1).all())  # all of it could have been copied
+    assert bool((overlap["shown"] == 1).all())  # all of the text could be copied
     assert float(overlap["hidden"].max()) <= 0.5
 
 
-def test_panel_shows_query_neighbors_continuation_and_distance(database: RetrievalDatabase) -> None:
+def test_panel_columns(database: RetrievalDatabase) -> None:
     lines = NeighborPanel(num_chunks=3).table(data(database), database).splitlines()
     assert lines[0] == "| query | neighbor | continuation | document | distance |"
     assert "`the qui` | `the qui` | `ck brown` |" in lines[2]
     assert all(line.count("|") == 6 for line in lines)
 
 
-def test_refuses(database: RetrievalDatabase, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a RETRO"):
+def test_invalid_arguments_raise(database: RetrievalDatabase, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be a RETRO, but got a PaLM"):
         trainer(tmp_path).validate(RETROModule(decoder()), data(database), verbose=False)
-    with pytest.raises(ValueError, match="chunks of 8 tokens and the model of 4"):
+    with pytest.raises(ValueError, match="chunks of 8 tokens and the model has chunks of 4 tokens"):
         trainer(tmp_path).validate(RETROModule(tiny_retro(decoder=decoder())), data(database), verbose=False)
     with pytest.raises(ValueError, match="batches have 1"):
         trainer(tmp_path).validate(module(), data(database, eval_num_neighbors=1), verbose=False)
-    with pytest.raises(ValueError, match="gives weights to the decoder"):
+    with pytest.raises(ValueError, match="initializes the decoder of `backbone`"):
         RETROModule(init_from="a.ckpt", retrofit_from="b.ckpt")
-    with pytest.raises(ValueError, match="expected 1 or more each"):
+    with pytest.raises(ValueError, match=r"must be at least 1, but got 2 and \[0\]"):
         module(by_k=[0])
     with pytest.raises(ValueError, match=r"no database\.json"):
         trainer(tmp_path).fit(module(), RETRODataModule(str(tmp_path)))
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="must name rows with a `prompt`"):
         trainer(tmp_path).predict(module(), data(database))
-    with pytest.raises(ValueError, match="on_leak is 'no'"):
+    with pytest.raises(ValueError, match="`on_leak` must be fail or warn, but got 'no'"):
         data(database, on_leak="no")
 
 
-def test_a_refreshed_database_is_evaluated_and_continues_prompts(tmp_path: Path) -> None:
+def test_evaluation_and_prediction_with_a_refreshed_database(tmp_path: Path) -> None:
     for name in ("documents", "held_out"):
         (tmp_path / name).mkdir()
         for number, text in enumerate(("the quick brown fox", "a lazy dog sleeps", "they meet at noon")):
@@ -298,6 +298,8 @@ def test_a_refreshed_database_is_evaluated_and_continues_prompts(tmp_path: Path)
     run("validate", last)
     assert RetrievalDatabase.open(folder).manifest == refreshed
     [[row]] = run("predict", last)
-    assert row["neighbors"][0][0]["read"], "the policy of the checkpoint encodes what is looked for"
+    assert row["neighbors"][0][0]["read"], "the policy of the checkpoint should encode the queries"
     run("validate", last)
-    assert RetrievalDatabase.open(folder).manifest == refreshed, "evaluation goes back to what it was trained on"
+    assert RetrievalDatabase.open(folder).manifest == refreshed, (
+        "evaluation should restore the database that the checkpoint was trained on"
+    )

@@ -1,3 +1,5 @@
+"""Tests of the overlap of chunks with their neighbors."""
+
 import random
 
 import numpy as np
@@ -10,13 +12,13 @@ def slow(a: list[int], b: list[int]) -> int:
     return max((len(run) for run in runs for i in range(len(a)) if a[i : i + len(run)] == run), default=0)
 
 
-def test_worked_by_hand() -> None:
+def test_values_computed_by_hand() -> None:
     a, b = np.array([1, 2, 3, 9, 5]), np.array([[7, 2, 3, 9, 6], [5, 5, 5, 1, 2], [8, 8, 8, 8, 8]])
     runs = longest_common_run(np.broadcast_to(a, b.shape), np.ones(b.shape, bool), b, np.ones(b.shape, bool))
     assert runs.tolist() == [3, 2, 0]
 
 
-def test_equals_trying_every_run() -> None:
+def test_equals_brute_force() -> None:
     random.seed(0)
     for _ in range(200):
         a, b = (random.choices(range(3), k=random.randint(1, 9)) for _ in range(2))
@@ -24,7 +26,7 @@ def test_equals_trying_every_run() -> None:
         assert int(got) == slow(a, b)
 
 
-def test_padding_is_no_token() -> None:
+def test_padding_does_not_match() -> None:
     a = np.array([4, 4, 0, 0])
     mask = np.array([True, True, False, False])
     assert int(longest_common_run(a, mask, a, mask)) == 2

@@ -1,4 +1,4 @@
-"""Small RETRO models, neighbours for them, and a retriever without a database."""
+"""Small RETRO models, random neighbors for them, and a retriever without a database."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ SIZE = 4
 
 
 def tiny_retro(*, seed: int = 1, dtype: torch.dtype = torch.float32, **overrides: Any) -> RETRO:
-    """A RETRO of a few thousand weights, none of which is 0 and whose gains are not all 1."""
+    """Make a RETRO with a few thousand weights. No weight is 0, and the gains are random."""
     options: dict[str, Any] = {"chunk_size": SIZE, "cross_layers": [1, 3], "encoder_dim": 12, "heads": 2, "dim_head": 6}
     decoder = overrides.pop("decoder", None) or tiny_palm(depth=3)
     model = RETRO(decoder, **{**options, **overrides})
@@ -32,7 +32,7 @@ def tiny_retro(*, seed: int = 1, dtype: torch.dtype = torch.float32, **overrides
 def tokens_and_neighbors(
     rows: int, length: int, *, neighbors: int = 2, size: int = SIZE, holes: bool = True, seed: int = 0
 ) -> tuple[Tensor, NeighborTokens]:
-    """Random rows with random neighbours of each full chunk; some are missing, some have a short continuation."""
+    """Make random rows with random neighbors of each full chunk. With `holes`, some neighbors are missing or short."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, VOCABULARY, (rows, length), generator=generator)
     shape = rows, length // size, neighbors, 2 * size
@@ -45,7 +45,7 @@ def tokens_and_neighbors(
 
 
 class ToyRetriever:
-    """Finds random chunks that depend on the query alone; now and then fewer than were asked for."""
+    """Returns random chunks that depend only on the query. Sometimes it returns fewer than k."""
 
     tokenizer_fingerprint = "toy"
 

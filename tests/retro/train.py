@@ -1,4 +1,4 @@
-"""What one rank of a distributed test does: train and validate RETRO on a database that is there, and generate."""
+"""The script of one rank of a distributed test: train and validate RETRO on an existing database, and generate."""
 
 import functools
 import sys
@@ -22,7 +22,7 @@ SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
 def run(strategy: Any, devices: int, database: str, folder: Path) -> dict[str, Any]:
-    """Two optimizer steps on the same global batches, of six and of three windows, then both arms, then a continuation."""
+    """Run two optimizer steps on the same global batches of six and three windows, validate both arms, and generate."""
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -47,7 +47,6 @@ def run(strategy: Any, devices: int, database: str, folder: Path) -> dict[str, A
 
 
 def main(name: str, database: str, folder: Path) -> None:
-    torch.set_num_threads(1)
     warnings.filterwarnings("error", message=".*sync_dist")
     result = run(STRATEGIES[name]("retro"), 2, database, folder)
     torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")

@@ -20,6 +20,14 @@ ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)
 GENERATION = GenerationConfig(max_new_tokens=5, batch_size=4, seed=3)
 
 
+def exact_palm() -> Any:
+    """In float64: of a few hundred draws over 259 tokens one is within some 1e-6 of another token, as far as float32 rounds.
+
+    Where a test compares what was drawn in batches of other shapes, so that other kernels worked, rounding must decide nothing.
+    """
+    return tiny_palm(num_tokens=259, dtype=torch.float64)
+
+
 def write_rows(folder: Path) -> str:
     path = folder / "rows.jsonl"
     rows = [{"prompt": f"{i}{'+' * (i % 3)}1=", "response": str(i + 1)} for i in range(ROWS)]

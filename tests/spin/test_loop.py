@@ -15,7 +15,7 @@ from lightning_align.generation.sampler import generate
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.spin.generations import GeneratedSet, answer_ids
 from lightning_align.training.schedules import WarmupDecay
-from tests.spin.runs import ADAM, GENERATION, ROWS, finish, set_rows, start
+from tests.spin.runs import ADAM, GENERATION, ROWS, exact_palm, finish, set_rows, start
 from tests.toys import largest_difference, slow_logprobs, state_of, tiny_palm
 
 
@@ -32,7 +32,7 @@ def test_every_iteration_plays_against_the_policy_it_began_with(tmp_path: Path) 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             seen.append((pl_module.iteration, trainer.current_epoch, len(batch["opponent"]) // 2))
 
-    trainer, module = finish(tmp_path, Watch())
+    trainer, module = finish(tmp_path, Watch(), backbone=exact_palm())
     # Epochs 1, 2, 1; ten pairs, then twenty with those of the iteration before.
     pairs = {key: sum(n for i, e, n in seen if (i, e) == key) for key in {(i, e) for i, e, _ in seen}}
     assert pairs == {(0, 0): 10, (1, 1): 20, (1, 2): 20, (2, 3): 20}
@@ -40,7 +40,7 @@ def test_every_iteration_plays_against_the_policy_it_began_with(tmp_path: Path) 
     for iteration in range(3):
         weights = load_file(tmp_path / "sets" / f"iteration_{iteration}" / "policy.safetensors")
         states.append(weights)
-        opponent = tiny_palm(num_tokens=259)
+        opponent = exact_palm()
         opponent.load_state_dict(weights)
         rows = set_rows(tmp_path, iteration)
         assert sorted(row["row"] for row in rows) == list(range(ROWS))
@@ -77,7 +77,6 @@ class CutAfter(Callback):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], int]:
-    torch.set_num_threads(1)
     trainer, module = finish(tmp_path_factory.mktemp("whole"))
     return state_of(module.policy), trainer.global_step
 

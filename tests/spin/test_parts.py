@@ -51,7 +51,7 @@ def test_ties_have_no_weight() -> None:
     with torch.no_grad():
         opponent = response_logprobs(tiny_palm(seed=1), pairs).sums
     loss = module.training_step({"pairs": pairs, "opponent": opponent}, 0)
-    assert float(module._weight) == 2
+    assert float(module.batch_mean.count) == 2
     ratio = response_logprobs(module.policy, pairs).sums - opponent
     means = response_logprobs(module.policy, pairs).means
     expected = sum(-nn.functional.logsigmoid(0.1 * (ratio[i] - ratio[i + 3])) - 0.5 * means[i] for i in (0, 2))

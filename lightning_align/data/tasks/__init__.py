@@ -1,1 +1,1 @@
-"""Small synthetic tasks whose right answers are known, so that what a method learns can be measured exactly."""
+"""Small synthetic tasks with known right answers, to measure exactly what a method learns."""

@@ -1,8 +1,9 @@
-"""Worked sums: demonstrations that can be careless, answers that can be checked, and preferences that follow from it.
+"""Sums and differences with demonstrations that may contain errors, a grader, and preferences made with the grader.
 
-The prompt ``"27+82-42="`` asks for the running results, ``"109,67"``. In careless demonstrations a subtraction that
-needs a borrow forgets it, which makes the result 10 too big, and the error is carried on: ``"52-17-11="`` becomes
-``"45,34"``. A model that imitates them is wrong where its teacher was; a judge of its samples can teach it better.
+The right response to the prompt ``"27+82-42="`` is the intermediate results ``"109,67"``. A demonstration with errors
+forgets the borrow of a subtraction. The result is then 10 too large, and the error is carried on: the response to
+``"52-17-11="`` is ``"45,34"``. A model that imitates such demonstrations makes the same errors. Preferences between right
+and wrong samples can correct it.
 """
 
 import hashlib
@@ -20,27 +21,30 @@ from lightning_align.runtime.files import publish_text
 Split = Literal["train", "validation", "test"]
 
 _RULES = 1
-"""Goes into the fingerprint: raise it when the same arguments come to mean other rows."""
+"""A version in the fingerprint. Increase it when the same arguments produce other rows."""
 _PROMPT = re.compile(r"[1-9][0-9](?:[+-][1-9][0-9])+=")
-# A number as Python would print it. The bound on its length keeps a runaway response from becoming a huge integer.
+# A number as Python prints it. The limit on its length prevents huge integers from degenerate responses.
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _MAX_REPEATS = 50_000
-"""So many draws in a row without a new problem mean that there are none left, or next to none."""
+"""After this many draws in a row without a new problem, there are (almost) no problems left."""
 
 
 class Arithmetic(RowTask):
-    """Sums and differences of two-digit numbers, answered by their running results.
+    """Sums and differences of two-digit numbers. The response lists the intermediate results.
 
-    No intermediate result is negative, and no problem appears twice. The three splits share no problem, whatever the
-    seeds: the text of a problem alone decides which one it belongs to (8 in 10 to ``train``, 1 each to the others).
+    No intermediate result is negative, and no problem occurs twice. The three splits are disjoint for all seeds, because
+    the text of a problem decides its split: 8 of 10 problems belong to ``train``, 1 to ``validation`` and 1 to ``test``.
 
     Args:
-        num_rows: Number of rows.
-        seed: Chooses the problems and, independently of them, the steps at which a borrow is forgotten.
-        forget_borrow: Probability that a subtraction which needs a borrow forgets it. 0 gives right demonstrations; the
-            prompts are the same at every value.
-        num_operands: Numbers in a problem, 2 or more; a response has one result fewer.
-        split: Which of the three disjoint sets of problems to draw from.
+        num_rows: The number of rows.
+        seed: The seed of the problems and of the forgotten borrows. The two are drawn independently.
+        forget_borrow: The probability that a subtraction that needs a borrow forgets it. 0 gives demonstrations without
+            errors. The prompts do not depend on it.
+        num_operands: The number of operands of a problem, at least 2. A response has one number fewer.
+        split: Which of the three disjoint sets of problems to draw from: ``train``, ``validation`` or ``test``.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -53,13 +57,13 @@ class Arithmetic(RowTask):
         split: Split = "train",
     ) -> None:
         if num_rows < 1:
-            raise ValueError(f"num_rows={num_rows}: expected 1 or more; say how many problems to draw")
+            raise ValueError(f"`num_rows` must be at least 1, but got {num_rows}")
         if not 0 <= forget_borrow <= 1:
-            raise ValueError(f"forget_borrow={forget_borrow}: expected a probability; give a number from 0 to 1")
+            raise ValueError(f"`forget_borrow` must be a probability from 0 to 1, but got {forget_borrow}")
         if num_operands < 2:
-            raise ValueError(f"num_operands={num_operands}: expected 2 or more; a sum needs two numbers")
+            raise ValueError(f"`num_operands` must be at least 2, but got {num_operands}")
         if split not in get_args(Split):
-            raise ValueError(f"split={split!r}: expected one of {', '.join(get_args(Split))}; choose one of them")
+            raise ValueError(f"`split` must be one of {', '.join(get_args(Split))}, but got {split!r}")
         self.num_rows = num_rows
         self.seed = seed
         self.forget_borrow = forget_borrow
@@ -68,21 +72,21 @@ class Arithmetic(RowTask):
 
     @property
     def fingerprint(self) -> str:
-        """The arguments, and the number of the rules by which they make rows."""
+        """The arguments and the version of the task, as JSON."""
         return json.dumps({"rules": _RULES} | vars(self), sort_keys=True)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields ``{"prompt", "response"}``."""
-        # Two generators, so that careless and careful demonstrations are of the same problems.
+        """Yield rows ``{"prompt", "response"}``."""
+        # Two generators, so that the problems do not depend on the errors.
         slips = random.Random(f"slips {self.seed}")
         for prompt in self._prompts(random.Random(f"problems {self.seed}")):
             yield {"prompt": prompt, "response": _work_out(prompt, slips, forget_borrow=self.forget_borrow)}
 
     def grade(self, prompt: str, response: str) -> bool:
-        """Says whether a response is fully right: every step, and nothing but the steps.
+        """Check whether a response is right: all steps are right, and it contains nothing else.
 
         Raises:
-            ValueError: If the prompt is no problem of this task.
+            ValueError: If the prompt is not a problem of this task.
         """
         right, num_steps = steps_right(prompt, response)
         return right == num_steps == response.count(",") + 1
@@ -94,16 +98,16 @@ class Arithmetic(RowTask):
         form: Literal["preferences", "winners"] = "preferences",
         counts: Counter[str] | None = None,
     ) -> Iterator[dict[str, str]]:
-        """Yields what `judge` makes of the samples.
+        """Yield the preferences that `judge` makes from the samples.
 
         Args:
             samples: Rows ``{"prompt": str, "responses": [str, ...]}``.
-            form: ``"preferences"`` for rows ``{"prompt", "chosen", "rejected"}``, ``"winners"`` for the chosen
-                responses of the same prompts alone, as rows ``{"prompt", "response"}``.
-            counts: Is told what became of every sample row.
+            form: ``"preferences"`` yields rows ``{"prompt", "chosen", "rejected"}``. ``"winners"`` yields only the chosen
+                responses, as rows ``{"prompt", "response"}``.
+            counts: A counter to which the outcome of each row of samples is added. See `judge`.
 
         Raises:
-            ValueError: If a row has another form or its prompt is no problem of this task.
+            ValueError: If a row has another form or its prompt is not a problem of this task.
         """
         for number, fields in enumerate(samples, start=1):
             pair = judge(self, Row(dict(fields), f"samples, row {number}"), counts=counts)
@@ -111,7 +115,7 @@ class Arithmetic(RowTask):
                 yield pair if form == "preferences" else _winner(pair)
 
     def _prompts(self, generator: random.Random) -> Iterator[str]:
-        """Yields the problems of this task's split, each once."""
+        """Yield the problems of the split, each once."""
         seen: set[str] = set()
         repeats = 0
         while len(seen) < self.num_rows:
@@ -120,8 +124,8 @@ class Arithmetic(RowTask):
                 repeats += 1
                 if repeats == _MAX_REPEATS:
                     raise ValueError(
-                        f"num_rows={self.num_rows}: expected at most about {len(seen)}, for split={self.split!r} has no"
-                        f" more problems of num_operands={self.num_operands}; ask for fewer rows or more operands"
+                        f"`num_rows` must be at most about {len(seen)} with split={self.split!r} and"
+                        f" num_operands={self.num_operands}, but got {self.num_rows}. Use fewer rows or more operands."
                     )
                 continue
             repeats = 0
@@ -130,31 +134,32 @@ class Arithmetic(RowTask):
 
 
 def split_of(prompt: str) -> Split:
-    """The split that a problem belongs to, by a hash of its text."""
+    """Return the split of a problem. It depends on a hash of the text of the problem."""
     bucket = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4]) % 10
     return "validation" if bucket == 0 else "test" if bucket == 1 else "train"
 
 
 def steps_right(prompt: str, response: str) -> tuple[int, int]:
-    """Counts the right steps of a response.
+    """Count the right steps of a response.
 
-    Each step is checked from the value written before it, so an error costs the step it was made in and not the ones
-    that carry it on. A step that was not written, is not a plain number, or starts from what is none, is wrong.
+    Each step is checked against the result that the response gives for the step before. An error therefore makes one step
+    wrong, and not the steps that carry it on. A step is also wrong if it is missing, is not a plain number, or follows a
+    step that is not a plain number.
 
     Args:
         prompt: A problem, such as ``"27+82-42="``.
-        response: What was answered, right if it is ``"109,67"``.
+        response: The response. For this problem, ``"109,67"`` is right.
 
     Returns:
-        The number of right steps, and the number of steps that the problem has.
+        The number of right steps, and the number of steps of the problem.
 
     Raises:
-        ValueError: If the prompt is no problem of this task.
+        ValueError: If the prompt is not a problem of this task.
     """
     value, steps = _parse(prompt)
     before: int | None = value
     right = 0
-    # Not strict: what is missing or too much is not right, and counts as nothing.
+    # Not strict: the response may have too few or too many steps. Extra steps are ignored here.
     for step, text in zip(steps, response.split(","), strict=False):
         written = int(text) if _NUMBER.fullmatch(text) else None
         right += before is not None and written == before + step
@@ -163,20 +168,21 @@ def steps_right(prompt: str, response: str) -> tuple[int, int]:
 
 
 def judge(task: Grader, sample: Row, *, counts: Counter[str] | None = None) -> dict[str, str] | None:
-    """Makes a preference of the responses to one prompt: a right one over a wrong one.
+    """Make a preference pair from the responses to a prompt: a right response over a wrong response.
 
     Args:
-        task: What can tell right from wrong.
+        task: The task that grades the responses.
         sample: A row ``{"prompt": str, "responses": [str, ...]}``.
-        counts: Is told what became of the row: ``"pairs"``, ``"all right"``, ``"all wrong"``, or ``"all right or empty"``
-            where the only wrong responses have no text: there is nothing in them to learn from, or to keep away from.
+        counts: A counter to which the outcome of the row is added: ``"pairs"``, ``"all right"``, ``"all wrong"``, or
+            ``"all right or empty"`` if some responses are right and all others are empty. An empty response is never
+            ``"rejected"``, because it contains no text to train on.
 
     Returns:
-        The first right response as ``"chosen"`` and the first wrong one as ``"rejected"``, with their ``"prompt"``;
-        None where the responses are all right, all wrong or, those that are wrong, empty.
+        The ``"prompt"``, the first right response as ``"chosen"``, and the first wrong response as ``"rejected"``. None if
+        there are no right responses, or no wrong responses that are not empty.
 
     Raises:
-        ValueError: If the row has another form, or the task does not know its prompt.
+        ValueError: If the row has another form, or its prompt is not a problem of the task.
     """
     prompt, responses = _read_sample(sample)
     first: dict[bool, str] = {}
@@ -189,33 +195,34 @@ def judge(task: Grader, sample: Row, *, counts: Counter[str] | None = None) -> d
             first.setdefault(right, response)
     if counts is not None:
         any_empty = any(not response.strip() for response in responses)
-        alone = "all wrong" if True not in first else "all right or empty" if any_empty else "all right"
-        counts["pairs" if len(first) == 2 else alone] += 1
+        no_pair = "all wrong" if True not in first else "all right or empty" if any_empty else "all right"
+        counts["pairs" if len(first) == 2 else no_pair] += 1
     return {"prompt": prompt, "chosen": first[True], "rejected": first[False]} if len(first) == 2 else None
 
 
 def judge_file(task: RowTask, *, samples: str, preferences: str, winners: str | None = None) -> None:
-    """Make preferences out of the samples that ``lightning-align predict`` wrote.
+    """Make preference pairs from the samples that ``lightning-align predict`` wrote.
 
-    For each prompt the first right response is preferred over the first wrong one. Prompts whose responses are all
-    right or all wrong give nothing; how many there were is printed.
+    For each prompt, the first right response is preferred over the first wrong response. Prompts with only right or only
+    wrong responses give no pair. Their number is printed.
 
     Args:
-        task: The task that the prompts come from; it must be able to grade a response.
-        samples: JSONL file of rows {"prompt": str, "responses": [str, ...]}.
-        preferences: JSONL file to write, of rows {"prompt", "chosen", "rejected"}.
-        winners: JSONL file to write, of rows {"prompt", "response"}: the chosen responses of the same prompts alone, to
-            train on with SFT and compare.
+        task: The task of the prompts. It must have a method that grades responses.
+        samples: A JSONL file with rows {"prompt": str, "responses": [str, ...]}.
+        preferences: The JSONL file to write, with rows {"prompt", "chosen", "rejected"}.
+        winners: A second JSONL file to write, with rows {"prompt", "response"}. It has only the chosen responses of the
+            same prompts, for a comparison with SFT.
 
     Raises:
-        ValueError: If the task cannot grade, two of the files are one, a row has another form, or no prompt gives a
-            pair.
+        ValueError: If the task cannot grade, two files are the same, a row has another form, or no prompt gives a pair.
     """
     if not isinstance(task, Grader):
-        raise ValueError(f"task={type(task).__name__}: expected a method grade(prompt, response); use Arithmetic")
+        raise ValueError(
+            f"`task` must have a method grade(prompt, response), but got {type(task).__name__}. Use a task such as Arithmetic."
+        )
     files = [path for path in (samples, preferences, winners) if path is not None]
     if len({Path(path).resolve() for path in files}) < len(files):
-        raise ValueError(f"samples, preferences, winners={', '.join(files)}: expected different files; rename one")
+        raise ValueError(f"`samples`, `preferences` and `winners` must be different files, but got {', '.join(files)}")
     counts: Counter[str] = Counter()
     pairs = [pair for row in read_rows(samples) if (pair := judge(task, row, counts=counts)) is not None]
     tally = (
@@ -224,8 +231,8 @@ def judge_file(task: RowTask, *, samples: str, preferences: str, winners: str | 
     )
     if not pairs:
         raise ValueError(
-            f"samples={samples}: expected a prompt with a right and a wrong response, found {tally};"
-            " sample more responses per prompt, or at a higher temperature"
+            f"`samples` must have a prompt with a right and a wrong response, but {samples} has {tally}."
+            " Sample more responses per prompt, or use a higher temperature."
         )
     _write_rows(preferences, pairs)
     if winners is not None:
@@ -234,7 +241,7 @@ def judge_file(task: RowTask, *, samples: str, preferences: str, winners: str | 
 
 
 def _draw(generator: random.Random, *, num_operands: int) -> str:
-    """Draws a problem, uniformly among those without a negative intermediate result."""
+    """Draw a problem uniformly from those without negative intermediate results."""
     while True:
         value = generator.randint(10, 99)
         prompt = str(value)
@@ -242,7 +249,7 @@ def _draw(generator: random.Random, *, num_operands: int) -> str:
             sign, operand = generator.choice("+-"), generator.randint(10, 99)
             value += operand if sign == "+" else -operand
             if value < 0:
-                # Start over: mending the one step would make some problems likelier than others.
+                # Start over. Drawing only this step again would not be uniform.
                 break
             prompt += f"{sign}{operand}"
         else:
@@ -250,21 +257,21 @@ def _draw(generator: random.Random, *, num_operands: int) -> str:
 
 
 def _parse(prompt: str) -> tuple[int, list[int]]:
-    """Splits a problem into its first number and the signed numbers that are added to it."""
+    """Split a problem into its first number and the signed numbers that are added to it."""
     if not _PROMPT.fullmatch(prompt):
-        raise ValueError(f"prompt={prompt!r}: expected a problem such as '27+82-42='; grade only prompts of this task")
+        raise ValueError(f"`prompt` must be a problem such as '27+82-42=', but got {prompt!r}")
     first, *steps = map(int, re.findall(r"[+-]?[0-9]+", prompt))
     return first, steps
 
 
 def _work_out(prompt: str, slips: random.Random, *, forget_borrow: float) -> str:
-    """Writes the running results of a problem, with forgotten borrows."""
+    """Write the intermediate results of a problem, with forgotten borrows."""
     value, steps = _parse(prompt)
     results = []
     for step in steps:
         needs_borrow = step < 0 and value % 10 < -step % 10
         value += step
-        # Drawn only where it matters; random() is below 1, so probabilities 0 and 1 mean never and always.
+        # Drawn only if a borrow is needed. random() is below 1, so probabilities 0 and 1 mean never and always.
         if needs_borrow and slips.random() < forget_borrow:
             value += 10
         results.append(str(value))
@@ -282,8 +289,8 @@ def _read_sample(sample: Row) -> tuple[str, list[str]]:
         or not all(isinstance(response, str) for response in responses)
     ):
         raise ValueError(
-            f"{sample.origin} has prompt={prompt!r}, responses={responses!r}: expected a string and a list of one or"
-            " more strings; give the file that `lightning-align predict` writes"
+            f"{sample.origin} has prompt={prompt!r} and responses={responses!r}, expected a string and a list of one or"
+            " more strings. Use the file that `lightning-align predict` wrote."
         )
     return prompt, responses
 

@@ -1,8 +1,9 @@
-"""Facts that nothing but the database can know: what retrieval is worth where the right answer is known.
+"""Random facts that only the retrieval database contains, to measure exactly how much retrieval helps.
 
-A fact, ``"qwxz: 48213907"``, is a document of one chunk; so is a note, three words that say nothing. A question is a document
-whose first chunk names the key and whose second gives the value, so that whoever reads the neighbours of the first chunk can
-write the second. Values are random: without its fact a value costs log2(10) bits a digit, whatever a model has learned.
+A fact, such as ``"qwxz: 48213907"``, is a document of one chunk. A note, three random words without a fact, is also a document
+of one chunk. A question is a document with the key in its first chunk and the value in its second chunk. A model that reads
+the neighbors of the first chunk can therefore predict the second. Values are random: without its fact, a value costs
+log2(10) bits per digit, regardless of what the model has learned.
 """
 
 import json
@@ -16,7 +17,7 @@ from lightning_align.types import Document
 Role = Literal["database", "train", "validation"]
 
 _RULES = 7
-"""Goes into the fingerprint: raise it when the same arguments come to mean other documents."""
+"""A version in the fingerprint. Increase it when the same arguments produce other documents."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KEY_LETTERS, VALUE_DIGITS = 4, 8
 
@@ -25,14 +26,14 @@ class Facts(DocumentSource):
     """Random facts and questions about them, for the byte tokenizer.
 
     Args:
-        role: ``database`` is all facts; ``train`` questions about some of them, ``validation`` about the held-out ones, which
-            no text to train on mentions.
-        num_facts: Facts to train on.
-        num_held_out: Facts whose questions are held out.
-        num_notes: Other documents of the database, words without any fact, that no question asks for.
-        chunk_size: Tokens a chunk, of which a question fills the first exactly.
-        seed: Chooses keys and values.
-        edition: Editions of the database differ in the values of the held-out facts, and in nothing else.
+        role: Which documents to generate. ``database`` is all facts and notes. ``train`` is the questions about the training
+            facts. ``validation`` is the questions about the held-out facts, which do not occur in the training documents.
+        num_facts: The number of training facts.
+        num_held_out: The number of held-out facts.
+        num_notes: The number of notes in the database. A note is random words without a fact. No question asks for it.
+        chunk_size: The number of tokens per chunk. The part of a question before its value fills the first chunk exactly.
+        seed: The seed of the keys and values.
+        edition: The edition of the database. Editions differ only in the values of the held-out facts.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -50,36 +51,36 @@ class Facts(DocumentSource):
         edition: int = 0,
     ) -> None:
         if role not in get_args(Role):
-            raise ValueError(f"role={role!r}: expected one of {', '.join(get_args(Role))}; choose one of them")
+            raise ValueError(f"`role` must be one of {', '.join(get_args(Role))}, but got {role!r}")
         if num_facts < 1 or num_held_out < 1 or num_notes < 0:
             raise ValueError(
-                f"num_facts={num_facts}, num_held_out={num_held_out} and num_notes={num_notes}: expected 1 or more facts of "
-                "each kind, and no negative number of notes"
+                "`num_facts` and `num_held_out` must be at least 1 and `num_notes` at least 0, but got"
+                f" num_facts={num_facts}, num_held_out={num_held_out} and num_notes={num_notes}"
             )
         if num_facts + num_held_out > (most := len(_LETTERS) ** KEY_LETTERS // 2):
             raise ValueError(
-                f"num_facts={num_facts} and num_held_out={num_held_out}: expected at most {most} together; there are no more "
-                "keys"
+                f"`num_facts` plus `num_held_out` must be at most {most}, because there are no more keys, but got"
+                f" {num_facts} and {num_held_out}"
             )
-        least = len(_fact("x" * KEY_LETTERS, "0" * VALUE_DIGITS)) + 2  # with the beginning and the end of the document
+        least = len(_fact("x" * KEY_LETTERS, "0" * VALUE_DIGITS)) + 2  # with the first and last special token of the document
         if chunk_size < least:
-            raise ValueError(f"chunk_size={chunk_size}: expected {least} or more, the tokens of a fact")
+            raise ValueError(f"`chunk_size` must be at least {least}, the number of tokens of a fact, but got {chunk_size}")
         self.role: Role = role
         self.num_facts, self.num_held_out, self.num_notes = num_facts, num_held_out, num_notes
         self.chunk_size, self.seed, self.edition = chunk_size, seed, edition
 
     @property
     def fingerprint(self) -> str:
-        """The arguments, and the number of the rules by which they make documents."""
+        """The arguments and the version of the task, as JSON."""
         return "facts:" + json.dumps({"rules": _RULES} | vars(self), sort_keys=True)
 
     def documents(self) -> Iterator[Document]:
-        """See `DocumentSource`. Ids are ``fact/qwxz`` and ``question/qwxz``."""
+        """See `DocumentSource.documents`. The names are ``fact/<key>``, ``note/<number>`` and ``question/<key>``."""
         facts = self.facts()
         if self.role == "database":
             yield from (Document(f"fact/{key}", _fact(key, value)) for key, value in facts)
             generator = random.Random(f"notes {self.seed}")
-            # Words of other lengths than a key, so that none is one.
+            # No word has the length of a key, so no word is a key.
             words = ([_letters(generator, length) for length in (5, 2, 5)] for _ in range(self.num_notes))
             yield from (Document(f"note/{number}", " ".join(note)) for number, note in enumerate(words))
         else:
@@ -87,7 +88,7 @@ class Facts(DocumentSource):
             yield from (Document(f"question/{key}", self.prompt(key) + value) for key, value in asked)
 
     def facts(self) -> list[tuple[str, str]]:
-        """Keys and values, those that are held out last."""
+        """Return the keys and values of all facts. The held-out facts are last."""
         generator = random.Random(f"facts {self.seed}")
         keys: dict[str, None] = {}
         while len(keys) < self.num_facts + self.num_held_out:
@@ -98,7 +99,7 @@ class Facts(DocumentSource):
         return [(key, _digits(source)) for key, source in zip(keys, sources, strict=True)]
 
     def prompt(self, key: str) -> str:
-        """A question up to its value: with the beginning-of-sequence token exactly one chunk."""
+        """Return the text of a question before its value. With the beginning-of-sequence token, it is exactly one chunk."""
         return f"{key}:".ljust(self.chunk_size - 1)
 
 

@@ -1,15 +1,18 @@
-"""Key-value arithmetic: expressions over names whose values one model knows and whose arithmetic another can do.
+"""Key-value arithmetic: expressions over keys. One model knows the values of the keys, another model knows arithmetic.
 
-Bansal et al. 2024, arXiv 2401.02412, section 3.2, of which these are the three sets with their tags:
+The task is from Bansal et al. 2024, arXiv 2401.02412, section 3.2. The paper has three sets:
 
-- KV-SUBS ``"S abc+xy="`` asks for the values, ``"3+5"``;
-- NUM-MATH ``"M 3+5="`` asks for the result, ``"8"``;
-- KV-MATH ``"M abc+xy="`` asks for the result as well, which needs both.
+- KV-SUBS: the prompt ``"S abc+xy="`` asks for the values. The response is ``"3+5"``.
+- NUM-MATH: the prompt ``"M 3+5="`` asks for the result. The response is ``"8"``.
+- KV-MATH: the prompt ``"M abc+xy="`` asks for the result, which needs the values and the arithmetic.
 
-Besides these there are rows that only train a model: text with each value behind its key, ``"abc3+xy5"`` (``inline``), of
-which every character is learned, so that the value is known where the key ends, and a letter within a key promises none;
-NUM-MATH with letters that mean nothing before each number, ``"M qz3+b5="`` (``lettered_math``), so that a model does not find
-the numbers by their places; and copies of numbers and of letters, so that it has met every character.
+Other kinds of rows only train a model:
+
+- ``inline``: text with each value after its key, ``"abc3+xy5"``. Every character is a target, so the model learns that a
+  value follows where a key ends, and that no value follows a letter inside a key.
+- ``lettered_math``: NUM-MATH with random letters before each number, ``"M qz3+b5="``, so that the model does not locate the
+  numbers by their positions.
+- ``copy_numbers`` and ``copy_letters``: copies of numbers and of letters, so that the model has seen every character.
 """
 
 import json
@@ -25,31 +28,35 @@ Kind = Literal["subs", "num_math", "kv_math", "inline", "lettered_math", "copy_n
 Keys = Literal["all", "held_in", "validation", "held_out"]
 
 _RULES = 3
-"""Goes into the fingerprint: raise it when the same arguments come to mean other rows."""
+"""A version in the fingerprint. Increase it when the same arguments produce other rows."""
 _PROMPT = re.compile(r"([SM]) ((?:[a-z]+|[0-9]+)(?:[-+*](?:[a-z]+|[0-9]+))*)=")
 
 
 class KeyValue(RowTask):
-    """Rows of one kind or of a mixture, over a part of the keys.
+    """Rows of key-value arithmetic: one kind or a mixture of kinds, over all keys or a part of them.
 
-    The table of keys and values depends on `num_keys`, `key_length`, `num_values` and `table_seed` alone, so that tasks that
-    agree on them are about one table. No key begins another one: where a key has been read, a value can be known. The first
-    keys are held in (composed in training), then come those for validation.
+    The table of keys and values depends only on `num_keys`, `key_length`, `num_values` and `table_seed`. Tasks with the same
+    values of these arguments share the table. No key is a prefix of another key, so a value is determined where its key
+    ends. The first keys of the table are the held-in keys, the next are the validation keys, and the rest are held out.
 
     Args:
-        num_rows: Number of rows.
-        mix: Share of each kind of row; the shares are of their sum. `kv_math` over `held_in` keys is the paper's
-            composition set in its section 3.2, `subs` over them that of its section 4.1.
-        keys: Which keys appear.
-        num_keys: Keys of the table.
-        held_in: Share of the keys that training composes.
-        validation: Share of the keys for choosing settings.
-        key_length: Fewest and most letters of a key.
-        num_values: Values are 0 to this less 1.
-        operands: Numbers of operands that appear, each as often.
-        operations: Which of + - and * appear.
-        seed: Chooses the rows.
-        table_seed: Chooses the keys and their values.
+        num_rows: The number of rows.
+        mix: The weight of each kind of row. Weights are divided by their sum. Default is ``{kv_math: 1}``. `kv_math` with
+            the `held_in` keys is the composition set of the paper's section 3.2, and `subs` with them that of its section
+            4.1.
+        keys: Which keys occur: ``all``, ``held_in``, ``validation`` or ``held_out``.
+        num_keys: The number of keys in the table.
+        held_in: The fraction of the keys that the composition is trained on.
+        validation: The fraction of the keys for choosing hyperparameters.
+        key_length: The minimum and maximum number of letters of a key.
+        num_values: The number of values. They are 0 to ``num_values - 1``.
+        operands: The numbers of operands of an expression. Each is equally likely.
+        operations: Which of the operations + - * occur, as a string.
+        seed: The seed of the rows.
+        table_seed: The seed of the keys and their values.
+
+    Raises:
+        ValueError: If an argument is out of range, or the part of the keys is empty.
     """
 
     def __init__(
@@ -71,51 +78,51 @@ class KeyValue(RowTask):
         mix = {"kv_math": 1.0} if mix is None else dict(mix)
         low, high = key_length
         shares_right = set(mix) <= set(get_args(Kind)) and min(mix.values(), default=0) > 0
-        # Where no key begins another, about 1 in so many of the longest names stays free.
+        # No key is a prefix of another, so short keys exclude longer ones. This is a safe limit for the number of keys.
         most_keys = 26**high // (2 * max(1, high - low + 1))
         checks = {
-            "num_rows": (num_rows, num_rows >= 1, "1 or more"),
-            "mix": (mix, shares_right, f"shares above 0 of {', '.join(get_args(Kind))}"),
+            "num_rows": (num_rows, num_rows >= 1, "at least 1"),
+            "mix": (mix, shares_right, f"positive weights of {', '.join(get_args(Kind))}"),
             "keys": (keys, keys in get_args(Keys), f"one of {', '.join(get_args(Keys))}"),
-            "key_length": (key_length, 1 <= low <= high, "the fewest letters and the most, 1 or more"),
-            "num_keys": (num_keys, 3 <= num_keys <= most_keys, f"3 to {most_keys}, for which there are names of that length"),
-            "held_in": (held_in, 0 < held_in and held_in + validation < 1, "above 0, and with validation below 1"),
-            "validation": (validation, validation >= 0, "0 or more"),
-            "num_values": (num_values, num_values >= 1, "1 or more"),
-            "operands": (operands, len(operands) > 0 and min(operands) >= 1, "numbers from 1"),
-            "operations": (operations, bool(operations) and set(operations) <= set("+-*"), "some of + - *"),
+            "key_length": (key_length, 1 <= low <= high, "the minimum and maximum number of letters, at least 1"),
+            "num_keys": (num_keys, 3 <= num_keys <= most_keys, f"3 to {most_keys} with this `key_length`"),
+            "held_in": (held_in, 0 < held_in and held_in + validation < 1, "above 0, and below 1 together with `validation`"),
+            "validation": (validation, validation >= 0, "at least 0"),
+            "num_values": (num_values, num_values >= 1, "at least 1"),
+            "operands": (operands, len(operands) > 0 and min(operands) >= 1, "a list of numbers that are at least 1"),
+            "operations": (operations, bool(operations) and set(operations) <= set("+-*"), "one or more of + - *"),
         }
         for name, (value, right, expected) in checks.items():
             if not right:
-                raise ValueError(f"KeyValue: {name} is {value}, expected {expected}")
+                raise ValueError(f"`{name}` of KeyValue must be {expected}, but got {value}")
         self.num_rows, self.mix, self.keys, self.num_keys = num_rows, mix, keys, num_keys
         self.held_in, self.validation, self.num_values = held_in, validation, num_values
         self.key_length, self.operands, self.operations = list(key_length), list(operands), operations
         self.seed, self.table_seed = seed, table_seed
         self._table = _table(num_keys, low, high, num_values, table_seed)
         if not self.names():
-            raise ValueError(f"KeyValue: keys is {keys!r}, and that part of {num_keys} keys is empty: take a larger share")
+            raise ValueError(f"`keys` of KeyValue is {keys!r}, but this part of the {num_keys} keys is empty. Use more keys.")
 
     @property
     def fingerprint(self) -> str:
-        """The arguments, and the number of the rules by which they make rows."""
+        """The arguments and the version of the task, as JSON."""
         arguments = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return json.dumps({"rules": _RULES} | arguments, sort_keys=True)
 
     @property
     def table(self) -> dict[str, int]:
-        """The value of every key."""
+        """The value of each key of the table."""
         return dict(self._table)
 
     def names(self) -> list[str]:
-        """The keys that appear."""
+        """Return the keys that occur in the rows."""
         every = list(self._table)
         first, second = round(self.held_in * len(every)), round((self.held_in + self.validation) * len(every))
         parts = {"all": every, "held_in": every[:first], "validation": every[first:second], "held_out": every[second:]}
         return parts[self.keys]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields ``{"prompt", "response"}``."""
+        """Yield rows ``{"prompt", "response"}``."""
         generator = random.Random(f"rows {self.seed}")
         names, kinds, shares = self.names(), list(self.mix), list(self.mix.values())
         for _ in range(self.num_rows):
@@ -129,8 +136,8 @@ class KeyValue(RowTask):
             words = generator.choices(names, k=count)
             values = [str(self._table[word]) for word in words]
         else:
-            # Any letters, so that a model that is trained on them learns nothing about the keys; and down to a single one, so
-            # that it also meets what is left of a short key where a value takes the place of its last letter.
+            # Random letters, so that a model trained on these rows learns nothing about the keys. Down to a single letter, so
+            # that the model also sees what is left of a short key when a value replaces its last letter.
             words = ["".join(generator.choices(ascii_lowercase, k=generator.randint(1, self.key_length[1]))) for _ in signs]
             values = [str(generator.randrange(self.num_values)) for _ in signs]
         numbers, letters = _join(signs, values), _join(signs, words)
@@ -148,15 +155,15 @@ class KeyValue(RowTask):
         return {"prompt": question, "response": answer}
 
     def grade(self, prompt: str, response: str) -> bool:
-        """Says whether a response is right, to the character.
+        """Check whether a response equals the right response exactly.
 
         Raises:
-            ValueError: If the prompt is no question of this table.
+            ValueError: If the prompt is not a question about the keys of the table.
         """
         match = _PROMPT.fullmatch(prompt)
         names = re.findall(r"[a-z]+", match[2]) if match else []
         if match is None or any(name not in self._table for name in names):
-            raise ValueError(f"prompt={prompt!r}: expected a question such as 'M abc+xy=', over the keys of this table")
+            raise ValueError(f"`prompt` must be a question such as 'M abc+xy=' with keys of the table, but got {prompt!r}")
         numbers = re.sub(r"[a-z]+", lambda name: str(self._table[name[0]]), match[2])
         return response == (numbers if match[1] == "S" else str(_evaluate(numbers)))
 
@@ -166,7 +173,7 @@ def _join(signs: Sequence[str], terms: Sequence[str]) -> str:
 
 
 def _evaluate(expression: str) -> int:
-    """The value of an expression in numbers, + - and *, of which * binds closer."""
+    """Evaluate an expression of numbers, +, - and *. Multiplication has precedence."""
     total = 0
     for sign, product in re.findall(r"([-+]?)([0-9*]+)", expression):
         value = 1
@@ -179,11 +186,11 @@ def _evaluate(expression: str) -> int:
 def _table(num_keys: int, low: int, high: int, num_values: int, seed: int) -> dict[str, int]:
     generator = random.Random(f"table {seed}")
     table: dict[str, int] = {}
-    beginnings: set[str] = set()  # of the keys so far
+    prefixes: set[str] = set()  # of the keys so far
     while len(table) < num_keys:
         key = "".join(generator.choices(ascii_lowercase, k=generator.randint(low, high)))
         shorter = [key[:length] for length in range(1, len(key))]
-        if key not in table and key not in beginnings and table.keys().isdisjoint(shorter):
+        if key not in table and key not in prefixes and table.keys().isdisjoint(shorter):
             table[key] = generator.randrange(num_values)
-            beginnings.update(shorter)
+            prefixes.update(shorter)
     return table

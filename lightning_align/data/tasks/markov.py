@@ -1,8 +1,8 @@
-"""A language whose distribution is known: symbols drawn from a Markov chain of order two, so a model can be measured exactly.
+"""Symbols from a Markov chain of order two. Its distribution is known, so a model can be evaluated exactly.
 
-The prompt is two symbols, ``"ck"``; the response goes on from them, each symbol one of the few that may follow the two before
-it, and ends at random. Whether a response could have come from the chain can be told for certain, and how far a model's next
-symbol is from the chain's is a sum over a few symbols.
+A prompt is two symbols, such as ``"ck"``. The response continues them: each symbol is one of the few that can follow the two
+symbols before it, and the end is random. It is certain whether the chain can generate a response. The divergence between a
+model's next-symbol distribution and that of the chain is a sum over a few symbols.
 """
 
 import json
@@ -15,7 +15,7 @@ from lightning_align.data.rows import RowTask
 Split = Literal["train", "validation", "test"]
 
 _RULES = 1
-"""Goes into the fingerprint: raise it when the same arguments come to mean other rows."""
+"""A version in the fingerprint. Increase it when the same arguments produce other rows."""
 SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
 ORDER = 2
 END = ""
@@ -23,17 +23,17 @@ END = ""
 
 
 class MarkovChain(RowTask):
-    """Prompts of two symbols and responses of a random chain, for the byte tokenizer.
+    """Prompts of two symbols and responses from a random Markov chain, for the byte tokenizer.
 
     Args:
-        num_rows: Number of rows.
-        seed: Chooses the rows.
-        split: Of rows drawn independently of those of the other splits.
-        chain: Chooses the chain itself: which symbols follow which, how often.
-        num_symbols: Symbols of the language.
-        num_successors: Symbols that may follow two given ones.
-        end: Probability that a response ends before each of its symbols but the first.
-        max_symbols: Longest response.
+        num_rows: The number of rows.
+        seed: The seed of the rows.
+        split: The split: ``train``, ``validation`` or ``test``. The rows of the splits are drawn independently.
+        chain: The seed of the chain, that is, of its transition probabilities.
+        num_symbols: The number of symbols.
+        num_successors: The number of symbols that can follow two given symbols.
+        end: The probability that a response ends before each of its symbols except the first.
+        max_symbols: The maximum number of symbols of a response.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -52,20 +52,20 @@ class MarkovChain(RowTask):
         max_symbols: int = 24,
     ) -> None:
         if split not in get_args(Split):
-            raise ValueError(f"split={split!r}: expected one of {', '.join(get_args(Split))}; choose one of them")
+            raise ValueError(f"`split` must be one of {', '.join(get_args(Split))}, but got {split!r}")
         checks = {
-            "num_rows": (num_rows >= 1, "1 or more"),
+            "num_rows": (num_rows >= 1, "at least 1"),
             "num_symbols": (2 <= num_symbols <= len(SYMBOLS), f"2 to {len(SYMBOLS)}"),
-            "num_successors": (1 <= num_successors <= num_symbols, "1 or more, and at most num_symbols"),
+            "num_successors": (1 <= num_successors <= num_symbols, "at least 1 and at most `num_symbols`"),
             "end": (0 <= end < 1, "a probability below 1"),
-            "max_symbols": (max_symbols >= 1, "1 or more"),
+            "max_symbols": (max_symbols >= 1, "at least 1"),
         }
         self.num_rows, self.seed, self.chain, self.num_symbols = num_rows, seed, chain, num_symbols
         self.split: Split = split
         self.num_successors, self.end, self.max_symbols = num_successors, end, max_symbols
         for name, (right, expected) in checks.items():
             if not right:
-                raise ValueError(f"{name}={getattr(self, name)}: expected {expected}")
+                raise ValueError(f"`{name}` must be {expected}, but got {getattr(self, name)}")
         generator = random.Random(f"chain {chain} of {num_symbols}, {num_successors}")
         symbols = SYMBOLS[:num_symbols]
         self._next = {
@@ -78,12 +78,12 @@ class MarkovChain(RowTask):
 
     @property
     def fingerprint(self) -> str:
-        """The arguments, and the number of the rules by which they make rows."""
+        """The arguments and the version of the task, as JSON."""
         arguments = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return "markov:" + json.dumps({"rules": _RULES} | arguments, sort_keys=True)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields ``{"prompt", "response"}``."""
+        """Yield rows ``{"prompt", "response"}``."""
         generator = random.Random(f"{self.split} rows {self.seed} of chain {self.chain}")
         for _ in range(self.num_rows):
             prompt, response = generator.choice(list(self._next)), ""
@@ -92,11 +92,11 @@ class MarkovChain(RowTask):
             yield {"prompt": prompt, "response": response}
 
     def distribution(self, prompt: str, response: str) -> dict[str, float]:
-        """What may come next, and how probably: symbols, and `END` for the end.
+        """Compute the probability of each possible next symbol. `END` stands for the end of the response.
 
         Args:
-            prompt: two symbols.
-            response: what has come so far, which the chain can write.
+            prompt: The two symbols of the prompt.
+            response: The symbols of the response so far. The chain must be able to generate them.
         """
         if len(response) == self.max_symbols:
             return {END: 1.0}
@@ -105,7 +105,7 @@ class MarkovChain(RowTask):
         return {END: end, **symbols} if end else symbols
 
     def grade(self, prompt: str, response: str) -> bool:
-        """Says whether the chain can write the response."""
+        """Check whether the chain can generate the response."""
         symbols = [*response, END]
         return all(symbol in self.distribution(prompt, response[:place]) for place, symbol in enumerate(symbols))
 

@@ -1,0 +1,1 @@
+"""Benchmarks and studies; README.md in this folder lists them."""

@@ -1,0 +1,50 @@
+"""What the scripts share: meters, preference pairs, printed tables. Linux only."""
+
+from benchmarks.common.measure import (
+    MIB,
+    THP,
+    Clock,
+    Memory,
+    Meter,
+    Timing,
+    alternate,
+    in_subprocess,
+    load,
+    median,
+    peak,
+    ratio,
+    reset_peak,
+    resident,
+)
+from benchmarks.common.pairs import EOS, Pair, batches, file_pairs, shares, synthetic_pairs
+from benchmarks.common.report import CONFIGS, claim, heading, save, table
+from benchmarks.common.unshifted import unshifted_means
+
+__all__ = [
+    "CONFIGS",
+    "EOS",
+    "MIB",
+    "THP",
+    "Clock",
+    "Memory",
+    "Meter",
+    "Pair",
+    "Timing",
+    "alternate",
+    "batches",
+    "claim",
+    "file_pairs",
+    "heading",
+    "in_subprocess",
+    "load",
+    "median",
+    "peak",
+    "ratio",
+    "reset_peak",
+    "resident",
+    "save",
+    "shares",
+    "synthetic_pairs",
+    "table",
+    "unshifted_means",
+]

@@ -1,0 +1,124 @@
+"""An SFT step on a CPU: float32 against bfloat16 autocast (`precision: bf16-mixed`).
+
+Which is faster depends on the CPU and on the model. bfloat16 is faster where the CPU has instructions for it (AMX, AVX512-BF16)
+and the matrix products are large enough to pay for the conversions. The first model and its batches are those of `make demo`.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from benchmarks import common
+from lightning_align.data.tasks.arithmetic import Arithmetic
+from lightning_align.models.palm import PaLM
+from lightning_align.scoring.sums import response_logprobs
+from lightning_align.sft.datamodule import SFTDataModule
+from lightning_align.types import TokenBatch
+
+VOCABULARY, ROWS, DEPTH, CLIP = 4_096, 8, 4, 1.0
+DEMO = common.CONFIGS / "sft" / "arithmetic.yaml"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def cases() -> dict[str, tuple[dict[str, Any], list[TokenBatch]]]:
+    """Arguments of PaLM and batches to train on, by name."""
+    config = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    data = config["data"]["init_args"]
+    module = SFTDataModule(
+        train=Arithmetic(**{**data["train"]["init_args"], "num_rows": 16 * data["batch_size"]}),
+        **{name: data[name] for name in ("batch_size", "max_length", "group_by_length")},
+    )
+    module.prepare_data()
+    module.setup("fit")
+    drawn = {"demo, 128": (config["model"]["init_args"]["backbone"]["init_args"], list(module.train_dataloader()))}
+    batches = [batch["chosen"] for batch in common.batches(common.synthetic_pairs(8 * ROWS, VOCABULARY), ROWS)]
+    return drawn | {
+        str(dim): ({"num_tokens": VOCABULARY, "dim": dim, "depth": DEPTH, "heads": 4}, batches) for dim in (128, 256)
+    }
+
+
+def stepper(shape: dict[str, Any], precision: str, batches: list[TokenBatch]) -> Callable[[], None]:
+    """A training step with its own model."""
+    torch.manual_seed(0)
+    policy = PaLM(**shape)
+    optimizer = torch.optim.AdamW(policy.parameters(), 3e-4)
+    turns = cycle(batches)
+
+    def step() -> None:
+        mixed = precision == "bf16-mixed"
+        with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
+            logprobs = response_logprobs(policy, next(turns))
+            loss = -logprobs.sums.sum() / logprobs.counts.sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(rounds: int) -> None:
+    """Print all timings."""
+    results = {}
+    for name, (shape, batches) in cases().items():
+        steps = {precision: stepper(shape, precision, batches) for precision in PRECISIONS}
+        for step in steps.values():
+            for _ in batches:
+                step()
+        results[name] = common.alternate({precision: partial(step) for precision, step in steps.items()}, rounds)
+    print(json.dumps(results))
+
+
+def report(rounds: int) -> None:
+    """Print the section."""
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+    lacking = [flag for flag in FLAGS if flag not in flags]
+    common.heading(
+        "Precision on this CPU",
+        "An SFT step of PaLM, two threads: the model of `make demo` (vocabulary 259, 64 rows of up to 48 tokens), then depth "
+        f"{DEPTH}, vocabulary {VOCABULARY:,}, {ROWS} rows; {rounds} alternating rounds. The CPU has "
+        f"{', '.join(flag for flag in FLAGS if flag in flags) or 'none of the instructions'} and lacks "
+        f"{', '.join(lacking) or 'nothing'}.",
+    )
+    results = common.in_subprocess(__file__, "--measure", "--rounds", str(rounds))
+    rows = []
+    for model, timed in results.items():
+        timings = {name: [common.Timing(*timing) for timing in timed[name]] for name in PRECISIONS}
+        for name in PRECISIONS:
+            rows.append(
+                {
+                    "model, width": model,
+                    "precision": name,
+                    "ms/step (median)": f"{1e3 * common.median(t.seconds for t in timings[name]):.0f}",
+                    "time / float32": f"{common.ratio(timings[name], timings['32-true']):.2f}",
+                    "background load": common.load(timings[name]),
+                }
+            )
+    print(common.table(rows))
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    if arguments.measure:
+        measure(arguments.rounds)
+    else:
+        report(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The byte tokenizer, which needs no file and no training."""
+
+from collections.abc import Sequence
+from functools import cache
+
+from lightning_align.data.tokenizer.chat import render_plain
+from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment
+
+
+class ByteTokenizer:
+    """A tokenizer of UTF-8 bytes. It encodes any text and is not trained.
+
+    Id 0 is padding, 1 is beginning-of-sequence, 2 is end-of-sequence, and 3 to 258 are the bytes 0 to 255.
+    """
+
+    vocab_size: int = 259
+    bos_id: int | None = 1
+    eos_id: int = 2
+    pad_id: int = 0
+    fingerprint: str = "bytes-1"
+    _specials = ("<pad>", "<bos>", "<eos>")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """See `Tokenizer.encode_batch`. No text encodes to a special token."""
+        return [Encoding([byte + 3 for byte in text.encode()], _byte_offsets(text)) for text in texts]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """See `Tokenizer.decode`. Bytes that are not valid UTF-8 become replacement characters.
+
+        Raises:
+            ValueError: If an id is outside 0 to 258.
+        """
+        if any(not 0 <= i < self.vocab_size for i in ids):
+            raise ValueError(
+                f"`ids` of the byte tokenizer must be in 0 to {self.vocab_size - 1}, but got ids from {min(ids)} to {max(ids)}"
+            )
+        parts = (bytes([i - 3]) if i >= 3 else b"" if skip_special else self._specials[i].encode() for i in ids)
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
+        """See `Tokenizer.render` and `render_plain`."""
+        return render_plain(messages, add_generation_prompt=add_generation_prompt)
+
+
+def _byte_offsets(text: str) -> list[tuple[int, int]]:
+    # Texts share the tuples: creating them for each text would take longer than the rest of the encoding.
+    spans = _spans(1 << len(text).bit_length())
+    if text.isascii():
+        return spans[: len(text)]
+    return [span for span, character in zip(spans, text, strict=False) for _ in character.encode()]
+
+
+@cache
+def _spans(num_characters: int) -> list[tuple[int, int]]:
+    return [(i, i + 1) for i in range(num_characters)]

@@ -1,0 +1,116 @@
+"""A tokenizer that is read from a ``tokenizer.json`` file of the tokenizers library."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from lightning_align.data.tokenizer.chat import render_plain
+from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment
+from lightning_align.runtime.files import publish_text
+
+BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]")
+EOS_NAMES = ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eos|>", "[EOS]")
+PAD_NAMES = ("<pad>", "<|pad|>", "<|padding|>", "[PAD]")
+
+
+class FileTokenizer:
+    """A tokenizer of the tokenizers library, read from its JSON file.
+
+    Args:
+        path: The path of the file.
+        bos: The text of the beginning-of-sequence token. None looks for a common name. An empty string means that
+            there is no such token.
+        eos: The text of the end-of-sequence token. None looks for a common name.
+        pad: The text of the padding token. None looks for a common name and falls back to the end-of-sequence token.
+
+    Raises:
+        ValueError: If the file cannot be read, has no end-of-sequence token, or lacks a token that an argument names.
+    """
+
+    def __init__(self, path: str, *, bos: str | None = None, eos: str | None = None, pad: str | None = None) -> None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"tokenizer {path} cannot be read ({error})") from error
+        try:
+            model = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:
+            # The library raises bare Exceptions.
+            raise ValueError(f"tokenizer {path} is not a file of the tokenizers library ({error})") from error
+        self._set_model(model)
+        vocabulary = model.get_vocab(with_added_tokens=True)
+        bos_id = None if bos == "" else _find_special(vocabulary, name=bos, common=BOS_NAMES, argument="bos", path=path)
+        eos_id = _find_special(vocabulary, name=eos, common=EOS_NAMES, argument="eos", path=path)
+        if eos_id is None:
+            raise ValueError(
+                f"tokenizer {path} has no end-of-sequence token. Searched for {', '.join(EOS_NAMES)}. Give its text with"
+                f" FileTokenizer({path!r}, eos=...), or with tokenizer: {path}?eos=... on the command line."
+            )
+        pad_id = _find_special(vocabulary, name=pad, common=PAD_NAMES, argument="pad", path=path)
+        self.bos_id: int | None = bos_id
+        self.eos_id: int = eos_id
+        self.pad_id: int = eos_id if pad_id is None else pad_id
+        self.fingerprint: str = hash_parts(self._model.to_str(), str((bos_id, eos_id, self.pad_id)))
+        self._text = text
+
+    def save(self, folder: str | Path) -> None:
+        """Save the tokenizer in the format that `AutoTokenizer.from_pretrained` loads."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        specials = {name: self._model.id_to_token(i) for name, i in ids.items() if i is not None}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **specials}
+        publish_text(Path(folder) / "tokenizer.json", self._text)
+        publish_text(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+    def _set_model(self, model: tokenizers.Tokenizer) -> None:
+        model.no_padding()
+        model.no_truncation()
+        # Byte-level post-processors of many files cut leading spaces from the offsets. A token that begins with the last
+        # space of a prompt would then seem to begin after it. We add special tokens ourselves, so the post-processor of
+        # the file is not needed.
+        model.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+        self._model = model
+        self.vocab_size: int = 1 + max(model.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
+        """See `Tokenizer.encode_batch`."""
+        return [Encoding(encoding.ids, encoding.offsets) for encoding in self.raw_batch(texts)]
+
+    def raw_batch(self, texts: Sequence[str], *, offsets: bool = True) -> list[tokenizers.Encoding]:
+        """Encode each text and return the library's own objects.
+
+        For long texts, the conversion of all offsets to Python integers takes longer than the encoding.
+
+        Args:
+            texts: The texts to encode.
+            offsets: Whether to compute offsets. Encoding is faster without them.
+        """
+        encode = self._model.encode_batch if offsets else self._model.encode_batch_fast
+        return encode(list(texts), add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """See `Tokenizer.decode`."""
+        return self._model.decode(list(ids), skip_special_tokens=skip_special)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[Segment]:
+        """See `Tokenizer.render` and `render_plain`."""
+        return render_plain(messages, add_generation_prompt=add_generation_prompt)
+
+
+def _find_special(
+    vocabulary: Mapping[str, int], *, name: str | None, common: Sequence[str], argument: str, path: str
+) -> int | None:
+    if name is not None and name not in vocabulary:
+        raise ValueError(f"`{argument}` must be a token of tokenizer {path}, but got {name!r}")
+    found = name if name is not None else next((common_name for common_name in common if common_name in vocabulary), None)
+    return None if found is None else vocabulary[found]
+
+
+def hash_parts(*parts: str) -> str:
+    """Hash several strings to 16 hexadecimal digits. Each string is prefixed with its length."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)}:".encode() + part.encode())
+    return digest.hexdigest()[:16]

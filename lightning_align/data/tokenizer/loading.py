@@ -1,0 +1,46 @@
+"""Loading a tokenizer by name, and comparing its vocabulary with a model."""
+
+from lightning_align.data.tokenizer.byte import ByteTokenizer
+from lightning_align.data.tokenizer.file import FileTokenizer
+from lightning_align.data.tokenizer.protocol import Tokenizer
+from lightning_align.data.tokenizer.transformers import TransformersTokenizer
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        spec: ``bytes``, the path of a ``tokenizer.json``, or a folder or hub name of a transformers tokenizer. Special
+            tokens with uncommon names follow the path: ``tokenizer.json?eos=<|done|>&pad=<|fill|>``.
+
+    Raises:
+        ValueError: If there is no such tokenizer, or it has no end-of-sequence token.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path, _, query = spec.partition("?")
+    if not path.endswith(".json"):
+        return TransformersTokenizer(spec)
+    names = dict(part.split("=", 1) for part in query.split("&") if "=" in part)
+    if unknown := names.keys() - {"bos", "eos", "pad"}:
+        raise ValueError(
+            f"tokenizer {spec!r}: the options after '?' must be bos, eos or pad, but got {', '.join(sorted(unknown))}"
+        )
+    return FileTokenizer(path, **names)
+
+
+def check_vocabulary(tokenizer: Tokenizer, *, num_tokens: int) -> None:
+    """Check that a model has an embedding for every id of a tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        num_tokens: The number of embeddings of the model.
+
+    Raises:
+        ValueError: If the tokenizer has more ids than the model has embeddings.
+    """
+    if tokenizer.vocab_size > num_tokens:
+        raise ValueError(
+            f"the model has {num_tokens} tokens, but the tokenizer has {tokenizer.vocab_size}. Give the model at least"
+            f" {tokenizer.vocab_size} tokens, or use the tokenizer that the model was trained with."
+        )

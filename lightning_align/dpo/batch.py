@@ -1,0 +1,43 @@
+"""Batches of pairs as one batch of rows, and what steps return for callbacks and files."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_align.scoring.ratios import Ratios, pair_metrics
+from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
+
+
+def concatenate(batch: PreferenceBatch) -> TokenBatch:
+    """Concatenate chosen rows and rejected rows, padded on the right to one width: (2B, N)."""
+    chosen, rejected = batch["chosen"], batch["rejected"]
+    width = max(chosen["tokens"].shape[1], rejected["tokens"].shape[1])
+
+    def join(name: str) -> Tensor:
+        sides = cast(tuple[dict[str, Tensor], ...], (chosen, rejected))
+        return torch.cat([F.pad(side[name], (0, width - side[name].shape[1])) for side in sides])
+
+    return {"tokens": join("tokens"), "mask": join("mask"), "targets": join("targets")}
+
+
+def detached(policy: LogProbs, ratios: Ratios) -> dict[str, Any]:
+    """Return log-probs and log-ratios without their graphs, for callbacks."""
+    return {
+        "policy": LogProbs(*(part.detach() for part in policy)),
+        "ratios": Ratios(*(None if part is None else part.detach() for part in ratios)),  # type: ignore[arg-type]
+    }
+
+
+def scored_rows(batch: PreferenceBatch, policy: LogProbs, ratios: Ratios, *, beta: float) -> list[dict[str, Any]]:
+    """Return one dictionary per pair: its row, log-probs, rewards, margin, and lengths in tokens."""
+    values = pair_metrics(policy, ratios, beta=beta)
+    rows = batch["chosen"].get("rows", torch.arange(len(ratios.chosen)))
+    names = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins")
+    columns = {name.replace("/", "_"): values[name].tolist() for name in names}
+    columns["tokens_chosen"], columns["tokens_rejected"] = ratios.chosen_lengths.tolist(), ratios.rejected_lengths.tolist()
+    return [
+        {"row": int(row), **dict(zip(columns, numbers, strict=True))}
+        for row, *numbers in zip(rows, *columns.values(), strict=True)
+    ]

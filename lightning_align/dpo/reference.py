@@ -1,0 +1,146 @@
+"""The reference of a DPO run: how it is made from the initial policy, scored in advance, and checked on resume."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lightning_align.models.weights import weights_hash
+from lightning_align.references.frozen import AdaptersOff, FrozenCopy, frozen_copy
+from lightning_align.references.moving import moving_reference
+from lightning_align.references.protocol import MovingReference, Reference
+from lightning_align.references.stored import Source, StoredLogProbs
+from lightning_align.runtime.lightning_internals import new_loaders, trainer_of
+from lightning_align.training.module import AlignModule
+
+ReferenceKind = Literal["frozen", "stored", "moving"]
+
+
+class InitialPolicy:
+    """The reference of a module whose policy starts as its reference."""
+
+    def __init__(self, kind: ReferenceKind, *, cache_dir: str) -> None:
+        """Choose the kind.
+
+        Args:
+            kind: ``frozen``, ``stored`` or ``moving``.
+            cache_dir: The folder of stored log-probs.
+        """
+        self.kind, self.cache_dir = kind, cache_dir
+        self.reference: Reference | None = None
+        """None before `configure`, and where the initial weights are missing."""
+        self.weights: str | None = None
+        """The hash of the weights of a frozen copy; None for adapters off and for a moving reference."""
+
+    def configure(self, module: AlignModule, policy: nn.Module) -> None:
+        """Make the reference, before the policy is sharded and before a checkpoint is loaded into it.
+
+        A frozen reference is the policy with its adapters off if only adapters train, otherwise a copy.
+
+        Args:
+            module: The module of the policy.
+            policy: The policy with its initial weights.
+        """
+        if self.kind == "moving":
+            self.reference = moving_reference(
+                policy, lora=module.lora, convert=module.convert_like_policy, shard=module.shard_like_policy
+            )
+            return
+        if module.lora is not None:
+            self.reference = AdaptersOff()
+        elif module.init_from is None and (disabled := getattr(policy, "adapters_off", None)) is not None:
+            self.reference = AdaptersOff(disabled)  # new adapters of another library
+        elif module.source.awaits_weights:
+            return
+        else:
+            frozen = frozen_copy(policy)
+            self.reference, self.weights = frozen, weights_hash(frozen.model)
+            frozen.model = module.shard_like_policy(module.convert_like_policy(frozen.model))
+        if self.kind == "stored":
+            self.reference = self._stored(module, policy, self.reference)
+
+    def _stored(self, module: AlignModule, policy: nn.Module, source: Reference) -> StoredLogProbs:
+        trainer = trainer_of(module)
+        return StoredLogProbs(
+            source.logprobs,
+            again=lambda: self._source_again(module, source),
+            weights=self.weights or weights_hash(policy),
+            precision=str(trainer.precision if trainer is not None else next(policy.parameters()).dtype),
+            cache_dir=self.cache_dir,
+        )
+
+    def _source_again(self, module: AlignModule, source: Reference) -> Source | None:
+        """Make the source of stored log-probs again, for rows that come after it was freed; None if that is not possible."""
+        if module.is_sharded:
+            return None  # the ranks would have to find out at the same time
+        if self.weights is None:
+            return source.logprobs  # the policy with its adapters off
+        trainer, backbone = trainer_of(module), module.source.backbone
+        missing = module.init_from is not None and not Path(module.init_from).exists()
+        if isinstance(backbone, nn.Module) or missing or trainer is None:
+            return None
+        context = trainer.precision_plugin.module_init_context()
+        with isolate_rng(), trainer.strategy.tensor_init_context(), context:
+            frozen = FrozenCopy(module.build_policy())
+        if weights_hash(frozen.model) != self.weights:
+            return None  # initialized at random, or the file has changed
+        frozen.model = module.convert_like_policy(frozen.model)
+        return frozen.logprobs
+
+    def restore(self, policy: nn.Module) -> None:
+        """Score with the average that a checkpoint may have brought, if the reference moves."""
+        if isinstance(self.reference, MovingReference):
+            self.reference.restore(policy)
+
+    def begin_stage(self, stage: str) -> None:
+        """Tell a stored reference which command asks for rows, for its messages."""
+        if isinstance(self.reference, StoredLogProbs):
+            self.reference.stage = getattr(stage, "value", stage)  # Lightning passes a member of an enum
+
+    def end_stage(self) -> None:
+        """Free what a stored reference needed for one command only."""
+        if isinstance(self.reference, StoredLogProbs):
+            self.reference.rest()
+
+    def fill(self, module: Any) -> None:
+        """Score all rows of the run under a stored reference, and free the model.
+
+        Args:
+            module: Attached to a Trainer, with a method ``join`` from a batch of pairs to a batch of rows.
+        """
+        stored = self.reference
+        assert isinstance(stored, StoredLogProbs)
+        with isolate_rng(), module.trainer.precision_plugin.forward_context():
+            # New loaders: a data module's loaders split the rows over the ranks, and each row is in one of the parts.
+            loaders = CombinedLoader(new_loaders(module.trainer), "sequential")
+            batches = (module.join(batch) for batch, _, _ in iter(loaders))
+            stored.fill(batches, module.policy, module.device, in_step=module.is_sharded)
+        stored.finish()
+
+    def check_resumed(self, module: AlignModule, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint was trained against this reference.
+
+        Raises:
+            ValueError: If the kind of reference differs, or training would go on with other reference weights.
+        """
+        kind = checkpoint.get("hyper_parameters", {}).get("reference", "frozen")
+        if (kind == "moving") != (self.kind == "moving"):
+            raise ValueError(
+                f"The module has reference: {self.kind}, but the checkpoint is of a run with reference: {kind}. Resume with "
+                "the same kind, or start a new run with the checkpoint as `init_from`."
+            )
+        then = checkpoint.get("reference_sha256")
+        if then == self.weights:
+            return
+        trainer = trainer_of(module)
+        if trainer is None or not trainer.training:
+            # The policy alone may be all that is wanted. Scoring pairs raises.
+            self.reference = self.weights = None
+            return
+        raise ValueError(
+            f"The checkpoint was trained against a reference with weights {str(then)[:12]}, but the reference made from "
+            f"{module.init_from or 'the backbone'} has {str(self.weights)[:12]}. Give the `init_from` (or the module) that the "
+            "run started from."
+        )

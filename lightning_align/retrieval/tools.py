@@ -1,0 +1,56 @@
+"""The settings and components that a database is built and searched with."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+
+from lightning_align.retrieval.chunks import ChunkTokenizer
+from lightning_align.retrieval.encoders import Encoder
+from lightning_align.retrieval.index import IndexConfig
+from lightning_align.retrieval.lexical import Decode
+
+Kind = Literal["dense", "bm25", "hybrid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """Settings and components that a database is built and searched with."""
+
+    kind: Kind
+    """Kind of search."""
+    tokenizer: ChunkTokenizer
+    decode: Decode
+    """Converts token ids to text."""
+    encoder: Encoder | None
+    """None for BM25 alone."""
+    made_with: Mapping[str, Any]
+    """How to create the tokenizer and the encoder again. It is written to the head."""
+    trainer: Callable[[], L.Trainer]
+    """Creates the Trainer that runs the encoder."""
+    k: int
+    """The number of neighbors per chunk."""
+    index: IndexConfig
+    verify: float
+    """Fraction of the blocks that are computed twice and compared."""
+    hide_copies: bool = True
+    """Whether near-duplicates of a held-out document are hidden from it. Those of the database's own documents always are."""
+
+
+def check_encoder(head: Mapping[str, Any], tools: Tools) -> None:
+    """Check that the encoder is the encoder that the database was built with.
+
+    Args:
+        head: The manifest of the database.
+        tools: The tools to search or extend it with.
+
+    Raises:
+        ValueError: If the fingerprints differ.
+    """
+    fingerprint = None if tools.encoder is None else tools.encoder.fingerprint
+    if head["encoder"] != fingerprint:
+        raise ValueError(
+            f"`encoder` must be the encoder that the database was built with, {head['encoder']}, but got {fingerprint}. "
+            "Vectors of different encoders cannot be compared. Use that encoder, or build the database again with this one."
+        )

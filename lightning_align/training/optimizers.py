@@ -1,0 +1,27 @@
+"""Parameter groups, and how Lightning steps a schedule."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Group the parameters that train: matrices, then gains and biases without weight decay."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained if p.ndim >= 2]}]
+    if vectors := [p for p in trained if p.ndim < 2]:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return groups
+
+
+def schedule_config(scheduler: LRScheduler | Any) -> dict[str, Any]:
+    """Return Lightning's configuration of a scheduler.
+
+    A scheduler is stepped after every optimizer step. One that waits for a metric, such as `ReduceLROnPlateau`, is stepped
+    after each epoch, since the metric has a new value only after a validation.
+    """
+    if (monitor := getattr(scheduler, "monitor", None)) is not None:
+        return {"scheduler": scheduler, "monitor": monitor}
+    return {"scheduler": scheduler, "interval": "step"}
