@@ -68,7 +68,7 @@ class SelfPlayGeneration(Callback):
             lr_factors: The factors on the learning rate of the optimizer, one per iteration. Default is no change.
             reset_optimizer: Whether the optimizer state and the learning rate schedule restart with each iteration. Default is
                 true.
-            folder: The folder of the generated sets. All nodes must be able to read it. Default is `generations` in the
+            folder: The folder of the generated sets. All nodes must share it. Default is `generations` in the
                 folder of the run.
             backend: The engine that generates responses. Default is the sampler of this package.
             monitor: The name of a logged metric. If it stops improving, the run ends with the weights of the best iteration.

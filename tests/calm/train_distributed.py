@@ -37,7 +37,7 @@ def run(strategy: Any, devices: int, folder: Path) -> dict[str, Any]:
 
     def module() -> CALMModule:
         L.seed_everything(0, verbose=False)
-        anchor, augment = palms(torch.float32)
+        anchor, augment = palms(torch.float64)
         begin = str(folder / "connections.safetensors")
         augments = [Augment(augment, num_connections=2)]
         return CALMModule(anchor, augments, connection=SMALL, connections_from=begin, optimizer=SGD)

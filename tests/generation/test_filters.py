@@ -1,4 +1,4 @@
-"""Filters worked by hand, and the distribution of what is drawn."""
+"""Filters checked by hand, and the distribution of the drawn tokens."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from lightning_align.generation.filters import choose, draw, filter_logits, num_
 from lightning_align.generation.noise import uniforms
 from lightning_align.generation.sampler import GenerationConfig
 
-# Probabilities of five tokens, in no order; as logits, with a constant added, which must not matter.
+# Unsorted probabilities of five tokens. The logits have an added constant, which must not matter.
 P = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]])
 LOGITS = P.log() + 3
 
@@ -27,11 +27,11 @@ def test_temperature_divides() -> None:
 @pytest.mark.parametrize(
     ("top_k", "expected"), [(1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])]
 )
-def test_top_k_keeps_the_k_likeliest(top_k: int, expected: list[int]) -> None:
+def test_top_k_keeps_the_k_most_likely(top_k: int, expected: list[int]) -> None:
     assert kept(filter_logits(LOGITS, top_k=top_k)) == [expected]
 
 
-# Sorted: .4, .25, .2, .1, .05; cumulated: .4, .65, .85, .95, 1.
+# Sorted: .4, .25, .2, .1, .05. Cumulative: .4, .65, .85, .95, 1.
 @pytest.mark.parametrize(
     ("top_p", "expected"),
     [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.64, [1, 3]), (0.66, [1, 3, 4]), (0.9, [0, 1, 3, 4]), (0.96, [0, 1, 2, 3, 4])],
@@ -40,20 +40,20 @@ def test_top_p_keeps_the_fewest_that_reach_p(top_p: float, expected: list[int]) 
     assert kept(filter_logits(LOGITS, top_p=top_p)) == [expected]
 
 
-# Over the likeliest: .25, 1, .125, .625, .5.
+# Divided by the largest probability: .25, 1, .125, .625, .5.
 @pytest.mark.parametrize(
     ("min_p", "expected"), [(0.1, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.3, [1, 3, 4]), (0.6, [1, 3]), (0.99, [1])]
 )
-def test_min_p_keeps_what_is_near_the_likeliest(min_p: float, expected: list[int]) -> None:
+def test_min_p_keeps_tokens_near_the_most_likely(min_p: float, expected: list[int]) -> None:
     assert kept(filter_logits(LOGITS, min_p=min_p)) == [expected]
 
 
-def test_each_filter_sees_what_the_one_before_left() -> None:
-    # Of all five, 0.6 is reached by .4 + .25. Of the top 3, renormalised to .47, .29, .24, also by two; 0.8 by three of the
-    # three, but by three of five (.85) as well; 0.7: two of three (.76) against three of five.
+def test_each_filter_acts_on_the_result_of_the_previous_filter() -> None:
+    # Over all five tokens, three reach 0.7 (.85). Over the top 3, renormalized to .47, .29, .24, two reach it (.76).
     assert kept(filter_logits(LOGITS, top_p=0.7)) == [[1, 3, 4]]
     assert kept(filter_logits(LOGITS, top_k=3, top_p=0.7)) == [[1, 3]]
-    # Temperature first: at 0.5 the probabilities are squared, .16, .0625, .04, .01, .0025 over .275; .58 reach .55 alone.
+    # Temperature comes first. At 0.5 the squared probabilities are .16, .0625, .04, .01, .0025, divided by .275. So the first
+    # token (.58) alone reaches .55.
     assert kept(filter_logits(LOGITS, top_p=0.55)) == [[1, 3]]
     assert kept(filter_logits(LOGITS, temperature=0.5, top_p=0.55)) == [[1]]
     assert kept(filter_logits(LOGITS, temperature=0.5, min_p=0.3)) == [[1, 3]]
@@ -65,24 +65,24 @@ def test_rows_are_filtered_one_by_one() -> None:
     assert kept(filter_logits(two, top_k=3)) == [[1, 3, 4], [0, 1, 3]]
 
 
-def test_what_is_kept_keeps_its_logit() -> None:
+def test_kept_tokens_keep_their_logits() -> None:
     out = filter_logits(LOGITS.bfloat16(), top_k=3, top_p=0.9, min_p=0.1)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out[out.isfinite()], LOGITS.bfloat16().float()[out.isfinite()], rtol=0, atol=0)
 
 
-def test_equally_likely_tokens_stay_or_go_together() -> None:
+def test_equally_likely_tokens_are_kept_or_removed_together() -> None:
     assert kept(filter_logits(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), top_p=0.5)) == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (1 - 2**-24, 4)])
-def test_a_draw_is_where_the_cumulative_sum_passes(uniform: float, token: int) -> None:
+def test_a_draw_is_where_the_cumulative_sum_passes_the_share(uniform: float, token: int) -> None:
     weights = torch.tensor([[0.0, 1.0, 0.0, 2.0, 1.0, 0.0]])
     assert draw(weights, torch.tensor([uniform])).tolist() == [token]
 
 
 @pytest.mark.parametrize("vocabulary", [1, 256, 257, 1000])
-def test_a_draw_over_blocks_is_a_draw_over_one_sum(vocabulary: int) -> None:
+def test_a_draw_over_blocks_equals_a_draw_over_one_sum(vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(400, vocabulary, generator=generator) * (torch.rand(400, vocabulary, generator=generator) > 0.5)
     weights[:, 0] += 1e-3
@@ -90,7 +90,7 @@ def test_a_draw_over_blocks_is_a_draw_over_one_sum(vocabulary: int) -> None:
     sums = weights.double().cumsum(1)
     expected = (sums <= uniform[:, None] * sums[:, -1:]).sum(1)
     found = draw(weights, uniform)
-    assert int((found != expected).sum()) <= 1  # a bound within rounding of a sum
+    assert int((found != expected).sum()) <= 1  # a bound may be within rounding of a sum
     assert bool((weights.gather(1, found[:, None]) > 0).all())
 
 
@@ -104,8 +104,8 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-def test_what_is_chosen_follows_the_filtered_distribution(filters: dict[str, float]) -> None:
-    """Chi-square over 20,000 draws with at most 4 degrees of freedom; 20.5 is exceeded less than once in 2,000."""
+def test_chosen_tokens_follow_the_filtered_distribution(filters: dict[str, float]) -> None:
+    """Chi-square over 20,000 draws with at most 4 degrees of freedom. 20.5 is exceeded less than once in 2,000."""
     config = GenerationConfig(**filters)
     noise = uniforms([(7,)], positions=20_000, draws=num_draws(config))[0]
     tokens, logprobs = choose(LOGITS.expand(20_000, -1), noise, config)
@@ -115,7 +115,7 @@ def test_what_is_chosen_follows_the_filtered_distribution(filters: dict[str, flo
     assert bool((counts[expected == 0] == 0).all())
     chi = ((counts - expected) ** 2 / expected)[expected > 0].sum()
     assert float(chi) < 20.5
-    # Of the model, not of what was filtered.
+    # The log-probs are of the model, before filtering.
     torch.testing.assert_close(logprobs, P.log()[0][tokens], rtol=0, atol=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_the_greedy_choice_and_its_logprob() -> None:
     assert float(logprobs) == pytest.approx(float(torch.tensor(0.4).log()), abs=1e-6)
 
 
-def test_noise_depends_on_its_key_and_place_alone() -> None:
+def test_noise_depends_only_on_its_key_and_position() -> None:
     whole = uniforms([(0, 1), (0, 2), (1, 1)], positions=50, draws=3)
     assert torch.equal(uniforms([(0, 2)], positions=7, draws=3)[0], whole[1, :7])
     assert len({tuple(row) for row in whole.flatten(1).tolist()}) == 3

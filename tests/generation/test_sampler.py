@@ -1,4 +1,4 @@
-"""The sampler against decoding by hand: one row, one token, one full forward pass at a time."""
+"""The sampler compared with a slow decoder: one row, one token and one full forward pass at a time."""
 
 from collections.abc import Sequence
 
@@ -61,7 +61,7 @@ def test_an_end_token_in_the_prompt_ends_nothing() -> None:
 
 
 class Clock(nn.Module):
-    """Gives token + 1, so it ends after as many steps as the prompt's last token is short of the end; counts its calls."""
+    """Predicts token + 1, so the last token of the prompt sets the number of steps until the end. Counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,8 +86,8 @@ def test_decoding_stops_once_all_rows_have_ended() -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_samples_are_as_likely_as_the_model_says(plain: bool) -> None:
-    """The first two tokens of 4,000 samples against the product of probabilities; seed fixed."""
+def test_sample_frequencies_match_the_model(plain: bool) -> None:
+    """Compares the first two tokens of 4,000 samples with the product of probabilities, with a fixed seed."""
     torch.manual_seed(2)
     model = tiny_palm(num_tokens=3, seed=3)
     config = GenerationConfig(max_new_tokens=2, num_samples=4000, temperature=1.7, seed=5)
@@ -101,7 +101,7 @@ def test_samples_are_as_likely_as_the_model_says(plain: bool) -> None:
     assert chi < 26.1  # 8 degrees of freedom, once in 1,000
 
 
-def test_samples_repeat_with_their_seed_and_leave_the_global_one_alone() -> None:
+def test_samples_repeat_with_their_seed_and_leave_the_global_generator_alone() -> None:
     model, state = tiny_palm(), torch.get_rng_state()
     config = GenerationConfig(max_new_tokens=8, num_samples=3, seed=1)
     first = generate(model, PROMPTS, config)
@@ -112,7 +112,7 @@ def test_samples_repeat_with_their_seed_and_leave_the_global_one_alone() -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_every_part_returns_to_its_own_mode() -> None:
+def test_every_submodule_returns_to_its_own_mode() -> None:
     model = tiny_palm(ff_dropout=0.5).train()
     model.blocks[0].eval()
     before = {name: module.training for name, module in model.named_modules()}
@@ -129,23 +129,23 @@ def test_dropout_is_off() -> None:
     assert generate(model.train(), PROMPTS, config) == generate(model.eval(), PROMPTS, config)
 
 
-def test_training_goes_on_after_generating() -> None:
+def test_training_works_after_generating() -> None:
     model = tiny_palm()
     generate(model, PROMPTS, GenerationConfig(max_new_tokens=4))
     model(torch.tensor([[1, 2]])).sum().backward()
 
 
-def test_under_autocast_the_cache_takes_what_comes() -> None:
+def test_the_cache_works_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         (result,) = generate(tiny_palm(), [[1, 2, 3]], GenerationConfig(max_new_tokens=5, temperature=0))
     assert len(result[0].tokens) == 5 and max(result[0].tokens) < VOCABULARY
 
 
-def test_no_prompts_no_responses() -> None:
+def test_no_prompts_give_no_responses() -> None:
     assert generate(tiny_palm(), []) == []
 
 
-def test_an_empty_prompt_is_named() -> None:
+def test_an_empty_prompt_raises() -> None:
     with pytest.raises(ValueError, match="Prompt 1 is empty"):
         generate(tiny_palm(), [[1], []])
 
@@ -163,6 +163,6 @@ def test_an_empty_prompt_is_named() -> None:
         ({"batch_size": 0}, "`batch_size` .*got 0"),
     ],
 )
-def test_impossible_values_are_named(values: dict[str, object], message: str) -> None:
+def test_invalid_values_raise(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GenerationConfig(**values)

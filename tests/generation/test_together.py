@@ -1,4 +1,4 @@
-"""What is decoded together is what is decoded alone: the same tokens, log-probs, limits and ends."""
+"""Rows decoded together equal rows decoded alone: the same tokens, log-probs, limits and ends."""
 
 from typing import Any
 
@@ -17,9 +17,9 @@ SAMPLED = GenerationConfig(max_new_tokens=17, temperature=0.8, top_p=0.95, num_s
 
 
 def exact_palm() -> Any:
-    """In float64: kernels of other shapes round otherwise, by some 1e-15 of a probability here.
+    """Build a tiny PaLM in float64. Kernels for different shapes then differ by about 1e-15 of a probability.
 
-    Of all draws and ends of nuclei below, the nearest to the other decision is 3e-5 of the probability away from it.
+    Of all draws and top-p limits below, the closest to another decision is 3e-5 of the probability away from it.
     """
     return tiny_palm(dtype=torch.float64)
 
@@ -29,7 +29,7 @@ def config(**changes: object) -> GenerationConfig:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_samples_depend_on_neither_batch_nor_order(plain: bool) -> None:
+def test_samples_do_not_depend_on_batch_size_or_order(plain: bool) -> None:
     model: nn.Module = exact_palm()
     model = Plain(model) if plain else model
     expected = generate(model, PROMPTS, SAMPLED, eos_id=5)
@@ -44,13 +44,13 @@ def test_samples_depend_on_neither_batch_nor_order(plain: bool) -> None:
     assert generate(model, PROMPTS, SAMPLED, eos_id=5, iteration=1) != expected
 
 
-def test_a_cache_changes_nothing() -> None:
+def test_decoding_with_and_without_a_cache_is_equal() -> None:
     model = exact_palm()
     assert generate(model, PROMPTS, SAMPLED, eos_id=5) == generate(Plain(model), PROMPTS, SAMPLED, eos_id=5)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_logprobs_are_those_of_the_model(temperature: float) -> None:
+def test_logprobs_equal_those_of_the_model(temperature: float) -> None:
     model = exact_palm()
     results = generate(model, PROMPTS, config(temperature=temperature), eos_id=5)
     for prompt, responses in zip(PROMPTS, results, strict=True):
@@ -64,7 +64,7 @@ def test_logprobs_are_those_of_the_model(temperature: float) -> None:
 
 
 class Unselectable:
-    """A cache that cannot give up rows."""
+    """A cache without `select`."""
 
     def __init__(self, cache: object) -> None:
         self._cache = cache
@@ -81,7 +81,7 @@ class Unselectable:
             setattr(self._cache, name, value)
 
 
-def test_a_cache_without_selection_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_without_select_gives_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     model = exact_palm()
     expected = generate(model, PROMPTS, SAMPLED, eos_id=5)
     make = model.make_cache
@@ -144,7 +144,7 @@ def test_lora_scopes_decode() -> None:
         assert generate(model, PROMPTS, SAMPLED) == plain
 
 
-def test_a_prompt_longer_than_the_context_is_named() -> None:
+def test_a_prompt_that_fills_the_context_raises() -> None:
     model = Plain(exact_palm())
     model.max_seq_len = 6
     with pytest.raises(ValueError, match="Prompt 1 has 6 tokens, but the context of the model has only 6"):
@@ -156,30 +156,30 @@ def test_a_prompt_longer_than_the_context_is_named() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_packed_products_are_products(bias: bool) -> None:
+def test_packed_products_equal_plain_products(bias: bool) -> None:
     linear = nn.Linear(200, 300, bias=bias)
-    model = nn.Sequential(linear, nn.ReLU(), nn.Linear(300, 5))  # the second is too small to gain
+    model = nn.Sequential(linear, nn.ReLU(), nn.Linear(300, 5))  # the second is too small to be packed
     x = torch.randn(3, 1, 200)
     with torch.no_grad():
         expected = model(x)
         with packed_linears(model):
             assert "forward" in vars(linear) and "forward" not in vars(model[2])
             torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
-            # One row, a prompt and a head are each multiplied in a way of their own.
+            # One row, a prompt and a head each use another path.
             for other in (x[:1], x.view(1, 3, 200), x.view(3, 200)):
                 rows = other.numel() // 200
                 torch.testing.assert_close(model(other).view(rows, 1, 5), expected[:rows], rtol=1e-5, atol=1e-5)
         assert "forward" not in vars(linear)
         linear.weight.add_(1)
-        assert not torch.allclose(model(x), expected)  # not the packed weights of before
+        assert not torch.allclose(model(x), expected)  # so the old packed weights are not used
     assert pack(linear.weight.half(), None) is None
     halves, packed = linear.bfloat16(), pack(linear.weight.bfloat16(), linear.bias)
-    if packed is not None:  # on processors that multiply bfloat16
+    if packed is not None:  # only on processors with bfloat16 products
         torch.testing.assert_close(packed(x.bfloat16()), halves(x.bfloat16()), rtol=0.02, atol=0.02)
 
 
 class Bounded(nn.Module):
-    """Learned positions, of which there are sixteen; each token reads the one before."""
+    """A model with sixteen learned positions. Each token reads the previous one."""
 
     max_seq_len = 16
 
@@ -202,7 +202,7 @@ def test_no_row_of_a_batch_goes_past_the_context(cached: bool) -> None:
         model: nn.Module = PretrainedLM(config=config).eval()
     else:
         model = Bounded()
-    # Too few are done when the long one is for it to leave the others.
+    # When the long row is done, too few rows are done to be removed.
     prompts = [[1 + i, 2, 3] for i in range(7)] + [[4] * 14]
     together = generate(model, prompts, GenerationConfig(max_new_tokens=12, temperature=0))
     assert [len(answer.tokens) for (answer,) in together] == [12] * 7 + [2]
@@ -210,15 +210,15 @@ def test_no_row_of_a_batch_goes_past_the_context(cached: bool) -> None:
         assert generate(model, [prompt], GenerationConfig(max_new_tokens=12, temperature=0))[0] == answers
 
 
-def test_packing_steps_aside_when_a_block_fails() -> None:
+def test_packing_is_undone_after_an_error() -> None:
     linear = nn.Linear(200, 300)
     with pytest.raises(RuntimeError, match="inside"), packed_linears(linear):
         raise RuntimeError("inside")
     assert "forward" not in vars(linear)
 
 
-def test_a_wide_model_decodes_what_full_passes_say() -> None:
-    """Wide enough that its layers are packed; greedy, so equal up to ties, of which this one has none."""
+def test_a_wide_model_decodes_like_full_passes() -> None:
+    """The model is wide enough that its layers are packed. Greedy tokens are equal up to ties, and there are none here."""
     model = tiny_palm(num_tokens=300, dim=128)
     with torch.no_grad():
         for parameter in model.parameters():

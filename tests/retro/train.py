@@ -36,7 +36,9 @@ def run(strategy: Any, devices: int, database: str, folder: Path) -> dict[str, A
         log_every_n_steps=1,
         default_root_dir=folder,
     )
-    module = RETROModule(tiny_retro(decoder=tiny_palm(num_tokens=259, depth=3), chunk_size=SIZE), optimizer=SGD)
+    # In float64: in float32, kernels that differ by batch size and thread count move the weights by more than 1e-6.
+    model = tiny_retro(decoder=tiny_palm(num_tokens=259, depth=3), chunk_size=SIZE, dtype=torch.float64)
+    module = RETROModule(model, optimizer=SGD)
     data = RETRODataModule(database, num_chunks=3, batch_size=6 // devices, eval_num_neighbors=3)
     trainer.fit(module, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

@@ -1,4 +1,4 @@
-"""Runs of self-play that several tests share: a tiny model, ten demonstrations, three iterations."""
+"""Self-play runs for several tests: a tiny model, ten demonstrations, three iterations."""
 
 import functools
 import json
@@ -21,9 +21,10 @@ GENERATION = GenerationConfig(max_new_tokens=5, batch_size=4, seed=3)
 
 
 def exact_palm() -> Any:
-    """In float64: of a few hundred draws over 259 tokens one is within some 1e-6 of another token, as far as float32 rounds.
+    """Build a tiny PaLM in float64, for tests that compare samples from batches of different shapes.
 
-    Where a test compares what was drawn in batches of other shapes, so that other kernels worked, rounding must decide nothing.
+    Different shapes use different kernels, which round differently. Of a few hundred draws over 259 tokens, one is within about
+    1e-6 of another token. This is the rounding error of float32, so in float32 rounding could change the draw.
     """
     return tiny_palm(num_tokens=259, dtype=torch.float64)
 
@@ -37,7 +38,7 @@ def write_rows(folder: Path) -> str:
 
 
 def start(folder: Path, *callbacks: Callback, loop: dict[str, Any] | None = None, **module: Any) -> tuple[L.Trainer, Any, Any]:
-    """A trainer, a module and its data; the sets go to ``folder / "sets"``, a checkpoint of each step to ``last.ckpt``."""
+    """Build a trainer, a module and its data. Sets go to ``folder / "sets"``, and each step overwrites ``last.ckpt``."""
     folder.mkdir(parents=True, exist_ok=True)
     L.seed_everything(0, verbose=False)
     rows = write_rows(folder)

@@ -1,4 +1,4 @@
-"""The loop: what is generated when and by whom, and a run that is cut off anywhere."""
+"""The self-play loop: which opponent generates what and when, and runs that are interrupted and resumed."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def scored(model: torch.nn.Module, prompt: list[int], response: list[int]) -> fl
     return slow_logprobs(model, {"tokens": tokens, "mask": torch.ones_like(targets), "targets": targets})[0][0]
 
 
-def test_every_iteration_plays_against_the_policy_it_began_with(tmp_path: Path) -> None:
+def test_each_iteration_plays_against_its_initial_policy(tmp_path: Path) -> None:
     seen: list[tuple[int, int, int]] = []
 
     class Watch(Callback):
@@ -33,7 +33,7 @@ def test_every_iteration_plays_against_the_policy_it_began_with(tmp_path: Path) 
             seen.append((pl_module.iteration, trainer.current_epoch, len(batch["opponent"]) // 2))
 
     trainer, module = finish(tmp_path, Watch(), backbone=exact_palm())
-    # Epochs 1, 2, 1; ten pairs, then twenty with those of the iteration before.
+    # Epochs 1, 2, 1. The first iteration has ten pairs, later ones twenty, with replayed pairs.
     pairs = {key: sum(n for i, e, n in seen if (i, e) == key) for key in {(i, e) for i, e, _ in seen}}
     assert pairs == {(0, 0): 10, (1, 1): 20, (1, 2): 20, (2, 3): 20}
     tokenizer, states = ByteTokenizer(), []
@@ -52,7 +52,7 @@ def test_every_iteration_plays_against_the_policy_it_began_with(tmp_path: Path) 
             (answer,) = generate(opponent, [prompt], GENERATION, eos_id=2, ids=[row["row"]], iteration=iteration)[0]
             assert (newest["tokens"], newest["reason"]) == (answer.tokens, answer.reason)
             assert newest["sampled_logprob"] == pytest.approx(newest["logprob"], abs=1e-4)
-            # Those of the iteration before, scored by the new opponent.
+            # Responses of the previous iteration, scored by the new opponent.
             assert [old["iteration"] for old in older] == ([iteration - 1] if iteration else [])
             for answered in row["generated"]:
                 ids = answer_ids(answered, 2)
@@ -62,17 +62,17 @@ def test_every_iteration_plays_against_the_policy_it_began_with(tmp_path: Path) 
     assert {"spin/train/tie_rate", "spin/validation/eos_rate", "val/rewards/margins"} <= trainer.callback_metrics.keys()
 
 
-class Cut(RuntimeError):
-    """Stands for a process that ends."""
+class Interrupted(RuntimeError):
+    """Simulates the end of the process."""
 
 
-class CutAfter(Callback):
+class InterruptAfter(Callback):
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.steps:
-            raise Cut
+            raise Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -81,38 +81,38 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
     return state_of(module.policy), trainer.global_step
 
 
-# Steps: 3 of iteration 0, then 5 and 5 of iteration 1, then 5 of iteration 2.
+# Iteration 0 takes 3 steps, iteration 1 takes 5 and 5, iteration 2 takes 5.
 @pytest.mark.parametrize("steps", [1, 3, 6, 8, 13, 15])
-def test_a_run_that_was_cut_goes_on_bit_for_bit(whole: Any, steps: int, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(whole: Any, steps: int, tmp_path: Path) -> None:
     expected, total = whole
     assert total == 18
-    with pytest.raises(Cut):
-        finish(tmp_path, CutAfter(steps))
+    with pytest.raises(Interrupted):
+        finish(tmp_path, InterruptAfter(steps))
     trainer, module = finish(tmp_path, resume=True)
     assert trainer.global_step == total
     assert largest_difference(state_of(module.policy), expected) == 0
 
 
-def test_a_run_whose_folder_was_moved_goes_on_there(whole: Any, tmp_path: Path) -> None:
-    with pytest.raises(Cut):
-        finish(tmp_path, CutAfter(6))
+def test_a_run_resumes_from_a_moved_folder(whole: Any, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        finish(tmp_path, InterruptAfter(6))
     (tmp_path / "sets").rename(tmp_path / "moved")
     _, module = finish(tmp_path, resume=True, loop={"folder": str(tmp_path / "moved")})
     assert largest_difference(state_of(module.policy), whole[0]) == 0
     assert not (tmp_path / "sets").exists() and (tmp_path / "moved" / "iteration_2").is_dir()
 
 
-def test_a_run_that_was_cut_at_the_end_of_two_epochs_trains_neither_again(whole: Any, tmp_path: Path) -> None:
+def test_a_run_interrupted_at_two_epoch_ends_repeats_neither_epoch(whole: Any, tmp_path: Path) -> None:
     for resume, steps in ((False, 3), (True, 8), (True, 13)):
-        with pytest.raises(Cut):
-            finish(tmp_path, CutAfter(steps), resume=resume)
+        with pytest.raises(Interrupted):
+            finish(tmp_path, InterruptAfter(steps), resume=resume)
     trainer, module = finish(tmp_path, resume=True)
     assert trainer.global_step == whole[1]
     assert largest_difference(state_of(module.policy), whole[0]) == 0
 
 
 @pytest.mark.parametrize("writes", [2, 8, 14])
-def test_a_run_that_was_cut_while_generating_generates_nothing_twice(
+def test_a_run_interrupted_while_generating_generates_nothing_twice(
     whole: Any, writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
@@ -120,12 +120,12 @@ def test_a_run_that_was_cut_while_generating_generates_nothing_twice(
 
     def counted(self: GeneratedSet, part: int, rows: Any) -> None:
         if len(written) == writes:
-            raise Cut
+            raise Interrupted
         written.append(self.path(part))
         write(self, part, rows)
 
     monkeypatch.setattr(GeneratedSet, "write", counted)
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         finish(tmp_path)
     writes = -1
     _, module = finish(tmp_path, resume=(tmp_path / "last.ckpt").exists())
@@ -148,15 +148,15 @@ CASES: list[dict[str, Any]] = [
 def test_every_opponent_resumes_bit_for_bit(case: dict[str, Any], tmp_path: Path) -> None:
     loop = {"iterations": 2, "epochs": 1}
     _, uncut = finish(tmp_path / "uncut", loop=loop, **case)
-    with pytest.raises(Cut):
-        finish(tmp_path, CutAfter(4), loop=loop, **case)
+    with pytest.raises(Interrupted):
+        finish(tmp_path, InterruptAfter(4), loop=loop, **case)
     _, module = finish(tmp_path, resume=True, loop=loop, **case)
     assert largest_difference(state_of(module.policy), state_of(uncut.policy)) == 0
     if "lora" not in case:
         assert largest_difference(state_of(module.policy), state_of(tiny_palm(num_tokens=259))) > 1e-3
 
 
-def test_betas_rates_and_optimizers_follow_the_iteration(tmp_path: Path) -> None:
+def test_beta_learning_rate_and_optimizer_follow_the_iteration(tmp_path: Path) -> None:
     seen: list[tuple[int, float, float, int]] = []
 
     class Watch(Callback):
@@ -175,13 +175,13 @@ def test_betas_rates_and_optimizers_follow_the_iteration(tmp_path: Path) -> None
         assert mine == [(beta, pytest.approx(rate), step) for step in range(1, steps + 1)]
 
 
-def test_factors_on_a_rate_that_a_schedule_rules_are_refused(tmp_path: Path) -> None:
+def test_lr_factors_with_one_schedule_for_all_iterations_raise(tmp_path: Path) -> None:
     loop = {"lr_factors": [1.0, 0.5, 0.1], "reset_optimizer": False}
     with pytest.raises(ValueError, match=r"`lr_factors` .* is \[1.0, 0.5, 0.1\], but `reset_optimizer` is false and there"):
         finish(tmp_path, loop=loop, lr_scheduler=lambda optimizer: WarmupDecay(optimizer, total_steps=10))
 
 
-def test_an_iteration_that_does_harm_ends_the_run_with_the_weights_of_the_best(tmp_path: Path) -> None:
+def test_an_iteration_without_improvement_ends_the_run_with_the_best_weights(tmp_path: Path) -> None:
     class Judge(Callback):
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             pl_module.log("val/solved", {0: 0.4, 1: 0.5, 2: 0.3}[pl_module.iteration])
@@ -197,7 +197,7 @@ def test_an_iteration_that_does_harm_ends_the_run_with_the_weights_of_the_best(t
 
 
 @pytest.mark.parametrize(("patience", "link"), [(0, False), (1, False), (0, True)])
-def test_a_last_iteration_that_does_harm_leaves_the_best_weights_everywhere(patience: int, link: bool, tmp_path: Path) -> None:
+def test_a_last_iteration_without_improvement_restores_the_best_weights(patience: int, link: bool, tmp_path: Path) -> None:
     class Judge(Callback):
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             pl_module.log("val/solved", [0.4, 0.5, 0.3][pl_module.iteration])
@@ -212,14 +212,14 @@ def test_a_last_iteration_that_does_harm_leaves_the_best_weights_everywhere(pati
     for path in (tmp_path / "sets" / "best.ckpt", tmp_path / "last.ckpt"):
         saved = torch.load(path, weights_only=True)["state_dict"]
         assert all(torch.equal(saved[f"policy.{name}"], value) for name, value in best.items())
-    if link:  # what it pointed to is as it was
+    if link:  # the checkpoint behind the link is unchanged
         saved = torch.load(trainer.checkpoint_callbacks[-1].best_model_path, weights_only=True)["state_dict"]  # type: ignore[attr-defined]
         assert not all(torch.equal(saved[f"policy.{name}"], value) for name, value in best.items())
 
 
-def test_what_was_altered_is_named_before_any_step(tmp_path: Path) -> None:
-    with pytest.raises(Cut):
-        finish(tmp_path, CutAfter(6))
+def test_changed_files_raise_before_any_step(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        finish(tmp_path, InterruptAfter(6))
     part = tmp_path / "sets" / "iteration_1" / "train" / "part-00001.jsonl"
     text = part.read_text()
     for altered, message in (
@@ -239,9 +239,9 @@ def test_what_was_altered_is_named_before_any_step(tmp_path: Path) -> None:
         finish(tmp_path, resume=True)
 
 
-def test_a_folder_of_other_weights_or_settings_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Cut):
-        finish(tmp_path, CutAfter(1))
+def test_a_folder_of_other_weights_or_settings_raises(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        finish(tmp_path, InterruptAfter(1))
     with pytest.raises(ValueError, match=r"iteration_0 holds an iteration that began with other weights"):
         finish(tmp_path, backbone=tiny_palm(num_tokens=259, seed=1))
     with pytest.raises(ValueError, match=r"train was generated with other settings: `replay` was 1 and is now 0"):
@@ -260,19 +260,19 @@ def test_a_folder_of_other_weights_or_settings_is_named(tmp_path: Path) -> None:
         ({"mode": "best"}, "`mode` .*got 'best'"),
     ],
 )
-def test_impossible_loops_are_named(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_arguments_of_the_callback_raise(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         start(tmp_path, loop=arguments)
 
 
-def test_texts_may_have_characters_that_part_lines(tmp_path: Path) -> None:
+def test_texts_may_have_unicode_line_separators(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}\u2028\x85", "response": "\u2029b"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trainer, _ = finish(tmp_path, loop={"iterations": 1, "epochs": 1})
     assert trainer.global_step == 1
 
 
-def test_rows_are_grouped_by_length_only_where_asked(tmp_path: Path) -> None:
+def test_rows_are_grouped_by_length_only_on_request(tmp_path: Path) -> None:
     rows = [{"prompt": "x", "response": "a" * n} for n in range(1, 13)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spreads = {}
@@ -283,7 +283,7 @@ def test_rows_are_grouped_by_length_only_where_asked(tmp_path: Path) -> None:
         class Watch(Callback):
             def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
                 counts = batch["pairs"]["targets"].sum(1)
-                seen.append(counts[: len(counts) // 2])  # noqa: B023  # called within this round
+                seen.append(counts[: len(counts) // 2])  # noqa: B023  # called in this round of the loop
 
         trainer.callbacks.append(Watch())
         trainer.fit(module, data)
@@ -291,7 +291,7 @@ def test_rows_are_grouped_by_length_only_where_asked(tmp_path: Path) -> None:
     assert spreads[True] < spreads[False]
 
 
-def test_the_callback_comes_with_the_module(tmp_path: Path) -> None:
+def test_the_module_adds_the_callback(tmp_path: Path) -> None:
     _, module, data = start(tmp_path, optimizer=ADAM)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     bare = L.Trainer(accelerator="cpu", max_epochs=1, log_every_n_steps=1, default_root_dir=tmp_path / "bare", **quiet)

@@ -1,4 +1,4 @@
-"""The parts of self-play by themselves: pairs, ties, mixtures, statistics, and the hand-over to another engine."""
+"""The parts of self-play: pairs, ties, mixtures, statistics, and the exchange with another engine."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def pairs_of(real: list[list[int]], generated: list[list[int]], prompt: int) -> 
 
 
 def test_pairs_by_hand() -> None:
-    """Id 2 ends and pads; the second answer was cut, so it has no end."""
+    """Id 2 is both end-of-sequence and padding. The second answer was truncated, so it has no end."""
     pairs = pairs_of([[5, 6, 7, 2], [5, 8, 2]], [[5, 6, 2], [5, 8, 9, 9, 9]], 1)
     assert pairs["tokens"].tolist() == [[5, 6, 7, 2, 2], [5, 8, 2, 2, 2], [5, 6, 2, 2, 2], [5, 8, 9, 9, 9]]
     assert pairs["mask"].sum(1).tolist() == [4, 3, 3, 5]
@@ -41,7 +41,7 @@ def test_pairs_by_hand() -> None:
 
 
 def test_ties_have_no_weight() -> None:
-    # The second is a tie; the third differs by its end alone, which the pad looks like.
+    # The second pair is a tie. The third differs only by its end, and padding has the same id.
     pairs = pairs_of([[5, 6, 2], [5, 7, 2], [5, 8, 2]], [[5, 9, 2], [5, 7, 2], [5, 8]], 1)
     assert tied(pairs).tolist() == [False, True, False]
     module = SPINModule(tiny_palm(), sft_weight=0.5)
@@ -63,7 +63,7 @@ def test_ties_have_no_weight() -> None:
 
 
 class Capped(nn.Module):
-    """A model whose logits are softly capped, as Gemma 2's."""
+    """A model with soft-capped logits, as in Gemma 2."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Capped(nn.Module):
 
 
 @pytest.mark.parametrize("kinds", [(None, None), (Plain, Plain), (Capped, Capped), (None, Capped)])
-def test_a_mixture_is_the_normalised_geometric_mean(kinds: tuple[type[Plain] | type[Capped] | None, ...]) -> None:
+def test_a_mixture_is_the_normalized_geometric_mean(kinds: tuple[type[Plain] | type[Capped] | None, ...]) -> None:
     models = tiny_palm(), tiny_palm(seed=1, tie_embeddings=False)
     first, second = parts = [model if kind is None else kind(model) for kind, model in zip(kinds, models, strict=True)]
     mixture, batch = GeometricMixture(*parts, 0.3), token_batch([2, 3], [6, 4])
@@ -98,9 +98,9 @@ def test_a_mixture_is_the_normalised_geometric_mean(kinds: tuple[type[Plain] | t
     assert generate(mixture, prompts, config) == generate(GeometricMixture(Plain(first), Plain(second), 0.3), prompts, config)
 
 
-def test_opponents_read_no_more_than_their_models() -> None:
+def test_opponents_have_the_context_length_of_their_models() -> None:
     model = tiny_palm()
-    model.max_seq_len = 8  # type: ignore[assignment]  # what a model with learned positions says
+    model.max_seq_len = 8  # type: ignore[assignment]  # as in a model with learned positions
     add_lora(model, LoRAConfig(rank=2))
     for player in (Scoped(model), GeometricMixture(model, Scoped(model), 0.3), GeometricMixture(tiny_palm(), model, 0.3)):
         ((answer,),) = generate(player, [[1, 2, 3, 4, 5, 6]], GenerationConfig(max_new_tokens=9))
@@ -109,7 +109,7 @@ def test_opponents_read_no_more_than_their_models() -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_rows_are_scored_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch, plain: bool) -> None:
+def test_scoring_in_parts_equals_scoring_at_once(monkeypatch: pytest.MonkeyPatch, plain: bool) -> None:
     policy: nn.Module = Plain(tiny_palm()) if plain else tiny_palm()
     batch = token_batch([2, 3, 1, 4, 2], [6, 4, 9, 5, 3])
     with evaluating(policy):
@@ -120,7 +120,7 @@ def test_rows_are_scored_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch, pla
     assert policy.training and not opponent.score(policy, batch).requires_grad
 
 
-def test_scopes_play_without_touching_what_trains() -> None:
+def test_scoped_opponents_leave_the_trained_adapters_unchanged() -> None:
     model = tiny_palm()
     plain = state_of(model)
     for scope in ("default", "other"):
@@ -163,7 +163,7 @@ def test_statistics_by_hand() -> None:
 
 
 def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
-    """It is handed weights and prompts in files; the same run goes on once the responses are there, and plays the same."""
+    """The engine gets weights and prompts in files. The run continues once the responses exist, with the same result."""
     loop: dict[str, Any] = {"iterations": 1, "epochs": 1}
     _, native = finish(tmp_path / "native", loop=loop)
     loop["backend"] = FileBackend(str(tmp_path / "engine"))
@@ -198,8 +198,8 @@ def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
         finish(tmp_path / "other", loop=loop, backbone=tiny_palm(num_tokens=259, seed=1))
 
 
-class Outside:
-    """Another engine, in this process: it knows of the opponent only the weights that it was sent."""
+class OtherEngine:
+    """Another engine, in this process. It knows only the weights that it received."""
 
     whole = False
 
@@ -220,14 +220,14 @@ class Outside:
 
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)])
 @pytest.mark.parametrize("opponent", ["iterate", "ema", "base"])
-def test_another_engine_is_sent_the_opponent(opponent: str, lora: LoRAConfig | None, tmp_path: Path) -> None:
-    engine = Outside()
+def test_another_engine_receives_the_opponent(opponent: str, lora: LoRAConfig | None, tmp_path: Path) -> None:
+    engine = OtherEngine()
     finish(tmp_path, loop={"iterations": 2, "epochs": 1, "backend": engine}, opponent=opponent, lora=lora, ema_decay=0.7)
     assert set(engine.asked) == {0, 1}
 
 
 @pytest.mark.parametrize("adapter", [None, {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}])
-def test_another_engine_is_sent_what_an_export_holds(adapter: dict[str, Any] | None, tmp_path: Path) -> None:
+def test_another_engine_receives_the_weights_of_an_export(adapter: dict[str, Any] | None, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     model = PretrainedLM(config={"model_type": "llama", **FAMILIES["llama"]}, adapter=adapter)
     write_model(model, whole_weights(model), tmp_path / "export")
@@ -241,7 +241,7 @@ def test_another_engine_is_sent_what_an_export_holds(adapter: dict[str, Any] | N
         ({"generate": "per_step"}, r"`backend` .* is FileBackend, but `generate` .* is 'per_step', which never uses it"),
     ],
 )
-def test_what_no_other_engine_can_do_is_refused(module: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_that_no_other_engine_supports_raise(module: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         finish(tmp_path, loop={"backend": FileBackend(str(tmp_path / "engine"))}, **module)
     assert not (tmp_path / "engine").exists()
@@ -250,7 +250,7 @@ def test_what_no_other_engine_can_do_is_refused(module: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"beta": 0}, "beta is 0"),
+        ({"beta": 0}, "`beta` must be positive, but got 0"),
         ({"beta": []}, "`beta` .* but got an empty list"),
         ({"opponent": "self"}, "`opponent` must be one of iterate, .*, but got 'self'"),
         ({"generate": "never"}, "`generate` .*got 'never'"),
@@ -259,6 +259,6 @@ def test_what_no_other_engine_can_do_is_refused(module: dict[str, Any], message:
         ({"sft_weight": -1.0}, "`sft_weight` .*got -1.0"),
     ],
 )
-def test_impossible_values_are_named(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_of_the_module_raise(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SPINModule(tiny_palm(), **arguments)

@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "markov", "jsonl"])
-def test_the_configurations_play(name: str, folder: Path) -> None:
+def test_the_configurations_train_and_resume(name: str, folder: Path) -> None:
     sft = {
         "model": {"class_path": "SFTModule", "init_args": {"backbone": BACKBONE}},
         "data": {"class_path": "SFTDataModule", "init_args": {"train": "rows.jsonl", "batch_size": 4, "max_length": 32}},
@@ -59,7 +59,7 @@ def test_the_configurations_play(name: str, folder: Path) -> None:
     names = {"val/loss", "val/rewards/real", "val/rewards/margins", "val/nll", "train/tie_rate", "spin/train/eos_rate"}
     assert names <= cli.trainer.callback_metrics.keys()
 
-    # From the middle of the second iteration, in a folder of another version: the sets are found where they were.
+    # Resume in the middle of the second iteration. The log folder is new, but the sets are read from the old one.
     (middle,) = log_dir.rglob("*step=6.ckpt")
     last = log_dir / "checkpoints" / "last.ckpt"
     resumed = run(["fit", *given, "--ckpt_path", str(middle)])
@@ -77,7 +77,7 @@ def test_the_configurations_play(name: str, folder: Path) -> None:
     assert len(Path("texts.jsonl").read_text().splitlines()) == 12
 
 
-def test_a_checkpoint_of_another_shape_is_named(folder: Path) -> None:
+def test_a_checkpoint_of_another_shape_raises(folder: Path) -> None:
     torch.save({"state_dict": {"policy.token_emb.weight": torch.zeros(3, 3)}}, "other.ckpt")
     backbone = {"class_path": "SPINModule", "init_args": {"backbone": BACKBONE, "init_from": "other.ckpt"}}
     Path("spin.yaml").write_text(yaml.safe_dump({"model": backbone, "trainer": {**TRAINER, "max_epochs": -1}}))

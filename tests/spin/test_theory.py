@@ -1,4 +1,4 @@
-"""What the loss is minimised by, on distributions small enough to know everything about."""
+"""The minimizer of the loss, on distributions small enough for exact expectations."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def distribution(seed: int) -> Tensor:
 
 
 def population_loss(logits: Tensor, p_data: Tensor, opponent: Tensor, beta: float) -> Tensor:
-    """The expectation over every pair of a real and a generated outcome, with the loss that trains."""
+    """Compute the expected training loss over all pairs of a real and a generated outcome."""
     ratio = logits.log_softmax(0) - opponent.log()
     real, generated = ratio[:, None].expand(-1, OUTCOMES).flatten(), ratio[None, :].expand(OUTCOMES, -1).flatten()
     ones = torch.ones_like(real)
@@ -25,7 +25,7 @@ def population_loss(logits: Tensor, p_data: Tensor, opponent: Tensor, beta: floa
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
-def test_the_minimiser_is_the_opponent_tilted_towards_the_data(beta: float) -> None:
+def test_the_minimizer_is_the_opponent_tilted_toward_the_data(beta: float) -> None:
     """Theorem 5.4: p proportional to q (p_data / q)^(1 / beta)."""
     p_data, opponent = distribution(0), distribution(1)
     logits = opponent.log().clone().requires_grad_()
@@ -43,9 +43,9 @@ def test_the_minimiser_is_the_opponent_tilted_towards_the_data(beta: float) -> N
     torch.testing.assert_close(logits.detach().softmax(0), expected, rtol=0, atol=1e-4)
 
 
-def test_self_play_stands_still_where_the_opponent_is_the_data() -> None:
-    """Theorem 5.2; and it moves where it is not."""
-    for opponent, still in ((distribution(0), True), (distribution(1), False)):
+def test_the_gradient_is_zero_if_the_opponent_is_the_data() -> None:
+    """Theorem 5.2. The gradient is not zero for another opponent."""
+    for opponent, is_zero in ((distribution(0), True), (distribution(1), False)):
         logits = opponent.log().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(population_loss(logits, distribution(0), opponent, 0.7), logits)
-        assert (float(gradient.abs().max()) < 1e-12) == still
+        assert (float(gradient.abs().max()) < 1e-12) == is_zero

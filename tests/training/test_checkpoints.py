@@ -227,5 +227,5 @@ def test_nothing_to_build_is_refused() -> None:
             kind()
     with pytest.raises(ValueError, match="`sft_weight` must be 0 or more, but got -1"):
         DPOModule(tiny_palm, sft_weight=-1)
-    with pytest.raises(ValueError, match="the ipo loss has none"):
+    with pytest.raises(ValueError, match="must be 0 for the ipo loss"):
         DPOModule(tiny_palm, loss="ipo", label_smoothing=0.1)
