@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from lightning_align.data.conversations import BadRowError, MaskTurns
+from lightning_align.data.earlier_stores import earlier_store
 from lightning_align.data.encode import EncodedRow, Truncation, encode_rows
 from lightning_align.data.forms import Form, form_of
 from lightning_align.data.ledger import BadRow, Ledger
@@ -140,7 +141,10 @@ def store_path(source: Source, *, split: str, recipe: Recipe, tokenizer: Tokeniz
         "recipe": asdict(recipe),
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Path(cache_dir) / f"{recipe.kind}-{digest[:16]}.arrow"
+    path = Path(cache_dir) / f"{recipe.kind}-{digest[:16]}.arrow"
+    if path.exists():
+        return path
+    return earlier_store(source, split=split, recipe=asdict(recipe), tokenizer=tokenizer, cache_dir=cache_dir) or path
 
 
 def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:

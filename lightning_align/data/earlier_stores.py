@@ -1,0 +1,57 @@
+"""Tokenized rows of earlier releases, which are used where today's reading of the rows cannot differ.
+
+Format 3 was written before columns were mapped and before chats were normalized. Rows of strings without special tokens and
+without other columns have the same ids in both formats. For all other rows the store is built again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_align.data.mapping import RowMapping
+from lightning_align.data.rows import Row, RowTask, Source, read_rows, source_fingerprint
+from lightning_align.data.tokenizer import Tokenizer
+
+PLAIN = ({"prompt", "response"}, {"prompt", "chosen", "rejected"}, {"text"}, {"prompt"})
+NUMBERS = {"weight", "margin"}
+
+
+def earlier_store(
+    source: Source, *, split: str, recipe: Mapping[str, Any], tokenizer: Tokenizer, cache_dir: str
+) -> Path | None:
+    """Return the path of a store of format 3 that has the ids of today, or None.
+
+    Args:
+        source: The source of the rows. Only one file or a task can have such a store.
+        split: The split of a hub dataset.
+        recipe: How to encode the rows: the fields of `Recipe`.
+        tokenizer: The tokenizer.
+        cache_dir: The folder of the stores.
+    """
+    settings = dict(recipe)
+    is_default = settings.pop("mapping") == asdict(RowMapping()) and not settings.pop("chat_template_kwargs")
+    if not is_default or not isinstance(source, (str, RowTask)):
+        return None
+    content = {
+        "format": 3,
+        "source": source_fingerprint(source, split=split),
+        "tokenizer": tokenizer.fingerprint,
+        "recipe": settings,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path = Path(cache_dir) / f"{settings['kind']}-{digest[:16]}.arrow"
+    return path if path.exists() and _are_plain(read_rows(source, split=split), tokenizer) else None
+
+
+def _are_plain(rows: Iterable[Row], tokenizer: Tokenizer) -> bool:
+    return all(not row.problem and _is_plain(row.fields, tokenizer.markers) for row in rows)
+
+
+def _is_plain(fields: Mapping[str, Any], markers: tuple[str, ...]) -> bool:
+    texts = {name: value for name, value in fields.items() if name not in NUMBERS}
+    if set(texts) not in PLAIN:
+        return False
+    return all(isinstance(text, str) and text.strip() and not any(m in text for m in markers) for text in texts.values())
