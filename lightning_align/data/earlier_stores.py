@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_align.data.mapping import RowMapping
-from lightning_align.data.rows import Row, RowTask, Source, read_rows, source_fingerprint
+from lightning_align.data.rows import Row, RowTask, Source, read_rows
 from lightning_align.data.tokenizer import Tokenizer
 
 PLAIN = ({"prompt", "response"}, {"prompt", "chosen", "rejected"}, {"text"}, {"prompt"})
@@ -20,13 +20,14 @@ NUMBERS = {"weight", "margin"}
 
 
 def earlier_store(
-    source: Source, *, split: str, recipe: Mapping[str, Any], tokenizer: Tokenizer, cache_dir: str
+    source: Source, *, split: str, fingerprint: str, recipe: Mapping[str, Any], tokenizer: Tokenizer, cache_dir: str
 ) -> Path | None:
     """Return the path of a store of format 3 that has the ids of today, or None.
 
     Args:
         source: The source of the rows. Only one file or a task can have such a store.
         split: The split of a hub dataset.
+        fingerprint: The hash of the source, which is costly for large files.
         recipe: How to encode the rows: the fields of `Recipe`.
         tokenizer: The tokenizer.
         cache_dir: The folder of the stores.
@@ -37,7 +38,7 @@ def earlier_store(
         return None
     content = {
         "format": 3,
-        "source": source_fingerprint(source, split=split),
+        "source": fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "recipe": settings,
     }

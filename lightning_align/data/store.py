@@ -134,9 +134,10 @@ def store_path(source: Source, *, split: str, recipe: Recipe, tokenizer: Tokeniz
     Raises:
         ValueError: If the source cannot be read.
     """
+    fingerprint = source_fingerprint(source, split=split)
     content = {
         "format": _FORMAT,
-        "source": source_fingerprint(source, split=split),
+        "source": fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "recipe": asdict(recipe),
     }
@@ -144,7 +145,8 @@ def store_path(source: Source, *, split: str, recipe: Recipe, tokenizer: Tokeniz
     path = Path(cache_dir) / f"{recipe.kind}-{digest[:16]}.arrow"
     if path.exists():
         return path
-    return earlier_store(source, split=split, recipe=asdict(recipe), tokenizer=tokenizer, cache_dir=cache_dir) or path
+    options: dict[str, Any] = {"recipe": asdict(recipe), "tokenizer": tokenizer, "cache_dir": cache_dir}
+    return earlier_store(source, split=split, fingerprint=fingerprint, **options) or path
 
 
 def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:
