@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -37,12 +37,23 @@ class InitialPolicy:
     def configure(self, module: AlignModule, policy: nn.Module) -> None:
         """Make the reference, before the policy is sharded and before a checkpoint is loaded into it.
 
-        A frozen reference is the policy with its adapters off if only adapters train, otherwise a copy.
+        A frozen reference is the policy with its adapters off if only adapters train, otherwise a copy. It is a copy of the
+        base model if PEFT adapters move its weights when they are created, as PiSSA does, or train its biases.
 
         Args:
             module: The module of the policy.
             policy: The policy with its initial weights.
+
+        Raises:
+            ValueError: If the policy has new adapters that change what it computes.
         """
+        start = getattr(policy, "start", None) if module.init_from is None else None
+        if start is not None and not start.on_is_base:
+            raise ValueError(
+                "The policy must start as its reference, but the new adapters change what the base model computes before the "
+                "first step. Give them a start that does not, such as `init_lora_weights: true`, or train them by SFT first "
+                "and pass their folder as `adapter`."
+            )
         if self.kind == "moving":
             self.reference = moving_reference(
                 policy, lora=module.lora, convert=module.convert_like_policy, shard=module.shard_like_policy
@@ -55,7 +66,13 @@ class InitialPolicy:
         elif module.source.awaits_weights:
             return
         else:
-            frozen = frozen_copy(policy)
+            base = policy.without_adapters() if start is not None else None  # type: ignore[operator]  # a `PretrainedLM`
+            frozen = frozen_copy(policy) if base is None else FrozenCopy(base)
+            if start is not None:
+                rank_zero_info(
+                    "The base weights move or train beside the adapters. The reference is a copy of the base model, which "
+                    "takes its memory."
+                )
             self.reference, self.weights = frozen, weights_hash(frozen.model)
             frozen.model = module.shard_like_policy(module.convert_like_policy(frozen.model))
         if self.kind == "stored":

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_align.models.language_model import Head
+from lightning_align.models.ties import untie
 
 
 @dataclass
@@ -223,11 +224,13 @@ def lora_disabled(model: nn.Module) -> Iterator[None]:
 def merge_lora(model: nn.Module, scope: str) -> None:
     """Merge a scope into the weights.
 
-    The adapters stay in the model, unused, so that `unmerge_lora` can undo the merge up to rounding.
+    The adapters stay in the model, unused, so that `unmerge_lora` can undo the merge up to rounding. A layer that shares its
+    weight with another layer, such as a tied output layer, gets its own weight.
     """
     for layer in _scope_layers(model, scope):
         if scope in layer.merged:
             raise ValueError(f"LoRA: scope {scope!r} is already merged. Call unmerge_lora first.")
+        untie(model, layer)
         layer.weight += layer.lora[scope].delta()  # type: ignore[operator]  # a ModuleDict holds plain modules
         layer.merged = (*layer.merged, scope)
 

@@ -5,10 +5,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_align.models.ties import untie
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED = "inference_mode"
@@ -75,6 +78,61 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
     return content | {TRAINED: True}
 
 
+class AdapterStart(NamedTuple):
+    """How new adapters begin. A reference policy relies on both."""
+
+    on_is_base: bool
+    """Whether the model computes what the base model computes. Adapters with random values do not."""
+    off_is_base: bool
+    """Whether the model with its adapters off is the base model and stays it.
+
+    It is not if the adapters moved the base weights when they were created (PiSSA, OLoRA, CorDA), or if base weights train
+    beside them (`bias`).
+    """
+
+
+@contextmanager
+def watch_start(model: Any) -> Iterator[list[AdapterStart]]:
+    """Compare a model before and after adapters are added within a ``with`` block.
+
+    Args:
+        model: A model of transformers.
+
+    Yields:
+        A list, to which the result is added at the end of the block.
+    """
+    before, base = _logits(model), list(model.parameters())
+    found: list[AdapterStart] = []
+    yield found
+    with _adapters_off(model):
+        off = _logits(model)
+    still = not any(parameter.requires_grad for parameter in base)
+    rounding = 1e-3 if base[0].dtype is torch.float32 else 3e-2
+    # Without adapters, the same products give the same bits. With them, the terms that should be 0 are rounded.
+    found.append(AdapterStart(_error(_logits(model), before) <= rounding, still and _error(off, before) <= 1e-6))
+
+
+def _logits(model: Any) -> Tensor:
+    """Compute the logits of a few tokens from the whole vocabulary: (1, N, V)."""
+    weight, modes = next(model.parameters()), {module: module.training for module in model.modules()}
+    if weight.is_meta:
+        return torch.zeros(1)
+    model.eval()
+    try:
+        with torch.no_grad():
+            tokens = torch.linspace(0, model.get_output_embeddings().weight.shape[0] - 1, 16, device=weight.device).long()[None]
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
+            return logits
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _error(logits: Tensor, base: Tensor) -> float:
+    """Return the largest difference, in standard deviations of the logits."""
+    return float((logits - base).abs().max() / base.std(correction=0).clamp(min=1e-6))
+
+
 def has_peft(model: nn.Module) -> bool:
     """Return whether a model of transformers has PEFT adapters."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
@@ -83,26 +141,56 @@ def has_peft(model: nn.Module) -> bool:
 @contextmanager
 def peft_disabled(model: nn.Module) -> Iterator[None]:
     """Switch the PEFT adapters of a `PretrainedLM` off within a ``with`` block."""
-    inner: Any = model.model
-    inner.disable_adapters()
+    with _adapters_off(model.model):
+        yield
+
+
+@contextmanager
+def _adapters_off(model: Any) -> Iterator[None]:
+    model.disable_adapters()
     try:
         yield
     finally:
-        inner.enable_adapters()
+        model.enable_adapters()
 
 
-def merge_peft(model: Any) -> None:
-    """Merge the PEFT adapters into the weights, and remove them.
+def unload_peft(model: Any, *, merge: bool = True) -> None:
+    """Remove the PEFT adapters from a model, after merging them into the weights.
+
+    Layers that were trained whole (``modules_to_save``) and tokens that were trained alone (``trainable_token_indices``) take
+    the place of the originals. A tied layer with an adapter gets its own weight first.
 
     Args:
         model: A model of transformers. It is changed in place.
+        merge: Whether to merge the adapters, or to restore the original layers.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
-    for name, layer in layers:
-        layer.merge()
+    replaced: list[str] = []
+    for name, layer in list(model.named_modules()):
+        if any(name.startswith(f"{outer}.") for outer in replaced):
+            continue
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            _untie(model, layer.original_module)
+            for inner in layer.modules():
+                if isinstance(inner, BaseTunerLayer):
+                    _untie(model, inner.get_base_layer())
+            plain = layer.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
+        elif isinstance(layer, BaseTunerLayer):
+            if merge:
+                _untie(model, layer.get_base_layer())
+                layer.merge()
+            plain = layer.get_base_layer()
+        else:
+            continue
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer.get_base_layer())
+        setattr(model.get_submodule(parent), last, plain)
+        replaced.append(name)
     model._hf_peft_config_loaded = False
     del model.peft_config
+
+
+def _untie(model: nn.Module, layer: nn.Module) -> None:
+    if isinstance(getattr(layer, "weight", None), nn.Parameter):
+        untie(model, layer)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_align.models.language_model import Head
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
-from lightning_align.models.peft_adapters import TRAINED, add_peft, has_peft, peft_disabled
+from lightning_align.models.peft_adapters import TRAINED, AdapterStart, add_peft, has_peft, peft_disabled, watch_start
 from lightning_align.runtime.hub import out_of_reach
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -93,10 +93,17 @@ class PretrainedLM(nn.Module):
                 # contains the weights, which are loaded after this.
                 self._load_error = str(error)
                 self.model = _build_random(config, options)
-        described_adapter = None if adapter is None else add_peft(self.model, adapter)
-        # None for trained adapters, also those of a checkpoint: training did not start from the model without adapters.
-        self.adapters_off = peft_disabled if isinstance(adapter, dict) and not adapter.get(TRAINED) else None
-        """A context manager that switches new adapters off, or None if there are none."""
+        self.start: AdapterStart | None = None
+        """How new adapters begin. None without adapters, and for trained ones: their training began from another model."""
+        described_adapter: dict[str, Any] | None = None
+        if isinstance(adapter, dict) and not adapter.get(TRAINED):
+            with watch_start(self.model) as found:
+                described_adapter = add_peft(self.model, adapter)
+            (self.start,) = found
+        elif adapter is not None:
+            described_adapter = add_peft(self.model, adapter)
+        self.adapters_off = peft_disabled if self.start is not None and self.start.off_is_base else None
+        """A context manager that switches new adapters off, or None if the model is then not the base model."""
         if gradient_checkpointing:
             # The method was renamed in transformers 5.
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
@@ -211,6 +218,18 @@ class PretrainedLM(nn.Module):
         from transformers import DynamicCache
 
         return PretrainedCache(DynamicCache(config=self.config))
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weights are those of the folder or of a checkpoint, and not random because the folder is gone."""
+        return self._load_error is None
+
+    def without_adapters(self) -> "PretrainedLM | None":
+        """Load the base model of new adapters again, or return None if its weights are only in this model."""
+        if self.init_args["name"] is None or self._load_error is not None:
+            return None
+        base = PretrainedLM(**{**self.init_args, "adapter": None})
+        return base if base.is_loaded else None
 
     def _check_loaded(self) -> None:
         if self._load_error is not None:

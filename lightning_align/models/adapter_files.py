@@ -1,0 +1,230 @@
+"""Writing and reading adapters: folders of PEFT."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_align.models.building import backbone_spec, build_backbone
+from lightning_align.models.folders import check_folder, replaced_folder
+from lightning_align.models.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, use_lora, using_lora
+from lightning_align.models.merging import plain_weights, without_peft
+from lightning_align.models.peft_adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, add_peft, has_peft
+from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.models.proof import Expected, expected_logits, prove
+from lightning_align.models.weights import load_weights
+from lightning_align.runtime.files import publish, publish_text
+
+
+def write_adapter(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    scope: str = "default",
+    expected: Expected | None = None,
+) -> None:
+    """Write one scope of adapters in the format of PEFT, for `PeftModel.from_pretrained` and for servers that load LoRA.
+
+    The adapters are read back and compared on the base model that they name. If the base model has other weights than the
+    model of that name, as after full training, the adapters name none.
+
+    Args:
+        model: The model that has the adapters.
+        weights: Its weights, from `whole_weights`.
+        folder: The folder to write. It is created with its parents. It must be empty or contain an earlier adapter.
+        scope: The scope to write. Ignored if the adapters are those of PEFT.
+        expected: What the model computes, from `expected_adapter_logits`. Needed only if the model is sharded.
+
+    Raises:
+        ValueError: If the model has no such scope, the folder contains other files, the adapters cannot be separated from their
+            base model, or the model does not compute the same with the adapters that are read back.
+    """
+    layers = lora_layers(model, scope)
+    of_peft = isinstance(model, PretrainedLM) and has_peft(model.model)
+    if not layers and not of_peft:
+        raise ValueError(f"The model has no adapters of scope {scope!r}. Pass a scope that `add_lora` added.")
+    check_folder(folder, ADAPTER_CONFIG)
+    expected = expected or expected_adapter_logits(model, scope)
+    base = _named_base(model, weights)
+    with replaced_folder(folder, ADAPTER_CONFIG) as partial:
+        if of_peft:
+            inner: Any = model.model
+            state = {name.removeprefix("model."): value for name, value in weights.items()}
+            inner.save_pretrained(partial, state_dict=state)
+        else:
+            _write_lora(model, layers, weights, partial, scope=scope)
+        if base is None:
+            _forget_base(partial)
+        read = base if base is not None else _base_in_memory(model, weights)
+        if read is not None:
+            if of_peft:
+                assert isinstance(read, PretrainedLM)
+                add_peft(read.model, str(partial))
+            else:
+                read_adapter(read, partial, scope=scope)
+            prove(read, expected, folder)
+    if base is None and isinstance(model, PretrainedLM) and model.init_args["name"] is not None:
+        rank_zero_info(
+            f"The adapters in {folder} belong to a model with other weights than {model.init_args['name']}, so they do not "
+            "name their base model. Export the checkpoint that the run started from, and load the adapters onto it."
+        )
+
+
+def expected_adapter_logits(model: nn.Module, scope: str = "default") -> Expected:
+    """Compute the logits of the fixed batch with one scope of adapters. If the weights are sharded, this is a collective.
+
+    Args:
+        model: The model that has the adapters.
+        scope: The scope. Ignored if the adapters are those of PEFT.
+
+    Raises:
+        ValueError: If the adapters are PEFT's and moved the base weights when they were created.
+    """
+    if isinstance(model, PretrainedLM) and has_peft(model.model) and model.start is not None and not model.start.off_is_base:
+        raise ValueError(
+            "PEFT adapters that change the weights of the base model, such as `init_lora_weights: pissa` or a trained bias, "
+            "cannot be written alone. Write the merged model: remove `adapter_only`."
+        )
+    if not lora_layers(model, scope):
+        return expected_logits(model)
+    with using_lora(model, scope):
+        return expected_logits(model)
+
+
+def _named_base(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module | None:
+    """Load the base model by the name that adapters give to it, or return None if it is another model or has no name."""
+    if not isinstance(model, PretrainedLM) or model.init_args["name"] is None:
+        return None
+    arguments: dict[str, Any] = {**model.init_args, "gradient_checkpointing": False, "adapter": None}
+    base = PretrainedLM(**arguments)
+    if not base.is_loaded:
+        return None
+    # PEFT renames the weights of layers with adapters, and does not rename the others.
+    names = {name.replace(".base_layer.", ".").replace(".original_module.", "."): name for name in weights}
+    for name, value in base.state_dict().items():
+        trained = weights.get(names.get(name, name))
+        if trained is None or trained.shape != value.shape or not torch.equal(trained, value.to(trained.dtype)):
+            return None
+    return base
+
+
+def _base_in_memory(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module | None:
+    """Build the base model from the frozen weights, or return None if the model does not say how it is built."""
+    if isinstance(model, PretrainedLM) and has_peft(model.model):
+        return without_peft(model, weights, merge=False)
+    spec = backbone_spec(model)
+    if spec is None:
+        return None
+    base = build_backbone(spec)
+    load_weights(base, plain_weights(weights), "the frozen weights")
+    return base
+
+
+def _forget_base(folder: Path) -> None:
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    publish_text(folder / ADAPTER_CONFIG, json.dumps({**config, "base_model_name_or_path": None}, indent=2) + "\n")
+
+
+def _write_lora(
+    model: nn.Module, layers: list[tuple[str, LoRALinear]], weights: Mapping[str, Tensor], folder: Path, *, scope: str
+) -> None:
+    wrapper = "model." if isinstance(model, PretrainedLM) else ""
+    ranks = {int(weights[f"{name}.lora.{scope}.A"].shape[1]) for name, _ in layers}
+    assert len(ranks) == 1, "a scope has one rank"
+    rank = ranks.pop()
+    state: dict[str, Tensor] = {}
+    for name, _ in layers:
+        peft_name = f"{PREFIX}{name.removeprefix(wrapper)}"
+        state[f"{peft_name}.lora_A.weight"] = weights[f"{name}.lora.{scope}.A"].T.contiguous()
+        state[f"{peft_name}.lora_B.weight"] = weights[f"{name}.lora.{scope}.B"].T.contiguous()
+    first: Any = layers[0][1].lora[scope]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.init_args["name"] if isinstance(model, PretrainedLM) else None,
+        "r": rank,
+        "lora_alpha": first.scale * rank,  # includes the scaling of rank-stabilized LoRA
+        "lora_dropout": first.dropout.p,
+        "target_modules": sorted(name.removeprefix(wrapper) for name, _ in layers),
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    publish(folder / ADAPTER_WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    publish_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default") -> list[str]:
+    """Add the adapters of a PEFT folder to a model, as an active scope.
+
+    Args:
+        model: The base model that the adapters were trained on. It is changed in place.
+        folder: A folder with adapter_config.json and adapter_model.safetensors.
+        scope: The name of the new scope.
+
+    Returns:
+        The names of the layers that got an adapter.
+
+    Raises:
+        ValueError: If the adapters are not plain LoRA, or do not fit the model.
+    """
+    folder = Path(folder)
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"adapter {folder} must contain {file}, but does not. Pass a folder that PEFT's save_pretrained wrote "
+                "(safetensors)."
+            )
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    unknown = [key for key in ("use_dora", "fan_in_fan_out", "layer_replication", "modules_to_save") if config.get(key)]
+    unknown += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
+    if config.get("peft_type") != "LORA" or unknown or config.get("bias", "none") != "none":
+        raise ValueError(
+            f"adapter {folder} must be plain LoRA, but is {config.get('peft_type')} with {', '.join(unknown) or 'biases'}. "
+            "Merge such adapters into their base with PEFT's merge_and_unload."
+        )
+    wrapper = "model." if isinstance(model, PretrainedLM) else ""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(folder / ADAPTER_WEIGHTS).items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            raise ValueError(
+                f"adapter {folder} must contain only adapters of linear layers, but contains {key}. Merge such adapters into "
+                "their base with PEFT's merge_and_unload."
+            )
+        halves.setdefault(wrapper + match[1], {})[match[2]] = value
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, half in halves.items():
+        shape = None if name not in linears else (linears[name].in_features, linears[name].out_features)
+        if shape is None or (half["A"].shape[1], half["B"].shape[0]) != shape:
+            raise ValueError(
+                f"adapter {folder} is of another base model than this {type(model).__name__}: {name} maps {half['A'].shape[1]} "
+                f"to {half['B'].shape[0]} features in the adapter, but "
+                f"{'does not exist' if shape is None else f'maps {shape[0]} to {shape[1]}'} in the model. Pass the base model "
+                "that the adapters were trained on."
+            )
+    other_scopes = {s for _, layer in lora_layers(model) for s in layer.active}
+    settings = LoRAConfig(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        targets=list(halves),
+        rslora=config.get("use_rslora", False),
+        scope=scope,
+    )
+    names = add_lora(model, settings)
+    use_lora(model, *sorted(other_scopes), scope)
+    with torch.no_grad():
+        for name, layer in lora_layers(model, scope):
+            adapter: Any = layer.lora[scope]
+            adapter.A.copy_(halves[name]["A"].T)
+            adapter.B.copy_(halves[name]["B"].T)
+    return names

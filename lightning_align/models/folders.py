@@ -1,0 +1,93 @@
+"""Folders of exports that are replaced whole: a reader finds the old export, no export, or the new one, but never a mix."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".export-partial"
+"""The folder inside of an export's folder where the next export is written and checked."""
+OWNED = (
+    *("config.json", "generation_config.json", "adapter_config.json", "README.md"),
+    *(
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "adapter_model.*",
+        "pytorch_model*.bin",
+        "pytorch_model.bin.index.json",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
+"""The files of an export. A new export removes those of the one before. Other files in the folder stay."""
+
+
+def check_folder(folder: str | Path, mark: str) -> None:
+    """Check that a folder can take an export.
+
+    Args:
+        folder: The folder.
+        mark: The configuration file that an earlier export of the same kind has.
+
+    Raises:
+        ValueError: If the path is a file, or the folder contains other files and no export.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"`folder` must be a folder, but {folder} is a file. Pass another path.")
+    known = (folder / mark).is_file() or (folder / PARTIAL).is_dir()
+    if folder.is_dir() and any(folder.iterdir()) and not known:
+        raise ValueError(
+            f"`folder` must be empty or contain an earlier export, but {folder} contains other files and no {mark}. "
+            "Pass another path."
+        )
+
+
+@contextmanager
+def replaced_folder(folder: str | Path, mark: str) -> Iterator[Path]:
+    """Write an export beside the old one within a ``with`` block, and put it in its place at the end.
+
+    The configuration of the old export is removed first and that of the new one is written last, and nothing opens a folder
+    without a configuration. If the block raises, the old export stays.
+
+    Args:
+        folder: The folder of the export. It is created with its parents.
+        mark: The configuration file, without which nothing can open the folder.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        ValueError: If the folder contains other files and no export, or cannot be written.
+    """
+    folder = Path(folder)
+    check_folder(folder, mark)
+    partial = folder / PARTIAL
+    created = not folder.exists()
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # of an export that was interrupted
+        partial.mkdir(parents=True)
+        yield partial
+        _share_permissions(partial, mark)
+        (folder / mark).unlink(missing_ok=True)
+        for pattern in OWNED:
+            for file in folder.glob(pattern):
+                file.unlink()
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == mark):
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: the export cannot be written ({error.strerror or error}). Choose another path, or free space."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if created and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _share_permissions(folder: Path, mark: str) -> None:
+    """Give the weights the permissions of the configuration, because safetensors makes them readable only by their owner."""
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / mark, file)
