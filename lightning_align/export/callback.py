@@ -9,8 +9,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align.data.mixture import describe
 from lightning_align.export.card import is_peft, model_card
-from lightning_align.models.formats import merged_weights, whole_weights, write_adapter, write_model
+from lightning_align.models.adapter_files import check_separable, expected_adapter_logits
+from lightning_align.models.building import backbone_spec
+from lightning_align.models.folders import check_folder
+from lightning_align.models.formats import CONFIG, merged_weights, whole_weights, write_adapter, write_model
 from lightning_align.models.language_model import policy_of
+from lightning_align.models.peft_adapters import ADAPTER_CONFIG
+from lightning_align.models.proof import expected_logits
 
 
 class ExportModel(Callback):
@@ -30,24 +35,37 @@ class ExportModel(Callback):
         """Check before training that the policy can be exported.
 
         Raises:
-            ValueError: If `adapter_only` is set and no adapters train, or the module has no `policy`.
+            ValueError: If `adapter_only` is set and no adapters train or they cannot be written alone, if the policy does not
+                say how it is built, if the folder contains other files, or if the module has no `policy`.
         """
         policy = policy_of(pl_module)
-        if self.adapter_only and getattr(pl_module, "lora", None) is None and not is_peft(policy):
+        if self.adapter_only:
+            if getattr(pl_module, "lora", None) is None and not is_peft(policy):
+                raise ValueError(
+                    "ExportModel: `adapter_only` is true, but no adapters train. Set `lora`, or remove `adapter_only`."
+                )
+            check_separable(policy)
+        elif backbone_spec(policy) is None:
             raise ValueError(
-                "ExportModel: `adapter_only` is true, but no adapters train. Set `lora`, or remove `adapter_only`."
+                "ExportModel: the policy must have `init_args`, from which it can be rebuilt, but is a "
+                f"{type(policy).__name__} without them. Remove the callback and save its `state_dict()`, or give the class a "
+                "dictionary `init_args`."
             )
+        if self.folder is not None:
+            check_folder(self.folder, ADAPTER_CONFIG if self.adapter_only else CONFIG)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gather the weights on every rank, and write them on one."""
         policy, lora = policy_of(pl_module), getattr(pl_module, "lora", None)
+        scope = "default" if lora is None else lora.scope
         weights = whole_weights(policy)
+        expected = expected_adapter_logits(policy, scope) if self.adapter_only else expected_logits(policy)
         # On every rank, because `log_dir` is a broadcast.
         folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "export")
         if not trainer.is_global_zero:
             return
         if self.adapter_only:
-            write_adapter(policy, weights, folder, scope="default" if lora is None else lora.scope)
+            write_adapter(policy, weights, folder, scope=scope, expected=expected)
         else:
             data: Any = getattr(trainer, "datamodule", None)
             given = getattr(data, "sources", {})
@@ -60,5 +78,6 @@ class ExportModel(Callback):
                 tokenizer=getattr(data, "tokenizer", None),
                 card=model_card(policy, type(pl_module).__name__, dict(pl_module.hparams), sources, metrics),
                 max_shard_size=self.max_shard_size,
+                expected=expected,
             )
         rank_zero_info(f"exported the model to {folder}")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ def write_adapter(
         if of_peft:
             inner: Any = model.model
             state = {name.removeprefix("model."): value for name, value in weights.items()}
-            inner.save_pretrained(partial, state_dict=state)
+            with warnings.catch_warnings():
+                # PEFT then also writes the embeddings, which is right for adapters on them.
+                warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+                inner.save_pretrained(partial, state_dict=state)
         else:
             _write_lora(model, layers, weights, partial, scope=scope)
         if base is None:
@@ -87,15 +91,24 @@ def expected_adapter_logits(model: nn.Module, scope: str = "default") -> Expecte
     Raises:
         ValueError: If the adapters are PEFT's and moved the base weights when they were created.
     """
+    check_separable(model)
+    if not lora_layers(model, scope):
+        return expected_logits(model)
+    with using_lora(model, scope):
+        return expected_logits(model)
+
+
+def check_separable(model: nn.Module) -> None:
+    """Check that the adapters of a model can be written without the base model.
+
+    Raises:
+        ValueError: If the adapters are PEFT's and moved the base weights when they were created.
+    """
     if isinstance(model, PretrainedLM) and has_peft(model.model) and model.start is not None and not model.start.off_is_base:
         raise ValueError(
             "PEFT adapters that change the weights of the base model, such as `init_lora_weights: pissa` or a trained bias, "
             "cannot be written alone. Write the merged model: remove `adapter_only`."
         )
-    if not lora_layers(model, scope):
-        return expected_logits(model)
-    with using_lora(model, scope):
-        return expected_logits(model)
 
 
 def _named_base(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module | None:
@@ -107,7 +120,7 @@ def _named_base(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module | 
     if not base.is_loaded:
         return None
     # PEFT renames the weights of layers with adapters, and does not rename the others.
-    names = {name.replace(".base_layer.", ".").replace(".original_module.", "."): name for name in weights}
+    names = {re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name): name for name in weights}
     for name, value in base.state_dict().items():
         trained = weights.get(names.get(name, name))
         if trained is None or trained.shape != value.shape or not torch.equal(trained, value.to(trained.dtype)):

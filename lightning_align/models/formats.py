@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_align.models.adapter_files import read_adapter, write_adapter
 from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.folders import check_folder, replaced_folder
-from lightning_align.models.merging import are_tied, merged_weights, transformers_weights, whole_weights
+from lightning_align.models.merging import embedding_names, merged_weights, transformers_weights, whole_weights
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.proof import Expected, expected_logits, prove, prove_embeddings, read_transformers
 from lightning_align.models.weights import load_weights
@@ -89,10 +90,12 @@ def write_model(
 
 def _write_transformers(model: PretrainedLM, state: dict[str, Tensor], folder: Path, *, max_shard_size: str) -> None:
     config = model.model.config
-    declared, tied = getattr(config, "tie_word_embeddings", False), are_tied(model, state)
-    if declared and tied is False:
-        # Training or merging has made them two layers. transformers would drop one of them.
-        config.tie_word_embeddings = False
+    declared, (embedding, output) = getattr(config, "tie_word_embeddings", False), embedding_names(model)
+    if declared and embedding in state and output in state:
+        if torch.equal(state[embedding], state[output]):
+            del state[output]  # once in the files
+        else:
+            config.tie_word_embeddings = False  # merging an adapter has made them two layers
     try:
         model.model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     finally:

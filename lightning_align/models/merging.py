@@ -78,21 +78,9 @@ def without_peft(model: PretrainedLM, weights: Mapping[str, Tensor], *, merge: b
     return copied
 
 
-def are_tied(model: PretrainedLM, state: Mapping[str, Tensor]) -> bool | None:
-    """Return whether the embedding and the output layer have equal weights in a state dict.
-
-    Args:
-        model: The model, which says which of its layers these are.
-        state: Weights under the names that transformers uses.
-
-    Returns:
-        None if the state dict does not have both, for example because the model does not have both as layers with a weight.
-    """
+def embedding_names(model: PretrainedLM) -> tuple[str, str]:
+    """Return the names that transformers uses for the weights of the embedding and of the output layer."""
     inner = model.model
-    layers = inner.get_input_embeddings(), inner.get_output_embeddings()
     names = {id(module): name for name, module in inner.named_modules(remove_duplicate=False)}
-    found = [state.get(f"{names.get(id(layer))}.weight") for layer in layers]
-    first, second = found
-    if first is None or second is None:
-        return None
-    return first.shape == second.shape and bool(torch.equal(first, second))
+    first, second = (names.get(id(layer)) for layer in (inner.get_input_embeddings(), inner.get_output_embeddings()))
+    return f"{first}.weight", f"{second}.weight"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
         try:
             config = peft.get_peft_config(dict(described))
             config.inference_mode = False  # a configuration of trained adapters, as in a checkpoint, has True
-            model.add_adapter(config)
+            _inject(model, config)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"PretrainedLM: `adapter` must be a configuration of PEFT, but {adapter} is not valid ({error})."
@@ -61,7 +62,7 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
-        model.add_adapter(config)
+        _inject(model, config)
         found = peft.set_peft_model_state_dict(model, weights)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
@@ -76,6 +77,13 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
         )
     content: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return content | {TRAINED: True}
+
+
+def _inject(model: Any, config: Any) -> None:
+    with warnings.catch_warnings():
+        # Merging gives a tied layer with an adapter its own weight (see `unload_peft`).
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        model.add_adapter(config)
 
 
 class AdapterStart(NamedTuple):
@@ -147,11 +155,21 @@ def peft_disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _adapters_off(model: Any) -> Iterator[None]:
-    model.disable_adapters()
+    # Not `disable_adapters` and `enable_adapters` of transformers: the second leaves layers that are trained whole off.
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(enabled=False)
     try:
         yield
     finally:
-        model.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(enabled=True)
+        for parameter in trainable:  # PEFT freezes what it switches off
+            parameter.requires_grad_(True)
 
 
 def unload_peft(model: Any, *, merge: bool = True) -> None:
@@ -172,10 +190,11 @@ def unload_peft(model: Any, *, merge: bool = True) -> None:
         if any(name.startswith(f"{outer}.") for outer in replaced):
             continue
         if isinstance(layer, AuxiliaryTrainingWrapper):
-            _untie(model, layer.original_module)
-            for inner in layer.modules():
-                if isinstance(inner, BaseTunerLayer):
-                    _untie(model, inner.get_base_layer())
+            if merge:
+                _untie(model, layer.original_module)
+                for inner in layer.modules():
+                    if isinstance(inner, BaseTunerLayer):
+                        _untie(model, inner.get_base_layer())
             plain = layer.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
         elif isinstance(layer, BaseTunerLayer):
             if merge:

@@ -10,6 +10,7 @@ from lightning_align import DPODataModule, DPOModule, ExportModel, PretrainedLM
 from lightning_align.cli import run
 from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.language_model import has_hidden
+from lightning_align.models.peft_adapters import peft_disabled
 from lightning_align.references.frozen import AdaptersOff, FrozenCopy
 from lightning_align.scoring.sums import response_logprobs
 from tests.models.test_pretrained import FAMILIES, batch
@@ -85,6 +86,27 @@ def test_the_reference_of_trained_adapters_is_a_frozen_copy(base: str) -> None:
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trains
     again.load_state_dict(module.policy.state_dict())
     torch.testing.assert_close(response_logprobs(again.eval(), batch()).sums, expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "beside", [{}, {"modules_to_save": ["lm_head", "input_layernorm"]}, {"trainable_token_indices": [5, 9]}, {"bias": "all"}]
+)
+def test_switching_adapters_off_and_on_changes_nothing(base: str, beside: dict[str, object]) -> None:
+    """Layers that PEFT trains whole once stayed off after the first reference pass, and did not train."""
+    policy = PretrainedLM(base, adapter={"r": 4, "target_modules": ["q_proj"], **beside}).eval()
+    plain = PretrainedLM(base).eval()
+    trains = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    assert len(trains) > 2
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    trained = policy(TOKENS).detach()
+    with peft_disabled(policy):
+        off = policy(TOKENS).detach()
+    assert torch.equal(off, plain(TOKENS)) and not torch.equal(off, trained)
+    assert torch.equal(policy(TOKENS), trained)
+    assert [name for name, parameter in policy.named_parameters() if parameter.requires_grad] == trains
 
 
 def test_bad_adapters_are_named(base: str) -> None:
