@@ -51,8 +51,8 @@ class InitialPolicy:
         if start is not None and not start.on_is_base:
             raise ValueError(
                 "The policy must start as its reference, but the new adapters change what the base model computes before the "
-                "first step. Give them a start that does not, such as `init_lora_weights: true`, or train them by SFT first "
-                "and pass their folder as `adapter`."
+                "first step. Give them a start that does not, such as `init_lora_weights: true` (`init_weights: true` for some "
+                "kinds), or train them by SFT first and pass their folder as `adapter`."
             )
         if self.kind == "moving":
             self.reference = moving_reference(

@@ -14,7 +14,7 @@ from lightning_align.models.building import backbone_spec
 from lightning_align.models.folders import check_folder
 from lightning_align.models.formats import CONFIG, merged_weights, whole_weights, write_adapter, write_model
 from lightning_align.models.language_model import policy_of
-from lightning_align.models.peft_adapters import ADAPTER_CONFIG
+from lightning_align.models.peft_adapters import ADAPTER_CONFIG, check_mergeable
 from lightning_align.models.proof import expected_logits
 
 
@@ -45,6 +45,8 @@ class ExportModel(Callback):
                     "ExportModel: `adapter_only` is true, but no adapters train. Set `lora`, or remove `adapter_only`."
                 )
             check_separable(policy)
+        elif is_peft(policy):
+            check_mergeable(policy)
         elif backbone_spec(policy) is None:
             raise ValueError(
                 "ExportModel: the policy must have `init_args`, from which it can be rebuilt, but is a "

@@ -1,5 +1,6 @@
 """PEFT adapters in models of transformers: all kinds that PEFT injects into layers, such as DoRA. Needs the extra `hf`."""
 
+import copy
 import importlib.util
 import json
 import warnings
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_align.models.ties import untie
 
@@ -114,10 +116,17 @@ def watch_start(model: Any) -> Iterator[list[AdapterStart]]:
     yield found
     with _adapters_off(model):
         off = _logits(model)
+    try:
+        on = _logits(model)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"PretrainedLM: `adapter` must be of a kind that needs only tokens, but this kind needs more ({error}). "
+            "Choose another."
+        ) from error
     still = not any(parameter.requires_grad for parameter in base)
     rounding = 1e-3 if base[0].dtype is torch.float32 else 3e-2
     # Without adapters, the same products give the same bits. With them, the terms that should be 0 are rounded.
-    found.append(AdapterStart(_error(_logits(model), before) <= rounding, still and _error(off, before) <= 1e-6))
+    found.append(AdapterStart(_error(on, before) <= rounding, still and _error(off, before) <= 1e-6))
 
 
 def _logits(model: Any) -> Tensor:
@@ -199,7 +208,7 @@ def unload_peft(model: Any, *, merge: bool = True) -> None:
         elif isinstance(layer, BaseTunerLayer):
             if merge:
                 _untie(model, layer.get_base_layer())
-                layer.merge()
+                _merge(layer)
             plain = layer.get_base_layer()
         else:
             continue
@@ -208,6 +217,35 @@ def unload_peft(model: Any, *, merge: bool = True) -> None:
         replaced.append(name)
     model._hf_peft_config_loaded = False
     del model.peft_config
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Check that the PEFT adapters of a model can be merged into its weights, on a copy of one layer of each kind.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tried = set()
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer) or any(isinstance(value, DTensor) for value in layer.parameters()):
+            continue
+        plain = layer.get_base_layer()
+        kind = type(layer), type(plain), getattr(plain, "bias", None) is None
+        if kind not in tried:
+            tried.add(kind)
+            _merge(copy.deepcopy(layer))
+
+
+def _merge(layer: Any) -> None:
+    try:
+        layer.merge()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"PEFT adapters of the kind {type(layer).__name__} cannot be merged into this model ({error}). Write the adapters "
+            "alone (`adapter_only`), or choose another kind of adapter."
+        ) from error
 
 
 def _untie(model: nn.Module, layer: nn.Module) -> None:
