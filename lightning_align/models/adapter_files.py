@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.folders import check_folder, replaced_folder
-from lightning_align.models.lora import LoRAConfig, LoRALinear, add_lora, lora_layers, use_lora, using_lora
+from lightning_align.models.lora import (
+    LoRAConfig,
+    LoRALayer,
+    add_lora,
+    features,
+    linear_layers,
+    lora_layers,
+    use_lora,
+    using_lora,
+)
 from lightning_align.models.merging import plain_weights, without_peft
 from lightning_align.models.peft_adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, add_peft, has_peft
 from lightning_align.models.pretrained import PretrainedLM
@@ -146,7 +155,7 @@ def _forget_base(folder: Path) -> None:
 
 
 def _write_lora(
-    model: nn.Module, layers: list[tuple[str, LoRALinear]], weights: Mapping[str, Tensor], folder: Path, *, scope: str
+    model: nn.Module, layers: list[tuple[str, LoRALayer]], weights: Mapping[str, Tensor], folder: Path, *, scope: str
 ) -> None:
     wrapper = "model." if isinstance(model, PretrainedLM) else ""
     ranks = {int(weights[f"{name}.lora.{scope}.A"].shape[1]) for name, _ in layers}
@@ -168,7 +177,7 @@ def _write_lora(
         "target_modules": sorted(name.removeprefix(wrapper) for name, _ in layers),
         "use_rslora": False,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": first.transposed,
         "inference_mode": True,
     }
     publish(folder / ADAPTER_WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
@@ -197,7 +206,7 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
                 "(safetensors)."
             )
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    unknown = [key for key in ("use_dora", "fan_in_fan_out", "layer_replication", "modules_to_save") if config.get(key)]
+    unknown = [key for key in ("use_dora", "layer_replication", "modules_to_save") if config.get(key)]
     unknown += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
     if config.get("peft_type") != "LORA" or unknown or config.get("bias", "none") != "none":
         raise ValueError(
@@ -214,9 +223,9 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
                 "their base with PEFT's merge_and_unload."
             )
         halves.setdefault(wrapper + match[1], {})[match[2]] = value
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = linear_layers(model)
     for name, half in halves.items():
-        shape = None if name not in linears else (linears[name].in_features, linears[name].out_features)
+        shape = None if name not in linears else features(linears[name])
         if shape is None or (half["A"].shape[1], half["B"].shape[0]) != shape:
             raise ValueError(
                 f"adapter {folder} is of another base model than this {type(model).__name__}: {name} maps {half['A'].shape[1]} "

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters, grouped in named scopes, for any ``nn.Linear`` of any model.
+"""LoRA: low-rank adapters, grouped in named scopes, for any linear layer of any model.
 
 Hu et al. 2021, arXiv 2106.09685, equation 3:  y = x W + (alpha / r) (x A) B. A is (in, r) and initialized Kaiming-uniform.
 B is (r, out) and initialized with zeros. Rank-stabilized LoRA (Kalajdzievski 2023, arXiv 2312.03732) uses alpha / sqrt(r).
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,18 +56,22 @@ class LoRAConfig:
 class Adapter(nn.Module):
     """One low-rank adapter: the term (x A) B, scaled."""
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
+    def __init__(self, linear: nn.Module, config: LoRAConfig) -> None:
         """Create the adapter of a layer, with the layer's device and dtype.
 
         Args:
-            linear: The layer that gets the adapter.
+            linear: The layer that gets the adapter: an ``nn.Linear``, or a Conv1D of transformers.
             config: The rank, scale and dropout of the adapter.
         """
         super().__init__()
         rank = config.rank
         self.scale = config.alpha / (math.sqrt(rank) if config.rslora else rank)
-        self.A = nn.Parameter(linear.weight.new_empty(linear.in_features, rank))
-        self.B = nn.Parameter(linear.weight.new_empty(rank, linear.out_features))
+        inputs, outputs = features(linear)
+        weight: Any = linear.weight
+        self.transposed = not isinstance(linear, nn.Linear)
+        """Whether the weight of the layer is (in, out), as in a Conv1D, and not (out, in)."""
+        self.A = nn.Parameter(weight.new_empty(inputs, rank))
+        self.B = nn.Parameter(weight.new_empty(rank, outputs))
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 
@@ -85,42 +90,98 @@ class Adapter(nn.Module):
         return (dropped @ self.A) @ self.B * self.scale
 
     def delta(self) -> Tensor:
-        """Return the matrix that merging adds to the layer's weight, (out, in)."""
-        return (self.A @ self.B).T * self.scale
+        """Return the matrix that merging adds to the layer's weight, in the shape of that weight."""
+        return self.delta_of(self.A, self.B)
+
+    def delta_of(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the matrix that merging would add for other values (in, r) and (r, out) of A and B."""
+        product = a @ b * self.scale
+        return product if self.transposed else product.T
 
 
-class LoRALinear(nn.Linear):
-    """A linear layer with adapters. `add_lora` turns an ``nn.Linear`` into one in place. It is never constructed directly."""
+class LoRALayer(nn.Module):
+    """A layer with adapters. `add_lora` turns a layer into one in place. It is never constructed directly."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     lora: nn.ModuleDict
     active: tuple[str, ...]
     merged: tuple[str, ...]
+    plain: type[nn.Module] = nn.Linear
+    """The class of the layer without adapters."""
+
+    def apply_weight(self, x: Tensor) -> Tensor:
+        """Apply the layer without adapters."""
+        return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer and those of its active adapters that are not merged into its weight: (..., in) -> (..., out)."""
-        y = F.linear(x, self.weight, self.bias)
+        y = self.apply_weight(x)
         for scope in self.active:
             if scope not in self.merged:
                 y = y + self.lora[scope](x)
         return y
 
 
+class LoRALinear(LoRALayer, nn.Linear):  # type: ignore[misc]  # both declare the type of `bias`
+    """A linear layer with adapters."""
+
+
+_CLASSES: dict[type[nn.Module], type[LoRALayer]] = {nn.Linear: LoRALinear}
+
+
+def _lora_class(kind: type[nn.Module]) -> type[LoRALayer] | None:
+    """Return the class with adapters for a class of layers, or None if there is none."""
+    if kind in _CLASSES:
+        return _CLASSES[kind]
+    if kind.__name__ != "Conv1D" or kind.__module__ != "transformers.pytorch_utils":
+        return None
+
+    class LoRAConv1D(LoRALayer, kind):  # type: ignore[misc, valid-type]  # known at run time only
+        """A Conv1D of transformers (GPT-2) with adapters: a linear layer with the weight (in, out)."""
+
+        plain = kind
+
+        def apply_weight(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.T, self.bias)
+
+    _CLASSES[kind] = LoRAConv1D
+    return LoRAConv1D
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """Return the numbers of inputs and outputs of a linear layer or of a Conv1D of transformers."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor) and weight.ndim == 2
+    outputs, inputs = weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1]
+    return inputs, outputs
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return all layers that an adapter fits by their structure, by name: linear layers, and Conv1D layers of transformers."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | LoRALayer) or _lora_class(type(module)) is not None
+    }
+
+
 def is_adapted(layer: nn.Module | None) -> bool:
     """Return whether a layer has active adapters that are not merged into its weight."""
-    return isinstance(layer, LoRALinear) and any(scope not in layer.merged for scope in layer.active)
+    return isinstance(layer, LoRALayer) and any(scope not in layer.merged for scope in layer.active)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name.rpartition(".")[2], p) for p in patterns)
 
 
-def lora_layers(model: nn.Module, scope: str | None = None) -> list[tuple[str, LoRALinear]]:
+def lora_layers(model: nn.Module, scope: str | None = None) -> list[tuple[str, LoRALayer]]:
     """Return the name and layer of each linear layer that has adapters, or adapters of the given scope."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer)]
     return [(name, layer) for name, layer in layers if scope is None or scope in layer.lora]
 
 
-def _scope_layers(model: nn.Module, scope: str) -> list[LoRALinear]:
+def _scope_layers(model: nn.Module, scope: str) -> list[LoRALayer]:
     layers = [layer for _, layer in lora_layers(model, scope)]
     if not layers:
         known = sorted({s for _, layer in lora_layers(model) for s in layer.lora})
@@ -147,7 +208,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> li
     Raises:
         ValueError: If no layer matches, or a layer already has this scope.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = linear_layers(model)
     names = [name for name in linears if _matches(name, config.targets) and ".lora." not in f".{name}."]
     # Log-probs are computed in chunks from the weight of the output layer, which is not possible with an adapter on it. So
     # `*` excludes the output layer.
@@ -161,14 +222,15 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> li
         )
     for name in names:
         layer = linears[name]
-        if not isinstance(layer, LoRALinear):
-            if type(layer) is not nn.Linear:
+        if not isinstance(layer, LoRALayer):
+            adapted = _lora_class(type(layer))
+            if adapted is None:
                 raise ValueError(
                     f"LoRA: {name} must be an nn.Linear, but is a {type(layer).__name__}. An adapter would replace the forward "
                     "of this subclass. Leave the layer out of `targets`."
                 )
-            layer.__class__ = LoRALinear
-            assert isinstance(layer, LoRALinear)
+            layer.__class__ = adapted
+            assert isinstance(layer, LoRALayer)
             layer.lora, layer.active, layer.merged = nn.ModuleDict().train(layer.training), (), ()
         if config.scope in layer.lora:
             raise ValueError(
@@ -231,7 +293,7 @@ def merge_lora(model: nn.Module, scope: str) -> None:
         if scope in layer.merged:
             raise ValueError(f"LoRA: scope {scope!r} is already merged. Call unmerge_lora first.")
         untie(model, layer)
-        layer.weight += layer.lora[scope].delta()  # type: ignore[operator]  # a ModuleDict holds plain modules
+        layer.weight.add_(layer.lora[scope].delta())  # type: ignore[operator]  # a ModuleDict holds plain modules
         layer.merged = (*layer.merged, scope)
 
 
@@ -241,7 +303,7 @@ def unmerge_lora(model: nn.Module, scope: str) -> None:
     for layer in _scope_layers(model, scope):
         if scope not in layer.merged:
             raise ValueError(f"LoRA: scope {scope!r} is not merged. Call merge_lora first.")
-        layer.weight -= layer.lora[scope].delta()  # type: ignore[operator]  # as above
+        layer.weight.sub_(layer.lora[scope].delta())  # type: ignore[operator]  # as above
         layer.merged = tuple(s for s in layer.merged if s != scope)
 
 
@@ -253,7 +315,7 @@ def remove_lora(model: nn.Module, scope: str) -> None:
         layer.merged = tuple(s for s in layer.merged if s != scope)
         if not layer.lora:
             del layer.lora, layer.active, layer.merged
-            layer.__class__ = nn.Linear  # type: ignore[assignment]  # its class before add_lora
+            layer.__class__ = layer.plain  # type: ignore[assignment]  # its class before add_lora
 
 
 def lora_parameters(model: nn.Module, scope: str) -> list[nn.Parameter]:

@@ -42,7 +42,7 @@ def merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
             if scope in layer.merged:
                 continue
             adapter = f"{name}.lora.{scope}"
-            term = (weights[f"{adapter}.A"] @ weights[f"{adapter}.B"]).T * layer.lora[scope].scale  # type: ignore[operator]
+            term = layer.lora[scope].delta_of(weights[f"{adapter}.A"], weights[f"{adapter}.B"])  # type: ignore[operator]
             plain[f"{name}.weight"] = plain[f"{name}.weight"] + term
     return plain
 

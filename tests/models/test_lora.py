@@ -1,6 +1,7 @@
 """LoRA scopes against the dense formula, and the parts of a model that they must not change."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.models.formats import merged_weights, read_adapter, read_model, whole_weights, write_adapter, write_model
 from lightning_align.models.language_model import has_hidden
 from lightning_align.models.lora import (
     LoRAConfig,
+    LoRALayer,
     LoRALinear,
     add_lora,
     lora_disabled,
@@ -23,7 +26,9 @@ from lightning_align.models.lora import (
     use_lora,
     using_lora,
 )
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.scoring.sums import response_logprobs
+from tests.models.test_pretrained import make
 from tests.toys import VOCABULARY, gap, slow_logprobs, state_of, tiny_palm, token_batch
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -206,6 +211,45 @@ def test_only_a_scope_trains() -> None:
     assert len(trained) == 12 and all(".lora.b." in name for name in trained)
     model(tokens_of()).sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == trained
+
+
+def test_conv1d_layers_of_gpt2_get_adapters(tmp_path: Path) -> None:
+    """Their weight is (in, out). Each step is compared with the same adapters on linear layers."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils", reason="needs the extra hf").Conv1D
+    torch.manual_seed(0)
+    layer, linear = conv1d(5, 6).double(), nn.Linear(6, 5).double()
+    with torch.no_grad():
+        linear.weight.copy_(layer.weight.T)
+        linear.bias.copy_(layer.bias)
+    pair = nn.ModuleDict({"conv": layer, "linear": linear})
+    assert add_lora(pair, LoRAConfig(rank=2)) == ["conv", "linear"]
+    assert isinstance(layer, LoRALayer) and isinstance(linear, LoRALinear)
+    fill(pair, "default")
+    layer.lora["default"].load_state_dict(linear.lora["default"].state_dict())
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), linear(x), rtol=0, atol=1e-12)
+    expected = layer(x).detach()
+    merge_lora(pair, "default")
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.weight.T, linear.weight, rtol=0, atol=1e-12)
+    unmerge_lora(pair, "default")
+    remove_lora(pair, "default")
+    assert type(layer) is conv1d
+
+    # A whole model: exported merged, and as adapters that we and PEFT read.
+    model, tokens = make("gpt2"), tokens_of()
+    model.model.save_pretrained(tmp_path / "base")
+    model = PretrainedLM(str(tmp_path / "base")).eval()
+    assert len(add_lora(model, LoRAConfig(rank=2))) == 8
+    fill(model, "default")
+    trained = model(tokens).detach()
+    write_model(model, merged_weights(model, whole_weights(model)), tmp_path / "merged")
+    write_adapter(model, whole_weights(model), tmp_path / "adapter")
+    ours = PretrainedLM(str(tmp_path / "base")).eval()
+    read_adapter(ours, tmp_path / "adapter")
+    theirs = PretrainedLM(str(tmp_path / "base"), adapter=str(tmp_path / "adapter")).eval()
+    for again in (read_model(tmp_path / "merged"), ours, theirs):
+        torch.testing.assert_close(again(tokens), trained, rtol=0, atol=1e-4)
 
 
 def test_errors() -> None:
