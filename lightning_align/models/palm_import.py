@@ -1,5 +1,6 @@
 """Converting checkpoints of PaLM-rlhf-pytorch."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning_align.models.lora import LoRAConfig, add_lora
 from lightning_align.models.palm import PaLM, PaLMBlock
 
 
-def load_palm_rlhf(path: str | Path, *, gain: str = "offset", **overrides: Any) -> PaLM:
+def load_palm_rlhf(path: str | Path, *, gain: str = "auto", **overrides: Any) -> PaLM:
     """Build a `PaLM` with the weights of a PaLM-rlhf-pytorch checkpoint. Its logits equal those of the original model.
 
     All sizes are inferred from the weights. Fine-tuning scopes become LoRA scopes of the same names. They are inactive until
@@ -19,13 +20,15 @@ def load_palm_rlhf(path: str | Path, *, gain: str = "offset", **overrides: Any) 
     Args:
         path: A file written by ``torch.save(palm.state_dict(), path)``.
         gain: How layer norms are stored: `offset` for gain - 1 (version 0.8.0), `plain` for the gain itself (older versions).
+            No file says which. `auto` compares their mean with 0 and 1, near which gains begin and mostly stay, and warns if it
+            takes `plain`.
         overrides: Further arguments of `PaLM`, such as `causal` or `xpos_scale_base`, which the weights do not show.
 
     Returns:
         The model, on the CPU and in evaluation mode.
 
     Raises:
-        ValueError: If the file is not such a checkpoint, or `gain` is neither `offset` nor `plain`.
+        ValueError: If the file is not such a checkpoint, `gain` has another value, or the mean does not tell.
     """
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     if "token_emb.weight" not in state or "layers.0.fn.fused_attn_ff_proj.weight" not in state:
@@ -33,8 +36,10 @@ def load_palm_rlhf(path: str | Path, *, gain: str = "offset", **overrides: Any) 
             f"{path} must be a checkpoint of PaLM-rlhf-pytorch, but has no token_emb.weight or no "
             f"layers.0.fn.fused_attn_ff_proj.weight among its {len(state)} entries."
         )
-    if gain not in ("offset", "plain"):
-        raise ValueError(f"`gain` must be 'offset' (version 0.8.0) or 'plain' (older versions), but got {gain!r}.")
+    if gain not in ("auto", "offset", "plain"):
+        raise ValueError(f"`gain` must be 'auto', 'offset' (version 0.8.0) or 'plain' (older versions), but got {gain!r}.")
+    if gain == "auto":
+        gain = _stored_gain(state, path)
     inner = state["layers.0.fn.attn_out.weight"].shape[1]
     # The rows of the fused projection are the queries, one key head, one value head and both halves of the feed-forward layer.
     fused, feed_forward = state["layers.0.fn.fused_attn_ff_proj.weight"].shape[0], state["layers.0.fn.ff_out.2.weight"].shape[1]
@@ -75,6 +80,24 @@ def load_palm_rlhf(path: str | Path, *, gain: str = "offset", **overrides: Any) 
     for scope in sorted({name.split(".")[1] for name in state if name.startswith("finetune_modules.")}):
         _add_scope(model, scope, state)
     return model.eval()
+
+
+def _stored_gain(state: dict[str, Tensor], path: str | Path) -> str:
+    """Tell from the values how layer norms are stored."""
+    mean = float(torch.cat([value.flatten().float() for name, value in state.items() if name.endswith("norm.gamma")]).mean())
+    if abs(mean) < 0.4:
+        return "offset"
+    if abs(mean - 1) < 0.4:
+        warnings.warn(
+            f"{path}: the layer norms have a mean of {mean:.2f}, so they are read as the gains themselves, as older versions of "
+            "PaLM-rlhf-pytorch store them. Pass gain='plain' to confirm this, or gain='offset' if they are gain - 1.",
+            stacklevel=3,
+        )
+        return "plain"
+    raise ValueError(
+        f"{path}: the layer norms have a mean of {mean:.2f}, which is neither near 0 (gain - 1, version 0.8.0) nor near 1 (the "
+        "gain itself, older versions). Pass the `gain` of the version that wrote the file, 'offset' or 'plain'."
+    )
 
 
 def _add_scope(model: PaLM, scope: str, state: dict[str, Tensor]) -> None:

@@ -54,6 +54,28 @@ def test_older_checkpoints_store_the_gain_itself(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("gain", ["offset", "plain"])
+def test_the_layout_is_told_from_the_values(gain: str, tmp_path: Path) -> None:
+    model, tokens = theirs(), tokens_of()
+    state = {n: v + 1 if n.endswith("gamma") and gain == "plain" else v for n, v in model.state_dict().items()}
+    torch.save(state, tmp_path / "palm.pt")
+    if gain == "plain":
+        with pytest.warns(UserWarning, match=r"read as the gains themselves.*Pass gain='plain' to confirm"):
+            loaded = load_palm_rlhf(tmp_path / "palm.pt")
+    else:
+        loaded = load_palm_rlhf(tmp_path / "palm.pt")
+    torch.testing.assert_close(loaded(tokens), model(tokens), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-0.6, 0.5, 1.7])
+def test_gains_that_do_not_tell_are_an_error(shift: float, tmp_path: Path) -> None:
+    state = {n: torch.full_like(v, shift) if n.endswith("gamma") else v for n, v in theirs().state_dict().items()}
+    torch.save(state, tmp_path / "palm.pt")
+    with pytest.raises(ValueError, match="which is neither near 0"):
+        load_palm_rlhf(tmp_path / "palm.pt")
+    load_palm_rlhf(tmp_path / "palm.pt", gain="plain")
+
+
 def test_finetune_scopes_become_lora_scopes(tmp_path: Path) -> None:
     model, tokens = theirs(finetune_scopes=("actor", "reward")), tokens_of()
     loaded = load_palm_rlhf(save(model, tmp_path))
