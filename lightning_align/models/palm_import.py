@@ -89,8 +89,8 @@ def _stored_gain(state: dict[str, Tensor], path: str | Path) -> str:
         return "offset"
     if abs(mean - 1) < 0.4:
         warnings.warn(
-            f"{path}: the layer norms have a mean of {mean:.2f}, so they are read as the gains themselves, as older versions of "
-            "PaLM-rlhf-pytorch store them. Pass gain='plain' to confirm this, or gain='offset' if they are gain - 1.",
+            f"{path}: the layer norms have a mean of {mean:.2f}, so they are read as the gains themselves, as older versions "
+            "of PaLM-rlhf-pytorch store them. Pass gain='plain' to confirm this, or gain='offset' if they are gain - 1.",
             stacklevel=3,
         )
         return "plain"

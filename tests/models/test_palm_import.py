@@ -95,7 +95,7 @@ def test_a_foreign_file_is_named(tmp_path: Path) -> None:
 
 def test_unknown_gains_are_named(tmp_path: Path) -> None:
     path = save(theirs(), tmp_path)
-    with pytest.raises(ValueError, match=r"`gain` must be 'offset' .* but got 'minus'"):
+    with pytest.raises(ValueError, match=r"`gain` must be 'auto', 'offset' .* but got 'minus'"):
         load_palm_rlhf(path, gain="minus")
 
 
