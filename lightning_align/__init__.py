@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_align.models.auto_hook import TransformersHook
 from lightning_align.runtime.old_paths import OldPaths
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ __version__ = "0.1.0"
 
 if not any(isinstance(finder, OldPaths) for finder in sys.meta_path):
     sys.meta_path.append(OldPaths())
+if not any(isinstance(finder, TransformersHook) for finder in sys.meta_path):
+    sys.meta_path.insert(0, TransformersHook())
 
 _HOME = {
     "Arithmetic": "data.tasks.arithmetic",

@@ -13,6 +13,7 @@ from lightning_align.models.adapter_files import read_adapter, write_adapter
 from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.folders import check_folder, replaced_folder
 from lightning_align.models.merging import embedding_names, merged_weights, transformers_weights, whole_weights
+from lightning_align.models.palm import PaLM
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.proof import Expected, expected_logits, prove, prove_embeddings, read_transformers
 from lightning_align.models.weights import load_weights
@@ -43,7 +44,8 @@ def write_model(
 ) -> None:
     """Write a model with its tokenizer and its model card, and check that what was written is what was trained.
 
-    A `PretrainedLM` is written for `AutoModelForCausalLM.from_pretrained`. Any other model with ``init_args`` is written for
+    A `PretrainedLM` is written for `AutoModelForCausalLM.from_pretrained`, which also reads a `PaLM` where this package is
+    imported. Any other model with ``init_args`` is written for
     `read_model`: a ``config.json`` with ``class_path`` and ``init_args``, and a safetensors file. The files replace those of
     an earlier export in the folder.
 
@@ -80,12 +82,19 @@ def write_model(
             _write_transformers(*transformers_weights(model, weights), partial, max_shard_size=max_shard_size)
         else:
             publish(partial / WEIGHTS, lambda path: save_file(dict(weights), path))
-            publish_text(partial / CONFIG, json.dumps(spec, indent=2) + "\n")
+            publish_text(partial / CONFIG, json.dumps({**_auto_keys(spec), **spec}, indent=2) + "\n")
         _prove(model, partial, expected, folder)
         if tokenizer is not None and hasattr(tokenizer, "save"):
             tokenizer.save(partial)
         if card is not None:
             publish_text(partial / CARD, card)
+
+
+def _auto_keys(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys by which the auto classes of transformers find the classes of `lightning_align.models.auto`."""
+    if spec["class_path"] != f"{PaLM.__module__}.{PaLM.__qualname__}":
+        return {}
+    return {"model_type": "lightning_align", "architectures": ["LightningAlignForCausalLM"]}
 
 
 def _write_transformers(model: PretrainedLM, state: dict[str, Tensor], folder: Path, *, max_shard_size: str) -> None:
