@@ -20,6 +20,7 @@ from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.parallelize import shard
 from lightning_align.models.weights import check_weights, policy_state
 from lightning_align.runtime.lightning_internals import (
+    begin_resumed,
     built_from_config,
     count_epoch_as_begun,
     datamodule_of,
@@ -29,7 +30,9 @@ from lightning_align.runtime.lightning_internals import (
 from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.training.checkpoints import drop_frozen, number_parameters, restore_frozen
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
+from lightning_align.training.interrupts import RequeueGate
 from lightning_align.training.optimizers import parameter_groups, schedule_config
+from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
 from lightning_align.training.prediction import prediction_rows
 from lightning_align.training.tensorboard import log_hyperparameters
@@ -100,11 +103,14 @@ class AlignModule(L.LightningModule):
         self.policy: nn.Module = cast(nn.Module, None)
         self.batch_mean = BatchMean()
         self.throughput = Throughput()
+        self.clock = Clock()
+        self.requeue = RequeueGate()
 
     # -- the policy
 
     def setup(self, stage: str) -> None:
         """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
+        self.clock.attach(self.trainer, stage)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         for path in self.initial_weights():
@@ -181,6 +187,7 @@ class AlignModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by the batch's position in the run, so that a resumed run draws the same numbers on every rank."""
         count_epoch_as_begun(self.trainer)
+        self.clock.begin_batch(self.trainer, batch_idx)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         position = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
         torch.manual_seed(hash(position) % 2**63)
@@ -207,6 +214,7 @@ class AlignModule(L.LightningModule):
         )
         if self.logs_this_step:
             self.log_dict({"train/grad_norm": total_norm(gradients), "train/lr": optimizer.param_groups[0]["lr"]})
+        self.clock.begin_update()
 
     def configure_gradient_clipping(
         self,
@@ -230,7 +238,9 @@ class AlignModule(L.LightningModule):
     # -- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the checkpoint independent of ``init_from``, and leave out frozen base models."""
+        """Write the run's place, make the checkpoint independent of ``init_from``, and leave out frozen base models."""
+        if (trainer := trainer_of(self)) is not None:
+            self.clock.save(checkpoint, trainer)
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
             checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
@@ -258,6 +268,8 @@ class AlignModule(L.LightningModule):
         self.source.awaits_weights = False
         trainer = trainer_of(self)
         path = (None if trainer is None else trainer.ckpt_path) or "that was given"
+        if trainer is not None:
+            self.clock.load(checkpoint, trainer, path)
         check_tokenizer(checkpoint.get(TOKENIZER), datamodule_of(trainer), source=f"checkpoint {path}")
         if self.is_sharded:
             if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
@@ -307,6 +319,8 @@ class AlignModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Check the weights, start counting, and register the run in TensorBoard under its validation loss."""
         self.check_weights_loaded()
+        begin_resumed(self.trainer, due=self.clock.resumes_due())
+        self.requeue.install(self.trainer, self.clock.is_settled)
         self.batch_mean.reset()  # an earlier fit may have been stopped in the middle of an optimizer batch
         self.throughput.stop()
         if self.trainer.is_global_zero:
@@ -317,7 +331,9 @@ class AlignModule(L.LightningModule):
         self.throughput.restart(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the throughput since the last logged step."""
+        """Log the throughput since the last logged step, and save the checkpoint that a requeue signal has asked for."""
+        self.clock.end_update()
+        self.requeue.act(self.trainer)
         step, every = self.trainer.global_step, log_interval(self.trainer)
         if every and step % every == 0:
             values = self.throughput.report(step, world_size=self.trainer.world_size, device=self.device)
