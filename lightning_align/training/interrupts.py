@@ -3,12 +3,14 @@
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_align.runtime.lightning_internals import requeue_signal
+from lightning_align.runtime.lightning_internals import is_fast_dev_run, requeue_signal
 
 
 class RequeueGate:
@@ -57,3 +59,90 @@ class RequeueGate:
         if due:
             self._pending = False
             self._handler(self._number, None)
+
+
+class InterruptCheckpoint(Callback):
+    """Saves a checkpoint and ends the run at SIGTERM and at Ctrl-C.
+
+    The run ends after the micro-batch, with the exit status that shells expect: 143 and 130. Between batches, in a validation
+    for example, it ends at once. With several ranks it ends after the micro-batch on all of them. A second Ctrl-C ends it at
+    once, without a checkpoint.
+
+    The checkpoint is the `last.ckpt` of a ModelCheckpoint with `save_last`, otherwise `interrupted.ckpt` beside the other
+    checkpoints. A Trainer without a ModelCheckpoint saves none.
+    """
+
+    def __init__(self) -> None:
+        """Start without a signal."""
+        self.path = ""
+        """The checkpoint that was saved, or an empty string."""
+        self.status = 0
+        """The exit status of the signal that came, or 0."""
+        self._in_batch = False
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals."""
+        self._install(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals."""
+        self._install(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note that signals must wait."""
+        self._in_batch = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the run if a signal has come to any rank."""
+        self._in_batch = False
+        status = self.status
+        if trainer.world_size > 1:
+            terminated, interrupted = 128 + signal.SIGTERM, 128 + signal.SIGINT
+            if trainer.strategy.reduce_boolean_decision(status != 0, all=False):
+                ends = trainer.strategy.reduce_boolean_decision(status == terminated, all=False)
+                status = self.status = terminated if ends else interrupted
+        if status:
+            self._stop(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save after a signal that has ended something else first, such as a worker of the data loader."""
+        if self.status and not self.path and trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt):
+            self._save(trainer)
+
+    def _install(self, trainer: L.Trainer) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.status and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.status = 128 + number
+            if trainer.world_size == 1 and not self._in_batch:
+                self._stop(trainer)
+
+        # Lightning restores the handlers at the end of the run.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        self._save(trainer)
+        raise SystemExit(self.status)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        if not callbacks or is_fast_dev_run(trainer) or trainer.global_step == 0:
+            return
+        path = Path(callbacks[0].dirpath or trainer.default_root_dir) / "interrupted.ckpt"
+        for callback in callbacks:
+            if callback.save_last and callback.dirpath is not None and not callback.save_weights_only:
+                name = f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+                path = Path(callback.last_model_path or Path(callback.dirpath) / name)
+                callback.last_model_path = str(path)  # set before saving, because the checkpoint contains it
+                break
+        if trainer.is_global_zero and path.is_symlink():
+            path.unlink()  # otherwise the checkpoint behind the link would be overwritten
+        trainer.strategy.barrier("interrupted")
+        trainer.save_checkpoint(path, weights_only=False)
+        self.path = str(path)

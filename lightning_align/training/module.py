@@ -20,7 +20,6 @@ from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.parallelize import shard
 from lightning_align.models.weights import check_weights, policy_state
 from lightning_align.runtime.lightning_internals import (
-    begin_resumed,
     built_from_config,
     count_epoch_as_begun,
     datamodule_of,
@@ -30,7 +29,6 @@ from lightning_align.runtime.lightning_internals import (
 from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.training.checkpoints import drop_frozen, number_parameters, restore_frozen
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
-from lightning_align.training.interrupts import RequeueGate
 from lightning_align.training.optimizers import parameter_groups, schedule_config
 from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
@@ -104,7 +102,6 @@ class AlignModule(L.LightningModule):
         self.batch_mean = BatchMean()
         self.throughput = Throughput()
         self.clock = Clock()
-        self.requeue = RequeueGate()
 
     # -- the policy
 
@@ -239,8 +236,7 @@ class AlignModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the run's place, make the checkpoint independent of ``init_from``, and leave out frozen base models."""
-        if (trainer := trainer_of(self)) is not None:
-            self.clock.save(checkpoint, trainer)
+        self.clock.save(checkpoint, trainer_of(self))
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
             checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
@@ -268,8 +264,7 @@ class AlignModule(L.LightningModule):
         self.source.awaits_weights = False
         trainer = trainer_of(self)
         path = (None if trainer is None else trainer.ckpt_path) or "that was given"
-        if trainer is not None:
-            self.clock.load(checkpoint, trainer, path)
+        self.clock.load(checkpoint, trainer)
         check_tokenizer(checkpoint.get(TOKENIZER), datamodule_of(trainer), source=f"checkpoint {path}")
         if self.is_sharded:
             if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
@@ -319,8 +314,7 @@ class AlignModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Check the weights, start counting, and register the run in TensorBoard under its validation loss."""
         self.check_weights_loaded()
-        begin_resumed(self.trainer, due=self.clock.resumes_due())
-        self.requeue.install(self.trainer, self.clock.is_settled)
+        self.clock.begin_run(self.trainer)
         self.batch_mean.reset()  # an earlier fit may have been stopped in the middle of an optimizer batch
         self.throughput.stop()
         if self.trainer.is_global_zero:
@@ -332,8 +326,7 @@ class AlignModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the throughput since the last logged step, and save the checkpoint that a requeue signal has asked for."""
-        self.clock.end_update()
-        self.requeue.act(self.trainer)
+        self.clock.end_batch(self.trainer)
         step, every = self.trainer.global_step, log_interval(self.trainer)
         if every and step % every == 0:
             values = self.throughput.report(step, world_size=self.trainer.world_size, device=self.device)

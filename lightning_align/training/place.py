@@ -13,12 +13,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_align.runtime.lightning_internals import (
     batch_counts,
+    begin_resumed,
     epochs_processed,
     inside_update,
     running_hook,
     validation_pending,
 )
 from lightning_align.runtime.saved_loops import PlaceForm, place_of_loops, write_place
+from lightning_align.training.interrupts import RequeueGate
 
 KEY = "place"
 """Where a checkpoint keeps its place."""
@@ -64,12 +66,19 @@ class Clock:
         self._begun: _Begun | None = None
         self._known = True
         self._updating = False
+        self._requeue = RequeueGate()
 
     def attach(self, trainer: L.Trainer, stage: str) -> None:
         """Start a run at a `fit`. Other commands of the same Trainer keep the place, and those of other Trainers have none."""
         if stage == "fit" or id(trainer) != self._owner:
             self.__init__()  # type: ignore[misc]
             self._owner = id(trainer) if stage == "fit" else None
+
+    def begin_run(self, trainer: L.Trainer) -> None:
+        """Correct the loops of a resumed run, and delay SLURM's requeue signal where a checkpoint would not be exact."""
+        place = self._boundary
+        begin_resumed(trainer, due=self._begun is None and place is not None and place.due)
+        self._requeue.install(trainer, self._is_settled)
 
     def begin_batch(self, trainer: L.Trainer, index: int) -> None:
         """Note that a micro-batch begins.
@@ -90,12 +99,13 @@ class Clock:
         """Note that the optimizer is about to change the weights."""
         self._updating = True
 
-    def end_update(self) -> None:
-        """Note that the weights, the schedule and the callbacks have all taken the step."""
+    def end_batch(self, trainer: L.Trainer) -> None:
+        """Note that the weights, the schedule and the callbacks have all taken the step. Answer a signal that waited for it."""
         self._updating = False
+        self._requeue.act(trainer)
 
-    def is_settled(self, trainer: L.Trainer) -> bool:
-        """Return whether a checkpoint that is taken now, in a signal handler, is exact."""
+    def _is_settled(self, trainer: L.Trainer) -> bool:
+        # In that hook the schedule has taken its step.
         return not self._updating or running_hook(trainer) == "on_train_batch_end"
 
     def place(self, trainer: L.Trainer) -> tuple[Place, PlaceForm] | None:
@@ -123,14 +133,14 @@ class Clock:
     def _at_current(self, trainer: L.Trainer) -> bool:
         return self._begun is None or trainer.global_step > self._begun.steps
 
-    def save(self, checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
-        """Write the place into a checkpoint.
+    def save(self, checkpoint: dict[str, Any], trainer: L.Trainer | None) -> None:
+        """Write the place into a checkpoint. A module that overrides `on_save_checkpoint` must call this.
 
         Args:
             checkpoint: The whole checkpoint, with ``loops``.
-            trainer: The Trainer.
+            trainer: The Trainer of the module, if it has one.
         """
-        if id(trainer) != self._owner or "loops" not in checkpoint:
+        if trainer is None or id(trainer) != self._owner:
             return
         found = self.place(trainer)
         if found is None:
@@ -153,18 +163,17 @@ class Clock:
         )
         checkpoint[KEY] = {**asdict(place), "torn": torn}
 
-    def load(self, checkpoint: dict[str, Any], trainer: L.Trainer, source: Any) -> None:
-        """Read the place of a checkpoint that a `fit` resumes from.
+    def load(self, checkpoint: dict[str, Any], trainer: L.Trainer | None) -> None:
+        """Read the place that a `fit` resumes from. A module that overrides `on_load_checkpoint` must call this.
 
         Args:
             checkpoint: The whole checkpoint. The loops of one that an earlier release saved are corrected in place.
-            trainer: The Trainer.
-            source: The path, for messages.
+            trainer: The Trainer of the module, if it has one.
 
         Raises:
             ValueError: If the checkpoint was saved in the middle of an optimizer step.
         """
-        if id(trainer) != self._owner:
+        if trainer is None or id(trainer) != self._owner:
             return
         saved = checkpoint.get(KEY)
         self._known = False
@@ -172,8 +181,8 @@ class Clock:
             saved = dict(saved)
             if saved.pop("torn"):
                 raise ValueError(
-                    f"The checkpoint {source} was saved in the middle of an optimizer step, so no run can resume from it. "
-                    "Resume from an earlier checkpoint, or start a new run with `init_from`."
+                    f"The checkpoint {trainer.ckpt_path} was saved in the middle of an optimizer step, so no run can "
+                    "resume from it. Resume from an earlier checkpoint, or start a new run with `init_from`."
                 )
             self._boundary = Place(**saved)
             return
@@ -181,7 +190,3 @@ class Clock:
         found = None if loops is None else place_of_loops(loops, accumulated=trainer.accumulate_grad_batches)
         if found is not None:
             write_place(loops, **found)
-
-    def resumes_due(self) -> bool:
-        """Return whether the run resumes at a validation that is due."""
-        return self._begun is None and self._boundary is not None and self._boundary.due
