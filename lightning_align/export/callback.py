@@ -61,4 +61,6 @@ class ExportModel(Callback):
                 card=model_card(policy, type(pl_module).__name__, dict(pl_module.hparams), sources, metrics),
                 max_shard_size=self.max_shard_size,
             )
-        rank_zero_info(f"exported the model to {folder}")
+            if getattr(data, "tokenizer", None) is None:
+                rank_zero_info("exporting the model without a tokenizer, because the data module has none")
+        rank_zero_info(f"exported the {'adapters' if self.adapter_only else 'model'} to {folder}")

@@ -84,8 +84,7 @@ def write_model(
         model: The model.
         weights: Its weights, from `merged_weights`. This function merges PEFT adapters itself.
         folder: The folder to write. It is created with its parents. It must be empty or contain an earlier export.
-        tokenizer: A tokenizer of this package. One that wraps a tokenizer of transformers is written in the format of
-            transformers.
+        tokenizer: A tokenizer of this package or of transformers. It is written in the format of transformers.
         card: The text of the model card.
         max_shard_size: The maximum size of a weights file, for a `PretrainedLM`.
 
@@ -107,8 +106,7 @@ def write_model(
             )
         publish(folder / WEIGHTS, lambda path: save_file(dict(weights), path))
         publish_text(folder / CONFIG, json.dumps(spec, indent=2) + "\n")
-    if tokenizer is not None and hasattr(tokenizer, "save"):
-        tokenizer.save(folder)
+    _write_tokenizer(tokenizer, folder)
     if card is not None:
         publish_text(folder / CARD, card)
     _copy_permissions(folder / CONFIG)
@@ -134,6 +132,12 @@ def read_model(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    save = getattr(tokenizer, "save", None) or getattr(tokenizer, "save_pretrained", None)
+    if save is not None:
+        save(folder)
+
+
 def _copy_permissions(config: Path) -> None:
     """Give the weights the permissions of the configuration, because safetensors makes them readable only by their owner."""
     for file in config.parent.glob("*.safetensors"):
@@ -153,7 +157,9 @@ def _check_folder(folder: Path, mark: str) -> None:
 # -- adapters in the format of PEFT
 
 
-def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str | Path, *, scope: str = "default") -> None:
+def write_adapter(
+    model: nn.Module, weights: Mapping[str, Tensor], folder: str | Path, *, scope: str = "default", tokenizer: Any = None
+) -> None:
     """Write one scope of adapters in the format of PEFT, for `PeftModel.from_pretrained` and for servers that load LoRA.
 
     Args:
@@ -161,6 +167,7 @@ def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str |
         weights: Its weights, from `whole_weights`.
         folder: The folder to write. It is created with its parents. It must be empty or contain an earlier adapter.
         scope: The scope to write. Ignored if the adapters are those of PEFT.
+        tokenizer: As for `write_model`. Default is none, because the base model has one.
 
     Raises:
         ValueError: If the model has no such scope, or the folder contains other files.
@@ -172,6 +179,7 @@ def write_adapter(model: nn.Module, weights: Mapping[str, Tensor], folder: str |
     folder = Path(folder)
     _check_folder(folder, ADAPTER_CONFIG)
     folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(tokenizer, folder)
     if of_peft:
         inner: Any = model.model
         inner.save_pretrained(folder, state_dict={name.removeprefix("model."): value for name, value in weights.items()})
