@@ -8,7 +8,6 @@ import pytest
 
 from tests.cli.public_rows import PUBLIC, Public, train, trained_texts
 
-
 ADVICE = {
     "openai/gsm8k": "columns: {prompt: question, response: answer}",
     "meta-math/MetaMathQA": "columns: {prompt: query}",
