@@ -22,7 +22,7 @@ LIMITS = ("too_long", "prompt_too_long", "response_too_long")
 TIED, UNPAIRED, NO_TARGET = "tied", "unpaired", "no_target"
 NOT_BAD = (*LIMITS, TIED, UNPAIRED, NO_TARGET)
 """The reasons for a drop that no correction of the row would change: a limit, answers of equal rank, a labelled answer without
-an answer of the other label, and an answer that the row excludes from training."""
+an answer of another label, and an answer that the row excludes from training."""
 _MOST_TRIMMED = 0.1
 """The share of responses without their end, or of rows over a limit, above which a warning gives advice."""
 _MOST_COLUMNS = 12

@@ -94,17 +94,17 @@ def map_rows(
                 yield pair
     for row in partners.rest():
         if ledger is not None:
-            ledger.drop(UNPAIRED, origin=row.origin, problem="has no answer of the other label for its prompt")
+            ledger.drop(UNPAIRED, origin=row.origin, problem="has no answer of another label for its prompt")
 
 
 class _Partners:
-    """Labelled rows that wait for a row of the other label. Only these are held in memory."""
+    """Labelled rows that wait for a row of another label. Only these are held in memory."""
 
     def __init__(self) -> None:
         self._waiting: dict[bytes, deque[Row]] = {}
 
     def match(self, row: Row) -> Row | None:
-        """Pair a row with the first one of its prompt that has the other label, or let it wait."""
+        """Pair a row with the first one of its prompt that has another label, or let it wait."""
         text = json.dumps(row.fields["prompt"], sort_keys=True, default=str)
         waiting = self._waiting.setdefault(blake2b(text.encode(), digest_size=16).digest(), deque())
         if not waiting or waiting[0].fields["label"] == row.fields["label"]:
@@ -113,7 +113,7 @@ class _Partners:
         other = waiting.popleft()
         if not waiting:
             del self._waiting[blake2b(text.encode(), digest_size=16).digest()]
-        good, bad = (row, other) if row.fields["label"] else (other, row)
+        good, bad = (row, other) if row.fields["label"] > other.fields["label"] else (other, row)
         fields = {name: value for name, value in good.fields.items() if name not in ("response", "label")}
         pair = {**fields, "chosen": good.fields["response"], "rejected": bad.fields["response"]}
         return Row(pair, f"{good.origin} with {bad.origin}")
@@ -165,12 +165,21 @@ def _with_roles(fields: Fields, roles: Mapping[str, str]) -> Fields:
 
 def _is_foreign(message: Fields, roles: Mapping[str, str]) -> bool:
     role = message.get("role")
-    return role is None or role in roles or role in _ROLES
+    return role is None or role in roles or role in _ROLES or _other_content(message) is not None
+
+
+def _other_content(message: Fields) -> str | None:
+    """Return the content of a message that has it under another name."""
+    if message.get("content") is not None:
+        return None
+    return next((name for name in ("value", "text") if isinstance(message.get(name), str)), None)
 
 
 def _message(message: Fields, roles: Mapping[str, str]) -> Fields:
     name = message.get("role")
     if name is not None:
+        if (other := _other_content(message)) is not None:
+            message = {key: value for key, value in message.items() if key != other} | {"content": message[other]}
         return {**message, "role": roles.get(name, _ROLES.get(name, name))}
     if "value" not in message or not isinstance(name := message.get("from"), str):
         return message

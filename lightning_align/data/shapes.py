@@ -3,13 +3,14 @@
 ============  ========================================================================  ================================
 shape         columns                                                                   becomes
 ============  ========================================================================  ================================
-``sharegpt``  ``conversations`` of ``{from, value}``; ``system``                        ``messages``; a pair if there are
-                                                                                        ``chosen`` and ``rejected``
-``alpaca``    ``instruction``, ``input``, ``output``; ``system``, ``history``           ``prompt``, ``response``
-``completion`` ``prompt``, ``completion``                                               ``prompt``, ``response``
+``sharegpt``  ``conversations`` of ``{from, value}``, of ``{input, output}`` or of      ``messages``; a pair if there are
+              texts that alternate; ``system``                                          ``chosen`` and ``rejected``
+``alpaca``    ``instruction``, ``input`` or ``context``, ``output``; ``system``,        ``prompt``, ``response``
+              ``history``
+``completion`` ``prompt``, ``completion``; ``system``                                   ``prompt``, ``response``
 ``pair``      ``question`` or ``instruction``, ``chosen``, ``rejected``; ``system``     a pair
 ``ranked``    a prompt, ``answers`` with ``rank`` or ``score``                          pairs
-``labelled``  a prompt, ``completion``, ``label`` (good or bad)                         pairs of rows with one prompt
+``labelled``  a prompt, ``completion``, ``label`` (good or bad, or a number)            pairs of rows with one prompt
 ``choice``    a prompt, two answers, and which is better                                a pair
 ============  ========================================================================  ================================
 
@@ -36,6 +37,8 @@ _SYSTEMS = ("system", "system_prompt")
 _ANSWERS = ("answers", "responses", "completions")
 _ANSWER = ("completion", "response", "answer", "output")
 _TEXTS = ("answer", "text", "response", "content", "completion")
+_DIALOGS = ("conversations", "conversation")
+_TREE = {"text", "role", "parent_id"}
 _RANKS, _SCORES = ("ranks", "rank"), ("scores", "score", "overall_score", "rating", "reward")
 
 
@@ -50,33 +53,68 @@ def find_shape(fields: Fields, *, accepted: Iterable[Form]) -> Shape:
         The shape, or ``plain`` if the row has one of the forms already or its shape is not certain.
     """
     names = {name for name, value in fields.items() if value is not None}
-    pairs = "pair" in accepted
+    pairs, is_dialog = "pair" in accepted, any(_is_dialog(fields.get(name)) for name in _DIALOGS)
+    if not pairs and "prompt" not in accepted:
+        _refuse_bad_answers(fields)
     if {"chosen", "rejected"} <= names:
         if "prompt" in names:
-            return "plain"
-        if _is_dialog(fields.get("conversations")):
+            return "pair" if _has_system(fields, "prompt", "chosen", "rejected") else "plain"
+        if is_dialog:
             return "sharegpt"
         return "pair" if names & {"question", "instruction"} or {"system", "input"} <= names else "plain"
-    if {"prompt", "response"} <= names or "messages" in names:
+    is_labelled = pairs and _is_label(fields.get("label"))
+    if {"prompt", "response"} <= names and not is_labelled:
+        return "completion" if _has_system(fields, "prompt", "response") else "plain"
+    if "messages" in names:
         return "plain"
-    if _is_dialog(fields.get("conversations")):
+    if is_dialog:
         return "sharegpt"
+    if names >= _TREE and "text" in accepted:
+        raise BadRowError(
+            "part_of_a_tree",
+            "is one message of a tree of messages (it has 'role' and 'parent_id'), and would be trained without its "
+            "conversation. Join the messages of each path to a list 'messages', or set `shape: plain` to train on 'text' alone",
+        )
     if pairs and _layout(fields) is not None:
         return "choice"
     if pairs and names & {"prompt", "instruction", "question"} and _grades(fields) is not None:
         return "ranked"
-    if "instruction" in names and ("output" in names or ("prompt" in accepted and "prompt" not in names)):
+    if "instruction" in names and (names & {"output", "response"} or ("prompt" in accepted and "prompt" not in names)):
         return "alpaca"
-    if {"prompt", "completion"} <= names:
-        labelled = "label" in names and _as_label(fields["label"]) is not None
-        return "completion" if "label" not in names else "labelled" if pairs and labelled else "plain"
-    return "plain"
+    if "prompt" in names and names & {"completion", "response"}:
+        return "labelled" if is_labelled else "completion" if "label" not in names or _is_label(fields["label"]) else "plain"
+    if {"system_prompt", "question", "response"} <= names:
+        return "completion"
+    return "alpaca" if "prompt" in accepted and _has_system(fields, "prompt") else "plain"
+
+
+def _refuse_bad_answers(fields: Fields) -> None:
+    """Raise for an answer that is labelled as bad, where it would be learned as a good one."""
+    # A 0 may be a class, except in the layout of TRL.
+    bad = ("false",) if fields.get("completion") is None else ("false", "0", "0.0")
+    for name in ("label", "kto_tag"):
+        if str(fields.get(name)).strip().lower() in bad:
+            raise BadRowError(
+                "bad_answer",
+                f"is labelled as a bad answer (column {name!r}), but would be learned as a good one. Leave such rows out, or "
+                "set `shape: plain` to ignore the label",
+            )
+
+
+def _has_system(fields: Fields, *texts: str) -> bool:
+    """Check whether a row of strings has a system message beside it, even an empty one."""
+    return isinstance(fields.get("system"), str) and all(isinstance(fields.get(name), str) for name in texts)
+
+
+def _is_label(value: Any) -> bool:
+    """Check whether a value says good or bad, and not how good."""
+    return _as_label(value) in (0.0, 1.0)
 
 
 def convert(fields: Fields, shape: Shape, *, ranked_pairs: RankedPairs) -> list[Fields]:
     """Convert a row of a shape to rows of the forms: several pairs of a ranked row, otherwise one row.
 
-    Rows of ``labelled`` have ``prompt``, ``response`` and a boolean ``label``, and have to be paired.
+    Rows of ``labelled`` have ``prompt``, ``response`` and a number ``label``, and have to be paired.
 
     Raises:
         BadRowError: If the row does not have the shape.
@@ -90,10 +128,10 @@ def convert(fields: Fields, shape: Shape, *, ranked_pairs: RankedPairs) -> list[
 
 
 def _sharegpt(fields: Fields) -> Fields:
-    messages = _take(fields, ("conversations", "conversation"), shape="sharegpt")
-    system = _pop(fields, _SYSTEMS)
-    if not isinstance(messages, list):
+    turns = _take(fields, _DIALOGS, shape="sharegpt")
+    if not isinstance(turns, list):
         raise BadRowError("wrong_type", "has a column 'conversations' that is not a list of messages")
+    messages, system = _messages(turns), _pop(fields, _SYSTEMS)
     if system and not (messages and isinstance(messages[0], dict) and _role(messages[0]) == "system"):
         messages = [{"role": "system", "content": system}, *messages]
     if fields.get("chosen") is not None and fields.get("rejected") is not None:
@@ -101,8 +139,26 @@ def _sharegpt(fields: Fields) -> Fields:
     return {**fields, "messages": messages}
 
 
+def _messages(turns: list[Any]) -> list[Any]:
+    """Return turns as messages: of texts that alternate, or of objects with the text of the user and the answer to it."""
+    if all(isinstance(turn, str) for turn in turns):
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    if not all(_is_exchange(turn) for turn in turns):
+        return turns
+    messages = []
+    for turn in turns:
+        texts = {"system": turn.get("system"), "user": turn["input"], "assistant": turn["output"]}
+        messages += [{"role": role, "content": text} for role, text in texts.items() if text]
+    return messages
+
+
+def _is_exchange(turn: Any) -> bool:
+    return isinstance(turn, dict) and _role(turn) is None and isinstance(turn.get("input"), str) and "output" in turn
+
+
 def _alpaca(fields: Fields) -> Fields:
-    response = fields.pop("output", None)
+    output = fields.pop("output", None)
+    response = fields.pop("response", None) if output is None else output
     prompt = _take_prompt(fields, shape="alpaca")
     return {**fields, "prompt": prompt, "response": response}
 
@@ -116,7 +172,9 @@ def _completion(fields: Fields) -> Fields:
 def _labelled(fields: Fields) -> Fields:
     label = _as_label(value := _take(fields, ("label",), shape="labelled"))
     if label is None:
-        raise BadRowError("wrong_type", f"has {value!r} in column 'label', expected true (good) or false (bad)")
+        raise BadRowError(
+            "wrong_type", f"has {value!r} in column 'label', expected true (good) or false (bad), or a number (more is better)"
+        )
     return {**_completion(fields), "label": label}
 
 
@@ -250,13 +308,14 @@ def _take_prompt(fields: Fields, *, shape: Shape) -> Any:
     """Remove the prompt of a row, with its input, system message and history, and return it."""
     # An empty text counts, so that all rows of a source are rendered alike. None does not: tables add it to every row.
     is_chat = any(fields.get(name) is not None for name in _SYSTEMS)
-    extra = history = None
+    extras: list[Any] = []
+    history = None
     if fields.get("instruction") is not None:
         is_chat = is_chat or fields.get("history") is not None
-        extra, history = fields.pop("input", None), fields.pop("history", None)
+        extras, history = [fields.pop("input", None), fields.pop("context", None)], fields.pop("history", None)
     prompt = _take(fields, _QUESTIONS, shape=shape)
-    if extra:
-        prompt = f"{prompt}\n{extra}"
+    if any(extras):
+        prompt = "\n".join(str(text) for text in (prompt, *extras) if text)
     system = _pop(fields, _SYSTEMS)
     if not is_chat:
         return prompt
@@ -288,11 +347,20 @@ def _role(message: Fields) -> Any:
 
 
 def _is_dialog(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and isinstance(_role(m), str) for m in value)
+    if not isinstance(value, list) or not value:
+        return False
+    is_chat = all(isinstance(m, dict) and isinstance(_role(m), str) for m in value)
+    return is_chat or all(isinstance(m, str) for m in value) or all(_is_exchange(m) for m in value)
 
 
-def _as_label(value: Any) -> bool | None:
-    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(str(value).strip().lower())
+def _as_label(value: Any) -> float | None:
+    """Read a label as a number, of which a higher one is better. None if it is none."""
+    text = str(value).strip().lower()
+    try:
+        number = float({"true": "1", "false": "0"}.get(text, text))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 _CONVERTERS: dict[Shape, Callable[[Fields], Fields]] = {

@@ -82,4 +82,6 @@ class ExportModel(Callback):
                 max_shard_size=self.max_shard_size,
                 expected=expected,
             )
-        rank_zero_info(f"exported the model to {folder}")
+            if getattr(data, "tokenizer", None) is None:
+                rank_zero_info("exporting the model without a tokenizer, because the data module has none")
+        rank_zero_info(f"exported the {'adapters' if self.adapter_only else 'model'} to {folder}")

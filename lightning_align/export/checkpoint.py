@@ -3,27 +3,36 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.data.tokenizer.record import KEY
 from lightning_align.export.card import is_peft, model_card
+from lightning_align.export.tokenizer import NONE, tokenizer_of
 from lightning_align.models.checkpoint import SHARDS_META, build_policy, gather_checkpoint, read_checkpoint
 from lightning_align.models.formats import whole_weights, write_adapter, write_model
 from lightning_align.models.lora import LoRAConfig
 
 
 def export_checkpoint(
-    checkpoint: str, *, output: str, tokenizer: str | None = None, adapter_only: bool = False, max_shard_size: str = "5GB"
+    checkpoint: str,
+    *,
+    output: str,
+    tokenizer: str | None = None,
+    force_tokenizer: bool = False,
+    adapter_only: bool = False,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Write the policy of a checkpoint as a folder that transformers, PEFT or this package can load.
 
     Args:
         checkpoint: The checkpoint of a run: a file, or a folder of a sharded strategy.
         output: The folder to write to.
-        tokenizer: The tokenizer to write beside the model, as in the data module.
+        tokenizer: The tokenizer to write beside the model, as in the data module. It must be the tokenizer of the run. Default
+            is the tokenizer that the checkpoint names; beside adapters alone, none. `none` writes no tokenizer.
+        force_tokenizer: Write `tokenizer` even if it is not the tokenizer of the run.
         adapter_only: Write only the LoRA adapters, in PEFT's format.
         max_shard_size: The largest size of a file of weights.
 
     Raises:
-        ValueError: If there is no such checkpoint, or it cannot be written in this format.
+        ValueError: If there is no such checkpoint, it cannot be written in this format, or its tokenizer is not found.
     """
     saved = gather_checkpoint(checkpoint) if (Path(checkpoint) / SHARDS_META).is_file() else read_checkpoint(checkpoint)
     hparams: dict[str, Any] = dict(saved.get("hyper_parameters") or {})
@@ -31,11 +40,16 @@ def export_checkpoint(
     lora = hparams.get("lora")
     if adapter_only and not lora and not is_peft(policy):
         raise ValueError(f"checkpoint {checkpoint} has no adapters, so --adapter_only cannot write any. Remove --adapter_only.")
+    record = saved.get(KEY)
+    given = NONE if adapter_only and tokenizer is None else tokenizer
+    reader = tokenizer_of(checkpoint, record, given=given, force=force_tokenizer)
     weights = whole_weights(policy)
     if adapter_only:
-        write_adapter(policy, weights, output, scope=LoRAConfig(**dict(lora)).scope if lora else "default")
+        scope = LoRAConfig(**dict(lora)).scope if lora else "default"
+        write_adapter(policy, weights, output, scope=scope, tokenizer=reader)
     else:
-        reader = None if tokenizer is None else load_tokenizer(tokenizer)
         card = model_card(policy, str(hparams.get("_class_path", "")).rpartition(".")[2], hparams, {}, {})
         write_model(policy, weights, output, tokenizer=reader, card=card, max_shard_size=max_shard_size)
-    print(f"exported the model to {output}")
+    print(f"exported the {'adapters' if adapter_only else 'model'} to {output}")
+    if reader is None and given is None:
+        print("without a tokenizer, because the checkpoint names none. Give --tokenizer to write one.")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_align.models.building import backbone_spec, build_backbone
-from lightning_align.models.folders import check_folder, replaced_folder
+from lightning_align.models.folders import check_folder, replaced_folder, write_tokenizer
 from lightning_align.models.lora import (
     LoRAConfig,
     LoRALayer,
@@ -38,6 +38,7 @@ def write_adapter(
     folder: str | Path,
     *,
     scope: str = "default",
+    tokenizer: Any = None,
     expected: Expected | None = None,
 ) -> None:
     """Write one scope of adapters in the format of PEFT, for `PeftModel.from_pretrained` and for servers that load LoRA.
@@ -50,6 +51,7 @@ def write_adapter(
         weights: Its weights, from `whole_weights`.
         folder: The folder to write. It is created with its parents. It must be empty or contain an earlier adapter.
         scope: The scope to write. Ignored if the adapters are those of PEFT.
+        tokenizer: As for `write_model`. Default is none, because the base model has one.
         expected: What the model computes, from `expected_adapter_logits`. Needed only if the model is sharded.
 
     Raises:
@@ -73,6 +75,7 @@ def write_adapter(
                 inner.save_pretrained(partial, state_dict=state)
         else:
             _write_lora(model, layers, weights, partial, scope=scope)
+        write_tokenizer(tokenizer, partial)
         if base is None:
             _forget_base(partial)
         read = base if base is not None else _base_in_memory(model, weights)

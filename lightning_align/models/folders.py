@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PARTIAL = ".export-partial"
 """The folder inside of an export's folder where the next export is written and checked."""
@@ -85,6 +86,13 @@ def replaced_folder(folder: str | Path, mark: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if created and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer of this package or of transformers into a folder, or nothing if it is None or has no such method."""
+    save = getattr(tokenizer, "save", None) or getattr(tokenizer, "save_pretrained", None)
+    if save is not None:
+        save(folder)
 
 
 def _share_permissions(folder: Path, mark: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_align.models.adapter_files import read_adapter, write_adapter
 from lightning_align.models.building import backbone_spec, build_backbone
-from lightning_align.models.folders import check_folder, replaced_folder
+from lightning_align.models.folders import check_folder, replaced_folder, write_tokenizer
 from lightning_align.models.merging import embedding_names, merged_weights, transformers_weights, whole_weights
 from lightning_align.models.palm import PaLM
 from lightning_align.models.pretrained import PretrainedLM
@@ -53,8 +53,7 @@ def write_model(
         model: The model.
         weights: Its weights, from `merged_weights`. This function merges PEFT adapters itself.
         folder: The folder to write. It is created with its parents. It must be empty or contain an earlier export.
-        tokenizer: A tokenizer of this package. One that wraps a tokenizer of transformers is written in the format of
-            transformers.
+        tokenizer: A tokenizer of this package or of transformers. It is written in the format of transformers.
         card: The text of the model card.
         max_shard_size: The maximum size of a weights file, for a `PretrainedLM`.
         expected: What the model computes, from `expected_logits`. Needed only if the model is sharded.
@@ -84,8 +83,7 @@ def write_model(
             publish(partial / WEIGHTS, lambda path: save_file(dict(weights), path))
             publish_text(partial / CONFIG, json.dumps({**_auto_keys(spec), **spec}, indent=2) + "\n")
         _prove(model, partial, expected, folder)
-        if tokenizer is not None and hasattr(tokenizer, "save"):
-            tokenizer.save(partial)
+        write_tokenizer(tokenizer, partial)
         if card is not None:
             publish_text(partial / CARD, card)
 

@@ -76,7 +76,7 @@ class AlignDataModule(L.LightningDataModule):
         shape: The shape of the rows. `auto` finds it where it is certain, and `plain` takes rows as they are. `sharegpt` is
             {conversations: [{from, value}]}, `alpaca` {instruction, input, output}, `completion` {prompt, completion},
             `pair` {question, chosen, rejected}, `ranked` a prompt and answers with ranks or scores, `labelled` answers that
-            are labelled good or bad, and `choice` two answers and which is better.
+            are labelled good or bad or with a number, and `choice` two answers and which is better.
         ranked_pairs: The pairs of a row of ranked answers: the best and the worst (`best_worst`), every two of different rank
             (`all`), or each with the next one (`adjacent`).
         mixture_stop: When an epoch of a mixture with weights ends: when the first source has given all its rows

@@ -5,21 +5,23 @@ error, on ids that the model knows as other tokens.
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_align.data.tokenizer import Tokenizer, load_tokenizer
+from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.data.tokenizer.record import (
+    KEY,
+    describe_tokenizer,
+    has_other_tokens,
+    tokenizer_differences,
+    vocabulary_fingerprint,
+)
 from lightning_align.models.checkpoint import read_checkpoint
 
-KEY = "tokenizer"
-"""Where a checkpoint keeps the record."""
-
-
-def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
-    """Return a hash of which token each id is. Chat templates do not enter it, unlike ``Tokenizer.fingerprint``."""
-    return str(getattr(tokenizer, "vocabulary_fingerprint", tokenizer.fingerprint))
+__all__ = ["KEY", "check_tokenizer", "record_of", "tokenizer_record", "vocabulary_fingerprint"]
 
 
 def tokenizer_record(data: Any) -> dict[str, str] | None:
@@ -29,17 +31,12 @@ def tokenizer_record(data: Any) -> dict[str, str] | None:
         data: Any data module. One without a `tokenizer` has no record.
 
     Returns:
-        ``name`` (as given to the data module), ``fingerprint`` and ``vocabulary``, or None.
+        See `describe_tokenizer`. None without a tokenizer.
     """
     tokenizer: Any = getattr(data, "tokenizer", None)
     if not hasattr(tokenizer, "fingerprint"):
         return None
-    name = getattr(data, "tokenizer_name", None) or type(tokenizer).__name__
-    return _record(str(name), tokenizer)
-
-
-def _record(name: str, tokenizer: Tokenizer) -> dict[str, str]:
-    return {"name": name, "fingerprint": tokenizer.fingerprint, "vocabulary": vocabulary_fingerprint(tokenizer)}
+    return describe_tokenizer(tokenizer, getattr(data, "tokenizer_name", None))
 
 
 def record_of(path: str | Path) -> dict[str, str] | None:
@@ -52,7 +49,9 @@ def record_of(path: str | Path) -> dict[str, str] | None:
     if path.is_dir():
         if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
             return None
-        return _record(str(path), load_tokenizer(str(path)))
+        # Without transformers, the file in an exported folder can still be read.
+        name = path if find_spec("transformers") else path / "tokenizer.json"
+        return describe_tokenizer(load_tokenizer(str(name)), str(name))
     if not path.is_file() or path.suffix == ".safetensors":
         return None  # a state dict has no record, and to look for one would read all of it
     record = read_checkpoint(path).get(KEY)
@@ -71,15 +70,16 @@ def check_tokenizer(record: Mapping[str, str] | None, data: Any, *, source: str)
         ValueError: If the two have different tokens.
     """
     own = tokenizer_record(data)
-    if record is None or own is None or record["fingerprint"] == own["fingerprint"]:
+    if record is None or own is None:
         return
-    if record["vocabulary"] != own["vocabulary"]:
+    if has_other_tokens(record, own):
         raise ValueError(
             f"The tokenizer of the data, {own['name']}, is not the tokenizer that {source} was trained with, {record['name']}. "
             f"The same ids are other tokens. Set `tokenizer` of the data module (on the command line --data.tokenizer) to "
             f"{record['name']}."
         )
-    rank_zero_warn(
-        f"The tokenizer of the data, {own['name']}, has the tokens of the tokenizer that {source} was trained with, "
-        f"{record['name']}, but another chat template, other special tokens or another preprocessing."
-    )
+    if differences := tokenizer_differences(record, own):
+        rank_zero_warn(
+            f"The tokenizer of the data, {own['name']}, has the tokens of the tokenizer that {source} was trained with, "
+            f"{record['name']}, but is not the same: {'; '.join(differences)}."
+        )

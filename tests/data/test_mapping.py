@@ -177,12 +177,65 @@ def test_labelled_rows_of_one_prompt_become_pairs():
     ]
     assert found == expected
     assert ledger.counts == {"dropped/unpaired": 1}
-    assert ledger.examples["unpaired"] == ["t:7 has no answer of the other label for its prompt"]
+    assert ledger.examples["unpaired"] == ["t:7 has no answer of another label for its prompt"]
 
 
 def test_bad_answers_are_never_taken_for_demonstrations():
-    row = {"prompt": "p", "completion": "a", "label": False}
-    assert _fields(row, accepted=SFT) == [row]  # without a response, so that the form is refused
+    good = {"prompt": "p", "completion": "a", "label": True}
+    for bad in (
+        {"prompt": "p", "completion": "a", "label": False},
+        {"prompt": "p", "completion": "a", "label": 0},
+        {"prompt": "p", "response": "a", "label": "False"},
+        {"messages": [_user("q"), _assistant("a")], "kto_tag": False},
+    ):
+        with pytest.raises(ValueError, match="t:1 is labelled as a bad answer"):
+            _map(bad, accepted=SFT)
+        mapped, ledger = _map(bad, good, accepted=SFT, on_bad_row="skip")
+        assert [row.fields for row in mapped] == [{"prompt": "p", "response": "a", "label": True}]
+        assert ledger.counts == {"dropped/bad_answer": 1}
+        assert _fields(bad, accepted=SFT, shape="plain") == [bad]
+    classes = {"prompt": "p", "response": "a", "label": 0}
+    assert _fields(classes, accepted=SFT) == [classes]
+    assert _fields({**good, "label": False}, accepted=("prompt",), prompts_only=True)[0]["prompt"] == "p"
+
+
+def test_answers_with_a_grade_in_rows_of_their_own():
+    """As in HelpSteer: several answers of one prompt, each with ratings."""
+    rows = [{"prompt": "p", "response": text, "helpfulness": grade} for text, grade in (("a", 4), ("b", 4), ("c", 1), ("d", 2))]
+    settings = {"shape": "labelled", "columns": {"label": "helpfulness"}}
+    mapped, ledger = _map(*rows, **settings)
+    assert [row.fields for row in mapped] == [
+        {"prompt": "p", "chosen": "a", "rejected": "c"},
+        {"prompt": "p", "chosen": "b", "rejected": "d"},
+    ]
+    assert not ledger.counts
+
+
+def test_a_message_of_a_tree_is_not_a_text():
+    row = {"message_id": "1", "parent_id": "0", "text": "Yes", "role": "assistant"}
+    with pytest.raises(ValueError, match="is one message of a tree of messages"):
+        _map(row, accepted=SFT)
+    assert _fields(row, accepted=SFT, shape="plain") == [row]
+    assert _fields({"text": "Yes", "role": "x"}, accepted=SFT) == [{"text": "Yes", "role": "x"}]
+
+
+def test_other_layouts_of_conversations():
+    """Texts that alternate (LIMA), exchanges (Capybara), and the system message beside strings."""
+    expected = [{"messages": [_user("q"), _assistant("a"), _user("r"), _assistant("b")]}]
+    assert _fields({"conversations": ["q", "a", "r", "b"]}, accepted=SFT) == expected
+    turns = [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}]
+    assert _fields({"conversation": turns}, accepted=SFT) == expected
+    turns[0]["system"] = "s"
+    assert _fields({"conversation": turns}, accepted=SFT)[0]["messages"][0] == _system("s")
+    row = {"system": "s", "prompt": "q", "response": "a", "chosen": "a", "rejected": "b"}
+    given = [_system("s"), _user("q")]
+    assert _fields(row)[0] == {"prompt": given, "response": "a", "chosen": "a", "rejected": "b"}
+    assert _fields({"system": "s", "prompt": "q", "response": "a"}, accepted=SFT) == [{"prompt": given, "response": "a"}]
+    assert _fields({"system": "s", "prompt": "q"}, accepted=("prompt",))[0]["prompt"] == given
+    untouched = {"system": None, "prompt": "q", "response": "a"}
+    assert _fields(untouched, accepted=SFT) == [untouched]
+    dolly = {"instruction": "i", "context": "x", "response": "a", "category": "c"}
+    assert _fields(dolly, accepted=SFT) == [{"prompt": "i\nx", "response": "a", "category": "c"}]
 
 
 def test_columns_are_renamed_and_the_others_stay():
@@ -279,7 +332,7 @@ def test_a_named_shape_that_a_row_lacks():
             _map({"text": "x"}, shape=shape)
     with pytest.raises(ValueError, match=r"has 7 in column 'choice', which names neither answer"):
         _map({"prompt": "q", "answers": ["a", "b"], "choice": 7})
-    with pytest.raises(ValueError, match=r"has 'maybe' in column 'label', expected true"):
+    with pytest.raises(ValueError, match=r"has 'maybe' in column .label., expected true .good. or false .bad., or a number"):
         _map({"prompt": "q", "completion": "a", "label": "maybe"}, shape="labelled")
     for name in ("shape", "ranked_pairs"):
         with pytest.raises(ValueError, match=rf"`{name}` must be one of .*, but got 'x'"):

@@ -104,7 +104,7 @@ def test_in_and_out_by_the_command_line(method: str, rows: str) -> None:
     # The same from the checkpoint, where the folder that the run began from is gone.
     checkpoint = str(cli.trainer.checkpoint_callback.last_model_path)
     Path("base").rename("gone")
-    run(["export", checkpoint, "--output", "late", "--tokenizer", "tokenizer.json"])
+    run(["export", checkpoint, "--output", "late"])  # with the tokenizer that the run exported
     assert torch.equal(logits_of(Path("late"), tokens), logits_of(out, tokens))
     with pytest.raises(SystemExit, match="has no adapters"):
         run(["export", checkpoint, "--output", "adapter", "--adapter_only", "true"])

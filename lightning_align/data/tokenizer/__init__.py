@@ -9,6 +9,7 @@ from lightning_align.data.tokenizer.chat import check_messages, render_plain
 from lightning_align.data.tokenizer.file import FileTokenizer
 from lightning_align.data.tokenizer.loading import check_vocabulary, load_tokenizer
 from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment, Tokenizer
+from lightning_align.data.tokenizer.record import describe_tokenizer, tokenizer_differences, vocabulary_fingerprint
 from lightning_align.data.tokenizer.training import train_tokenizer
 from lightning_align.data.tokenizer.transformers import TransformersTokenizer
 
@@ -22,7 +23,10 @@ __all__ = [
     "TransformersTokenizer",
     "check_messages",
     "check_vocabulary",
+    "describe_tokenizer",
     "load_tokenizer",
     "render_plain",
+    "tokenizer_differences",
     "train_tokenizer",
+    "vocabulary_fingerprint",
 ]

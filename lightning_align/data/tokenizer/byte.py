@@ -2,9 +2,13 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from lightning_align.data.tokenizer.chat import render_plain
+from lightning_align.data.tokenizer.file import hash_vocabulary, write_tokenizer
 from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment
 
 
@@ -14,6 +18,7 @@ class ByteTokenizer:
     Id 0 is padding, 1 is beginning-of-sequence, 2 is end-of-sequence, and 3 to 258 are the bytes 0 to 255.
     """
 
+    name: str = "bytes"
     vocab_size: int = 259
     bos_id: int | None = 1
     eos_id: int = 2
@@ -22,6 +27,19 @@ class ByteTokenizer:
     has_template: bool = False
     fingerprint: str = "bytes-1"
     _specials = ("<pad>", "<bos>", "<eos>")
+
+    @property
+    def vocabulary_fingerprint(self) -> str:
+        """A hash of which token each id is."""
+        return hash_vocabulary(_as_bpe())
+
+    def save(self, folder: str | Path) -> None:
+        """Save the tokenizer in the format that `AutoTokenizer.from_pretrained` loads.
+
+        There, the texts of the three special tokens become these tokens, which they do not here.
+        """
+        specials = dict(zip(("pad_token", "bos_token", "eos_token"), self._specials, strict=True))
+        write_tokenizer(_as_bpe(), folder, specials=specials, has_bos=True)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """See `Tokenizer.encode_batch`. No text encodes to a special token."""
@@ -59,6 +77,22 @@ def _byte_offsets(text: str) -> list[tuple[int, int]]:
     if text.isascii():
         return spans[: len(text)]
     return [span for span, character in zip(spans, text, strict=False) for _ in character.encode()]
+
+
+@cache
+def _as_bpe() -> tokenizers.Tokenizer:
+    """Return the same tokenizer as one of the tokenizers library: byte-level BPE without merges."""
+    # Byte-level BPE writes a byte that is a visible character of Latin-1 as it is, and the others from code point 256 on.
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    characters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    specials = ByteTokenizer._specials
+    vocabulary = {name: i for i, name in enumerate(specials)} | {characters[byte]: byte + 3 for byte in range(256)}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in specials])
+    return model
 
 
 @cache

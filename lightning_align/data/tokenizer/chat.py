@@ -1,6 +1,7 @@
 """The built-in chat template, for tokenizers that have no template of their own."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning_align.data.tokenizer.protocol import Message, Segment
 
@@ -30,6 +31,24 @@ def render_plain(messages: Sequence[Message], *, add_generation_prompt: bool) ->
     if add_generation_prompt:
         segments.append(Segment("<|assistant|>\n", "assistant", False))
     return segments
+
+
+_TURNS = (
+    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+    "{{- '<|assistant|>\\n' + message['content'] + eos_token -}}"
+    "{%- else -%}{{- '<|' + message['role'] + '|>\\n' + message['content'] + '\\n' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
+)
+
+
+def plain_template(*, has_bos: bool) -> str:
+    """Return the built-in template as a chat template of transformers, which writes the beginning-of-sequence token itself."""
+    return f"{'{{- bos_token -}}' if has_bos else ''}{_TURNS}"
+
+
+def template_of(tokenizer: Any) -> str:
+    """Return the chat template of a tokenizer. Without one of its own it has the built-in template."""
+    return str(getattr(tokenizer, "template", "")) or plain_template(has_bos=tokenizer.bos_id is not None)
 
 
 def check_messages(messages: Sequence[Message]) -> None:

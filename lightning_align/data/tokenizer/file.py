@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from lightning_align.data.tokenizer.chat import render_plain
+from lightning_align.data.tokenizer.chat import plain_template, render_plain
 from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment
 from lightning_align.runtime.files import publish_text
 
@@ -44,6 +44,8 @@ class FileTokenizer:
             # The library raises bare Exceptions.
             raise ValueError(f"tokenizer {path} is not a file of the tokenizers library ({error})") from error
         self._set_model(model)
+        options = {"bos": bos, "eos": eos, "pad": pad}
+        self.name = f"{path}?{'&'.join(f'{k}={v}' for k, v in options.items() if v is not None)}".removesuffix("?")
         vocabulary = model.get_vocab(with_added_tokens=True)
         bos_id = None if bos == "" else _find_special(vocabulary, name=bos, common=BOS_NAMES, argument="bos", path=path)
         eos_id = _find_special(vocabulary, name=eos, common=EOS_NAMES, argument="eos", path=path)
@@ -63,12 +65,10 @@ class FileTokenizer:
         self.vocabulary_fingerprint = hash_vocabulary(self._model)
 
     def save(self, folder: str | Path) -> None:
-        """Save the tokenizer in the format that `AutoTokenizer.from_pretrained` loads."""
+        """Save the tokenizer in the format that `AutoTokenizer.from_pretrained` loads. It adds the same tokens as here."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        specials = {name: self._model.id_to_token(i) for name, i in ids.items() if i is not None}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **specials}
-        publish_text(Path(folder) / "tokenizer.json", self._text)
-        publish_text(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        specials = {name: str(self._model.id_to_token(i)) for name, i in ids.items() if i is not None}
+        write_tokenizer(tokenizers.Tokenizer.from_str(self._text), folder, specials=specials, has_bos=self.bos_id is not None)
 
     def _set_model(self, model: tokenizers.Tokenizer) -> None:
         model.no_padding()
@@ -111,6 +111,32 @@ class FileTokenizer:
     ) -> list[Segment]:
         """See `Tokenizer.render` and `render_plain`. The built-in template has no tools and no variables."""
         return render_plain(messages, add_generation_prompt=add_generation_prompt)
+
+
+def write_tokenizer(model: tokenizers.Tokenizer, folder: str | Path, *, specials: Mapping[str, str], has_bos: bool) -> None:
+    """Write a tokenizer without a chat template of its own in the format of transformers, with the built-in template.
+
+    Args:
+        model: The tokenizer. Its post-processor is replaced, because training adds special tokens itself.
+        folder: The folder to write to.
+        specials: The special tokens by their names in transformers, such as ``eos_token``.
+        has_bos: Whether sequences begin with the beginning-of-sequence token.
+    """
+    model.no_padding()
+    model.no_truncation()
+    model.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    if has_bos:
+        bos = specials["bos_token"]
+        numbers = [(bos, model.token_to_id(bos))]
+        model.post_processor = tokenizers.processors.TemplateProcessing(single=[bos, "$A"], special_tokens=numbers)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": plain_template(has_bos=has_bos),
+        **specials,
+    }
+    publish_text(Path(folder) / "tokenizer.json", model.to_str(pretty=True) + "\n")
+    publish_text(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _find_special(

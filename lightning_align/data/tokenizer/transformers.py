@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from lightning_align.data.tokenizer.chat import check_messages, render_plain
+from lightning_align.data.tokenizer.chat import check_messages, plain_template, render_plain
 from lightning_align.data.tokenizer.file import FileTokenizer, hash_parts, hash_vocabulary
 from lightning_align.data.tokenizer.protocol import Message, Segment
 from lightning_align.data.tokenizer.turns import TurnFinder
@@ -53,12 +53,12 @@ class TransformersTokenizer(FileTokenizer):
             raise ValueError(f"tokenizer {name!r} has no end-of-sequence token. Set its eos_token and save it again.")
         self._set_model(tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str()))
         self._source = source
-        self._name = name
+        self.name = self._name = name
         adds_bos = source.bos_token_id is not None and source("a")["input_ids"][:1] == [source.bos_token_id]
         self.bos_id = int(source.bos_token_id) if adds_bos else None
         self.eos_id = int(source.eos_token_id)
         self.pad_id = self.eos_id if source.pad_token_id is None else int(source.pad_token_id)
-        template = str(source.chat_template or "")
+        template = self.template = str(source.chat_template or "")
         self.fingerprint = hash_parts(self._model.to_str(), str((self.bos_id, self.eos_id, self.pad_id)), template)
         self.vocabulary_fingerprint = hash_vocabulary(self._model)
         self.has_template = bool(template)
@@ -97,8 +97,13 @@ class TransformersTokenizer(FileTokenizer):
         return faults
 
     def save(self, folder: str | Path) -> None:
-        """Save the tokenizer with its chat template."""
-        self._source.save_pretrained(folder)
+        """Save the tokenizer with its chat template. Without one, it is saved with the built-in template, as it is used."""
+        own = self._source.chat_template
+        try:
+            self._source.chat_template = own or plain_template(has_bos=self.bos_id is not None)
+            self._source.save_pretrained(folder)
+        finally:
+            self._source.chat_template = own
 
     def render(
         self,
