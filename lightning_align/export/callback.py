@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align.data.mixture import describe
 from lightning_align.export.card import is_peft, model_card
+from lightning_align.generation.ends import end_ids
 from lightning_align.models.adapter_files import check_separable, expected_adapter_logits
 from lightning_align.models.building import backbone_spec
 from lightning_align.models.folders import check_folder
@@ -70,6 +71,8 @@ class ExportModel(Callback):
             write_adapter(policy, weights, folder, scope=scope, expected=expected)
         else:
             data: Any = getattr(trainer, "datamodule", None)
+            tokenizer = getattr(data, "tokenizer", None)
+            eos_token = getattr(getattr(pl_module, "generation", None), "eos_token", None)
             given = getattr(data, "sources", {})
             sources = {name: describe(source) for name, source in given.items()}
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -77,7 +80,8 @@ class ExportModel(Callback):
                 policy,
                 merged_weights(policy, weights),
                 folder,
-                tokenizer=getattr(data, "tokenizer", None),
+                tokenizer=tokenizer,
+                eos_ids=end_ids(tokenizer=tokenizer, model=policy, eos_token=eos_token),
                 card=model_card(policy, type(pl_module).__name__, dict(pl_module.hparams), sources, metrics),
                 max_shard_size=self.max_shard_size,
                 expected=expected,

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.generation.decoder import make_decoder
+from lightning_align.generation.ends import Ends, say_once
 from lightning_align.generation.filters import choose, num_draws
+from lightning_align.generation.history import History
 from lightning_align.generation.noise import uniforms
 from lightning_align.generation.packing import packed_linears
 from lightning_align.models.language_model import context_length
@@ -30,7 +32,10 @@ LEAVE_AT = 0.25
 
 @dataclass
 class GenerationConfig:
-    """The sampling settings. The filters apply in the order temperature, top-k, top-p, min-p.
+    """The sampling settings.
+
+    The filters apply in the order of transformers: repetition penalty, no-repeat n-grams, temperature, top-k, top-p, min-p,
+    typical-p. At temperature 0, only the first two apply.
 
     Args:
         max_new_tokens: The maximum length of a response in tokens, including its end-of-sequence token. Default is 128.
@@ -41,7 +46,16 @@ class GenerationConfig:
         num_samples: The number of responses per prompt. Default is 1.
         batch_size: The number of prompts that are decoded together. Default is 64.
         seed: The seed of the random numbers. Default is 0.
-        stop: Texts that end a response. The response includes the token that completes the text. Default is none.
+        stop: Texts that end a response. The response includes the token that completes the text. Special tokens match by
+            their text. Default is none.
+        eos_token: Further tokens that end a response, as texts or ids. Default is only the end-of-sequence tokens of the
+            tokenizer and those in the generation settings of the model.
+        typical_p: Keep the tokens whose information is nearest to the entropy, up to a total probability of at least this
+            (Meister et al. 2022, arXiv 2202.00666). Default is 1 (all).
+        repetition_penalty: Divide the positive logits of the tokens in prompt and response by this, and multiply the negative
+            ones (CTRL, Keskar et al. 2019, arXiv 1909.05858). Default is 1 (no penalty).
+        no_repeat_ngram_size: Never repeat an n-gram of this many tokens of prompt and response (Paulus et al. 2017, arXiv
+            1705.04304). Default is 0 (repeat any).
     """
 
     max_new_tokens: int = 128
@@ -53,6 +67,10 @@ class GenerationConfig:
     batch_size: int = 64
     seed: int = 0
     stop: Sequence[str] = ()
+    eos_token: int | str | list[int | str] | None = None
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -60,7 +78,7 @@ class GenerationConfig:
         Raises:
             ValueError: If a value is out of range.
         """
-        self.stop = list(self.stop)
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 (greedy) or above"),
@@ -70,6 +88,9 @@ class GenerationConfig:
             "num_samples": (self.num_samples >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "stop": (all(self.stop), "a list of texts that are not empty"),
+            "typical_p": (0 < self.typical_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "at least 0"),
         }
         for name, (right, expected) in checks.items():
             if not right:
@@ -87,7 +108,11 @@ class Generation:
     logprobs: list[float] = field(default_factory=list, compare=False)
     """The log-prob of each token in nats, without temperature and filters. Includes the end-of-sequence token, if any."""
     reason: FinishReason = field(default="length", compare=False)
-    """What ended the response: the end-of-sequence token, a stop text, or a length limit."""
+    """What ended the response: an end-of-sequence token, a stop text, or a length limit."""
+    end: int | None = field(default=None, compare=False)
+    """The id of the end-of-sequence token that ended the response. None if none did."""
+    unsupported: int = field(default=0, compare=False)
+    """The number of ids that do not exist, from which on an answer of another engine was cut."""
 
 
 @contextmanager
@@ -112,7 +137,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig | None = None,
     *,
-    eos_id: int | None = None,
+    ends: Ends | None = None,
+    eos_id: int | Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     iteration: int = 0,
     limits: Sequence[int] | None = None,
@@ -127,21 +153,24 @@ def generate(
         model: Any language model. A model without `make_cache` reads the whole prefix again for each token.
         prompts: The token ids of each prompt. No prompt may be empty.
         config: The sampling settings. Default is `GenerationConfig()`.
-        eos_id: The id of the token that ends a response. With None, only limits and stop texts end a response.
+        ends: How responses end, and which ids exist. See `Ends.of`.
+        eos_id: Without `ends`: the ids of the tokens that end a response. The ids that the model declares end it too. With
+            None, only limits and stop texts end a response.
         ids: The number of each prompt, which selects its random numbers. Default is its index in `prompts`.
         iteration: A number that selects other random numbers for the same prompts. Default is 0.
         limits: The maximum length of each response in tokens. It applies where it is below `max_new_tokens`.
-        decode: A function from token ids to text. Required if `config.stop` is set.
+        decode: Without `ends`: a function from token ids to text. Required if `config.stop` is set.
 
     Returns:
         The `num_samples` responses to each prompt.
 
     Raises:
-        ValueError: If a prompt is empty, if a prompt fills the context of the model, or if `stop` is set without `decode`.
+        ValueError: If a prompt is empty, if a prompt fills the context of the model, if `stop` is set without `decode`, or
+            if the model gives logits from which no token can be chosen.
     """
     config = config or GenerationConfig()
-    if config.stop and decode is None:
-        raise ValueError(f"`stop` is {list(config.stop)}, which needs a tokenizer. Pass `decode`, or remove `stop`.")
+    if ends is None:
+        ends = Ends.exactly(eos_id, config=config, model=model, decode=decode)
     numbers = range(len(prompts)) if ids is None else ids
     most = _limits(model, prompts, numbers, config, limits)
     device = next(model.parameters()).device
@@ -160,8 +189,8 @@ def generate(
             ]
             # A rank without prompts left decodes a dummy prompt, because forward passes of a sharded model are collectives.
             texts = [list(prompts[i]) for i in chosen] or [[0]]
-            rows = rows or [_Row((0,), 0) for _ in range(config.num_samples)]
-            _decode(model, texts, rows, config, eos_id, decode, device, synchronized)
+            rows = rows or [_Row((0, 0, 0, 0), 0) for _ in range(config.num_samples)]
+            _decode(model, texts, rows, config, ends, device, synchronized)
             for place, i in enumerate(chosen):
                 responses[i] = [row.result() for row in rows[place * config.num_samples : (place + 1) * config.num_samples]]
     return responses
@@ -198,26 +227,35 @@ class _Row:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.reason: FinishReason | None = None if limit > 0 else "length"
+        self.end: int | None = None
 
-    def extend(
-        self, tokens: list[int], logprobs: list[float], eos_id: int | None, stops: Callable[[list[int]], bool] | None
-    ) -> None:
+    def extend(self, tokens: list[int], logprobs: list[float], ends: Ends) -> None:
         for token, logprob in zip(tokens, logprobs, strict=True):
             if self.reason is not None:
                 return
+            if not math.isfinite(logprob):
+                raise ValueError(self._no_choice())
             self.logprobs.append(logprob)
-            if token == eos_id:
-                self.reason = "eos"
+            if token in ends.ids:
+                self.reason, self.end = "eos", token
                 return
             self.tokens.append(token)
-            if stops is not None and stops(self.tokens):
+            if ends.stop is not None and ends.stop.reached(self.tokens):
                 self.reason = "stop"
             elif len(self.tokens) == self.limit:
                 self.reason = "length"
 
+    def _no_choice(self) -> str:
+        _, _, prompt, sample = self.key
+        return (
+            f"No token can be chosen at step {len(self.tokens)} of the response to prompt {prompt} (sample {sample}): the "
+            "logits are NaN or infinite, or every token is excluded. Check the weights and the dtype of the model, and "
+            "`no_repeat_ngram_size`."
+        )
+
     def result(self) -> Generation:
         assert self.reason is not None
-        return Generation(self.tokens, self.reason != "length", self.logprobs, self.reason)
+        return Generation(self.tokens, self.reason != "length", self.logprobs, self.reason, self.end)
 
 
 def _decode(
@@ -225,8 +263,7 @@ def _decode(
     prompts: list[list[int]],
     rows: list[_Row],
     config: GenerationConfig,
-    eos_id: int | None,
-    decode: Callable[[list[int]], str] | None,
+    ends: Ends,
     device: torch.device,
     synchronized: bool,
 ) -> None:
@@ -236,23 +273,31 @@ def _decode(
     if synchronized:
         limit = largest(limit, device)
     alive = rows
-    sampled = config.temperature > 0
+    sampled, copies = config.temperature > 0, len(rows) // len(prompts)
     noise = uniforms([row.key for row in rows], positions=limit if sampled else 0, draws=num_draws(config)).to(device)
-    decoder = make_decoder(model, prompts, limit=limit, copies=len(rows) // len(prompts), device=device)
-    logits = decoder.start(len(rows) // len(prompts))
+    decoder = make_decoder(model, prompts, limit=limit, copies=copies, device=device)
+    logits = decoder.start(copies)
+    history = History(prompts, room=limit, copies=copies, device=device, settings=config)
+    absent = ends.support.absent(logits.shape[-1], device)
+    if absent is not None:
+        number = ends.support.num_absent(len(absent))
+        say_once(f"{number} of the {len(absent)} ids of the model stand for no token of the tokenizer. They are never drawn.")
     tokens: Tensor | None = None
-    stops = _make_stop_check(config.stop, decode)
     for start in range(0, limit, every):
         drawn, logprobs = [], []
         for position in range(start, min(start + every, limit)):
             if tokens is not None:
                 logits = decoder.step(tokens)
-            tokens, logps = choose(logits, noise[:, position] if sampled else noise[:, 0:0], config)
+            allowed = history.filtered(logits)
+            if absent is not None:
+                allowed = allowed.masked_fill(absent, -torch.inf)
+            tokens, logps = choose(logits, noise[:, position] if sampled else noise[:, 0:0], config, allowed=allowed)
+            history.append(tokens)
             drawn.append(tokens)
             logprobs.append(logps)
         columns = zip(torch.stack(drawn, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
         for row, (new, values) in zip(alive, columns, strict=True):
-            row.extend(new, values, eos_id, stops)
+            row.extend(new, values, ends)
         left = [index for index, row in enumerate(alive) if row.reason is None]
         if everyone(not left, device) if synchronized else not left:
             return
@@ -261,19 +306,4 @@ def _decode(
             if decoder.select(keep):
                 assert tokens is not None
                 alive, tokens, noise = [alive[index] for index in left], tokens[keep], noise[keep]
-
-
-def _make_stop_check(stop: Sequence[str], decode: Callable[[list[int]], str] | None) -> Callable[[list[int]], bool] | None:
-    """Build a function that returns whether a response ends with a stop text.
-
-    The last tokens suffice for this check, because each token encodes at least one byte.
-    """
-    if not stop or decode is None:
-        return None
-    window = max(len(text.encode()) for text in stop) + 1
-
-    def stops(tokens: list[int]) -> bool:
-        text = decode(tokens[-window:])
-        return any(end in text for end in stop)
-
-    return stops
+                history.select(keep)

@@ -1,7 +1,7 @@
 """Writing and reading whole models: folders of transformers (which vLLM can serve) and of this package."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def write_model(
     folder: str | Path,
     *,
     tokenizer: Any = None,
+    eos_ids: Sequence[int] = (),
     card: str | None = None,
     max_shard_size: str = "5GB",
     expected: Expected | None = None,
@@ -54,6 +55,8 @@ def write_model(
         weights: Its weights, from `merged_weights`. This function merges PEFT adapters itself.
         folder: The folder to write. It is created with its parents. It must be empty or contain an earlier export.
         tokenizer: A tokenizer of this package or of transformers. It is written in the format of transformers.
+        eos_ids: The ids that end a response, for the generation settings (``generation_config.json``) of a `PretrainedLM`.
+            Default is what the model declares.
         card: The text of the model card.
         max_shard_size: The maximum size of a weights file, for a `PretrainedLM`.
         expected: What the model computes, from `expected_logits`. Needed only if the model is sharded.
@@ -79,6 +82,7 @@ def write_model(
     with replaced_folder(folder, CONFIG) as partial:
         if isinstance(model, PretrainedLM):
             _write_transformers(*transformers_weights(model, weights), partial, max_shard_size=max_shard_size)
+            _write_ends(partial / "generation_config.json", eos_ids or model.eos_ids)
         else:
             publish(partial / WEIGHTS, lambda path: save_file(dict(weights), path))
             publish_text(partial / CONFIG, json.dumps({**_auto_keys(spec), **spec}, indent=2) + "\n")
@@ -118,6 +122,14 @@ def _prove(model: nn.Module, partial: Path, expected: Expected, folder: str | Pa
     prove(read, expected, folder)
     if not is_sharded(model):
         prove_embeddings(model.model.get_input_embeddings(), read.get_input_embeddings(), folder)
+
+
+def _write_ends(path: Path, eos_ids: Sequence[int]) -> None:
+    """Write the end-of-sequence ids into generation settings. Engines end responses at all of them."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if eos_ids:
+        settings["eos_token_id"] = int(eos_ids[0]) if len(eos_ids) == 1 else [int(token) for token in eos_ids]
+        publish_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def read_model(folder: str | Path) -> nn.Module:

@@ -8,7 +8,7 @@ from lightning_align.data.tokenizer.byte import ByteTokenizer
 from lightning_align.data.tokenizer.chat import check_messages, render_plain
 from lightning_align.data.tokenizer.file import FileTokenizer
 from lightning_align.data.tokenizer.loading import check_vocabulary, load_tokenizer
-from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment, Tokenizer
+from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment, Tokenizer, all_ends
 from lightning_align.data.tokenizer.record import describe_tokenizer, tokenizer_differences, vocabulary_fingerprint
 from lightning_align.data.tokenizer.training import train_tokenizer
 from lightning_align.data.tokenizer.transformers import TransformersTokenizer
@@ -21,6 +21,7 @@ __all__ = [
     "Segment",
     "Tokenizer",
     "TransformersTokenizer",
+    "all_ends",
     "check_messages",
     "check_vocabulary",
     "describe_tokenizer",
