@@ -20,6 +20,7 @@ from lightning_align.calm.spec import Augment, AugmentInput, check_realigned
 from lightning_align.calm.states import StateStore
 from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.models.building import Backbone, build_backbone
+from lightning_align.models.causality import check_causal
 from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.language_model import has_hidden
 from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
@@ -148,10 +149,11 @@ class CALMModule(AlignModule):
 
     def build_policy(self) -> CALM:
         """Build the composition of the anchor and its augments."""
-        anchor = self.source.backbone
+        anchor = _build(self.source.backbone, "anchor")
+        check_causal(anchor)
         augments = [dataclasses.replace(a, model=_build(a.model, f"augments[{i}].model")) for i, a in enumerate(self._augments)]
         policy = CALM(
-            _build(anchor, "anchor"),
+            anchor,
             augments,
             connection=self.connection,
             combine=self.combine,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.models.language_model import HiddenModel, has_hidden, logits_of, vocabulary_size
+from lightning_align.models.routers import announce_mask
 from lightning_align.scoring.grouping import length_groups, targets_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.logits import logits_logprobs
@@ -39,27 +40,33 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
 
 def _target_hidden(model: HiddenModel, batch: TokenBatch, rows: Tensor, before: Tensor) -> Tensor:
     """Compute the (T, D) hidden states before the targets, with a model that has no packed layout."""
-    tokens = batch["tokens"]
+    tokens, mask = batch["tokens"], batch["mask"]
     parts, places = [], []
     for group, width in length_groups(batch):
         within, chosen = targets_of(group, rows, len(tokens))
+        announce_mask(model, mask[group, :width])
         parts.append(model.hidden(tokens[group, :width])[within, before[chosen]])
         places.append(chosen)
-    return torch.cat(parts)[torch.cat(places).argsort()] if parts else model.hidden(tokens)[rows, before]
+    if not parts:
+        announce_mask(model, mask)
+        return model.hidden(tokens)[rows, before]
+    return torch.cat(parts)[torch.cat(places).argsort()]
 
 
 def _plain_logprobs(model: nn.Module, batch: TokenBatch, rows: Tensor, before: Tensor, targets: Tensor) -> Tensor:
     """Compute the (T,) log-probs with a model that returns only logits, which it does for every position."""
-    tokens = batch["tokens"]
+    tokens, mask = batch["tokens"], batch["mask"]
     parts, places = [], []
     for group, width in length_groups(batch):
         within, chosen = targets_of(group, rows, len(tokens))
+        announce_mask(model, mask[group, :width])
         logits = logits_of(model, tokens[group, :width])
         check_ids(tokens, logits.shape[-1])
         parts.append(logits_logprobs(logits, within, before[chosen], targets[chosen]))
         places.append(chosen)
         del logits  # Without gradients this frees them now, and not only after the next ones exist.
     if not parts:
+        announce_mask(model, mask)
         logits = logits_of(model, tokens)
         check_ids(tokens, logits.shape[-1])
         return logits_logprobs(logits, rows, before, targets)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
+from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.parallelize import shard
@@ -32,6 +33,7 @@ from lightning_align.training.gradient import BatchMean, clip_gradients, gradien
 from lightning_align.training.optimizers import parameter_groups, schedule_config
 from lightning_align.training.policy import PolicySource
 from lightning_align.training.prediction import prediction_rows
+from lightning_align.training.routers import RouterLoss
 from lightning_align.training.tensorboard import log_hyperparameters
 from lightning_align.training.throughput import Throughput
 from lightning_align.training.tokenizer import KEY as TOKENIZER
@@ -51,6 +53,8 @@ class AlignModule(L.LightningModule):
 
     default_lr: ClassVar[float] = 1e-4
     """The learning rate of the default optimizer."""
+    default_dropout: ClassVar[bool] = True
+    """Whether training has dropout by default. False where a loss compares the policy with another model."""
     object_arguments: ClassVar[tuple[str, ...]] = ("backbone", "lora", "optimizer", "lr_scheduler", "generation")
     """Arguments that are objects in code. Instead of the objects, ``hparams`` gets what a checkpoint can hold."""
 
@@ -63,6 +67,8 @@ class AlignModule(L.LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationConfig | None = None,
+        dropout: bool | None = None,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         """Describe the run. The policy is built in ``configure_model``.
 
@@ -76,9 +82,14 @@ class AlignModule(L.LightningModule):
                 for SFT and RETRO, 1e-3 for CALM, 5e-6 for DPO and SPIN.
             lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
             generation: How `predict` and the sample logger decode.
+            dropout: Whether the policy and its adapters have dropout in training. Default is false for DPO and SPIN, so that
+                the policy starts equal to its reference, and true for other methods. No method has dropout in evaluation.
+            router_aux_loss_coef: The weight of the load-balancing loss of expert routers, for mixture-of-experts models of
+                transformers. It is computed per micro-batch. Default is the coefficient of the model's configuration if that
+                sets `output_router_logits`, otherwise 0.
 
         Raises:
-            ValueError: If there is neither a backbone nor a checkpoint.
+            ValueError: If there is neither a backbone nor a checkpoint, or the coefficient is negative.
         """
         super().__init__()
         if isinstance(lora, Mapping):
@@ -98,6 +109,8 @@ class AlignModule(L.LightningModule):
         self.init_from, self.lora, self.generation = init_from, lora, generation or GenerationConfig()
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.policy: nn.Module = cast(nn.Module, None)
+        self.dropout = DropoutSwitch(dropout, default=self.default_dropout)
+        self.router_loss = RouterLoss(router_aux_loss_coef)
         self.batch_mean = BatchMean()
         self.throughput = Throughput()
 
@@ -116,6 +129,7 @@ class AlignModule(L.LightningModule):
             return
         policy = self.build_policy()
         self.source.add_adapters(policy)
+        self.router_loss.prepare(policy)
         self.configure_reference(policy)
         if self.is_sharded:
             shard(policy, self.data_mesh)
@@ -179,11 +193,12 @@ class AlignModule(L.LightningModule):
     # -- one gradient per optimizer batch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed dropout by the batch's position in the run, so that a resumed run draws the same numbers on every rank."""
+        """Switch dropout off, or seed it by the batch's position, so that a resumed run draws the same numbers on every rank."""
         count_epoch_as_begun(self.trainer)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         position = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
         torch.manual_seed(hash(position) % 2**63)
+        self.dropout.start(self.policy)
 
     def weighted(self, loss_sum: Tensor, count: Tensor | int) -> Tensor:
         """Return a summed loss from a training step, and count what it is a sum over.
@@ -309,6 +324,8 @@ class AlignModule(L.LightningModule):
         self.check_weights_loaded()
         self.batch_mean.reset()  # an earlier fit may have been stopped in the middle of an optimizer batch
         self.throughput.stop()
+        self.router_loss.announce(self.policy)
+        self.dropout.announce(self.policy)
         if self.trainer.is_global_zero:
             log_hyperparameters(self.loggers, self.hparams_initial, metric="val/loss")
 
@@ -317,7 +334,8 @@ class AlignModule(L.LightningModule):
         self.throughput.restart(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the throughput since the last logged step."""
+        """Restore the mode of the policy, and log the throughput since the last logged step."""
+        self.dropout.end()
         step, every = self.trainer.global_step, log_interval(self.trainer)
         if every and step % every == 0:
             values = self.throughput.report(step, world_size=self.trainer.world_size, device=self.device)
