@@ -118,6 +118,7 @@ class AlignModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
+        self.dropout.end()  # an earlier run may have ended with an error in the middle of a step
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         for path in self.initial_weights():
@@ -193,7 +194,7 @@ class AlignModule(L.LightningModule):
     # -- one gradient per optimizer batch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Switch dropout off, or seed it by the batch's position, so that a resumed run draws the same numbers on every rank."""
+        """Switch dropout off, or seed it by the batch's position in the run, so that a resumed run draws the same numbers."""
         count_epoch_as_begun(self.trainer)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         position = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
