@@ -32,7 +32,10 @@ from lightning_align.runtime.ranks import is_sharded
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TOLERANCE = 1e-3
 """The largest difference of recomputed logits that counts as equal, in standard deviations of the logits."""
-SCALES, SOFTCAPS = ("logit_scale", "logits_scaling", "lm_head_multiplier"), ("final_logit_softcapping", "logits_soft_cap")
+SCALES, SOFTCAPS = (
+    ("logit_scale", "logits_scaling", "lm_head_multiplier"),
+    ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+)
 """The configuration fields that hold a factor or divisor of the logits, and those that hold their soft cap."""
 
 

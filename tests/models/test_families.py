@@ -66,7 +66,11 @@ def alone(model: PretrainedLM, row: Tensor) -> Tensor:
 
 @EACH
 def test_log_probs_are_those_of_transformers(family: str) -> None:
-    model = build(family).double()
+    model = build(family)
+    if family != "xglm":  # whose mask of float32 does not fit float64
+        if model.routers is not None:
+            model.model.set_experts_implementation("eager")  # the grouped matrix product has no float64
+        model.double()
     batch = token_batch([8, 2, 5, 1], [10, 5, 3, 12], vocabulary=V - 4)
     with torch.no_grad():
         found, rows = token_logprobs(model, batch)
@@ -76,7 +80,7 @@ def test_log_probs_are_those_of_transformers(family: str) -> None:
             expected.append(alone(model, tokens)[batch["targets"][row, 1 : len(tokens)]])
     assert rows.tolist() == [0] * 10 + [1] * 5 + [2] * 3 + [3] * 12
     # Some families compute parts in float32 whatever their dtype is.
-    assert float((found - torch.cat(expected)).abs().max()) < 1e-4
+    assert float((found - torch.cat(expected)).abs().max()) < (1e-4 if family == "xglm" else 2e-6)
 
 
 @EACH
