@@ -21,6 +21,7 @@ from lightning_align.calm.states import StateStore
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.models.building import Backbone, build_backbone
+from lightning_align.models.causality import check_causal
 from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.language_model import has_hidden
 from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
@@ -30,6 +31,7 @@ from lightning_align.scoring.sums import sum_logprobs
 from lightning_align.scoring.targets import select_targets
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
+from lightning_align.training.tokenizer import add_record
 from lightning_align.types import LogProbs
 
 FROZEN = ("policy.anchor.", "policy.augments.")
@@ -149,10 +151,11 @@ class CALMModule(AlignModule):
 
     def build_policy(self) -> CALM:
         """Build the composition of the anchor and its augments."""
-        anchor = self.source.backbone
+        anchor = _build(self.source.backbone, "anchor")
+        check_causal(anchor)
         augments = [dataclasses.replace(a, model=_build(a.model, f"augments[{i}].model")) for i, a in enumerate(self._augments)]
         policy = CALM(
-            _build(anchor, "anchor"),
+            anchor,
             augments,
             connection=self.connection,
             combine=self.combine,
@@ -325,7 +328,7 @@ class CALMModule(AlignModule):
         """
         checkpoint["frozen"] = dict(self.policy.identity)
         self.clock.save(checkpoint, trainer_of(self))
-        self.record_tokenizer(checkpoint)
+        add_record(checkpoint, datamodule_of(trainer_of(self)))
         if not self.is_sharded:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(FROZEN)}

@@ -99,7 +99,9 @@ def identity_fault(
     policy.eval()
     try:
         if same():
-            return "dropout: In evaluation mode the policy equals the reference. Set dropout to 0 for rewards without noise."
+            return (
+                "dropout: In evaluation mode the policy equals the reference. Set `dropout` to false for rewards without noise."
+            )
         if lora_layers(policy):
             with lora_disabled(policy):
                 if same():

@@ -43,6 +43,7 @@ class DPOModule(AlignModule):
     """Aligns a language model with preferences, relative to the model that it starts from."""
 
     default_lr = 5e-6
+    default_dropout = False
 
     def __init__(
         self,
@@ -82,8 +83,9 @@ class DPOModule(AlignModule):
                 memory nor time; or `moving`, updated by the callback `ReferenceUpdate`.
             reference_cache: The folder of stored log-probs, on a disk that all nodes share. Its files are found by the hashes
                 of the rows and of the reference's weights, and may be deleted at any time.
-            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler` and `generation` of `AlignModule`. With `lora`, a frozen
-                reference is the policy with its adapters off and costs no memory. A moving one is a second set of adapters.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout` and `router_aux_loss_coef` of
+                `AlignModule`. With `lora`, a frozen reference is the policy with its adapters off and costs no memory. A moving
+                one is a second set of adapters.
 
         Raises:
             ValueError: If the loss does not support the given values.
@@ -245,16 +247,18 @@ class DPOModule(AlignModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Return the sum of the pairs' losses, and what `score` returned, for callbacks."""
-        policy, ratios = self.score(batch)
+        with self.router_loss.recorded(self.policy):
+            policy, ratios = self.score(batch)
         if batch_idx == 0 and self.trainer.global_step == 0:
             self._check_start(batch, ratios)
         losses = self.pair_losses(batch, policy, ratios)
         for side in (batch["chosen"], batch["rejected"]):
             self.count_tokens(side)
         values = {"loss": losses.detach(), **pair_metrics(policy, ratios, beta=self.beta)}
-        means = torch.stack(list(values.values())).mean(dim=1).unbind()
-        self.log_training(dict(zip(values, means, strict=True)), progress_bar="loss", batch_size=len(losses))
-        return {"loss": self.weighted(losses.sum(), len(losses)), **detached(policy, ratios)}
+        means = dict(zip(values, torch.stack(list(values.values())).mean(dim=1).unbind(), strict=True))
+        loss = self.router_loss.added(losses.sum(), len(losses), means)
+        self.log_training(means, progress_bar="loss", batch_size=len(losses))
+        return {"loss": self.weighted(loss, len(losses)), **detached(policy, ratios)}
 
     def _evaluate(self, means: PairMeans, batch: PreferenceBatch) -> dict[str, Any]:
         policy, ratios = self.score(batch)

@@ -3,8 +3,8 @@
 import importlib.util
 import inspect
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,16 +12,30 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_align.models.causality import check_causal
 from lightning_align.models.language_model import Head, declared_ends
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 from lightning_align.models.peft_adapters import TRAINED, AdapterStart, add_peft, has_peft, peft_disabled, watch_start
-from lightning_align.runtime.hub import out_of_reach
+from lightning_align.models.pretrained_cache import PretrainedCache, cache_fault, has_selectable_layers
+from lightning_align.models.pretrained_loading import (
+    build_random,
+    find_decoder,
+    freeze_other_parts,
+    is_composite,
+    load_pretrained,
+    summary,
+)
+from lightning_align.models.routers import RouterRecord, find_routers
+from lightning_align.runtime.ranks import is_sharded
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TOLERANCE = 1e-3
 """The largest difference of recomputed logits that counts as equal, in standard deviations of the logits."""
-SCALES, SOFTCAPS = ("logit_scale", "logits_scaling", "lm_head_multiplier"), ("final_logit_softcapping", "logits_soft_cap")
+SCALES, SOFTCAPS = (
+    ("logit_scale", "logits_scaling", "lm_head_multiplier"),
+    ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+)
 """The configuration fields that hold a factor or divisor of the logits, and those that hold their soft cap."""
 
 
@@ -83,19 +97,24 @@ class PretrainedLM(nn.Module):
         self.pretrained = name is not None
         """Whether building the model loads its weights. A checkpoint that contains only adapters can then be completed."""
         self._load_error: str | None = None
+        load_error: str | None = None
         options = {"dtype": dtype, "attn_implementation": attention}
         if name is None:
-            self.model: Any = _build_random(config, options)
+            self.model: Any = build_random(config, options)
         else:
             try:
-                self.model = _load(name, config, {**options, "revision": revision})
+                self.model = load_pretrained(name, config, {**options, "revision": revision})
             except ValueError as error:
                 if not complete:
                     raise
                 # A complete configuration with a name comes from a checkpoint. Its folder may be gone, but the checkpoint
                 # contains the weights, which are loaded after this.
-                self._load_error = str(error)
-                self.model = _build_random(config, options)
+                load_error = str(error)
+                self.model = build_random(config, options)
+        self.composite = is_composite(self.model)
+        """Whether the text model is one of several parts. The others, such as a vision tower, are frozen."""
+        if self.composite:
+            freeze_other_parts(self.model, self.decoder)
         self.start: AdapterStart | None = None
         """How new adapters begin. None without adapters, and for trained ones: their training began from another model."""
         described_adapter: dict[str, Any] | None = None
@@ -117,6 +136,10 @@ class PretrainedLM(nn.Module):
             eos_token_id = list(declared_ends(self.model)) if given else []
         self.eos_ids: tuple[int, ...] = tuple(eos_token_id)
         """The end-of-sequence ids that the model declares, whatever the tokenizer."""
+        self.routers = find_routers(self.model)
+        """The expert routers, or None if the model has none."""
+        self.router_record: RouterRecord | None = None
+        """Where the next forward passes with gradients record their router logits; see `recording_routers`."""
         described = json.loads(self.config.to_json_string(use_diff=True))
         self.init_args: dict[str, Any] = {
             "name": name,
@@ -130,11 +153,15 @@ class PretrainedLM(nn.Module):
             "adapter": described_adapter,  # not the folder, because a checkpoint contains the weights
         }
         self.model.eval()
-        if not _has_selectable_cache(self.decoder, self.config):
-            # Without `make_cache`, decoding recomputes the rows at each step, which is slower but correct.
-            self.make_cache = None  # type: ignore[method-assign,assignment]
+        self._cache_checked: bool | None = None
         self._softcap: float | None = None
         self._scale = self._probe()
+        self.compile_backend: str | None = None
+        self.known_causal = False
+        check_causal(self, remedy=_causal_remedy(self.config))
+        self.known_causal = True
+        """That `check_causal` need not be repeated."""
+        self._load_error = load_error
         self.model.train()  # the initial mode of any module
         self.compile_backend = compile
         if compile is not None:
@@ -152,7 +179,14 @@ class PretrainedLM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the logits (B, N, V) of tokens (B, N). Padding, if any, is on the right."""
         self._check_loaded()
-        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        if self.composite and self._scale is not None:
+            hidden = self.hidden(tokens)
+            return Head(hidden, None, self._softcap).capped(self.model.get_output_embeddings()(hidden))
+        record = self.router_record if torch.is_grad_enabled() else None
+        out = self.model(input_ids=tokens, use_cache=False, **({} if record is None else {"output_router_logits": True}))
+        if record is not None:
+            record.add(out.router_logits, None)
+        logits: Tensor = out.logits
         return logits
 
     def hidden(
@@ -178,11 +212,16 @@ class PretrainedLM(nn.Module):
         self._check_loaded()
         if positions is not None and positions.ndim == 1:
             positions = positions.expand(len(tokens), -1)
-        past = None if cache is None else cache.past
+        options: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        if cache is not None:
+            options |= {"past_key_values": cache.past, "use_cache": True}
+        record = self.router_record if torch.is_grad_enabled() else None
+        if record is not None:
+            options["output_router_logits"] = True
         with nullcontext() if cache is None else uncompiled(self):
-            out = self.decoder(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=past is not None
-            )
+            out = self.decoder(input_ids=tokens, attention_mask=mask, **options)
+        if record is not None:
+            record.add(out.router_logits, None if cache is not None else mask)
         if cache is not None:
             cache.length += tokens.shape[1]
         hidden: Tensor = out.last_hidden_state
@@ -200,8 +239,8 @@ class PretrainedLM(nn.Module):
 
     @property
     def decoder(self) -> Any:
-        """The model without its output layer."""
-        return getattr(self.model, self.model.base_model_prefix)
+        """The model without its output layer. Of a model of images and text, only the text model."""
+        return find_decoder(self.model)
 
     @property
     def num_tokens(self) -> int:
@@ -215,7 +254,19 @@ class PretrainedLM(nn.Module):
         lists = [module for module in self.decoder.modules() if isinstance(module, nn.ModuleList)]
         return max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()))
 
-    def make_cache(self, batch: int, length: int) -> "PretrainedCache":
+    @property
+    def make_cache(self) -> "Callable[[int, int], PretrainedCache] | None":
+        """A function that creates an empty key-value cache for B rows and S columns. None if the cache cannot be used.
+
+        Without a cache, decoding computes the rows again at each step, which is slower but correct. This is so for models
+        whose cache holds more than keys and values per column, and for those whose logits with the cache are not those without
+        it. Both are found out when a cache is first wanted, by reading a few tokens.
+        """
+        if self._cache_checked is None and self._load_error is None:
+            self._cache_checked = self._check_cache()
+        return self.new_cache if self._cache_checked else None
+
+    def new_cache(self, batch: int = 1, length: int = 0) -> PretrainedCache:
         """Create an empty key-value cache.
 
         The cache of transformers grows by itself, so the arguments are not used.
@@ -227,6 +278,22 @@ class PretrainedLM(nn.Module):
         from transformers import DynamicCache
 
         return PretrainedCache(DynamicCache(config=self.config))
+
+    def _check_cache(self) -> bool:
+        """Return whether rows can be decoded with a cache."""
+        if "past_key_values" not in inspect.signature(self.decoder.forward).parameters or self._scale is None:
+            return False
+        if not has_selectable_layers(self.config):
+            return False
+        if is_sharded(self):
+            return True  # the ranks might find different rounding, and would then wait for each other
+        fault = cache_fault(self)
+        if fault is not None:
+            rank_zero_info(
+                f"{type(self.model).__name__}: Decoding does not use the key-value cache, so each token takes more time. With "
+                f"it, rows of different lengths are not decoded as they are without it ({fault})."
+            )
+        return fault is None
 
     @property
     def is_loaded(self) -> bool:
@@ -261,7 +328,13 @@ class PretrainedLM(nn.Module):
         if layer.weight.is_meta:
             return 1.0
         tokens = torch.arange(min(8, layer.weight.shape[0]), device=layer.weight.device)[None]
-        logits = self.model(input_ids=tokens, use_cache=False).logits.float()
+        try:
+            logits = self.model(input_ids=tokens, use_cache=False).logits.float()
+        except Exception as reason:  # models raise many types here
+            raise ValueError(
+                f"{type(self.model).__name__} must be a causal language model that needs only tokens, but it fails without "
+                f"other inputs, such as images ({summary(reason)}). Use a model of text."
+            ) from reason
         linear = F.linear(self.decoder(input_ids=tokens, use_cache=False).last_hidden_state, layer.weight, layer.bias).float()
         values = {key: float(value) for key, value in self.config.to_dict().items() if key in (*SCALES, *SOFTCAPS) and value}
         scale = 1.0 if layer.bias is not None else float((logits * linear).sum() / linear.square().sum().clamp(min=1e-30))
@@ -287,93 +360,13 @@ class PretrainedLM(nn.Module):
         return None
 
 
-class PretrainedCache:
-    """A key-value cache of transformers, with the interface of `KVCache` that decoding needs."""
-
-    def __init__(self, past: Any) -> None:
-        """Wrap a cache.
-
-        Args:
-            past: A cache of transformers.
-        """
-        self.past = past
-        self.length = 0
-        """The number of filled columns."""
-
-    def select(self, rows: Tensor) -> None:
-        """Keep the given rows, (B',) int64, in this order. A repeated row is copied."""
-        self.past.batch_select_indices(rows)
-
-
-def _has_selectable_cache(decoder: nn.Module, config: Any) -> bool:
-    """Return whether the cache of a model contains only keys and values per column, so that rows can be selected.
-
-    Recurrent models keep a state instead, in another cache or in layers that do not support row selection.
-    """
-    from transformers import DynamicCache
-
-    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
-        return False
-    return all(hasattr(layer, "batch_select_indices") for layer in DynamicCache(config=config).layers)
+def _causal_remedy(config: Any) -> str:
+    """Return what makes a model of transformers causal."""
+    if getattr(config, "is_decoder", None) is False:
+        return "Set `config: {is_decoder: true}` to give it a causal mask, or use a model that was trained with one."
+    return ""
 
 
 def _clear_load_error(module: nn.Module, _: Any) -> None:
     assert isinstance(module, PretrainedLM)
     module._load_error = None
-
-
-def _build_random(config: dict[str, Any] | None, options: dict[str, Any]) -> Any:
-    """Build a model with random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    fields = dict(config or {})
-    kind = fields.pop("model_type")
-    dtype = options["dtype"]
-    options = {**options, "dtype": torch.float32 if dtype == "auto" else getattr(torch, dtype)}
-    try:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), **options)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ValueError(
-            f"PretrainedLM: `config` must describe a causal language model, but model_type {kind!r} does not give one "
-            f"({_summary(error)})."
-        ) from error
-
-
-def _load(name: str, config: dict[str, Any] | None, options: dict[str, Any]) -> Any:
-    """Load a model with its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"model {name!r} has no config.json. Pass a folder that `save_pretrained` or `export` wrote.")
-    if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"model {name!r}: there is no such folder (the working directory is {Path.cwd()}).")
-    overrides = {key: value for key, value in (config or {}).items() if key != "model_type"}
-    revision = options["revision"] or "main"
-    source = {
-        "revision": revision,
-        "trust_remote_code": False,
-        "local_files_only": not folder.is_dir() and out_of_reach(name, revision),
-    }
-    try:
-        loaded_config = AutoConfig.from_pretrained(name, **source)
-        for key, value in overrides.items():
-            setattr(loaded_config, key, value)
-        return AutoModelForCausalLM.from_pretrained(name, config=loaded_config, use_safetensors=True, **{**options, **source})
-    except OSError as error:
-        if folder.is_dir():
-            raise ValueError(
-                f"model {name!r} cannot be loaded ({_summary(error)}). Its weights must be safetensors, because loading other "
-                "formats can run code. Convert them with `model.save_pretrained(folder)`."
-            ) from error
-        raise ValueError(
-            f"model {name!r} is not a local folder, and the Hugging Face hub did not provide it ({_summary(error)}). Without a "
-            "network, pass the path of a folder with config.json and *.safetensors, such as ./my-model."
-        ) from error
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise ValueError(f"model {name!r} cannot be built as a causal language model ({_summary(error)}).") from error
-
-
-def _summary(error: Exception) -> str:
-    """Return the type of an error and the first line of its message, because the messages of transformers are long."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

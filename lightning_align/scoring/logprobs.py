@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.models.language_model import HiddenModel, has_hidden, logits_of, vocabulary_size
+from lightning_align.models.routers import announce_mask
 from lightning_align.scoring.grouping import length_groups, targets_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.logits import logits_logprobs
@@ -27,6 +28,7 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
     rows, before, targets = select_targets(batch)
     tokens, mask = batch["tokens"], batch["mask"]
     check_ids(tokens, vocabulary_size(model))
+    announce_mask(model, mask)
     if not has_hidden(model):
         return _plain_logprobs(model, batch, rows, before, targets), rows
     if hasattr(model, "packed_hidden") and not tokens.is_cuda and not bool(mask.all()):
@@ -37,11 +39,17 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
     return target_logprobs(hidden, model.head, targets), rows
 
 
+def _groups(model: nn.Module, batch: TokenBatch) -> list[tuple[Tensor, int]]:
+    """Return the groups of rows that are computed together, or no groups if all rows are."""
+    # Groups leave out the tokens after the last target. The load of expert routers is that of all tokens.
+    return [] if getattr(model, "router_record", None) is not None else length_groups(batch)
+
+
 def _target_hidden(model: HiddenModel, batch: TokenBatch, rows: Tensor, before: Tensor) -> Tensor:
     """Compute the (T, D) hidden states before the targets, with a model that has no packed layout."""
     tokens = batch["tokens"]
     parts, places = [], []
-    for group, width in length_groups(batch):
+    for group, width in _groups(model, batch):
         within, chosen = targets_of(group, rows, len(tokens))
         parts.append(model.hidden(tokens[group, :width])[within, before[chosen]])
         places.append(chosen)
@@ -52,7 +60,7 @@ def _plain_logprobs(model: nn.Module, batch: TokenBatch, rows: Tensor, before: T
     """Compute the (T,) log-probs with a model that returns only logits, which it does for every position."""
     tokens = batch["tokens"]
     parts, places = [], []
-    for group, width in length_groups(batch):
+    for group, width in _groups(model, batch):
         within, chosen = targets_of(group, rows, len(tokens))
         logits = logits_of(model, tokens[group, :width])
         check_ids(tokens, logits.shape[-1])

@@ -20,17 +20,20 @@ class SFTModule(AlignModule):
 
         Args:
             backbone: The language model; see `AlignModule`. Not needed with `init_from`.
-            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler` and `generation` of `AlignModule`.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout` and `router_aux_loss_coef` of
+                `AlignModule`.
         """
         super().__init__(backbone, **shared)
         self.val_nll, self.test_nll = TokenNLL(), TokenNLL()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the sum of -log p(response) over the micro-batch, and count its target tokens."""
-        logprobs = response_logprobs(self.policy, batch)
+        with self.router_loss.recorded(self.policy):
+            logprobs = response_logprobs(self.policy, batch)
         loss, count = -logprobs.sums.sum(), logprobs.counts.sum()
         self.count_tokens(batch)
         values = {"loss": loss.detach() / count.clamp(min=1)}
+        loss = self.router_loss.added(loss, count, values)
         self.log_training(values, progress_bar="loss", batch_size=len(logprobs.counts))
         return self.weighted(loss, count)
 

@@ -52,6 +52,7 @@ class SPINModule(AlignModule):
     """Self-play fine-tuning: trains a language model to prefer demonstrations over its own earlier responses."""
 
     default_lr = 5e-6
+    default_dropout = False
 
     def __init__(
         self,
@@ -89,9 +90,9 @@ class SPINModule(AlignModule):
                 opponent scores them. Default is `per_iteration`.
             monitor_kl: Whether to log the KL divergence of each iteration from the base. This keeps a copy of the base, unless
                 only adapters train. Default is false.
-            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler` and `generation` of `AlignModule`. With `lora`, an
-                opponent that must be kept is a second set of adapters on the same backbone. The schedule restarts with each
-                iteration. `generation` is also how the opponent responds.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout` and `router_aux_loss_coef` of
+                `AlignModule`. With `lora`, an opponent that must be kept is a second set of adapters on the same backbone. The
+                schedule restarts with each iteration. `generation` is also how the opponent responds.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -214,13 +215,15 @@ class SPINModule(AlignModule):
     def training_step(self, batch: SelfPlayBatch | TokenBatch, batch_idx: int) -> Tensor:
         """Return the sum of the losses of all pairs except ties. It is later divided by their number in the optimizer batch."""
         both: SelfPlayBatch = batch if "pairs" in batch else self.play(batch)  # type: ignore[assignment]
-        policy, ratios, ties = self.score(both)
+        with self.router_loss.recorded(self.policy):
+            policy, ratios, ties = self.score(both)
         losses = self.pair_losses(policy, ratios)
         self.count_tokens(both["pairs"])
         values = self.metrics(losses, policy, ratios, ties)
-        means = torch.stack(list(values.values())).mean(dim=1).unbind()
-        self.log_training(dict(zip(values, means, strict=True)), progress_bar="loss", batch_size=len(losses))
-        return self.weighted(losses[~ties].sum(), (~ties).sum())
+        means = dict(zip(values, torch.stack(list(values.values())).mean(dim=1).unbind(), strict=True))
+        loss = self.router_loss.added(losses[~ties].sum(), (~ties).sum(), means)
+        self.log_training(means, progress_bar="loss", batch_size=len(losses))
+        return self.weighted(loss, (~ties).sum())
 
     def score(self, batch: SelfPlayBatch) -> tuple[LogProbs, Ratios, Tensor]:
         """Score a batch under the policy.

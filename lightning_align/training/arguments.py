@@ -30,6 +30,8 @@ class PolicyArguments(TypedDict, total=False):
     optimizer: OptimizerCallable | None
     lr_scheduler: LRSchedulerCallable | None
     generation: GenerationConfig | None
+    dropout: bool | None
+    router_aux_loss_coef: float | None
 
 
 __all__ = ["PolicyArguments", "Unpack"]

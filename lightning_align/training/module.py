@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
+from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.parallelize import shard
@@ -30,14 +31,15 @@ from lightning_align.runtime.lightning_internals import (
 from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.training.checkpoints import drop_frozen, number_parameters, restore_frozen
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
-from lightning_align.training.optimizers import parameter_groups, schedule_config
+from lightning_align.training.optimizers import build_optimizer
 from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
 from lightning_align.training.prediction import prediction_rows
+from lightning_align.training.routers import RouterLoss
 from lightning_align.training.tensorboard import log_hyperparameters
 from lightning_align.training.throughput import Throughput
 from lightning_align.training.tokenizer import KEY as TOKENIZER
-from lightning_align.training.tokenizer import check_tokenizer, record_of, tokenizer_record
+from lightning_align.training.tokenizer import add_record, check_tokenizer, record_of
 from lightning_align.types import TokenBatch
 
 
@@ -53,6 +55,8 @@ class AlignModule(L.LightningModule):
 
     default_lr: ClassVar[float] = 1e-4
     """The learning rate of the default optimizer."""
+    default_dropout: ClassVar[bool] = True
+    """Whether training has dropout by default. False where a loss compares the policy with another model."""
     object_arguments: ClassVar[tuple[str, ...]] = ("backbone", "lora", "optimizer", "lr_scheduler", "generation")
     """Arguments that are objects in code. Instead of the objects, ``hparams`` gets what a checkpoint can hold."""
 
@@ -65,6 +69,8 @@ class AlignModule(L.LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationConfig | None = None,
+        dropout: bool | None = None,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         """Describe the run. The policy is built in ``configure_model``.
 
@@ -78,9 +84,14 @@ class AlignModule(L.LightningModule):
                 for SFT and RETRO, 1e-3 for CALM, 5e-6 for DPO and SPIN.
             lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
             generation: How `predict` and the sample logger decode.
+            dropout: Whether the policy and its adapters have dropout in training. Default is false for DPO and SPIN, so that
+                the policy starts equal to its reference, and true for other methods. No method has dropout in evaluation.
+            router_aux_loss_coef: The weight of the load-balancing loss of expert routers, for mixture-of-experts models of
+                transformers. It is computed per micro-batch. Default is the coefficient of the model's configuration if that
+                sets `output_router_logits`, otherwise 0.
 
         Raises:
-            ValueError: If there is neither a backbone nor a checkpoint.
+            ValueError: If there is neither a backbone nor a checkpoint, or the coefficient is negative.
         """
         super().__init__()
         if isinstance(lora, Mapping):
@@ -100,6 +111,8 @@ class AlignModule(L.LightningModule):
         self.init_from, self.lora, self.generation = init_from, lora, generation or GenerationConfig()
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.policy: nn.Module = cast(nn.Module, None)
+        self.dropout = DropoutSwitch(dropout, default=self.default_dropout)
+        self.router_loss = RouterLoss(router_aux_loss_coef)
         self.batch_mean = BatchMean()
         self.throughput = Throughput()
         self.clock = Clock()
@@ -109,6 +122,7 @@ class AlignModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
         self.clock.attach(self.trainer, stage)
+        self.dropout.end()  # an earlier run may have ended with an error in the middle of a step
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         for path in self.initial_weights():
@@ -120,6 +134,7 @@ class AlignModule(L.LightningModule):
             return
         policy = self.build_policy()
         self.source.add_adapters(policy)
+        self.router_loss.prepare(policy)
         self.configure_reference(policy)
         if self.is_sharded:
             shard(policy, self.data_mesh)
@@ -183,12 +198,13 @@ class AlignModule(L.LightningModule):
     # -- one gradient per optimizer batch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed dropout by the batch's position in the run, so that a resumed run draws the same numbers on every rank."""
+        """Switch dropout off, or seed it by the batch's position in the run, so that a resumed run draws the same numbers."""
         count_epoch_as_begun(self.trainer)
         self.clock.begin_batch(self.trainer, batch_idx)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         position = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
         torch.manual_seed(hash(position) % 2**63)
+        self.dropout.start(self.policy)
 
     def weighted(self, loss_sum: Tensor, count: Tensor | int) -> Tensor:
         """Return a summed loss from a training step, and count what it is a sum over.
@@ -225,13 +241,7 @@ class AlignModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer of the parameters that train, and the schedule."""
-        groups = parameter_groups(self.policy.parameters())
-        make = self.make_optimizer
-        optimizer = torch.optim.AdamW(groups, lr=self.default_lr) if make is None else make(groups)
-        if self.make_schedule is None:
-            return optimizer
-        schedule = schedule_config(self.make_schedule(optimizer))
-        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
+        return build_optimizer(self.policy.parameters(), self.make_optimizer, self.make_schedule, lr=self.default_lr)
 
     # -- checkpoints
 
@@ -241,20 +251,15 @@ class AlignModule(L.LightningModule):
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
             checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
-        self.record_tokenizer(checkpoint)
+        add_record(checkpoint, datamodule_of(trainer_of(self)))
         if self.is_sharded:
             # A sharded strategy loads the weights itself, all of them, before `on_load_checkpoint` could complete them.
             return
         if self.lora is not None:
             drop_frozen(checkpoint, self.policy)
-        states = checkpoint.get("optimizer_states", [])
-        for state, optimizer in zip(states, self.trainer.optimizers if states else [], strict=True):
-            number_parameters(state, optimizer, self.parameters())
-
-    def record_tokenizer(self, checkpoint: dict[str, Any]) -> None:
-        """Add the name and the hashes of the data module's tokenizer to a checkpoint, if there is one."""
-        if (record := tokenizer_record(datamodule_of(trainer_of(self)))) is not None:
-            checkpoint[TOKENIZER] = record
+        if states := checkpoint.get("optimizer_states"):
+            for state, optimizer in zip(states, self.trainer.optimizers, strict=True):
+                number_parameters(state, optimizer, self.parameters())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint of adapters with the base model, so that it is loaded strictly.
@@ -318,6 +323,8 @@ class AlignModule(L.LightningModule):
         self.clock.begin_run(self.trainer)
         self.batch_mean.reset()  # an earlier fit may have been stopped in the middle of an optimizer batch
         self.throughput.stop()
+        self.router_loss.announce(self.policy)
+        self.dropout.announce(self.policy)
         if self.trainer.is_global_zero:
             log_hyperparameters(self.loggers, self.hparams_initial, metric="val/loss")
 
@@ -326,7 +333,8 @@ class AlignModule(L.LightningModule):
         self.throughput.restart(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the throughput since the last logged step, and save the checkpoint that a requeue signal has asked for."""
+        """Restore the mode of the policy, log the throughput, and save the checkpoint that a requeue signal has asked for."""
+        self.dropout.end()
         self.clock.end_batch(self.trainer)
         step, every = self.trainer.global_step, log_interval(self.trainer)
         if every and step % every == 0:

@@ -1,8 +1,11 @@
-"""Parameter groups, and how Lightning steps a schedule."""
+"""The optimizer of a run: parameter groups, and how Lightning steps a schedule."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,3 +28,25 @@ def schedule_config(scheduler: LRScheduler | Any) -> dict[str, Any]:
     if (monitor := getattr(scheduler, "monitor", None)) is not None:
         return {"scheduler": scheduler, "monitor": monitor}
     return {"scheduler": scheduler, "interval": "step"}
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    make_optimizer: OptimizerCallable | None,
+    make_schedule: LRSchedulerCallable | None,
+    *,
+    lr: float,
+) -> OptimizerLRScheduler:
+    """Make the optimizer of the parameters that train, and the schedule.
+
+    Args:
+        parameters: All parameters.
+        make_optimizer: A factory that gets the parameter groups. None makes AdamW.
+        make_schedule: A factory that gets the optimizer. None makes no schedule.
+        lr: The learning rate of AdamW.
+    """
+    groups = parameter_groups(parameters)
+    optimizer = torch.optim.AdamW(groups, lr=lr) if make_optimizer is None else make_optimizer(groups)
+    if make_schedule is None:
+        return optimizer
+    return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule_config(make_schedule(optimizer))})

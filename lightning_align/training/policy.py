@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_align.models.building import Backbone, backbone_spec, build_backbone, has_own_weights
+from lightning_align.models.causality import check_causal
 from lightning_align.models.checkpoint import load_policy, read_checkpoint
 from lightning_align.models.lora import LoRAConfig, add_lora, train_only
 
@@ -33,7 +34,16 @@ class PolicySource:
         """Whether the weights of ``init_from`` are still missing and must come from a checkpoint of the run itself."""
 
     def build(self) -> nn.Module:
-        """Build the policy with the weights of ``init_from``, without adapters."""
+        """Build the policy with the weights of ``init_from``, without adapters.
+
+        Raises:
+            ValueError: If the policy is not causal.
+        """
+        policy = self._build()
+        check_causal(policy)
+        return policy
+
+    def _build(self) -> nn.Module:
         if self.init_from is None:
             assert self.backbone is not None
             return build_backbone(self.backbone)

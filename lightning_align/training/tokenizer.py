@@ -21,7 +21,7 @@ from lightning_align.data.tokenizer.record import (
 )
 from lightning_align.models.checkpoint import read_checkpoint
 
-__all__ = ["KEY", "check_tokenizer", "record_of", "tokenizer_record", "vocabulary_fingerprint"]
+__all__ = ["KEY", "add_record", "check_tokenizer", "record_of", "tokenizer_record", "vocabulary_fingerprint"]
 
 
 def tokenizer_record(data: Any) -> dict[str, str] | None:
@@ -37,6 +37,12 @@ def tokenizer_record(data: Any) -> dict[str, str] | None:
     if not hasattr(tokenizer, "fingerprint"):
         return None
     return describe_tokenizer(tokenizer, getattr(data, "tokenizer_name", None))
+
+
+def add_record(checkpoint: dict[str, Any], data: Any) -> None:
+    """Add the record of a data module's tokenizer to a checkpoint, if there is one. See `tokenizer_record`."""
+    if (record := tokenizer_record(data)) is not None:
+        checkpoint[KEY] = record
 
 
 def record_of(path: str | Path) -> dict[str, str] | None:

@@ -1,0 +1,107 @@
+"""Key-value caches of transformers, and the check that decoding with them is right."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_align.models.parallelize import uncompiled
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""The largest difference between cached and plain logits that counts as rounding, in standard deviations of the logits."""
+COARSE = 0.1
+"""The same for dtypes with fewer bits."""
+
+
+class PretrainedCache:
+    """A key-value cache of transformers, with the interface of `KVCache` that decoding needs."""
+
+    def __init__(self, past: Any) -> None:
+        """Wrap a cache.
+
+        Args:
+            past: A cache of transformers.
+        """
+        self.past = past
+        self.length = 0
+        """The number of filled columns."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows, (B',) int64, in this order. A repeated row is copied."""
+        self.past.batch_select_indices(rows)
+
+
+def has_selectable_layers(config: Any) -> bool:
+    """Return whether the cache of a model contains only keys and values per column, so that rows can be selected.
+
+    Recurrent models keep a state instead, or next to keys and values. Selecting rows does not select the state.
+
+    Args:
+        config: The configuration of the model.
+    """
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=config).layers
+    return all(
+        hasattr(layer, "batch_select_indices") and not hasattr(layer, "recurrent_states") and not hasattr(layer, "conv_states")
+        for layer in layers
+    )
+
+
+def cache_fault(model: Any) -> str | None:
+    """Find out whether decoding with the cache of a `PretrainedLM` gives other logits than decoding without it.
+
+    Prompts of two lengths are padded on the left and read, rows are chosen, and a token is appended, as the sampler does.
+
+    Args:
+        model: The model. Its mode is not changed.
+
+    Returns:
+        What is wrong, or None.
+    """
+    modes = {module: module.training for module in model.modules()}
+    weight = model.model.get_output_embeddings().weight
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), uncompiled(model):
+            return _compare(model, weight)
+    except Exception as error:  # models raise many types here, and each of them means that the cache cannot be used
+        summary = str(error).splitlines()[0][:120] if str(error) else ""
+        return f"{type(error).__name__}: {summary}"
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _compare(model: Any, weight: Tensor) -> str | None:
+    """Return how the logits with the cache differ from those without it, or None if only by rounding."""
+    device, size = weight.device, weight.shape[0]
+    ids = [(index + 1) * (size - 1) // 9 for index in range(8)]
+    prompts, following = [ids[:6], ids[3:5]], [ids[6], ids[7]]
+    chosen = [1, 0, 1]
+    width = max(map(len, prompts))
+    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    starts = torch.tensor([width - len(prompt) for prompt in prompts], device=device)[:, None]
+    columns = torch.arange(width + 1, device=device)
+    exists, positions = columns >= starts, (columns - starts).clamp(min=0)
+    cache = model.new_cache()
+    hidden = model.hidden(padded, mask=exists[:, :width], positions=positions[:, :width], cache=cache)
+    found = [hidden[:, -1]]
+    rows = torch.tensor(chosen, device=device)
+    cache.select(rows)
+    token = torch.tensor([[following[row]] for row in chosen], device=device)
+    hidden = model.hidden(token, mask=exists[rows], positions=positions[rows, width:], cache=cache)
+    found.append(hidden[:, -1])
+    expected = [_last(model, prompts, device)]
+    expected.append(_last(model, [[*prompts[row], following[row]] for row in chosen], device))
+    right, cached = (model.head.logits(torch.cat(parts)).double() for parts in (expected, found))
+    limit = max(TOLERANCE.get(parameter.dtype, COARSE) for parameter in model.parameters() if parameter.is_floating_point())
+    difference = float((right - cached).abs().max() / right.std().clamp(min=1e-30))
+    return None if difference <= limit else f"the logits differ by {difference:.1e} of their standard deviation"
+
+
+def _last(model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return the hidden state of the last token of each prompt (B, D), each read alone and without a cache."""
+    states = [model.hidden(torch.tensor([list(prompt)], device=device))[:, -1] for prompt in prompts]  # type: ignore[operator]
+    return torch.cat(states)
