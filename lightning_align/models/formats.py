@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_align.models.adapter_files import read_adapter, write_adapter
 from lightning_align.models.building import backbone_spec, build_backbone
@@ -118,7 +119,9 @@ def _prove(model: nn.Module, partial: Path, expected: Expected, folder: str | Pa
     if not isinstance(model, PretrainedLM):
         prove(read_model(partial), expected, folder)
         return
-    read = read_transformers(partial, attention=model.model.config._attn_implementation)
+    inner = model.model
+    kind = type(inner).__mro__[2] if isinstance(inner, FSDPModule) else type(inner)  # FSDP puts two classes in front
+    read = read_transformers(partial, kind, attention=inner.config._attn_implementation)
     prove(read, expected, folder)
     if not is_sharded(model):
         prove_embeddings(model.model.get_input_embeddings(), read.get_input_embeddings(), folder)

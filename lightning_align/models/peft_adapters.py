@@ -88,6 +88,27 @@ def _inject(model: Any, config: Any) -> None:
         model.add_adapter(config)
 
 
+@contextmanager
+def stirred(model: nn.Module) -> Iterator[None]:
+    """Add noise to the parameters that train within a ``with`` block.
+
+    Most adapters begin with zeros, so that checks of what they compute would see nothing. Layers that are trained whole have no
+    zeros and are left as they are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept: list[tuple[Tensor, Tensor]] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.numel() <= 2**22 and not parameter.is_meta:
+            kept.append((parameter.data, parameter.data.clone()))
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            parameter.data += noise.to(parameter.device, parameter.dtype)
+    try:
+        yield
+    finally:
+        for value, before in kept:
+            value.copy_(before)
+
+
 class AdapterStart(NamedTuple):
     """How new adapters begin. A reference policy relies on both."""
 

@@ -16,7 +16,7 @@ from lightning_align.models.causality import check_causal
 from lightning_align.models.language_model import Head, declared_ends
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
-from lightning_align.models.peft_adapters import TRAINED, AdapterStart, add_peft, has_peft, peft_disabled, watch_start
+from lightning_align.models.peft_adapters import TRAINED, AdapterStart, add_peft, has_peft, peft_disabled, stirred, watch_start
 from lightning_align.models.pretrained_cache import PretrainedCache, cache_fault, has_selectable_layers
 from lightning_align.models.pretrained_loading import (
     build_random,
@@ -159,6 +159,9 @@ class PretrainedLM(nn.Module):
         self.compile_backend: str | None = None
         self.known_causal = False
         check_causal(self, remedy=_causal_remedy(self.config))
+        if self.start is not None:
+            with stirred(self.model):
+                check_causal(self, remedy="Use another kind of adapter: this one mixes tokens, once its values are not 0.")
         self.known_causal = True
         """That `check_causal` need not be repeated."""
         self._load_error = load_error

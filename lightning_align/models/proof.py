@@ -97,7 +97,7 @@ def prove(read: nn.Module, expected: Expected, folder: str | Path) -> None:
         ValueError: If the logits differ by more than rounding, or are not numbers.
     """
     with _exact(read):
-        logits = logits_of(read, expected.tokens).float()
+        logits = _read_logits(read, expected.tokens).float()
     if logits.shape != expected.logits.shape:
         raise ValueError(
             f"The model read from {folder} must have the vocabulary of the trained model, but has {logits.shape[-1]} tokens "
@@ -118,6 +118,14 @@ def prove(read: nn.Module, expected: Expected, folder: str | Path) -> None:
             "is rounding). Nothing was exported. A part of the model, such as an adapter or a layer trained beside it, cannot "
             "be written in this format."
         )
+
+
+def _read_logits(read: Any, tokens: Tensor) -> Tensor:
+    """Compute the logits of a model of this package or of transformers. Some of the latter fail with their default cache."""
+    if hasattr(read, "generation_config"):
+        logits: Tensor = read(input_ids=tokens, use_cache=False).logits
+        return logits
+    return logits_of(read, tokens)
 
 
 def prove_embeddings(trained: nn.Module, read: nn.Module, folder: str | Path) -> None:
@@ -146,24 +154,23 @@ def prove_embeddings(trained: nn.Module, read: nn.Module, folder: str | Path) ->
                 )
 
 
-def read_transformers(folder: str | Path, *, attention: str | None = None) -> Any:
+def read_transformers(folder: str | Path, kind: Any, *, attention: str | None = None) -> Any:
     """Read a folder as users of transformers do.
 
     Args:
         folder: A folder with config.json and safetensors files.
+        kind: The class of transformers that config.json names. The auto classes load it.
         attention: The attention implementation. Default is the choice of transformers.
 
     Raises:
         ValueError: If the folder has other weights than the class expects.
     """
-    from transformers import AutoModelForCausalLM
-
     options = {"dtype": "auto", "attn_implementation": attention, "use_safetensors": True, "local_files_only": True}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
+        model, found = kind.from_pretrained(str(folder), output_loading_info=True, **options)
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(
-            f"The model in {folder} must load with AutoModelForCausalLM, but does not ({str(error).splitlines()[0][:200]}). "
+            f"The model in {folder} must load with {kind.__name__}, but does not ({str(error).splitlines()[0][:200]}). "
             "Nothing was exported."
         ) from error
     wrong = {
