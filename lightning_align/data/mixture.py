@@ -144,6 +144,7 @@ class MixtureSampler(LengthGroupedSampler):
             ``all_exhausted``: when all rows of every part were drawn, of others some more than once.
         batch_size: The number of rows per batch and rank.
         seed: The seed of the order.
+        members: The numbers of the rows of each part. Default is one part after the other.
         replicas: The arguments ``num_replicas`` and ``rank``.
 
     Raises:
@@ -159,9 +160,14 @@ class MixtureSampler(LengthGroupedSampler):
         stop: MixtureStop,
         batch_size: int,
         seed: int = 0,
+        members: Sequence[Indices] | None = None,
         **replicas: Any,
     ) -> None:
         self.sizes, self.stop = list(sizes), stop
+        ends = np.cumsum(self.sizes)
+        self.members = (
+            [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)] if members is None else members
+        )
         self.quotas = mixture_quotas(sizes, weights, stop)
         super().__init__(lengths, num_rows=sum(self.quotas), batch_size=batch_size, seed=seed, **replicas)
 
@@ -173,16 +179,14 @@ class MixtureSampler(LengthGroupedSampler):
 
     def _epoch_rows(self, random: np.random.Generator) -> Indices:
         drawn = []
-        start = 0
         for part, (size, quota) in enumerate(zip(self.sizes, self.quotas, strict=True)):
             position, end = self.epoch * quota, (self.epoch + 1) * quota
             while position < end:
                 turn, skipped = divmod(position, size)
                 order = np.random.default_rng([self.seed, part, turn]).permutation(size)
                 taken = order[skipped : skipped + end - position]
-                drawn.append(start + taken)
+                drawn.append(self.members[part][taken])
                 position += len(taken)
-            start += size
         return random.permutation(np.concatenate(drawn))
 
 
