@@ -20,12 +20,16 @@ class TurnFinder:
         apply: Renders messages.
         eos: The text of the end-of-sequence token.
         boundary: Returns the last position up to a given one in a text at which a token ends.
+        other_ends: The texts of other tokens that end a turn.
     """
 
-    def __init__(self, apply: Apply, *, eos: str, boundary: Callable[[str, int], int]) -> None:
+    def __init__(
+        self, apply: Apply, *, eos: str, boundary: Callable[[str, int], int], other_ends: tuple[str, ...] = ()
+    ) -> None:
         self._apply = apply
         self._eos = eos
         self._boundary = boundary
+        self._other_ends = other_ends
 
     def segments(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, exact: Collection[int] | None = None
@@ -84,7 +88,7 @@ class TurnFinder:
         """
         text = turn.rstrip()
         if not text.endswith(self._eos):
-            return turn, False
+            return turn, bool(self._other_ends) and text.endswith(self._other_ends)
         while text.endswith(self._eos * 2):
             text = text.removesuffix(self._eos)
         return text, True
