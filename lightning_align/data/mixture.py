@@ -44,10 +44,6 @@ class SourcePart:
     shape: Shape | None = None
     ranked_pairs: RankedPairs | None = None
 
-    def __post_init__(self) -> None:
-        if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"`weight` of {self.name} must be positive, but got {self.weight}. Leave the part out instead.")
-
     @property
     def rows(self) -> Source:
         """The source, as `read_rows` takes it."""
@@ -68,13 +64,20 @@ def parts_of(source: Source | Path | Sequence[SourcePart]) -> list[SourcePart]:
     """Return the parts of a source. A source that is no mixture is one part.
 
     Raises:
-        ValueError: If only some parts have a weight.
+        ValueError: If only some parts have a weight, or a weight is not positive.
     """
     if isinstance(source, str | Path | RowTask):
         return [SourcePart(source)]
     parts = [part for part in source if isinstance(part, SourcePart)]
     if not parts:
         return [SourcePart([str(path) for path in source])]
+    for part in parts:
+        # Not in the part itself: the command line would take its error for one of another type of source.
+        if part.weight is not None and not (part.weight > 0 and math.isfinite(part.weight)):
+            raise ValueError(
+                f"`weight` of {part.name} must be a positive number, but got {part.weight}. To leave the source out, remove it"
+                " from the mixture."
+            )
     if len(parts) < len(source) or len({part.weight is None for part in parts}) > 1:
         raise ValueError(
             "the parts of a mixture must all be objects with a `source`, and all or none must have a `weight`. They are: "
