@@ -6,6 +6,7 @@ class names need no module path.
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import lightning as L
 from jsonargparse import DefaultHelpFormatter, Namespace, auto_cli
@@ -79,6 +80,13 @@ class AlignParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with a message that ends with the arguments that do not exist, which the list of all types may hide."""
+        unknown = dict.fromkeys(re.findall(r"Option '([^']+)' is not accepted", message))
+        if unknown and self.exit_on_error:  # parsers of classes only raise
+            message += f"\nIn short: there is no argument {', '.join(map(repr, unknown))}. Correct its name or remove it."
+        super().error(message, ex)
 
 
 class ResumeHint(Callback):

@@ -169,6 +169,10 @@ class ChatReader:
                 self._notes.add("generation_prompt_differs")
         answer[first] = answer[first]._replace(context=context)
         self._check_answers(used, targets, answer)
+        ends = (*self._tokenizer.markers, *getattr(self._tokenizer, "other_ends", ()))
+        if any(ends and not answer[i].eos and not answer[i].response.rstrip().endswith(ends) for i in targets if i != last):
+            # In earlier turns, gpt-oss writes another end than the one that a model writes. It is no target.
+            self._notes.add("turn_without_end")
         side = [
             turn._replace(
                 trained=index in targets,

@@ -175,7 +175,7 @@ def _pair_numbers(row: Row) -> tuple[float, float]:
         except (ValueError, OverflowError):
             number = math.nan
         if not (math.isfinite(number) and number >= least):
-            raise BadRowError("wrong_type", f"has {value!r} in field {name!r}, expected {expected}")
+            raise BadRowError("wrong_type", f"has {value!r:.60} in field {name!r}, expected {expected}")
         return number
 
     return read("weight", 1.0, 0.0, "a number that is 0 or above"), read("margin", 0.0, -math.inf, "a number")

@@ -29,6 +29,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _SPACE = re.compile(r"\s*")
 _CHUNK = 1 << 20
+_AGAIN = "The file may be incomplete. Download or write it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +203,7 @@ def _json_lines(path: str) -> Iterator[Row]:
                 if line.strip():
                     yield _parse_line(line, origin=f"{path}:{line_number}")
         except (OSError, EOFError) as error:
-            raise ValueError(
-                f"{path}, after line {line_number}: cannot be read ({error}). The file may be incomplete. Download or write it"
-                " again."
-            ) from error
+            raise ValueError(f"{path}, after line {line_number}: cannot be read ({error}). {_AGAIN}") from error
 
 
 def _parse_line(line: bytes, *, origin: str) -> Row:
@@ -214,16 +212,22 @@ def _parse_line(line: bytes, *, origin: str) -> Row:
     except UnicodeDecodeError as error:
         return Row({}, origin, f"is not UTF-8: byte {error.start + 1} is {line[error.start]:#04x}")
     except (json.JSONDecodeError, RecursionError) as error:
-        return Row({}, origin, f"is not JSON: {error}")
+        return Row({}, origin, f"is not JSON: {error}. Each line of such a file must be one whole object")
     except ValueError as error:  # a number with thousands of digits
         return Row({}, origin, f"cannot be read: {error}")
-    return _checked(fields, origin, surrogates=bool(_SURROGATE.search(line)))
+    return _checked(fields, origin, line)
 
 
-def _checked(fields: Any, origin: str, *, surrogates: bool) -> Row:
+def _checked(fields: Any, origin: str, spelled: bytes) -> Row:
     if not isinstance(fields, dict):
-        return Row({}, origin, f"is a JSON {type(fields).__name__}, expected an object with named fields")
-    if surrogates:
+        array = ". A file that is one array must be named .json" if isinstance(fields, list) else ""
+        return Row({}, origin, f"is a JSON {type(fields).__name__}, expected an object with named fields{array}")
+    # A name that the text has once is not doubled. The exact check is slow.
+    if any(spelled.count(f'"{name}"'.encode(errors="surrogatepass")) > 1 for name in fields) and (
+        doubled := _doubled_name(spelled)
+    ):
+        return Row({}, origin, f"has the field {doubled!r} twice, so its value is not certain: expected each name once")
+    if _SURROGATE.search(spelled):
         for name, value in fields.items():
             try:
                 json.dumps({name: value}, ensure_ascii=False).encode()
@@ -231,6 +235,20 @@ def _checked(fields: Any, origin: str, *, surrogates: bool) -> Row:
                 half = error.object[error.start : error.start + 1]
                 return Row({}, origin, f"has half a character, {half!r}, in field {name!r}: expected both halves or neither")
     return Row(fields, origin)
+
+
+def _doubled_name(spelled: bytes) -> str | None:
+    """Return a name that an object has twice, if there is one in the outermost object."""
+    pairs: list[tuple[str, Any]] = []
+
+    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal pairs
+        pairs = found  # the outermost object comes last
+        return dict(found)
+
+    json.loads(spelled.decode(), object_pairs_hook=keep)
+    names = [name for name, _ in pairs]
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def _json_rows(path: str) -> Iterator[Row]:
@@ -315,9 +333,7 @@ def _array_rows(path: str, file: IO[bytes], start: bytes) -> Iterator[Row]:
             raise broken(problem) from problem
         number += 1
         spelled = text.text[text.position : end]
-        yield _checked(
-            value, f"{path}, row {number}", surrogates="\\u" in spelled and bool(_SURROGATE.search(spelled.encode()))
-        )
+        yield _checked(value, f"{path}, row {number}", spelled.encode(errors="surrogatepass"))
         text.position = end
         character = text.next()
         if character not in (",", "]"):
@@ -359,7 +375,7 @@ def _table_rows(path: str, kind: str) -> Iterator[Row]:
                     number += 1
                     yield Row(fields, f"{path}, row {number}")
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}, after row {number}: cannot be read as {kind[1:].title()} ({error})") from error
+            raise ValueError(f"{path}, after row {number}: cannot be read as {kind[1:].title()} ({error}). {_AGAIN}") from error
 
 
 def _arrow_batches(path: str, raw: BufferedReader) -> Iterator[Any]:

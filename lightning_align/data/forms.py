@@ -146,6 +146,7 @@ def _parts(fields: dict[str, Any], form: Form, names: Sequence[str]) -> tuple[st
         prompt, answers = _with_string_prompt(prompt, answers, names)
     elif isinstance(prompt, list) and prompt and answers:
         answers = [_without_repeated(prompt, answer) for answer in answers]
+        _check_systems(answers)
     if prompt is None:
         prompt, answers = _split_common(fields, answers, names)
     return prompt, answers
@@ -160,8 +161,7 @@ def _with_string_prompt(prompt: str, answers: list[Any], names: Sequence[str]) -
     systems = [_leading(answer, ("system", "developer")) for answer in answers]
     rests = [answer[len(system) :] for answer, system in zip(answers, systems, strict=True)]
     if all(rest and rest[0]["role"] == "assistant" for rest in rests):
-        if any(system != systems[0] for system in systems):
-            raise BadRowError("wrong_type", "has different system messages in its chosen and rejected responses")
+        _check_systems(answers)
         return [*systems[0], {"role": "user", "content": prompt}], rests
     asked = [[m["content"].strip() for m in answer if m["role"] == "user"] for answer in answers]
     if not all(prompt.strip() in contents for contents in asked):
@@ -174,6 +174,23 @@ def _with_string_prompt(prompt: str, answers: list[Any], names: Sequence[str]) -
         return None, answers  # the conversations have the prompt in common
     index = next(i for i, m in enumerate(answers[0]) if m["role"] == "user" and m["content"].strip() == prompt.strip())
     return answers[0][: index + 1], [answers[0][index + 1 :]]
+
+
+def _check_systems(answers: Sequence[Any]) -> None:
+    """Check that both responses of a pair begin with the same system messages.
+
+    Raises:
+        BadRowError: If they differ, so that the responses are not to one prompt.
+    """
+    chats = [answer for answer in answers if isinstance(answer, list)]
+    systems = [[message["content"] for message in _leading(answer, ("system", "developer"))] for answer in chats]
+    if len(chats) == 2 and systems[0] != systems[1]:
+        only = "" if all(systems) else f" (only {'chosen' if systems[0] else 'rejected'} has one)"
+        raise BadRowError(
+            "wrong_type",
+            f"has different system messages in its chosen and rejected responses{only}, so they do not respond to one prompt:"
+            " expected the same in both, or one in 'prompt' or in a field 'system'",
+        )
 
 
 def _leading(messages: list[Message], roles: Sequence[str]) -> list[Message]:
@@ -301,6 +318,7 @@ def _split_common(fields: dict[str, Any], answers: list[Any], names: Sequence[st
     while length > 0 and not all(side[length : length + 1] and side[length]["role"] == "assistant" for side in answers):
         length -= 1
     if length <= 0:
+        _check_systems(answers)
         check_question(fields, "pair", [], has_prompt=False)
         raise BadRowError(
             "no_prompt", "has no field 'prompt', and its chosen and rejected responses have no messages of a prompt in common"

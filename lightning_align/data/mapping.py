@@ -4,6 +4,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, get_args
 
@@ -16,6 +17,16 @@ from lightning_align.data.shapes import Fields, RankedPairs, Shape, convert, fin
 _DIALOGS = ("messages", "prompt", "response", "chosen", "rejected")
 _PROMPTS = ("prompt", "messages", "instruction", "input", "question", "conversations", "system", "history")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_FIELDS = (
+    *(*_DIALOGS, *_PROMPTS, "text", "tools", "weight", "margin", "chat_template_kwargs", "conversation", "context", "output"),
+    *("completion", "completions", "answer", "answers", "responses", "rank", "ranks", "score", "scores", "label", "choice"),
+    *("answer_0", "answer_1", "answer_2", "answer_a", "answer_b", "response_0", "response_1", "response_2", "labels"),
+    *("response1", "response2", "output_1", "output_2", "conversation_a", "conversation_b", "summaries", "info"),
+    *("system_prompt", "winner"),
+    *("preference", "preference_strength", "overall_preference", "better_response_id"),
+    *("human_ref_A", "human_ref_B", "overall_score", "rating", "reward"),
+)
+"""The fields that forms and shapes read."""
 _KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer", "function")
 
 
@@ -45,6 +56,13 @@ class RowMapping:
         ):
             if choice not in choices:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but got {choice!r}.")
+        for what, given, known in (("columns", self.columns, _FIELDS), ("roles", self.roles.values(), _KNOWN_ROLES)):
+            for name in given:
+                if name not in known and (close := get_close_matches(str(name), known, n=1, cutoff=0.8)):
+                    raise ValueError(
+                        f"`{what}` must map to names that are known, but got {name!r}. Set it to {close[0]!r}, or to a"
+                        " name that is less similar to it if it is meant."
+                    )
 
 
 def map_rows(

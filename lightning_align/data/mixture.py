@@ -44,10 +44,6 @@ class SourcePart:
     shape: Shape | None = None
     ranked_pairs: RankedPairs | None = None
 
-    def __post_init__(self) -> None:
-        if self.weight is not None and not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"`weight` of {self.name} must be positive, but got {self.weight}. Leave the part out instead.")
-
     @property
     def rows(self) -> Source:
         """The source, as `read_rows` takes it."""
@@ -68,13 +64,20 @@ def parts_of(source: Source | Path | Sequence[SourcePart]) -> list[SourcePart]:
     """Return the parts of a source. A source that is no mixture is one part.
 
     Raises:
-        ValueError: If only some parts have a weight.
+        ValueError: If only some parts have a weight, or a weight is not positive.
     """
     if isinstance(source, str | Path | RowTask):
         return [SourcePart(source)]
     parts = [part for part in source if isinstance(part, SourcePart)]
     if not parts:
         return [SourcePart([str(path) for path in source])]
+    for part in parts:
+        # Not in the part itself: the command line would take its error for one of another type of source.
+        if part.weight is not None and not (part.weight > 0 and math.isfinite(part.weight)):
+            raise ValueError(
+                f"`weight` of {part.name} must be a positive number, but got {part.weight}. To leave the source out, remove it"
+                " from the mixture."
+            )
     if len(parts) < len(source) or len({part.weight is None for part in parts}) > 1:
         raise ValueError(
             "the parts of a mixture must all be objects with a `source`, and all or none must have a `weight`. They are: "
@@ -144,6 +147,7 @@ class MixtureSampler(LengthGroupedSampler):
             ``all_exhausted``: when all rows of every part were drawn, of others some more than once.
         batch_size: The number of rows per batch and rank.
         seed: The seed of the order.
+        members: The numbers of the rows of each part. Default is one part after the other.
         replicas: The arguments ``num_replicas`` and ``rank``.
 
     Raises:
@@ -159,9 +163,14 @@ class MixtureSampler(LengthGroupedSampler):
         stop: MixtureStop,
         batch_size: int,
         seed: int = 0,
+        members: Sequence[Indices] | None = None,
         **replicas: Any,
     ) -> None:
         self.sizes, self.stop = list(sizes), stop
+        ends = np.cumsum(self.sizes)
+        self.members = (
+            [np.arange(end - size, end) for size, end in zip(sizes, ends, strict=True)] if members is None else members
+        )
         self.quotas = mixture_quotas(sizes, weights, stop)
         super().__init__(lengths, num_rows=sum(self.quotas), batch_size=batch_size, seed=seed, **replicas)
 
@@ -173,16 +182,14 @@ class MixtureSampler(LengthGroupedSampler):
 
     def _epoch_rows(self, random: np.random.Generator) -> Indices:
         drawn = []
-        start = 0
         for part, (size, quota) in enumerate(zip(self.sizes, self.quotas, strict=True)):
             position, end = self.epoch * quota, (self.epoch + 1) * quota
             while position < end:
                 turn, skipped = divmod(position, size)
                 order = np.random.default_rng([self.seed, part, turn]).permutation(size)
                 taken = order[skipped : skipped + end - position]
-                drawn.append(start + taken)
+                drawn.append(self.members[part][taken])
                 position += len(taken)
-            start += size
         return random.permutation(np.concatenate(drawn))
 
 

@@ -109,7 +109,7 @@ def _all_rows(name: str, parts: Sequence[tuple[str, list[str] | None]], *, split
                 is_empty = False
                 yield row
     if is_empty:
-        raise ValueError(f"{name} has no rows")
+        raise ValueError(f"{name} has no rows. Give a source with at least one row")
 
 
 def _task_rows(task: RowTask) -> Iterator[Row]:

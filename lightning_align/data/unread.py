@@ -78,7 +78,7 @@ def advise_columns(fields: Mapping[str, Any], missing: Sequence[str]) -> str:
         if names and ("prompt" not in missing or "prompt" in mapping):
             mapping["response"] = names[0]
     if not mapping:
-        return ""
+        return ". Other names are read with `columns`, such as `columns: {prompt: question.text}`" if missing else ""
     return f". Set `columns: {{{', '.join(f'{name}: {column}' for name, column in mapping.items())}}}` to read other fields"
 
 

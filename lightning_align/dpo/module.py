@@ -119,7 +119,8 @@ class DPOModule(AlignModule):
         self.confidence_weighting, self.ld_alpha = confidence_weighting, ld_alpha
         self.initial_policy = InitialPolicy(reference, cache_dir=reference_cache)
         self.val_means, self.test_means = PairMeans(METRICS), PairMeans(METRICS)
-        self.val_margins = CatMetric()
+        # Margins that are not numbers are kept, to say how many there are.
+        self.val_margins = CatMetric(nan_strategy="disable")
 
     # -- the reference
 
@@ -281,6 +282,14 @@ class DPOModule(AlignModule):
         self.log_evaluation("val", self.val_means.compute_and_reset(), progress_bar=PROGRESS_BAR)
         margins = self.val_margins.compute().reshape(-1)  # a single margin has no dimension
         self.val_margins.reset()
+        finite = margins[margins.isfinite()]
+        if len(finite) < len(margins):
+            rank_zero_warn(
+                f"{len(margins) - len(finite)} of {len(margins)} pairs of the validation have margins that are not finite. The "
+                "policy or its reference gives log-probs that are not numbers: the training may have diverged (lower the "
+                "learning rate, clip gradients), or the precision is too low. The histogram of margins is of the other pairs."
+            )
+        margins = finite
         if self.trainer.sanity_checking:
             return  # a histogram of a few rows would stand beside the histograms of all rows
         for logger in self.loggers:

@@ -1,5 +1,6 @@
 """The data module of RETRO: windows of documents with their neighbors in a retrieval database."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_align.data.batching import LengthGroupedSampler, ResumableLoader
+from lightning_align.data.encode import encode_rows
+from lightning_align.data.forms import Form
+from lightning_align.data.ledger import Ledger
+from lightning_align.data.mapping import RowMapping, map_rows
+from lightning_align.data.mixture import SourcePart, parts_of
 from lightning_align.data.rows import RowTask, read_rows
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.models.weights import weights_hash
@@ -34,7 +40,8 @@ class RETRODataModule(L.LightningDataModule):
             documents.
         validation: The query set of the database to validate on.
         test: The query set of the database to test on.
-        predict: Rows with a prompt to continue: a file, a hub dataset, or a task.
+        predict: Rows with a prompt to continue: any source or mixture that `AlignDataModule` accepts. A mixture is read part by
+            part, each with its `columns` and `shape`.
         num_chunks: The number of chunks per window. Longer documents are cut into several windows.
         num_neighbors: The number of neighbors per chunk in training.
         random_neighbors: The share of the neighbors in training that are replaced by random chunks of other documents of the
@@ -60,7 +67,7 @@ class RETRODataModule(L.LightningDataModule):
         train: str | None = None,
         validation: str | None = "validation",
         test: str | None = None,
-        predict: str | RowTask | None = None,
+        predict: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
         num_chunks: int = 8,
         num_neighbors: int = 2,
         random_neighbors: float = 0.0,
@@ -189,17 +196,28 @@ class RETRODataModule(L.LightningDataModule):
                 "`predict` must name rows with a `prompt`, but got None. Use RETRODataModule(predict=...), or --data.predict "
                 "on the command line."
             )
-        texts = []
-        for row in read_rows(self.prompts, split="test"):
-            prompt = row.fields.get("prompt")
-            if row.problem or not isinstance(prompt, str):
-                raise ValueError(
-                    f"{row.origin}: {row.problem or '`prompt` is missing or not a string'}. Each row to continue needs a "
-                    "`prompt`."
-                )
-            texts.append(prompt)
-        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        prompts = [[*start, *encoding.ids] for encoding in self.tokenizer.encode_batch(texts)]
+        prompts: list[list[int]] = []
+        forms: tuple[Form, ...] = ("prompt", "messages")
+        for part in parts_of(self.prompts):
+            ledger = Ledger(part.name)
+            rows = map_rows(
+                read_rows(part.rows, split="test"),
+                part.mapping(RowMapping()),
+                accepted=forms,
+                prompts_only=True,
+                ledger=ledger,
+            )
+            encoded = encode_rows(
+                rows,
+                tokenizer=self.tokenizer,
+                ledger=ledger,
+                accepted=forms,
+                max_length=sys.maxsize,
+                truncation="drop",
+                mask_turns="last_turn",
+                prompts_only=True,
+            )
+            prompts += [row.sides[0].tokens for row in encoded]
         sampler = LengthGroupedSampler(
             None, num_rows=len(prompts), batch_size=self.eval_batch_size, shuffle=False, **self._replicas
         )

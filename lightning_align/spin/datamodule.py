@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
+import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lightning_align.data.forms import Form
+from lightning_align.data.mixture import MixedStore
 from lightning_align.data.store import StoredRow, TokenStore
 from lightning_align.runtime.lightning_internals import callbacks_of
 from lightning_align.spin.callbacks import SelfPlayGeneration
-from lightning_align.spin.generations import collate_self_play
+from lightning_align.spin.generations import Pairs, collate_self_play
 from lightning_align.training.datamodule import AlignDataModule, Stage
 
 Loader = DataLoader[list[StoredRow]]
@@ -55,6 +57,21 @@ class SPINDataModule(AlignDataModule):
             return None
         pairs = loops[0].pairs(trainer, self, str(stage), self._store(stage))
         return cast("TokenStore | None", pairs)
+
+    def _parts_of_rows(self, store: TokenStore) -> dict[str, Any]:
+        """Divide the pairs by the sources of their real responses."""
+        if not isinstance(store, Pairs):
+            return super()._parts_of_rows(store)
+        real = cast(MixedStore, self._stores["train"])
+        sources = np.searchsorted(np.cumsum(real.sizes), store.store_rows(), side="right")
+        members = [np.flatnonzero(sources == number) for number in range(len(real.sizes))]
+        for part, rows in zip(self._parts["train"], members, strict=True):
+            if not len(rows):
+                raise ValueError(
+                    f"{part.name} has a weight in `train`, but no pairs, because `num_prompts` of SelfPlayGeneration takes the "
+                    "first rows of all sources. Remove `num_prompts`, or make the sources smaller instead."
+                )
+        return {"sizes": [len(rows) for rows in members], "members": members}
 
     def _collate_pairs(self) -> Callable[[Sequence[StoredRow]], Any]:
         return cast("Callable[[Sequence[StoredRow]], Any]", partial(collate_self_play, pad_id=self.tokenizer.pad_id))

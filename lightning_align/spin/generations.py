@@ -242,6 +242,10 @@ class Pairs:
         prompt = stored.sides[0].tokens[: stored.num_prompt]
         return Pair(stored, np.concatenate([prompt, response]).astype(np.int64), opponent)
 
+    def store_rows(self) -> Array:
+        """Return the number of the real row of each pair in the store, (pairs,) int64."""
+        return np.array([row for row, _, _ in self._pairs], np.int64)
+
     def lengths(self) -> Array:
         """Return the number of tokens of each pair, both sides together, (pairs,) int64."""
         return np.array([self._real[row] + len(response) for row, response, _ in self._pairs], np.int64)

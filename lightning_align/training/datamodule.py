@@ -279,14 +279,9 @@ class AlignDataModule(L.LightningDataModule):
         lengths = store.lengths() if grouped else None
         weights = [part.weight for part in self._parts.get("train", ()) if part.weight is not None]
         if shuffle and len(weights) > 1:
-            if not isinstance(store, MixedStore):
-                raise ValueError(
-                    f"The parts of `train` have weights, which {type(self).__name__} cannot use here. Leave the weights out, so"
-                    " that an epoch has every row once."
-                )
             return MixtureSampler(
                 lengths,
-                sizes=store.sizes,
+                **self._parts_of_rows(store),
                 weights=weights,
                 stop=self.mixture_stop,
                 batch_size=batch_size,
@@ -296,6 +291,10 @@ class AlignDataModule(L.LightningDataModule):
         return LengthGroupedSampler(
             lengths, num_rows=len(store), batch_size=batch_size, shuffle=shuffle, seed=self.seed, **replicas
         )
+
+    def _parts_of_rows(self, store: TokenStore) -> dict[str, Any]:
+        """Return the arguments of `MixtureSampler` that tell which rows are of which part."""
+        return {"sizes": cast(MixedStore, store).sizes}
 
     def _collate(self, store: TokenStore) -> Callable[[Sequence[StoredRow]], Any]:
         collate = collate_pairs if store.num_sides == 2 else collate_tokens

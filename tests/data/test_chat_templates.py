@@ -136,3 +136,57 @@ def test_a_call_is_trained_in_some_templates(load):
     trained = [outcome for template in TEMPLATES if isinstance(outcome := _outcome(template, load, called), tuple)]
     assert all("get_weather" in response and "Rome" in response for _, response in trained)
     assert len(trained) > len(TEMPLATES) / 3 or not TEMPLATES
+
+
+def _template(name: str) -> Path:
+    found = [template for template in TEMPLATES if template.stem == name]
+    return found[0] if found else pytest.skip("needs the package trl")
+
+
+def test_gpt_oss_ends_earlier_turns_and_calls_by_other_tokens(load):
+    """It writes <|end|> where a model writes <|return|>, which must not be learned, and <|call|>, which must be."""
+    tokenizer = load(_template("gptoss"))
+    options = {"tokenizer": tokenizer, "max_length": 10**5, "mask_turns": "assistant_only"}
+    (row,), ledger = encode({"messages": [USER, HELLO, MORE, SURE]}, **options)
+    text, trained = spell(tokenizer, row)
+    assert trained == "<|channel|>final<|message|>Hello!<|channel|>final<|message|>Sure.<|return|>"
+    assert "Hello!<|end|>" in text and ledger.notes == {"turn_without_end": 1}
+    (row,), ledger = encode({"messages": CALLED, "tools": [TOOL]}, **options)
+    called = ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>'
+    assert spell(tokenizer, row)[1] == called + "<|channel|>final<|message|>Sure.<|return|>" and not ledger.notes
+    (row,), _ = encode({"messages": CALLED[:2], "tools": [TOOL]}, **options)
+    assert spell(tokenizer, row)[1] == called
+
+
+def test_what_cannot_be_trained_has_a_plain_reason(load):
+    calls = {"messages": CALLED, "tools": [TOOL]}
+    reason = _outcome(_template("deepseek_r1_distill"), load, calls)
+    assert isinstance(reason, str) and "the template does not write the call of the tool 'get_weather'" in reason
+    for row in ({"messages": [USER, HELLO, MORE, SURE]}, calls):
+        reason = _outcome(_template("qwen3"), load, row, mask_turns="assistant_only")
+        assert isinstance(reason, str) and "renders message 2 differently when more messages follow" in reason
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [SYSTEM, USER, HELLO], "rejected": [USER, SURE]},
+        {"prompt": "Hi", "chosen": [SYSTEM, USER, HELLO], "rejected": [USER, SURE]},
+        {"prompt": "Hi", "chosen": [SYSTEM, HELLO], "rejected": [SURE]},
+        {"prompt": [USER], "chosen": [SYSTEM, USER, HELLO], "rejected": [USER, SURE]},
+        {"prompt": [USER], "chosen": [SYSTEM, HELLO], "rejected": [SURE]},
+    ],
+)
+def test_a_system_message_of_one_response_is_named(row):
+    _, ledger = encode(row, on_bad_row="skip")
+    ((reason,),) = ledger.examples.values()
+    assert "different system messages" in reason and "(only chosen has one)" in reason
+    both = {**row, "rejected": [SYSTEM, *row["rejected"]]}
+    if isinstance(row.get("prompt"), list):
+        both["prompt"] = [SYSTEM, USER]
+        both["chosen"], both["rejected"] = [SYSTEM, USER, HELLO], [SURE]  # only one repeats the prompt
+    (encoded,), _ = encode(both)
+    assert len(encoded.sides) == 2

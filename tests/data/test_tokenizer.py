@@ -109,9 +109,42 @@ def test_training_reads_every_text_field(tmp_path):
     assert [file.name for file in output.parent.iterdir()] == ["tok.json"]
 
 
+def _learned(output):
+    """Return the letters of which four are one token."""
+    tokenizer = load_tokenizer(str(output))
+    return "".join(c for c in "abcdefxyz" if len(tokenizer.encode_batch([c * 4])[0].ids) == 1)
+
+
+def test_training_on_sets_of_files_and_mixtures(tmp_path):
+    """Folders, patterns and mixtures, with the columns of public data sets or with named ones."""
+    folder, output = tmp_path / "rows", tmp_path / "tok.json"
+    folder.mkdir()
+    shared = {"conversations": [{"from": "human", "value": "aaaa"}, {"from": "gpt", "value": "bbbb"}], "id": "zzzz"}
+    alpaca = {"instruction": "cccc", "input": "dddd", "output": "eeee", "system": "ffff", "other": {"said": ["xxxx"]}}
+    first, second = (write_jsonl(folder / f"{i}.jsonl", [row] * 4) for i, row in enumerate((shared, alpaca)))
+    for rows in (str(folder), f"{folder}/*.jsonl", [first, second], [{"source": first, "weight": 3}, {"source": [second]}]):
+        train_tokenizer(rows, output=str(output), vocab_size=300)
+        assert _learned(output) == "abcdef"
+    train_tokenizer(second, output=str(output), vocab_size=300, columns=["other.said", "output"])
+    assert _learned(output) == "ex"
+    mixture = [{"source": first}, {"source": second, "columns": {"prompt": "other.said"}}]
+    train_tokenizer(mixture, output=str(output), vocab_size=300)
+    assert _learned(output) == "abx"
+    for wrong, message in (
+        ([{"sauce": first}], "must have a `source`.* but got no `source`"),
+        ([{"source": first, "wieght": 2}], "but got an unknown 'wieght'"),
+        (
+            [{"source": first, "columns": {"prompt": "q"}}],
+            r"0\.jsonl:1 has no column 'q', which `columns` names",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_tokenizer(wrong, output=str(output))
+
+
 def test_training_refuses_bad_input(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"other": "x"}])
-    with pytest.raises(ValueError, match="no text field"):
+    with pytest.raises(ValueError, match="have no text in the columns that are read"):
         train_tokenizer([rows], output=str(tmp_path / "tok.json"))
     with pytest.raises(ValueError, match=r"`vocab_size` must be at least 259.*got 258"):
         train_tokenizer([rows], output=str(tmp_path / "tok.json"), vocab_size=258)

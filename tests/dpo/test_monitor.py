@@ -90,6 +90,23 @@ def test_no_loss_is_saturated_at_the_start(loss: Any) -> None:
         assert not objective.saturated(ratios([-1.0, 0.0], [1.0, 0.0])).any()
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_margins_that_are_no_numbers_are_counted(share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A diverged policy ends no validation, whether all margins are NaN or some."""
+    module = moved(beta=2.0)
+    score = module.score
+
+    def diverged(batch: Any) -> Any:
+        policy, ratios = score(batch)
+        ratios.chosen[: round(share * len(ratios.chosen))] = float("nan")
+        return policy, ratios
+
+    monkeypatch.setattr(module, "score", diverged)
+    with pytest.warns(UserWarning, match=rf"{round(share * 8)} of 8 pairs of the validation have margins that are not finite"):
+        values = validated(module, tmp_path, size=8)
+    assert values["val/rewards/margins"] != values["val/rewards/margins"]
+
+
 @pytest.mark.parametrize("size", [8, 3, 1])
 def test_validation_equals_the_slow_version(size: int, tmp_path: Path) -> None:
     module = moved(beta=2.0)

@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_align import RETRO, NeighborPanel, RetrievalIndexing, RETRODataModule, RETROModule, SFTModule
+from lightning_align.data.mixture import SourcePart
+from lightning_align.data.tokenizer import ByteTokenizer
 from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.palm import PaLM
 from lightning_align.retrieval.database import RetrievalDatabase
@@ -211,6 +213,21 @@ def test_predictions_contain_the_neighbors(database: RetrievalDatabase, tmp_path
     assert first["chunk"] == "the qui"  # 8 tokens with the beginning-of-sequence token
     assert {read["document"] for read in first["read"]} <= {"a.txt", "b.txt", "d.txt"} and len(first["read"]) == 2
     assert first["read"][0]["text"] == "the qui" and first["read"][0]["continuation"] == "ck brown"
+
+
+def test_prompts_of_mixtures_and_mapped_columns(database: RetrievalDatabase, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "the quick"}\n{"question": "a", "answer": "b"}\n')
+    (tmp_path / "b.jsonl").write_text('{"instruction": "add", "input": "1 2", "output": "3"}\n')
+    (tmp_path / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    (tmp_path / "d.jsonl").write_text('{"text": "hi"}\n')
+    mapped = SourcePart(str(tmp_path / "a.jsonl"), columns={"prompt": "question"})
+    source = data(database, predict=[mapped, SourcePart([str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl")])])
+    batches = list(source.predict_dataloader())
+    texts = [ByteTokenizer().decode(prompt, skip_special=False) for batch in batches for prompt in batch["prompts"]]
+    assert texts == ["<bos>the quick", "<bos>a", "<bos>add\n1 2", "<bos><|user|>\nhi\n<|assistant|>\n"]
+    assert [row for batch in batches for row in batch["rows"].tolist()] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"d\.jsonl:1 has no field 'prompt'"):
+        data(database, predict=str(tmp_path / "d.jsonl")).predict_dataloader()
 
 
 def test_a_planted_leak_raises_or_warns(tmp_path: Path) -> None:

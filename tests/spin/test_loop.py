@@ -10,12 +10,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
+from lightning_align.data.mixture import SourcePart
 from lightning_align.data.tokenizer import ByteTokenizer
 from lightning_align.generation.sampler import generate
 from lightning_align.models.lora import LoRAConfig
+from lightning_align.spin.datamodule import SPINDataModule
 from lightning_align.spin.generations import GeneratedSet, answer_ids
 from lightning_align.training.schedules import WarmupDecay
-from tests.spin.runs import ADAM, GENERATION, ROWS, exact_palm, finish, set_rows, start
+from tests.spin.runs import ADAM, GENERATION, ROWS, exact_palm, finish, set_rows, start, write_rows
 from tests.toys import largest_difference, slow_logprobs, state_of, tiny_palm
 
 
@@ -297,3 +299,30 @@ def test_the_module_adds_the_callback(tmp_path: Path) -> None:
     bare = L.Trainer(accelerator="cpu", max_epochs=1, log_every_n_steps=1, default_root_dir=tmp_path / "bare", **quiet)
     bare.fit(module, data)
     assert (tmp_path / "bare" / "generations" / "iteration_0" / "train" / "manifest.json").is_file()
+
+
+def test_the_pairs_of_a_weighted_mixture_keep_its_shares(tmp_path: Path) -> None:
+    """Every iteration draws its pairs by the weights, also with the answers of an earlier one beside them."""
+    drawn: list[list[int]] = []
+
+    class Count(Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            drawn.append([])
+            loader: Any = trainer.train_dataloader
+            pairs = loader.dataset.store
+            drawn[-1] = [int(pairs.store_rows()[index]) for batch in loader.sampler for index in batch]
+
+    trainer, module, _ = start(tmp_path, Count(), loop={"iterations": 2, "epochs": 1})
+    rows = Path(write_rows(tmp_path)).read_text().splitlines(keepends=True)
+    for name, part in (("few", rows[:2]), ("many", rows[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    parts = [SourcePart(str(tmp_path / f"{name}.jsonl"), weight=weight) for name, weight in (("few", 1), ("many", 2))]
+    settings = {"batch_size": 3, "max_length": 16, "cache_dir": str(tmp_path / "cache")}
+    trainer.fit(module, SPINDataModule(parts, **settings))
+    assert [len(rows) for rows in drawn] == [6, 12]  # the second iteration has two answers to each prompt
+    for epoch in drawn:
+        assert sum(row < 2 for row in epoch) * 3 == len(epoch)
+    assert sorted(row for row in drawn[0] if row < 2) == [0, 1] and len(set(drawn[0])) == 6
+    trainer, module, _ = start(tmp_path / "short", loop={"iterations": 1, "epochs": 1, "num_prompts": 2})
+    with pytest.raises(ValueError, match=r"many\.jsonl has a weight in `train`, but no pairs, because `num_prompts`"):
+        trainer.fit(module, SPINDataModule(parts, **settings))

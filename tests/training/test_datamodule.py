@@ -244,8 +244,8 @@ def test_a_mixture_from_a_configuration(tmp_path):
 def test_mixtures_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"all or none must have a `weight`.*rows\.jsonl \(weight 1\), Sums \(weight None\)"):
         SFTDataModule([SourcePart("rows.jsonl", weight=1), SourcePart(Sums())])
-    with pytest.raises(ValueError, match="`weight` of Sums must be positive, but got 0"):
-        SourcePart(Sums(), weight=0)
+    with pytest.raises(ValueError, match="`weight` of Sums must be a positive number, but got 0"):
+        SFTDataModule([SourcePart(Sums(), weight=0), SourcePart("rows.jsonl", weight=1)])
     with pytest.raises(ValueError, match="`mixture_stop` must be one of"):
         SFTDataModule("rows.jsonl", mixture_stop="never")
 

@@ -82,6 +82,7 @@ class TransformersTokenizer(FileTokenizer):
         roles = (self.bos_id, self.eos_id, self.pad_id, *self.end_ids)
         self.fingerprint = hash_parts(self._model.to_str(), str(roles), template)
         self.markers = self._find_markers()
+        self.other_ends = self._find_other_ends()
         if faults := self._template_faults():
             warnings.warn(f"the chat template of {name} {'; it '.join(faults)}", stacklevel=2)
 
@@ -139,6 +140,7 @@ class TransformersTokenizer(FileTokenizer):
             partial(self._apply, tools=tools, template_kwargs=template_kwargs),
             ends=[str(self._model.id_to_token(number)) for number in all_ends(self)],
             boundary=self._boundary,
+            other_ends=self.other_ends,
         )
         try:
             return finder.segments(messages, add_generation_prompt=add_generation_prompt, exact=exact)
@@ -197,6 +199,19 @@ class TransformersTokenizer(FileTokenizer):
             specials = [token.content for token in self._model.get_added_tokens_decoder().values() if token.special]
             names += [special for special in specials if special in text]
         return tuple(dict.fromkeys(names))
+
+    def _find_other_ends(self) -> tuple[str, ...]:
+        """Return the special tokens that end a turn in place of the end token, such as ``<|call|>`` of gpt-oss.
+
+        There are none if the template does not end its turns with the end token, because training then adds it.
+        """
+        eos = str(self._source.eos_token)
+        with suppress(ValueError):
+            messages: list[Message] = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "1"}]
+            if self._source.chat_template and self._apply(messages, False).rstrip().endswith(eos):
+                tokens = self._model.get_added_tokens_decoder().values()
+                return tuple(token.content for token in tokens if token.special and token.content != eos)
+        return ()
 
     def _takes_parts(self) -> bool:
         """Check whether the template writes content only if it is a list of parts."""

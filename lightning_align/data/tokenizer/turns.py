@@ -20,12 +20,16 @@ class TurnFinder:
         apply: Renders messages.
         ends: The texts of the tokens that end a response, the end-of-sequence token first.
         boundary: Returns the last position up to a given one in a text at which a token ends.
+        other_ends: The texts of other tokens that end a turn.
     """
 
-    def __init__(self, apply: Apply, *, ends: Sequence[str], boundary: Callable[[str, int], int]) -> None:
+    def __init__(
+        self, apply: Apply, *, ends: Sequence[str], boundary: Callable[[str, int], int], other_ends: tuple[str, ...] = ()
+    ) -> None:
         self._apply = apply
         self._ends = tuple(ends)
         self._boundary = boundary
+        self._other_ends = other_ends
 
     def segments(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, exact: Collection[int] | None = None
@@ -86,7 +90,9 @@ class TurnFinder:
         closed = ""
         while last := next((end for end in self._ends if text.endswith(end)), ""):
             closed, text = text, text.removesuffix(last).rstrip() if len(self._ends) > 1 else text.removesuffix(last)
-        return (closed, True) if closed else (turn, False)
+        if closed:
+            return closed, True
+        return turn, bool(self._other_ends) and turn.rstrip().endswith(self._other_ends)
 
     def _start(self, given: Sequence[Message], whole: str) -> int | None:
         """Find where the turn after the given messages begins.
