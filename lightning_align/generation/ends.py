@@ -73,6 +73,11 @@ class Ends:
             raise ValueError(
                 f"`stop` is {list(texts)}, which needs a tokenizer. Give the data a `tokenizer`, or remove `stop`."
             )
+        if not ends and not texts:
+            say_once(
+                "No token is known to end a response, so only length limits end responses. Use data with a `tokenizer`, or set "
+                "`eos_token` of `generation` to its id."
+            )
         return cls(ends, StopTexts.of(texts, tokenizer, ends=ends, support=support) if texts else None, support)
 
     @classmethod
@@ -140,12 +145,10 @@ def _given(eos_token: Any, tokenizer: Any, support: Support) -> list[int]:
     for token in tokens:
         found = token if isinstance(token, int) else None if tokenizer is None else token_id(tokenizer, token)
         if found is None or found not in support:
-            has = (
-                "there is no tokenizer. Give its id"
-                if tokenizer is None
-                else "the tokenizer has no such token. Give another one"
-            )
-            raise ValueError(f"`eos_token` must be a token of the tokenizer, but got {token!r}: {has}, or remove it.")
+            why = "the tokenizer has no such token. Give another one"
+            if tokenizer is None:
+                why = "there is no tokenizer. Give its id"
+            raise ValueError(f"`eos_token` must be a token of the tokenizer, but got {token!r}: {why}, or remove it.")
         ids.append(found)
     return ids
 
