@@ -135,6 +135,10 @@ def end_ids(*, tokenizer: Any = None, model: nn.Module | None = None, eos_token:
         if missing := support.missing(declared):
             say_once(f"The model declares the end-of-sequence ids {missing}, which the tokenizer lacks. They are not used.")
         ids += [token for token in declared if token in support]
+        specials = getattr(tokenizer, "special_ids", None)
+        for token in () if specials is None else sorted({*declared} - specials - {*missing, *all_ends(tokenizer)}):
+            text = tokenizer.decode([token], skip_special=False)
+            say_once(f"The model declares the end-of-sequence id {token}, in the tokenizer the ordinary token {text!r}.")
     return tuple(dict.fromkeys([*ids, *_given(eos_token, tokenizer, support)]))
 
 

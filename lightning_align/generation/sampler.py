@@ -179,6 +179,11 @@ def generate(
     config = config or GenerationConfig()
     if ends is None:
         ends = Ends.exactly(eos_id, config=config, model=model, decode=decode)
+    elif config.stop and ends.stop is None:
+        raise ValueError(
+            f"`stop` of `config` is {list(config.stop)}, but `ends` has no stop texts. Build it with "
+            "`Ends.of(config=config, ...)`."
+        )
     numbers = range(len(prompts)) if ids is None else ids
     most = _limits(model, prompts, numbers, config, limits)
     device = next(model.parameters()).device

@@ -53,6 +53,16 @@ def test_settings_of_the_module_apply_where_others_have_none() -> None:
     assert ends.ids == (2, 6) and ends.stop is not None and ends.stop.texts == ("yz",)
     with pytest.raises(ValueError, match=r"`stop` is .* which needs a tokenizer"):
         Ends.of(config=module)
+    ends = Ends.of(tokenizer=BYTES)
+    with pytest.raises(ValueError, match=r"`ends` has no stop texts\. Build it with"):
+        generate(tiny_palm(num_tokens=259), [[1]], module, ends=ends)
+
+
+def test_an_end_that_is_an_ordinary_token_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert end_ids(tokenizer=BYTES, model=SimpleNamespace(eos_ids=(2, 100, 400))) == (2, 100)
+    assert "100, in the tokenizer the ordinary token 'a'" in caplog.text
+    assert "[400], which the tokenizer lacks" in caplog.text
 
 
 def test_without_ends_the_declared_ids_of_the_model_join_the_given_ones() -> None:
@@ -83,6 +93,7 @@ def test_only_what_someone_set_is_declared() -> None:
     assert PretrainedLM(config=LLAMA).eos_ids == ()  # the class has a default of 2, which nobody chose
     assert PretrainedLM(config={**LLAMA, "eos_token_id": 3}).eos_ids == (3,)
     assert PretrainedLM(config=LLAMA, eos_token_id=[4, 5]).eos_ids == (4, 5)
+    assert PretrainedLM(config=LLAMA, eos_token_id=6).eos_ids == (6,)
     assert declared_ends(tiny_palm()) == ()
 
 

@@ -22,6 +22,43 @@ def metaspace(path, words: list[str]) -> FileTokenizer:
     return FileTokenizer(str(path / "tokenizer.json"), eos="</s>")
 
 
+def llama(path) -> FileTokenizer:
+    """A decoder as that of Llama 2: spaces are marks, the first one is dropped, and rare characters are bytes."""
+    words = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "a", "b", "▁b", "ab", "。", "▁。"]
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    model = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    model.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model.decoder = decoders.Sequence(parts)
+    model.add_special_tokens(["<unk>", "<s>", "</s>"])
+    model.save(str(path / "tokenizer.json"))
+    return FileTokenizer(str(path / "tokenizer.json"))
+
+
+def test_bytes_and_spaces_of_a_sentencepiece_vocabulary(tmp_path) -> None:
+    """The slow version joins the bytes of the tokens. A text is complete with the token that brings its last byte."""
+    generator, tokenizer = random.Random(1), llama(tmp_path)
+    characters = "a b。é👍\n"
+    written = tokenizer.encode_batch(["é"])[0].ids
+    assert len(written) == 2  # by bytes
+    found = 0
+    for _ in range(200):
+        text = "a" + "".join(generator.choice(characters) for _ in range(generator.randrange(25)))
+        ids: list[int] = []
+        for character in text:
+            whole = tokenizer.token_id(character.replace(" ", "▁"))
+            spelled = [3 + byte for byte in character.encode()]
+            ids += spelled if whole is None or generator.random() < 0.4 else [whole]
+        texts = ["".join(generator.choice(characters) for _ in range(generator.randrange(1, 4))) for _ in range(2)]
+        stop = StopTexts.of(texts, tokenizer, ends=[2])
+        said = [bytes([i - 3]) if i < 259 else tokenizer.decode([ids[0], i])[1:].encode() for i in ids]
+        whole_bytes = [b"".join(said[:n]) for n in range(len(ids) + 1)]
+        expected = next((n for n in range(1, len(ids) + 1) if any(t.encode() in whole_bytes[n] for t in texts)), None)
+        assert first_stop(stop, ids) == expected, (text, texts)
+        found += expected is not None
+    assert found > 50
+
+
 def first_stop(stop: StopTexts, tokens: list[int]) -> int | None:
     return next((n for n in range(1, len(tokens) + 1) if stop.reached(tokens[:n])), None)
 
