@@ -16,7 +16,7 @@ from lightning_align.sft.datamodule import SFTDataModule
 from lightning_align.sft.module import SFTModule
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.datamodule import SPINDataModule
-from lightning_align.spin.generations import answer_ids
+from lightning_align.spin.generations import answer_ids, statistics
 from lightning_align.spin.module import SPINModule
 from lightning_align.training.callbacks import SampleLogger
 from tests.spin.runs import set_rows
@@ -124,6 +124,17 @@ def test_a_base_model_gets_its_end_from_the_user(chat: Path) -> None:
     side = data._store("train")[0].sides[0]
     assert side.tokens[-1] == OTHER and bool(side.targets[-1])
     assert data.tokenizer.eos_id == OTHER
+
+
+def test_rows_of_earlier_versions_end_with_the_end_of_the_tokenizer() -> None:
+    """They have no `end`. Rows of engines count the ids that do not exist."""
+    earlier = {"iteration": 0, "tokens": [7], "reason": "eos", "logprob": -1.0, "sampled_logprob": None}
+    assert answer_ids(earlier, 2) == [7, 2] and answer_ids({**earlier, "end": 5}, 2) == [7, 5]
+    assert answer_ids({**earlier, "reason": "length", "end": None}, 2) == [7]
+    rows = [{"row": 0, "real_logprob": -1.0, "generated": [earlier, {**earlier, "end": 5, "unsupported": 3}]}]
+    told = statistics(rows, iteration=0, eos_id=2, real={0: [7, 5]})
+    assert told["unsupported"] == 3 and told["tie_rate"] == 0.5 and told["length"] == 2
+    assert "unsupported" not in statistics([{**rows[0], "generated": [earlier]}], iteration=0, eos_id=2, real={0: [7]})
 
 
 # The rows of the user come in one loader, without one for validation.
