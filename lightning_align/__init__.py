@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_align.dpo.module import DPOModule
     from lightning_align.dpo.monitor import PreferenceMonitor
     from lightning_align.export.callback import ExportModel
+    from lightning_align.generation.ends import Ends
     from lightning_align.generation.sampler import GenerationConfig, generate
     from lightning_align.models.lora import (
         LoRAConfig,
@@ -76,6 +77,7 @@ _HOME = {
     "ConnectionConfig": "calm.connections",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
+    "Ends": "generation.ends",
     "ExportModel": "export.callback",
     "Facts": "data.tasks.facts",
     "FolderDocuments": "data.documents",
@@ -133,6 +135,7 @@ __all__ = [
     "ConnectionConfig",
     "DPODataModule",
     "DPOModule",
+    "Ends",
     "ExportModel",
     "Facts",
     "FolderDocuments",

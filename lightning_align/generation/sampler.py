@@ -7,8 +7,8 @@ position. The tokens are therefore the same for any batch size, order and number
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,14 @@ class GenerationConfig:
             if not right:
                 raise ValueError(f"`{name}` of GenerationConfig must be {expected}, but got {getattr(self, name)}.")
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings for a record, which are compared when a run resumes.
+
+        Settings that version 0.1.0 did not have are left out at their default, so that its records stay equal.
+        """
+        later = {"eos_token": None, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+
 
 @dataclass
 class Generation:
@@ -171,6 +179,11 @@ def generate(
     config = config or GenerationConfig()
     if ends is None:
         ends = Ends.exactly(eos_id, config=config, model=model, decode=decode)
+    elif config.stop and ends.stop is None:
+        raise ValueError(
+            f"`stop` of `config` is {list(config.stop)}, but `ends` has no stop texts. Build it with "
+            "`Ends.of(config=config, ...)`."
+        )
     numbers = range(len(prompts)) if ids is None else ids
     most = _limits(model, prompts, numbers, config, limits)
     device = next(model.parameters()).device

@@ -1,6 +1,5 @@
 """The callback that runs self-play: it begins iterations, generates their pairs, and stops the run."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -283,7 +282,7 @@ class SelfPlayGeneration(Callback):
             "opponent": module.opponent_kind,
             "base_weight": module.base_weight if module.opponent_kind == "mixture" else None,
             "replay": self.replay,
-            "generation": dataclasses.asdict(module.generation),
+            "generation": module.generation.recorded(),
         }
         generated = GeneratedSet(self._root / stage, identity, parts)
         generated.open(write=trainer.is_global_zero)

@@ -67,7 +67,7 @@ class TransformersTokenizer(FileTokenizer):
             )
         self._set_model(tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str()))
         self._source = source
-        self.name = self._name = name
+        self.name = self._name = f"{name}?{'&'.join(f'{role}={text}' for role, text in given.items())}".removesuffix("?")
         adds_bos = source.bos_token_id is not None and source("a")["input_ids"][:1] == [source.bos_token_id]
         self.bos_id = int(source.bos_token_id) if adds_bos else None
         self.eos_id = int(source.eos_token_id)
@@ -76,6 +76,7 @@ class TransformersTokenizer(FileTokenizer):
         self.vocabulary_fingerprint = hash_vocabulary(self._model)
         self.has_template = bool(template)
         self._parts = False
+        self.other_ends: tuple[str, ...] = ()
         self._parts = bool(template) and self._takes_parts()
         self.end_ids: tuple[int, ...] = self._find_turn_end() if template else ()
         """The special token with which the chat template ends a turn of the assistant, if it is another one."""
