@@ -94,6 +94,18 @@ def source_name(source: Source) -> str:
     return first if not others else f"{first} and {len(others)} more"
 
 
+def source_files(source: Source, *, split: str = "train") -> list[str] | None:
+    """List the files of a source, in the order in which they are read. None if it is not of files alone.
+
+    Raises:
+        ValueError: If the source is missing or of an unknown kind.
+    """
+    if isinstance(source, RowTask):
+        return None
+    parts = [_expand(path, split=split) for path in _paths(source)]
+    return None if None in parts else [file for files in parts for file in files or ()]
+
+
 def _paths(source: str | Sequence[str]) -> list[str]:
     paths = [source] if isinstance(source, str) else list(source)
     if not paths:
