@@ -109,12 +109,12 @@ def store_path(source: Source, *, split: str, recipe: Recipe, tokenizer: Tokeniz
         split: The split of a hub dataset if its name does not include one.
         recipe: How to encode the rows.
         tokenizer: The tokenizer.
-        cache_dir: The folder of the stores.
+        cache_dir: The folder of the stores. It also keeps the hashes of large files; see `remembered_hash`.
 
     Raises:
         ValueError: If the source cannot be read.
     """
-    fingerprint = source_fingerprint(source, split=split)
+    fingerprint = source_fingerprint(source, split=split, cache_dir=cache_dir)
     content = {
         "format": _FORMAT,
         "source": fingerprint,
