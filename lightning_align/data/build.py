@@ -7,6 +7,7 @@ interruption. The files have the same bytes in every case.
 import json
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
@@ -33,6 +34,9 @@ from lightning_align.runtime.files import locked, publish, publish_text
 _SMALL_ROWS = 8192
 _SMALL_BLOCKS = 16
 """A source of fewer rows and blocks is tokenized before worker processes would have started."""
+_LOCK = ".lock"
+_SUFFIXES = (".parts", ".pairs.parts")
+"""The folders of the parts. The parts of rows that are paired first are others."""
 _logger = logging.getLogger(__name__)
 _Results = Iterable[tuple[Piece, Encoded]]
 
@@ -108,13 +112,15 @@ class Build:
         def tell() -> None:
             _logger.warning("waiting for another process that tokenizes %s", job.name)
 
-        with locked(self.path.with_suffix(".lock"), on_wait=tell) as is_locked:
+        with locked(self.path.with_suffix(_LOCK), on_wait=tell) as is_locked:
             if _signature(manifest) != before:
                 return  # the other process has built the store
-            # The parts of rows that are paired first are others.
-            suffix = f"{'.pairs' if job.is_mapped else ''}.parts"
+            suffix = _SUFFIXES[job.is_mapped]
             if not is_locked:
                 suffix += f".{socket.gethostname()}.{os.getpid()}"
+            else:
+                for file in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+                    file.unlink(missing_ok=True)  # of a process that was killed
             settings = {"text": job.is_text, "max_length": self.recipe.max_length}
             try:
                 parts = Parts(self.path.with_suffix(suffix), settings, self._new_progress())
@@ -127,8 +133,8 @@ class Build:
                     f"{self.path}: cannot be written ({error.strerror or error}): choose another path or free it"
                 ) from error
             parts.remove()
-            if job.is_mapped and is_locked:
-                Parts(self.path.with_suffix(".parts"), {}, self._new_progress()).remove()
+            if is_locked:
+                _remove_parts(self.path)
 
     def _add_parts(self, job: Job, reading: _Reading, parts: Parts) -> None:
         finished = parts.progress
@@ -183,6 +189,19 @@ class Build:
 
     def _new_progress(self) -> Progress:
         return Progress(0, 0, 0, self._new_ledger())
+
+
+def clean(path: Path) -> None:
+    """Remove what a process left that was killed after it had built a store, before it had removed the parts."""
+    if any(path.with_suffix(suffix).exists() for suffix in (*_SUFFIXES, _LOCK)):
+        with locked(path.with_suffix(_LOCK), on_wait=lambda: None) as is_locked:
+            if is_locked:
+                _remove_parts(path)
+
+
+def _remove_parts(path: Path) -> None:
+    for suffix in _SUFFIXES:
+        shutil.rmtree(path.with_suffix(suffix), ignore_errors=True)
 
 
 def _begin(pieces: Pieces, bar: ProgressBar) -> _Reading:

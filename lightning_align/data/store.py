@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
-from lightning_align.data.build import Build
+from lightning_align.data.build import Build, clean
 from lightning_align.data.earlier_stores import earlier_store
 from lightning_align.data.ledger import Ledger
 from lightning_align.data.mapping import map_rows
@@ -171,7 +171,9 @@ def build_store(
         ValueError: If the source or a row is bad, no row is left, or the store cannot be written.
     """
     found = open_store(path)
-    if found is None:
+    if found is not None:
+        clean(path)
+    else:
         Build(path, source, split, recipe, tokenizer, num_workers).run()
         found = open_store(path)
         if found is None:
