@@ -8,7 +8,7 @@ rows in the same steps.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lightning_align.data.store import StoredRow, StoredTokens, TokenStore
 from lightning_align.types import PreferenceBatch, PromptBatch, TokenBatch
 
+Indices = np.ndarray[Any, np.dtype[np.int64]]
 _BATCHES_SORTED_TOGETHER = 64
 """The number of global batches in a group of rows that is sorted by length."""
 
@@ -83,11 +84,11 @@ class RowLists(Dataset[list[StoredRow]]):
 
     Args:
         store: The store of the rows.
-        batches: Lists of row indices, for samplers that yield the number of a batch. None if the sampler yields the lists
-            of row indices itself.
+        batches: The row indices of each batch, for samplers that yield the number of a batch. None if the sampler yields the
+            lists of row indices itself.
     """
 
-    def __init__(self, store: TokenStore, batches: list[list[int]] | None = None) -> None:
+    def __init__(self, store: TokenStore, batches: Sequence[Sequence[int] | Indices] | None = None) -> None:
         self.store = store
         self.batches = batches
 
@@ -97,8 +98,44 @@ class RowLists(Dataset[list[StoredRow]]):
     def __getitem__(self, index: Sequence[int] | int) -> list[StoredRow]:
         if isinstance(index, int):
             assert self.batches is not None
-            index = self.batches[index]
+            return [self.store[int(row)] for row in self.batches[index]]
         return [self.store[row] for row in index]
+
+
+class IndexBatches(Sequence["Indices"]):
+    """Batches of row indices in one array, as a sequence of arrays.
+
+    Args:
+        whole_BN: The batches of equal size, of shape (batches, rows).
+        last: The last batch if it has another size.
+    """
+
+    def __init__(self, whole_BN: Indices, last: Indices | None = None) -> None:
+        self.whole_BN = whole_BN
+        self.last = last
+
+    def __len__(self) -> int:
+        return len(self.whole_BN) + int(self.last is not None)
+
+    @overload
+    def __getitem__(self, index: int) -> Indices: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "IndexBatches": ...
+
+    def __getitem__(self, index: int | slice) -> "Indices | IndexBatches":
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1 or stop < len(self):
+                raise ValueError(f"`index` must be a slice up to the end, but got {index}. Take single batches.")
+            return IndexBatches(self.whole_BN[start:], self.last if start < len(self) else None)
+        place = range(len(self))[index]
+        return self.whole_BN[place] if self.last is None or place < len(self.whole_BN) else self.last
+
+    def share(self, rank: int, num_ranks: int) -> "IndexBatches":
+        """Return the part of a rank: every n-th row of each batch, where n is the number of ranks."""
+        last = None if self.last is None else self.last[rank::num_ranks]
+        return IndexBatches(self.whole_BN[:, rank::num_ranks], last)
 
 
 class LengthGroupedSampler(DistributedSampler[list[int]]):
@@ -161,9 +198,13 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
         return num_whole + int(not self.drop_last and self._has_own_batch(num_rest))
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self.global_batches()[self.start :]
+        # A generator would compute the batches later, after `start` was reset.
+        return (batch.tolist() for batch in self.rank_batches()[self.start :])
+
+    def rank_batches(self) -> IndexBatches:
+        """Compute this rank's batches of the current epoch, as arrays of row indices."""
         # The stride gives each rank both long and short rows of a batch.
-        return iter([batch[self.rank :: self.num_replicas].tolist() for batch in batches])
+        return self.global_batches().share(self.rank, self.num_replicas)
 
     @cached_property
     def order(self) -> str:
@@ -172,34 +213,51 @@ class LengthGroupedSampler(DistributedSampler[list[int]]):
             return "ungrouped"
         return hashlib.sha256(np.ascontiguousarray(self._lengths, dtype=np.int64).tobytes()).hexdigest()[:16]
 
-    def global_batches(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    def global_batches(self) -> IndexBatches:
         """Compute the global batches of the current epoch, as arrays of row indices."""
         random = np.random.default_rng([self.seed, self.epoch])
         order = self._epoch_rows(random)
         num_rest = self.num_rows % self.global_batch_size
         order, rest = order[: self.num_rows - num_rest], order[self.num_rows - num_rest :]
-        group_size = _BATCHES_SORTED_TOGETHER * self.global_batch_size
-        batches = []
-        for start in range(0, len(order), group_size):
-            indices = order[start : start + group_size]
-            if self._lengths is not None:
-                indices = indices[np.argsort(-self._lengths[indices], kind="stable")]
-            batches += list(indices.reshape(-1, self.global_batch_size))
+        if self._lengths is not None:
+            order = _sort_groups(order, self._lengths, group_size=_BATCHES_SORTED_TOGETHER * self.global_batch_size)
+        batches_BN = order.reshape(-1, self.global_batch_size)
         if self.shuffle:
-            batches = [batches[i] for i in random.permutation(len(batches))]
-        if len(rest) and not self.drop_last:
-            if self._has_own_batch(len(rest)):
-                batches.append(rest)
-            else:
-                batches[-1] = np.concatenate([batches[-1], rest])
-        return batches
+            batches_BN = batches_BN[random.permutation(len(batches_BN))]
+        if not len(rest) or self.drop_last:
+            return IndexBatches(batches_BN)
+        if self._has_own_batch(len(rest)):
+            return IndexBatches(batches_BN, rest)
+        return IndexBatches(batches_BN[:-1], np.concatenate([batches_BN[-1], rest]))
 
-    def _epoch_rows(self, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _epoch_rows(self, random: np.random.Generator) -> Indices:
         """Draw the rows of the current epoch, in the order in which they are grouped."""
         return random.permutation(self.num_rows) if self.shuffle else np.arange(self.num_rows)
 
     def _has_own_batch(self, num_rest: int) -> bool:
         return num_rest >= self.num_replicas
+
+
+def _sort_groups(rows: Indices, lengths: np.ndarray[Any, Any], *, group_size: int) -> Indices:
+    """Sort the rows of each group by length, the longest first. Rows of equal length keep their order."""
+    longest = int(lengths.max(initial=0))
+    bits = group_size.bit_length()
+    keys = (longest - lengths[rows]).astype(np.int64)
+    if int(keys.max(initial=0)).bit_length() + bits > 63:
+        raise ValueError(f"`lengths` must be below {1 << (63 - bits)}, but one is {longest}.")
+    # Length and position in one number: these differ, so that any sort keeps the order of equal lengths, the fastest too.
+    keys <<= bits
+    num_whole = len(rows) // group_size * group_size
+    result = np.empty_like(rows)
+    for start, stop, width in ((0, num_whole, group_size), (num_whole, len(rows), len(rows) - num_whole)):
+        if start < stop:
+            keys_GN = keys[start:stop].reshape(-1, width)
+            keys_GN += np.arange(width)
+            keys_GN.sort(axis=1)
+            keys_GN &= (1 << bits) - 1
+            keys_GN += np.arange(start, stop, width)[:, None]
+            result[start:stop] = rows[keys_GN.reshape(-1)]
+    return result
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -14,9 +14,14 @@ from typing import Any
 from lightning_align.data.mapping import RowMapping
 from lightning_align.data.rows import Row, RowTask, Source, read_rows
 from lightning_align.data.tokenizer import Tokenizer
+from lightning_align.runtime.files import publish_text
 
 PLAIN = ({"prompt", "response"}, {"prompt", "chosen", "rejected"}, {"text"}, {"prompt"})
 NUMBERS = {"weight", "margin"}
+_LEAST_BYTES = 1 << 23
+"""The size of a store whose check takes long, so that its result is kept."""
+_CHECK = 1
+"""The version of the check. Increase it when other rows are plain."""
 
 
 def earlier_store(
@@ -44,7 +49,16 @@ def earlier_store(
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path = Path(cache_dir) / f"{settings['kind']}-{digest[:16]}.arrow"
-    return path if path.exists() and _are_plain(read_rows(source, split=split), tokenizer) else None
+    if not path.exists():
+        return None
+    checked = path.with_suffix(f".checked-{_CHECK}")
+    if checked.exists():
+        return path if checked.read_text(encoding="utf-8") == "plain" else None
+    is_same = _are_plain(read_rows(source, split=split), tokenizer)
+    if path.stat().st_size >= _LEAST_BYTES:
+        # A store of the same name always has the same rows.
+        publish_text(checked, "plain" if is_same else "other")
+    return path if is_same else None
 
 
 def _are_plain(rows: Iterable[Row], tokenizer: Tokenizer) -> bool:

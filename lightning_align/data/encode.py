@@ -11,13 +11,13 @@ Three rules hold for every encoded row.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from lightning_align.data.conversations import BadRowError, Conversation, MaskTurns, Turn, restore
 from lightning_align.data.forms import Form, form_of, read_conversation, read_prompt, side_text
-from lightning_align.data.ledger import KEPT, PROMPT_TRIMMED, RESPONSE_TRIMMED, Ledger
+from lightning_align.data.ledger import DUPLICATE, KEPT, PROMPT_TRIMMED, RESPONSE_TRIMMED, Ledger
 from lightning_align.data.rows import Row
 from lightning_align.data.tokenizer import Encoding, Tokenizer, all_ends
 from lightning_align.data.unread import unread_columns
@@ -56,8 +56,10 @@ class _Span(NamedTuple):
     """A text of a response with its ids."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]
-    """The character offsets of each id of the text. Ids that were appended, such as end-of-sequence, have none."""
+    offsets: Sequence[tuple[int, int]]
+    """The character offsets of ``skipped`` other ids and of each id of the text. Ids that were appended, such as
+    end-of-sequence, have none."""
+    skipped: int
     origin: int
     """The offset at which the text begins."""
     text: str
@@ -77,6 +79,7 @@ def encode_rows(
     mask_turns: MaskTurns,
     prompts_only: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    note_duplicates: bool = True,
 ) -> Iterator[EncodedRow]:
     """Encode rows and count each of them in the ledger.
 
@@ -95,6 +98,7 @@ def encode_rows(
             from the first turn of the assistant with ``assistant_only``, and the whole conversation with ``all``.
         prompts_only: Whether to encode only the prompts.
         chat_template_kwargs: Variables of the chat template. Those of a row have priority.
+        note_duplicates: Whether to note rows with the ids of an earlier row, for which a hash of each row is held in memory.
 
     Raises:
         ValueError: If a row is bad and the ledger has ``on_bad_row="fail"``, or there are variables but no chat template.
@@ -125,11 +129,13 @@ def encode_rows(
             except BadRowError as error:
                 ledger.drop(error.reason, origin=origin, problem=error.problem)
                 continue
-            content = hash(tuple(tuple(side.tokens) for side in result.sides))
-            notes = answer.notes | {"duplicate"} if content in seen else answer.notes
-            seen.add(content)
-            for note in sorted(notes):
+            for note in answer.notes:
                 ledger.note(note)
+            if note_duplicates:
+                content = hash(tuple(tuple(side.tokens) for side in result.sides))
+                if content in seen:
+                    ledger.note(DUPLICATE)
+                seen.add(content)
             ledger.keep(outcome)
             yield result._replace(row=index, weight=weight, margin=margin)
 
@@ -191,20 +197,32 @@ class _Answer(NamedTuple):
 
 
 class _Encoder:
-    """An encoder of the conversations of a chunk. It calls the tokenizer once for all their texts."""
+    """An encoder of the conversations of a chunk. It calls the tokenizer once for all their texts.
+
+    A prompt is a part of several texts: of itself and of each response with its prompt. Where the tokenizer tells a place in
+    the prompt before which the ids do not depend on what follows, that part is encoded once.
+    """
 
     def __init__(self, tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> None:
         self.tokenizer = tokenizer
+        split: Callable[[str], int] = getattr(tokenizer, "split_point", lambda text: 0)
+        self._heads: dict[str, tuple[str, str]] = {}
         texts: dict[str, None] = {}
         literal: dict[str, Mapping[str, str]] = {}
         for conversation in conversations:
-            before = len(texts)
-            texts[conversation.context] = None
-            for turns in (conversation.history, *conversation.sides):
+            own: dict[str, None] = {}
+            for turns in ([Turn(conversation.context, "", False, False)], conversation.history, *conversation.sides):
                 for turn in turns:
-                    texts[turn.context] = texts[turn.context + turn.response] = None
+                    context = turn.context
+                    if context not in self._heads:
+                        # Texts with stand-ins are encoded in a way of their own.
+                        place = 0 if conversation.stand_ins else split(context)
+                        self._heads[context] = context[:place], context[place:]
+                    head, tail = self._heads[context]
+                    own[head] = own[tail] = own[tail + turn.response] = None
             if conversation.stand_ins:
-                literal |= dict.fromkeys(list(texts)[before:], conversation.stand_ins)
+                literal |= {text: conversation.stand_ins for text in own if text not in texts}
+            texts |= own
         self._encoded = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
         for text, stand_ins in literal.items():
             self._encoded[text] = _encode_literally(tokenizer, text, stand_ins)
@@ -213,9 +231,9 @@ class _Encoder:
         notes = set(conversation.notes)
         prompt: list[int] = []
         for turn in conversation.history:
-            prompt += self._encoded[turn.context].ids
+            prompt += self._ids(turn.context)
             prompt += self._response(turn, notes, conversation.stand_ins).ids
-        prompt, doubled = with_bos(prompt + self._encoded[conversation.context].ids, self.tokenizer)
+        prompt, doubled = with_bos(prompt + self._ids(conversation.context), self.tokenizer)
         # A chat template may write the beginning-of-sequence token itself. Only a second one is noted.
         num_twice = 2 if conversation.templated else 1
         if doubled >= num_twice:
@@ -224,48 +242,51 @@ class _Encoder:
         for turns in conversation.sides:
             spans = [self._response(turns[0], notes, stand_ins)]
             for turn in turns[1:]:
-                context = self._encoded[turn.context]
-                spans.append(_Span(context.ids, context.offsets, 0, turn.context, turn.context_trained, stand_ins))
+                context = self._context(turn.context)
+                spans.append(_Span(context.ids, context.offsets, 0, 0, turn.context, turn.context_trained, stand_ins))
                 spans.append(self._response(turn, notes, stand_ins))
             sides.append(spans)
         if sides and conversation.sides[0][0].context_trained:
             # With `all`, everything but the first token is a target: the rest of the prompt becomes part of each response.
-            context = self._encoded[conversation.context]
+            context = self._context(conversation.context)
             num_start = max(1, int(self.tokenizer.bos_id is not None))
             num_skipped = len(context.ids) - (len(prompt) - num_start)
-            rest = _Span(prompt[num_start:], context.offsets[num_skipped:], 0, conversation.context, True, stand_ins)
+            rest = _Span(prompt[num_start:], context.offsets, num_skipped, 0, conversation.context, True, stand_ins)
             prompt, sides = prompt[:num_start], [[rest, *spans] for spans in sides]
         num_bos = int(self.tokenizer.bos_id is not None)
-        self._check_ids([prompt, *(span.ids for spans in sides for span in spans)])
         return _Answer(prompt, num_bos, sides, notes)
 
+    def _ids(self, context: str) -> list[int]:
+        head, tail = self._heads[context]
+        return self._encoded[head].ids + self._encoded[tail].ids if head else self._encoded[tail].ids
+
+    def _context(self, text: str) -> Encoding:
+        head, tail = self._heads[text]
+        first, last = self._encoded[head], self._encoded[tail]
+        if not head:
+            return last
+        moved = [(start + len(head), end + len(head)) for start, end in last.offsets]
+        return Encoding(first.ids + last.ids, [*first.offsets, *moved])
+
     def _response(self, turn: Turn, notes: set[str], stand_ins: Mapping[str, str]) -> _Span:
-        context, joint = self._encoded[turn.context], self._encoded[turn.context + turn.response]
-        num_context, boundary = len(context.ids), len(turn.context)
-        ids, offsets, origin = joint.ids[num_context:], joint.offsets[num_context:], boundary
+        _, tail = self._heads[turn.context]
+        context, joint = self._encoded[tail], self._encoded[tail + turn.response]
+        num_context, origin = len(context.ids), len(tail)
+        ids, offsets, skipped = joint.ids[num_context:], joint.offsets, num_context
         starts_alike = joint.ids[:num_context] == context.ids
-        if not starts_alike or (ids and offsets[0][0] < boundary):
+        if not starts_alike or (ids and offsets[num_context][0] < origin):
             notes.add("merged_boundary")
             ids, offsets = _encode_literally(self.tokenizer, turn.response, stand_ins)
-            origin = 0
+            origin = skipped = 0
         if self.tokenizer.bos_id is not None and ids[:1] == [self.tokenizer.bos_id]:
             notes.add("double_bos")
-            ids, offsets = ids[1:], offsets[1:]
+            ids, skipped = ids[1:], skipped + 1
         if turn.eos:
             ids = with_eos(ids, self.tokenizer)
         if turn.trained and not set(all_ends(self.tokenizer)).isdisjoint(ids[:-1]):
             # Strings are used as they are, so a response can contain the token. The model learns to stop there.
             notes.add("end_token_inside")
-        return _Span(ids, offsets, origin, turn.response, turn.trained, stand_ins)
-
-    def _check_ids(self, parts: list[list[int]]) -> None:
-        for ids in parts:
-            if ids and not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
-                raise ValueError(
-                    f"the tokenizer produced ids from {min(ids)} to {max(ids)}, but its vocabulary size is "
-                    f"{self.tokenizer.vocab_size}."
-                    " The tokenizer file is damaged. Write or download it again."
-                )
+        return _Span(ids, offsets, skipped, origin, turn.response, turn.trained, stand_ins)
 
 
 def _encode_literally(tokenizer: Tokenizer, text: str, stand_ins: Mapping[str, str]) -> Encoding:
@@ -365,11 +386,11 @@ def _flatten(prompt: list[int], spans: Sequence[_Span], *, room: int, ends: Coll
         tokens += ids
         targets += [span.is_target] * len(ids)
         if span.is_target and ids:
-            num_spelled = min(len(ids), len(span.offsets))
+            num_spelled = min(len(ids), len(span.offsets) - span.skipped)
             if num_spelled and ids[num_spelled - 1] in ends:
                 num_spelled -= 1
             if num_spelled:
-                text = span.text[: span.offsets[num_spelled - 1][1] - span.origin]
+                text = span.text[: span.offsets[span.skipped + num_spelled - 1][1] - span.origin]
                 num_bytes += len(restore(text, span.stand_ins).encode())
     targets[:1] = [False]
     return EncodedTokens(tokens, targets, num_bytes)

@@ -5,7 +5,6 @@ memory, never all of it.
 """
 
 import codecs
-import csv
 import difflib
 import glob
 import gzip
@@ -15,9 +14,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader, TextIOWrapper
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import IO, Any, cast
+
+from lightning_align.data.parsing import csv_rows, doubled_name
+from lightning_align.data.tables import parse_batch, table_batches
 
 _TEXT = (".jsonl", ".ndjson", ".json", ".csv")
 KINDS = (*_TEXT, ".parquet", ".arrow")
@@ -30,6 +32,8 @@ _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.I
 _SPACE = re.compile(r"\s*")
 _CHUNK = 1 << 20
 _AGAIN = "The file may be incomplete. Download or write it again."
+_LINE_BYTES = 1 << 19
+"""The number of bytes in a block of lines, at least one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,26 +84,30 @@ def expand_path(source: str, *, split: str) -> list[str] | None:
     return None
 
 
-def read_file(path: str) -> Iterator[Row]:
-    """Yield the rows of a file, in order. Blank lines of JSON-lines files are ignored.
+def read_file(path: str, *, opened: list[BufferedReader] | None = None) -> Iterator[Row]:
+    """Yield the rows of a file.
+
+    Args:
+        path: The file.
+        opened: A list that the open file is added to, so that the caller can ask for its position.
 
     Raises:
         ValueError: If the file cannot be read.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == ".csv":
-        return _csv_rows(path)
+        return _csv_rows(path, opened)
     if kind == ".json":
-        return _json_rows(path)
+        return _json_rows(path, opened)
     if kind in (".parquet", ".arrow"):
-        return _table_rows(path, kind)
-    return _json_lines(path)
+        return _table_rows(path)
+    return _json_lines(path, opened)
 
 
 def hash_file(path: str) -> str:
     """Hash the content of a file, together with its kind."""
     with _open_binary(path) as file:
-        suffix = _kind(path) + next((packed for packed in (".gz", ".zst") if path.endswith(packed)), "")
+        suffix = kind_of(path) + next((packed for packed in (".gz", ".zst") if path.endswith(packed)), "")
         return f"{suffix}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
@@ -115,7 +123,8 @@ def near(path: str) -> str:
     return f"; similar files: {', '.join(str(parent / name) for name in close)}" if close else ""
 
 
-def _kind(path: str) -> str:
+def kind_of(path: str) -> str:
+    """Return the suffix of a file, without that of its compression."""
     name = path.removesuffix(".gz").removesuffix(".zst")
     return next(kind for kind in KINDS if name.endswith(kind))
 
@@ -143,7 +152,7 @@ def _folder_files(folder: Path, *, split: str, named: bool = False) -> list[str]
         raise ValueError(f"{folder} is a folder without files of rows. Files end in {SUFFIXES_TEXT}")
     for what, found in (
         ("splits", {match[1].lower() for file in files if (match := _SPLIT.match(Path(file).name))}),
-        ("kinds", {_kind(file) for file in files}),
+        ("kinds", {kind_of(file) for file in files}),
     ):
         if len(found) > 1:
             raise ValueError(
@@ -173,9 +182,11 @@ def _open_binary(path: str) -> BufferedReader:
 
 
 @contextmanager
-def _open_unpacked(path: str) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed."""
+def _open_unpacked(path: str, opened: list[BufferedReader] | None) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed. Add the open file itself to a list."""
     with _open_binary(path) as raw:
+        if opened is not None:
+            opened.append(raw)
         if path.endswith(".gz"):
             yield cast("IO[bytes]", gzip.open(raw))
         elif path.endswith(".zst"):
@@ -192,18 +203,42 @@ def _open_zstandard(path: str, raw: BufferedReader) -> IO[bytes]:
     return BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw), "zstd"))
 
 
-def _json_lines(path: str) -> Iterator[Row]:
-    line_number = 0
-    with _open_unpacked(path) as lines:
+def line_blocks(path: str, opened: list[BufferedReader] | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file in blocks: the number of the first line, from 1, and the lines.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    first, lines, num_bytes = 1, list[bytes](), 0
+    with _open_unpacked(path, opened) as file:
+        problem: Exception | None = None
         try:
             # Read bytes, not text: text mode would fail for a whole block of lines if only one of them is not UTF-8.
-            for line_number, line in enumerate(lines, start=1):
-                if line_number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield _parse_line(line, origin=f"{path}:{line_number}")
+            for line in file:
+                lines.append(line)
+                num_bytes += len(line)
+                if num_bytes >= _LINE_BYTES:
+                    yield first, b"".join(lines)
+                    first, lines, num_bytes = first + len(lines), [], 0
         except (OSError, EOFError) as error:
-            raise ValueError(f"{path}, after line {line_number}: cannot be read ({error}). {_AGAIN}") from error
+            problem = error
+        if lines:
+            yield first, b"".join(lines)
+        if problem is not None:
+            raise ValueError(f"{path}, after line {first - 1 + len(lines)}: cannot be read ({problem}). {_AGAIN}") from problem
+
+
+def parse_lines(path: str, first: int, lines: bytes) -> Iterator[Row]:
+    """Yield the rows of a block of lines."""
+    for number, line in enumerate(BytesIO(lines), start=first):
+        content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if content.strip():
+            yield _parse_line(content, origin=f"{path}:{number}")
+
+
+def _json_lines(path: str, opened: list[BufferedReader] | None) -> Iterator[Row]:
+    for first, lines in line_blocks(path, opened):
+        yield from parse_lines(path, first, lines)
 
 
 def _parse_line(line: bytes, *, origin: str) -> Row:
@@ -224,7 +259,7 @@ def _checked(fields: Any, origin: str, spelled: bytes) -> Row:
         return Row({}, origin, f"is a JSON {type(fields).__name__}, expected an object with named fields{array}")
     # A name that the text has once is not doubled. The exact check is slow.
     if any(spelled.count(f'"{name}"'.encode(errors="surrogatepass")) > 1 for name in fields) and (
-        doubled := _doubled_name(spelled)
+        doubled := doubled_name(spelled)
     ):
         return Row({}, origin, f"has the field {doubled!r} twice, so its value is not certain: expected each name once")
     if _SURROGATE.search(spelled):
@@ -237,23 +272,9 @@ def _checked(fields: Any, origin: str, spelled: bytes) -> Row:
     return Row(fields, origin)
 
 
-def _doubled_name(spelled: bytes) -> str | None:
-    """Return a name that an object has twice, if there is one in the outermost object."""
-    pairs: list[tuple[str, Any]] = []
-
-    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal pairs
-        pairs = found  # the outermost object comes last
-        return dict(found)
-
-    json.loads(spelled.decode(), object_pairs_hook=keep)
-    names = [name for name, _ in pairs]
-    return next((name for name in names if names.count(name) > 1), None)
-
-
-def _json_rows(path: str) -> Iterator[Row]:
+def _json_rows(path: str, opened: list[BufferedReader] | None) -> Iterator[Row]:
     """Yield the rows of a ``.json`` file: the objects of one array, or JSON lines."""
-    with _open_unpacked(path) as file:
+    with _open_unpacked(path, opened) as file:
         start = b""
         try:
             while not start.strip() and (more := file.read(64)):
@@ -263,7 +284,7 @@ def _json_rows(path: str) -> Iterator[Row]:
         if start.lstrip()[:1] == b"[":
             yield from _array_rows(path, file, start)
             return
-    for number, row in enumerate(_json_lines(path)):
+    for number, row in enumerate(_json_lines(path, opened)):
         if number == 0 and row.problem.startswith("is not JSON"):
             raise ValueError(
                 f"{row.origin} {row.problem}. Expected a .json file to hold one array of objects, or one object per line"
@@ -345,49 +366,24 @@ def _array_rows(path: str, file: IO[bytes], start: bytes) -> Iterator[Row]:
             return
 
 
-def _csv_rows(path: str) -> Iterator[Row]:
-    # The default limit of the csv module is 128 KiB per field. It applies to the whole process.
-    csv.field_size_limit(2**31 - 1)
-    with _open_unpacked(path) as raw:
-        # Table libraries are not used because they convert "12" to a number and "NA" to a missing value, and do not report
-        # line numbers.
-        reader = csv.DictReader(TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True)
-        try:
-            for fields in reader:
-                problem = ""
-                if None in fields or None in fields.values():
-                    problem = f"has a different number of fields than the header ({', '.join(reader.fieldnames or ())})"
-                yield Row({} if problem else dict(fields), f"{path}:{reader.line_num}", problem)
-        except (csv.Error, OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, after line {reader.line_num}: cannot be read as CSV ({error})") from error
+def _csv_rows(path: str, opened: list[BufferedReader] | None) -> Iterator[Row]:
+    with _open_unpacked(path, opened) as raw:
+        for number, fields, problem in csv_rows(path, raw):
+            yield Row(fields, f"{path}:{number}", problem)
 
 
-def _table_rows(path: str, kind: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _table_rows(path: str) -> Iterator[Row]:
+    for first, batch, _ in read_table(path):
+        yield from table_rows(path, first, batch)
 
-    number = 0
+
+def read_table(path: str) -> Iterator[tuple[int, Any, float]]:
+    """Yield the rows of a Parquet or Arrow file in batches; see `table_batches`."""
     with _open_binary(path) as raw:
-        try:
-            batches = pq.ParquetFile(raw).iter_batches(batch_size=1024) if kind == ".parquet" else _arrow_batches(path, raw)
-            for batch in batches:
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(fields, f"{path}, row {number}")
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}, after row {number}: cannot be read as {kind[1:].title()} ({error}). {_AGAIN}") from error
+        yield from table_batches(path, kind_of(path), raw)
 
 
-def _arrow_batches(path: str, raw: BufferedReader) -> Iterator[Any]:
-    import pyarrow as pa
-
-    is_file = raw.peek(6)[:6] == b"ARROW1"
-    with pa.memory_map(path) as source:
-        if is_file:
-            reader = pa.ipc.open_file(source)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = iter(pa.ipc.open_stream(source))
-        for batch in batches:
-            for start in range(0, batch.num_rows, 1024):
-                yield batch.slice(start, 1024)
+def table_rows(path: str, first: int, batch: Any) -> Iterator[Row]:
+    """Yield the rows of a batch of a table, of which the first one has a number."""
+    for fields, origin in parse_batch(path, kind_of(path), first, batch):
+        yield Row(fields, origin)

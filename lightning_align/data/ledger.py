@@ -17,6 +17,8 @@ BadRow = Literal["fail", "warn", "skip"]
 KEPT = "kept"
 PROMPT_TRIMMED = "prompt_trimmed"
 RESPONSE_TRIMMED = "response_trimmed"
+DUPLICATE = "duplicate"
+"""The note of a row with the token ids of an earlier row."""
 LIMITS = ("too_long", "prompt_too_long", "response_too_long")
 """The reasons for a drop that come from the user's length limits. Such rows are not bad."""
 TIED, UNPAIRED, NO_TARGET = "tied", "unpaired", "no_target"
@@ -29,6 +31,9 @@ _MOST_COLUMNS = 12
 """The number of unread columns that the table names."""
 _NUM_EXAMPLES = 5
 """The number of dropped rows that are kept as examples, per reason."""
+_NUM_UNREAD = 1000
+"""The number of names of unread columns that are counted one by one, so that the names of any source fit into memory."""
+_OTHER_COLUMNS = "(other columns)"
 
 
 class Ledger:
@@ -55,7 +60,7 @@ class Ledger:
         self.examples: dict[str, list[str]] = {}
         """The first dropped rows per reason."""
         self.unread: Counter[str] = Counter()
-        """The number of rows per column that had a value and was not read."""
+        """The number of rows per column that had a value and was not read. After 1000 columns, others are counted as one."""
 
     @property
     def num_rows(self) -> int:
@@ -82,7 +87,21 @@ class Ledger:
 
     def skip_column(self, name: str) -> None:
         """Count a column of a row that was not read."""
-        self.unread[name] += 1
+        self._count_unread(name, 1)
+
+    def _count_unread(self, name: str, count: int) -> None:
+        known = name in self.unread or len(self.unread) < _NUM_UNREAD
+        self.unread[name if known else _OTHER_COLUMNS] += count
+
+    def add(self, other: "Ledger") -> None:
+        """Add the counts and the examples of a ledger of the rows that follow in the same source."""
+        self.counts.update(other.counts)
+        self.notes.update(other.notes)
+        for reason, shown in other.examples.items():
+            examples = self.examples.setdefault(reason, [])
+            examples += shown[: _NUM_EXAMPLES - len(examples)]
+        for name, count in other.unread.items():
+            self._count_unread(name, count)
 
     def drop(self, reason: str, *, origin: str, problem: str) -> None:
         """Count a row that is dropped.

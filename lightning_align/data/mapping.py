@@ -2,8 +2,8 @@
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, get_args
@@ -72,11 +72,13 @@ def map_rows(
     accepted: Sequence[Form],
     prompts_only: bool = False,
     ledger: Ledger | None = None,
+    on_labelled: Callable[[], None] | None = None,
 ) -> Iterator[Row]:
     """Convert rows to rows of the forms, in order.
 
     The pairs of one row have the origin of that row. Two labelled rows of one prompt become a pair at the place of the
-    second.
+    second. Labelled rows without a partner yet are held in memory: all of a source in which all good answers come before all
+    bad ones, and none of a source in which the answers of a prompt follow each other. Other rows are not.
 
     Args:
         rows: The rows, as they were read.
@@ -84,6 +86,7 @@ def map_rows(
         accepted: The forms that are accepted.
         prompts_only: Whether only prompts are used, so that columns of responses may be missing.
         ledger: The ledger that counts the rows that are dropped, and the rows of each shape.
+        on_labelled: Is called for each labelled row, before it waits for its partner.
 
     Raises:
         ValueError: If a row is bad and the ledger has ``on_bad_row="fail"``.
@@ -104,8 +107,10 @@ def map_rows(
             continue
         if ledger is not None and shape != "plain":
             ledger.note(f"shape_{shape}")
+        if shape == "labelled" and on_labelled is not None:
+            on_labelled()
         for fields in converted:
-            new = replace(row, fields=fields)
+            new = row if fields is row.fields else Row(fields, row.origin, row.problem)
             if shape != "labelled":
                 yield new
             elif (pair := partners.match(new)) is not None:

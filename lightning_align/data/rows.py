@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lightning_align.data.files import SUFFIXES, SUFFIXES_TEXT, Row, expand_path, hash_file, near, read_file
+from lightning_align.data.remembered import remembered_hash
 
 __all__ = ["SUFFIXES", "Grader", "Row", "RowTask", "Source", "read_rows", "source_fingerprint", "source_name"]
 
@@ -67,8 +68,14 @@ def read_rows(source: Source, *, split: str = "train") -> Iterator[Row]:
     return _all_rows(source_name(source), parts, split=split)
 
 
-def source_fingerprint(source: Source, *, split: str = "train") -> str:
+def source_fingerprint(source: Source, *, split: str = "train", cache_dir: str | None = None) -> str:
     """Hash the content of a source. Files with the same content have the same fingerprint, regardless of their paths.
+
+    Args:
+        source: See `read_rows`.
+        split: The split of a dataset if its name does not include one.
+        cache_dir: The folder in which to keep the hashes of large files, so that a file is read again only if it was changed.
+            See `remembered_hash`. None reads every file.
 
     Raises:
         ValueError: If the source is missing, unreadable or of an unknown kind.
@@ -82,8 +89,12 @@ def source_fingerprint(source: Source, *, split: str = "train") -> str:
             # The fingerprint of the datasets library covers the revision and the files of a dataset. Nothing cheaper does.
             hashes.append(f"hub:{_load_hub(path, split=split)._fingerprint}")
         else:
-            hashes += [hash_file(file) for file in files]
+            hashes += [_hash(file, cache_dir) for file in files]
     return hashes[0] if len(hashes) == 1 else f"{len(hashes)} parts:{hashlib.sha256(' '.join(hashes).encode()).hexdigest()}"
+
+
+def _hash(path: str, cache_dir: str | None) -> str:
+    return hash_file(path) if cache_dir is None else remembered_hash(path, hash_file, folder=Path(cache_dir) / "hashes")
 
 
 def source_name(source: Source) -> str:
@@ -92,6 +103,18 @@ def source_name(source: Source) -> str:
         return type(source).__name__
     first, *others = _paths(source)
     return first if not others else f"{first} and {len(others)} more"
+
+
+def source_files(source: Source, *, split: str = "train") -> list[str] | None:
+    """List the files of a source, in the order in which they are read. None if it is not of files alone.
+
+    Raises:
+        ValueError: If the source is missing or of an unknown kind.
+    """
+    if isinstance(source, RowTask):
+        return None
+    parts = [_expand(path, split=split) for path in _paths(source)]
+    return None if None in parts else [file for files in parts for file in files or ()]
 
 
 def _paths(source: str | Sequence[str]) -> list[str]:

@@ -8,8 +8,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,38 +16,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from lightning_align.data.conversations import BadRowError, MaskTurns
+from lightning_align.data.build import Build, clean
 from lightning_align.data.earlier_stores import earlier_store
-from lightning_align.data.encode import EncodedRow, Truncation, encode_rows
-from lightning_align.data.forms import Form, form_of
-from lightning_align.data.ledger import BadRow, Ledger
-from lightning_align.data.mapping import RowMapping, map_rows
-from lightning_align.data.packing import encode_blocks
-from lightning_align.data.rows import Row, Source, read_rows, source_fingerprint, source_name
+from lightning_align.data.ledger import Ledger
+from lightning_align.data.mapping import map_rows
+from lightning_align.data.recipe import Recipe
+from lightning_align.data.rows import Row, Source, source_fingerprint
 from lightning_align.data.tokenizer import Tokenizer
-from lightning_align.runtime.files import publish, publish_text
 
-_FORMAT = 4
+__all__ = ["Recipe", "StoredRow", "StoredTokens", "TokenStore", "build_store", "open_store", "read_forms", "store_path"]
+
+_FORMAT = 5
 """The version of the format. Increase it when the same settings produce other ids or another layout."""
-_ROWS_PER_BATCH = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """All settings that the ids of a source depend on, except the tokenizer. See `encode_rows` and `map_rows`."""
-
-    kind: str
-    """What the rows are used for. It is a part of the file name."""
-    accepted: tuple[Form, ...]
-    max_length: int
-    truncation: Truncation
-    mask_turns: MaskTurns
-    on_bad_row: BadRow
-    prompts_only: bool = False
-    mapping: RowMapping = field(default_factory=RowMapping)
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class StoredTokens(NamedTuple):
@@ -129,12 +109,12 @@ def store_path(source: Source, *, split: str, recipe: Recipe, tokenizer: Tokeniz
         split: The split of a hub dataset if its name does not include one.
         recipe: How to encode the rows.
         tokenizer: The tokenizer.
-        cache_dir: The folder of the stores.
+        cache_dir: The folder of the stores. It also keeps the hashes of large files; see `remembered_hash`.
 
     Raises:
         ValueError: If the source cannot be read.
     """
-    fingerprint = source_fingerprint(source, split=split)
+    fingerprint = source_fingerprint(source, split=split, cache_dir=cache_dir)
     content = {
         "format": _FORMAT,
         "source": fingerprint,
@@ -170,8 +150,13 @@ def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:
     return store, ledger
 
 
-def build_store(path: Path, *, source: Source, split: str, recipe: Recipe, tokenizer: Tokenizer) -> tuple[TokenStore, Ledger]:
+def build_store(
+    path: Path, *, source: Source, split: str, recipe: Recipe, tokenizer: Tokenizer, num_workers: int = 0
+) -> tuple[TokenStore, Ledger]:
     """Tokenize a source and write the store, or open the store if it exists.
+
+    A source of many rows is tokenized in parts, in a folder beside the store. If the process is killed, the next one continues
+    after the last finished part.
 
     Args:
         path: The path of the store, as returned by `store_path`.
@@ -179,31 +164,21 @@ def build_store(path: Path, *, source: Source, split: str, recipe: Recipe, token
         split: The split of a hub dataset if its name does not include one.
         recipe: How to encode the rows.
         tokenizer: The tokenizer.
+        num_workers: The number of processes that tokenize a source of many rows. 0 is the number of cores, and 1 is this
+            process alone. The bytes of the store do not depend on it.
 
     Raises:
         ValueError: If the source or a row is bad, no row is left, or the store cannot be written.
     """
     found = open_store(path)
     if found is not None:
-        return found
-    name = source_name(source)
-    ledger = Ledger(name, on_bad_row=recipe.on_bad_row)
-    rows = tqdm(read_rows(source, split=split), desc=f"tokenizing {name}", unit=" rows", leave=False, disable=None)
-    mapped = read_forms(rows, recipe=recipe, ledger=ledger)
-    encoded = _encode(mapped, recipe=recipe, tokenizer=tokenizer, ledger=ledger)
-    num_stored = 0
-
-    def write(temporary: Path) -> None:
-        nonlocal num_stored
-        num_stored = _write(temporary, encoded)
-        # This raises before the file is published if the source has no usable row.
-        ledger.close()
-
-    publish(path, write)
-    content = {"ledger": ledger.to_dict(), "num_stored": num_stored, "num_bytes": path.stat().st_size}
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    publish_text(path.with_suffix(".json"), text)
-    return TokenStore(str(path)), ledger
+        clean(path)
+    else:
+        Build(path, source, split, recipe, tokenizer, num_workers).run()
+        found = open_store(path)
+        if found is None:
+            raise ValueError(f"{path} was removed while it was built. Run the same again.")
+    return found
 
 
 def read_forms(rows: Iterable[Row], *, recipe: Recipe, ledger: Ledger | None = None) -> Iterator[Row]:
@@ -215,69 +190,3 @@ def read_forms(rows: Iterable[Row], *, recipe: Recipe, ledger: Ledger | None = N
         ledger: The ledger that counts the rows that cannot be converted.
     """
     return map_rows(rows, recipe.mapping, accepted=recipe.accepted, prompts_only=recipe.prompts_only, ledger=ledger)
-
-
-def _encode(rows: Iterable[Row], *, recipe: Recipe, tokenizer: Tokenizer, ledger: Ledger) -> Iterator[EncodedRow]:
-    rows = iter(rows)
-    if "text" in recipe.accepted:
-        # Plain text is packed and other rows are not, so a source cannot mix them. The first row that has an accepted form
-        # decides.
-        first: list[Row] = []
-        form = None
-        for row in islice(rows, _ROWS_PER_BATCH):
-            first.append(row)
-            try:
-                form = form_of(row.fields, accepted=recipe.accepted)
-                break
-            except BadRowError:
-                continue
-        rows = chain(first, rows)
-        if form == "text":
-            return encode_blocks(rows, tokenizer=tokenizer, ledger=ledger, max_length=recipe.max_length)
-    return encode_rows(
-        rows,
-        tokenizer=tokenizer,
-        ledger=ledger,
-        accepted=[form for form in recipe.accepted if form != "text"],
-        max_length=recipe.max_length,
-        truncation=recipe.truncation,
-        mask_turns=recipe.mask_turns,
-        prompts_only=recipe.prompts_only,
-        chat_template_kwargs=recipe.chat_template_kwargs,
-    )
-
-
-def _write(path: Path, rows: Iterator[EncodedRow]) -> int:
-    """Write rows to an Arrow file and return their number."""
-    first = next(rows, None)
-    num_sides = 1 if first is None else len(first.sides)
-    schema = _schema(num_sides)
-    rows = rows if first is None else chain([first], rows)
-    num_rows = 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        while batch := list(islice(rows, _ROWS_PER_BATCH)):
-            num_rows += len(batch)
-            columns: dict[str, list[Any]] = {
-                "row": [row.row for row in batch],
-                "num_prompt": [row.num_prompt for row in batch],
-            }
-            if num_sides == 2:
-                columns["weight"] = [row.weight for row in batch]
-                columns["margin"] = [row.margin for row in batch]
-            for side in range(num_sides):
-                columns[f"tokens_{side}"] = [row.sides[side].tokens for row in batch]
-                columns[f"targets_{side}"] = [row.sides[side].targets for row in batch]
-                columns[f"num_bytes_{side}"] = [row.sides[side].num_bytes for row in batch]
-            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-    return num_rows
-
-
-def _schema(num_sides: int) -> pa.Schema:
-    fields = [("row", pa.int64()), ("num_prompt", pa.int32())]
-    if num_sides == 2:
-        fields += [("weight", pa.float64()), ("margin", pa.float64())]
-    for side in range(num_sides):
-        fields.append((f"tokens_{side}", pa.list_(pa.int32())))
-        fields.append((f"targets_{side}", pa.list_(pa.bool_())))
-        fields.append((f"num_bytes_{side}", pa.int64()))
-    return pa.schema(fields)

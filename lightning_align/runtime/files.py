@@ -1,7 +1,8 @@
 """Files that are written whole or not at all."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -51,3 +52,53 @@ def check_writable(path: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error}): choose another path or free it") from error
+
+
+@contextmanager
+def locked(path: str | Path, *, on_wait: Callable[[], None]) -> Iterator[bool]:
+    """Hold a lock on a path that no other process holds at the same time. The lock ends with the process.
+
+    Args:
+        path: The file of the lock. It is created, and removed at the end.
+        on_wait: Is called once if another process holds the lock, before this one waits for it.
+
+    Yields:
+        Whether there is a lock. Some file systems have none.
+
+    Raises:
+        ValueError: If the file cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield False
+        return
+    path = Path(path)
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cannot be written ({error.strerror or error}): choose another path or free it"
+            ) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            os.close(handle)
+            yield False
+            return
+        # The process before may have removed the file meanwhile. A third one then locks another file of the same name.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                break
+        os.close(handle)
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)

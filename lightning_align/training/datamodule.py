@@ -25,9 +25,10 @@ from lightning_align.data.ledger import BadRow, Ledger, write_ledgers
 from lightning_align.data.mapping import RowMapping, map_rows
 from lightning_align.data.messages import check_template_kwargs
 from lightning_align.data.mixture import MixedStore, MixtureSampler, MixtureStop, SourcePart, parts_of
+from lightning_align.data.recipe import Recipe
 from lightning_align.data.rows import Grader, RowTask, read_rows
 from lightning_align.data.shapes import RankedPairs, Shape
-from lightning_align.data.store import Recipe, StoredRow, TokenStore, build_store, read_forms, store_path
+from lightning_align.data.store import StoredRow, TokenStore, build_store, read_forms, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
 
@@ -84,6 +85,8 @@ class AlignDataModule(L.LightningDataModule):
         on_bad_row: What happens to a malformed row. `fail` stops and names the row, `warn` drops it with a warning, and
             `skip` drops and counts it.
         num_workers: Processes that prepare batches. 0 prepares them in the training process.
+        preparation_workers: Processes that tokenize a source of many rows, before training. 0 takes all cores, and 1 tokenizes
+            in the training process. The result is the same. An interrupted preparation continues where it stopped.
         cache_dir: The folder of tokenized rows. Its files are found by a hash of everything that they depend on, and may be
             deleted at any time.
         seed: The seed of the order of the training rows.
@@ -120,6 +123,7 @@ class AlignDataModule(L.LightningDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         group_by_length: bool = True,
         num_workers: int = 0,
+        preparation_workers: int = 0,
         cache_dir: str = ".cache/lightning_align",
         seed: int = 0,
     ) -> None:
@@ -129,6 +133,7 @@ class AlignDataModule(L.LightningDataModule):
             ("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1),
             ("max_length", max_length, 2),
             ("num_workers", num_workers, 0),
+            ("preparation_workers", preparation_workers, 0),
         ):
             if value < least:
                 raise ValueError(f"`{name}` must be {least} or more, but got {value}.")
@@ -159,6 +164,7 @@ class AlignDataModule(L.LightningDataModule):
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.group_by_length = group_by_length
         self.num_workers = num_workers
+        self.preparation_workers = preparation_workers
         self.cache_dir = cache_dir
         self.seed = seed
         self.ledgers: dict[str, Ledger] = {}
@@ -220,9 +226,9 @@ class AlignDataModule(L.LightningDataModule):
         opened = []
         split = _SPLITS[stage]
         for part in self._parts.get(stage, ()):
-            recipe = self._recipe(stage, part)
-            path = store_path(part.rows, split=split, recipe=recipe, tokenizer=self.tokenizer, cache_dir=self.cache_dir)
-            opened.append(build_store(path, source=part.rows, split=split, recipe=recipe, tokenizer=self.tokenizer))
+            options: Any = {"split": split, "recipe": self._recipe(stage, part), "tokenizer": self.tokenizer}
+            path = store_path(part.rows, cache_dir=self.cache_dir, **options)
+            opened.append(build_store(path, source=part.rows, num_workers=self.preparation_workers, **options))
         return opened
 
     def _recipe(self, stage: Stage, part: SourcePart) -> Recipe:
@@ -317,7 +323,7 @@ class AlignDataModule(L.LightningDataModule):
         }
         if self._overfits:
             # Lightning then takes the first batches of a plain sampler and splits them over the ranks itself.
-            return DataLoader(RowLists(store, list(sampler)), **options)
+            return DataLoader(RowLists(store, sampler.rank_batches()), **options)
         loader = ResumableLoader if resumable else DataLoader
         return loader(RowLists(store), sampler=sampler, **options)
 
@@ -384,13 +390,8 @@ class AlignDataModule(L.LightningDataModule):
                     continue
                 forms = [form for form in self.forms if form != "text"]
                 form = form_of(row.fields, accepted=forms)
-                conversation = read_conversation(
-                    row.fields,
-                    form=form,
-                    tokenizer=self.tokenizer,
-                    mask_turns=self.mask_turns,
-                    chat_template_kwargs=self.chat_template_kwargs,
-                )
+                options: Any = {"tokenizer": self.tokenizer, "chat_template_kwargs": self.chat_template_kwargs}
+                conversation = read_conversation(row.fields, form=form, mask_turns=self.mask_turns, **options)
                 found = wanted.pop(index)
                 ids = found.sides[0].tokens[: found.num_prompt].tolist()
                 prompts.append((ids, prompt_text(conversation), side_text(conversation)))

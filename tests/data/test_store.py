@@ -51,7 +51,7 @@ def test_stored_rows_equal_the_encoded_rows(tmp_path, source):
 
 def test_a_second_build_opens_the_first(tmp_path, source, monkeypatch):
     path, store, ledger = _build(tmp_path, source, truncation="drop")
-    monkeypatch.setattr("lightning_align.data.store.read_rows", None)
+    monkeypatch.setattr("lightning_align.data.build.read_pieces", None)
     _, again, ledger_again = _build(tmp_path, source, truncation="drop")
     assert again[7].sides[0].tokens.tolist() == store[7].sides[0].tokens.tolist()
     assert ledger_again.to_dict() == ledger.to_dict()
@@ -111,7 +111,7 @@ def test_a_failed_build_leaves_no_files(tmp_path):
         _build(tmp_path, source)
     with pytest.raises(ValueError, match="no row of"):
         _build(tmp_path, write_jsonl(tmp_path / "none.jsonl", [{"prompt": "p"}]), on_bad_row="skip")
-    assert list((tmp_path / "c").iterdir()) == []
+    assert list((tmp_path / "c").glob("*")) == []
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path, source):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import tokenizers
 
 from lightning_align.data.tokenizer.chat import plain_template, render_plain
 from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment
+from lightning_align.data.tokenizer.splitting import last_split, splits_at_spaces
 from lightning_align.runtime.files import publish_text
 
 BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]")
@@ -78,6 +79,7 @@ class FileTokenizer:
         # the file is not needed.
         model.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         self._model = model
+        self._splits = splits_at_spaces(model)
         ids = set(model.get_vocab(with_added_tokens=True).values())
         self.vocab_size: int = 1 + max(ids, default=-1)
         self.holes: frozenset[int] = frozenset(range(self.vocab_size)) - ids
@@ -90,7 +92,11 @@ class FileTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """See `Tokenizer.encode_batch`."""
-        return [Encoding(encoding.ids, encoding.offsets) for encoding in self.raw_batch(texts)]
+        return [Encoding(encoding.ids, _Offsets(encoding)) for encoding in self.raw_batch(texts)]
+
+    def split_point(self, text: str) -> int:
+        """Return a place in a text such that what is before it has the same ids, whatever follows the text. 0 if unknown."""
+        return last_split(text) if self._splits else 0
 
     def raw_batch(self, texts: Sequence[str], *, offsets: bool = True) -> list[tokenizers.Encoding]:
         """Encode each text and return the library's own objects.
@@ -145,6 +151,28 @@ def write_tokenizer(model: tokenizers.Tokenizer, folder: str | Path, *, specials
     }
     publish_text(Path(folder) / "tokenizer.json", model.to_str(pretty=True) + "\n")
     publish_text(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+
+class _Offsets(Sequence[tuple[int, int]]):
+    """The offsets of an encoding, each converted when it is read. Most of them never are, and to convert all takes long."""
+
+    def __init__(self, encoding: tokenizers.Encoding) -> None:
+        self._encoding = encoding
+
+    def __len__(self) -> int:
+        return len(self._encoding)
+
+    def __getitem__(self, index: Any) -> Any:
+        # The library's indices have no sign.
+        return self._encoding.token_to_chars(range(len(self))[index]) if isinstance(index, int) else list(self)[index]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._encoding.offsets)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as a list
 
 
 def _find_special(

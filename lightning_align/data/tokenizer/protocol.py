@@ -11,7 +11,7 @@ class Encoding(NamedTuple):
     """The token ids of a text and the characters of each token."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]
+    offsets: Sequence[tuple[int, int]]
     """Start and end of each token's characters in the text. Tokens that are bytes of the same character share its offsets."""
 
 
