@@ -159,7 +159,7 @@ class Build:
     def _publish(self, job: Job, batches: Iterable[pa.RecordBatch], ledger: Ledger, progress: Progress) -> None:
         """Write the files of encoded rows. Nothing is written if no row is used."""
         if progress.num_rows == 0 and ledger.num_rows == 0:
-            raise ValueError(f"{job.name} has no rows")
+            raise ValueError(f"{job.name} has no rows. Give a source with at least one row")
         ledger.add(progress.ledger)
         ledger.close()
         duplicates = DuplicateCounter()

@@ -3,8 +3,8 @@
 import csv
 import json
 from collections.abc import Iterator
-from io import BufferedReader, TextIOWrapper
-from typing import Any
+from io import TextIOWrapper
+from typing import IO, Any
 
 
 def doubled_name(spelled: bytes) -> str | None:
@@ -21,7 +21,7 @@ def doubled_name(spelled: bytes) -> str | None:
     return next((name for name in names if names.count(name) > 1), None)
 
 
-def csv_rows(path: str, raw: BufferedReader) -> Iterator[tuple[int, dict[str, Any], str]]:
+def csv_rows(path: str, raw: IO[bytes]) -> Iterator[tuple[int, dict[str, Any], str]]:
     """Yield the rows of a CSV file: the line number, the fields, and what is wrong with the row, if anything.
 
     Table libraries are not used because they convert "12" to a number and "NA" to a missing value, and do not report line
@@ -36,7 +36,8 @@ def csv_rows(path: str, raw: BufferedReader) -> Iterator[tuple[int, dict[str, An
     """
     # The default limit of the csv module is 128 KiB per field. It applies to the whole process.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(TextIOWrapper(raw, encoding="utf-8-sig", newline=""), strict=True)
+    text = TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text, strict=True)
     try:
         for fields in reader:
             problem = ""
@@ -45,3 +46,5 @@ def csv_rows(path: str, raw: BufferedReader) -> Iterator[tuple[int, dict[str, An
             yield reader.line_num, {} if problem else dict(fields), problem
     except (csv.Error, OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}, after line {reader.line_num}: cannot be read as CSV ({error})") from error
+    finally:
+        text.detach()  # the caller closes the file
