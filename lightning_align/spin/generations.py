@@ -16,10 +16,11 @@ comes first.
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,9 +59,14 @@ class GeneratedSet:
         path = self.folder / "identity.json"
         if not path.exists():
             if write:
+                if any(self.folder.glob("part-*.jsonl")):
+                    raise ValueError(
+                        f"{path} is missing, so the settings of the responses in its folder are not known. Remove "
+                        f"{self.folder} to generate the set again."
+                    )
                 publish_text(path, json.dumps(self.identity, indent=2))
             return
-        found = _read_json(path)
+        found = read_identity(self.folder)
         differences = [name for name in self.identity if found.get(name) != self.identity[name]]
         if differences:
             changes = ", ".join(
@@ -97,24 +103,50 @@ class GeneratedSet:
             ValueError: If the file is missing, or if a row is missing or was changed.
         """
         path, manifest = self.path(part), self.folder / "manifest.json"
-        remedy = "Remove the file and resume from the checkpoint at the end of the previous iteration. This generates it again."
-        if not path.exists():
-            raise ValueError(f"{path} is missing. {remedy}")
-        if manifest.exists() and _read_json(manifest)["sha256"].get(path.name) != _digest(path):
+        remedy = f"Remove the file and resume from {self._start()}. This generates it again."
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} is missing. {remedy}") from error
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror or error}). {remedy}") from error
+        if manifest.exists() and self._hashes().get(path.name) != hashlib.sha256(data).hexdigest():
             raise ValueError(f"{path} was changed after it was written: its SHA-256 differs from {manifest.name}. {remedy}")
         rows: list[Row] = []
-        with path.open(encoding="utf-8") as lines:  # not `splitlines`, which also splits at U+2028 and similar
-            for number, line in enumerate(lines, start=1):
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number} is not valid JSON ({error}). {remedy}") from error
-        found, expected = [row.get("row") for row in rows], self.parts[part]
+        # Not `splitlines`, which also splits at U+2028 and similar.
+        for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], start=1):
+            try:
+                rows.append(_checked_row(json.loads(line.decode())))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is not a row of a generated set ({error}). {remedy}") from error
+        found, expected = [row["row"] for row in rows], self.parts[part]
         if found != expected:
             missing = [row for row in expected if row not in found][:3]
             which = f" Row {missing[0]} is missing." if missing else ""
             raise ValueError(f"{path} has {len(rows)} rows, but {len(expected)} were expected.{which} {remedy}")
         return rows
+
+    def check_manifest(self) -> None:
+        """Check the parts that are left of a complete set that lacks some. Its manifest is no longer needed then."""
+        if (self.folder / "manifest.json").exists():
+            for part in set(range(len(self.parts))) - set(self.missing()):
+                self.read(part)
+
+    def drop_manifest(self) -> None:
+        """Remove the manifest, so that missing parts can be written."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+
+    def _hashes(self) -> dict[str, str]:
+        path = self.folder / "manifest.json"
+        hashes = _read_json(path).get("sha256")
+        if not isinstance(hashes, dict):
+            raise ValueError(f"{path} has no hashes. Remove the file, if you trust the responses beside it.")
+        return hashes
+
+    def _start(self) -> str:
+        """Return which checkpoint to resume from to generate parts of this set again."""
+        start = self.folder.parent / "start.ckpt"
+        return str(start) if start.exists() else "the checkpoint at the end of the previous iteration"
 
     def rows(self) -> Iterator[Row]:
         """Yield all rows, part by part."""
@@ -283,12 +315,49 @@ def join_rows(rows: Sequence[Tensor], targets: Sequence[Tensor], *, pad_id: int)
     }
 
 
+def read_identity(folder: Path) -> Row:
+    """Return the settings that an existing set was generated with. Empty if there is none.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    path = folder / "identity.json"
+    return _read_json(path) if path.exists() else {}
+
+
 def _read_json(path: Path) -> Row:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(content, dict):
+            raise ValueError("it is not an object")
+    except (OSError, ValueError) as error:
         raise ValueError(f"Cannot read {path} ({error}). Remove its folder to generate the set again.") from error
-    return cast(Row, content)
+    return content
+
+
+def _checked_row(row: Any) -> Row:
+    """Return a row of a set, or raise a ValueError that says what is wrong with it."""
+    if not isinstance(row, dict):
+        raise ValueError("it is not an object")
+    _check(row, {"row": int, "prompt": str, "real": str, "real_logprob": float, "generated": list})
+    for answer in row["generated"]:
+        if not isinstance(answer, dict):
+            raise ValueError("a response is not an object")
+        _check(answer, {"iteration": int, "text": str, "tokens": list, "reason": str, "logprob": float})
+        if not all(type(token) is int and token >= 0 for token in answer["tokens"]):
+            raise ValueError("`tokens` must be a list of token ids")
+    return row
+
+
+def _check(values: Row, kinds: dict[str, type]) -> None:
+    for name, kind in kinds.items():
+        value: Any = values.get(name)
+        right = type(value) is kind
+        if kind is float:
+            right = type(value) in (int, float) and math.isfinite(value)
+        if not right:
+            expected = "finite number" if kind is float else kind.__name__
+            raise ValueError(f"`{name}` must be a {expected}, but is {_short(value)}")
 
 
 def _digest(path: Path) -> str:

@@ -52,6 +52,7 @@ class Play:
         base = opponent.base(module.policy)
         # With adapters the base needs no memory, but scoring with it takes time.
         self.base = base if self.module.monitor_kl else None
+        self._earlier: dict[int, list[Row]] | None = None
 
     def run(self, missing: list[int]) -> None:
         """Write the missing parts. Each rank writes its share. Every rank must call this with the same parts."""
@@ -76,7 +77,7 @@ class Play:
             for number, part in enumerate(bar):
                 indices = self.set.parts[part]
                 answers = self._generate(indices) if everything is None else {row: everything[row] for row in indices}
-                rows = self._rows(indices, answers, self._replayed(part))
+                rows = self._rows(indices, answers, self._replayed())
                 tokens += sum(len(answer.tokens) + 1 for responses in answers.values() for answer in responses)
                 if number < len(mine):
                     self.set.write(part, rows)
@@ -104,13 +105,17 @@ class Play:
         prompt: list[int] = stored.sides[0].tokens[: stored.num_prompt].tolist()
         return prompt
 
-    def _replayed(self, part: int) -> dict[int, list[Row]]:
+    def _replayed(self) -> dict[int, list[Row]]:
         """Return the responses of earlier iterations that are replayed, by row."""
         if not self.loop.replay or not self.loop.iteration:
             return {}
-        oldest = self.loop.iteration - self.loop.replay
-        rows = self.previous.read(part)
-        return {row["row"]: [answer for answer in row["generated"] if answer["iteration"] >= oldest] for row in rows}
+        if self._earlier is None:
+            oldest = self.loop.iteration - self.loop.replay
+            self._earlier = {
+                row["row"]: [answer for answer in row["generated"] if answer["iteration"] >= oldest]
+                for row in self.previous.rows()
+            }
+        return self._earlier
 
     def _rows(self, indices: list[int], answers: dict[int, list[Generation]], replayed: dict[int, list[Row]]) -> list[Row]:
         decode, eos_id = self.data.tokenizer.decode, self.data.tokenizer.eos_id

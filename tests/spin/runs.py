@@ -20,6 +20,19 @@ ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)
 GENERATION = GenerationConfig(max_new_tokens=5, batch_size=4, seed=3)
 
 
+class Interrupted(RuntimeError):
+    """Simulates the end of the process."""
+
+
+class InterruptAfter(Callback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            raise Interrupted
+
+
 def exact_palm() -> Any:
     """Build a tiny PaLM in float64, for tests that compare samples from batches of different shapes.
 

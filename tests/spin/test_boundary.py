@@ -1,0 +1,352 @@
+"""The boundary between iterations: checkpoints there, runs resumed on a machine that rounds differently, and damaged files."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.spin.generations import GeneratedSet
+from lightning_align.spin.stored import differ_by_rounding, relative_distance
+from tests.portable import CAPS
+from tests.spin.runs import GENERATION, ROWS, InterruptAfter, Interrupted, finish, set_rows, start
+from tests.toys import largest_difference, state_of, tiny_palm
+
+BOUNDARIES = {1: 3, 2: 13}
+"""The optimizer step at which each iteration begins."""
+
+
+class Noise(Callback):
+    """Rounds like another machine: each step ends with a relative error of this size."""
+
+    def __init__(self, size: float = 1e-7) -> None:
+        self.size = size
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        generator = torch.Generator().manual_seed(trainer.global_step)
+        with torch.no_grad():
+            for weight in pl_module.policy.parameters():
+                weight.mul_(1 + self.size * torch.randn(weight.shape, generator=generator))
+
+
+class Seen(Callback):
+    """Records the weights that each iteration begins with."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.states.setdefault(pl_module.iteration, {k: v.clone() for k, v in state_of(pl_module.policy).items()})
+
+
+def interrupt_writes(monkeypatch: pytest.MonkeyPatch, number: int) -> list[Path]:
+    """Interrupt the run when it writes a part after this many. Returns the parts that were written, also later ones."""
+    written: list[Path] = []
+    write = GeneratedSet.write
+
+    def counted(self: GeneratedSet, part: int, rows: Any) -> None:
+        if len(written) == number:
+            written.append(Path("interrupted"))
+            raise Interrupted
+        written.append(self.path(part))
+        write(self, part, rows)
+
+    monkeypatch.setattr(GeneratedSet, "write", counted)
+    return written
+
+
+class Keep(Callback):
+    """Saves a checkpoint after step 2, within iteration 0."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "within.ckpt"
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("case", [{}, {"opponent": "ema", "ema_decay": 0.7}], ids=["iterate", "ema"])
+def test_a_run_with_other_rounding_goes_on_with_the_stored_weights_and_answers(
+    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = interrupt_writes(monkeypatch, 8)  # six parts in iteration 0, two in iteration 1
+    with pytest.raises(Interrupted):
+        finish(tmp_path, Keep(tmp_path), **case)
+    root = tmp_path / "sets" / "iteration_1"
+    before = {path: path.read_bytes() for path in root.rglob("*.*") if path.suffix in (".safetensors", ".jsonl")}
+    trainer, module, data = start(tmp_path, seen := Seen(), Noise(), **case)
+    trainer.fit(module, data, ckpt_path=tmp_path / "within.ckpt")
+    assert trainer.global_step == 18
+    # What was stored is used, and nothing was generated twice.
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(written) == len(set(written)) == 18 + 1
+    stored = load_file(root / "policy.safetensors")
+    assert largest_difference(seen.states[1], stored) == 0
+    # The missing responses come from the stored opponent.
+    opponent = tiny_palm(num_tokens=259)
+    source = root / ("average.safetensors" if case else "policy.safetensors")
+    opponent.load_state_dict({name.removeprefix("model."): value for name, value in load_file(source).items()})
+    for row in set_rows(tmp_path, 1):
+        prompt = [1, *data.tokenizer.encode_batch([row["prompt"]])[0].ids]
+        (answer,) = generate(opponent, [prompt], GENERATION, eos_id=2, ids=[row["row"]], iteration=1)[0]
+        assert row["generated"][0]["tokens"] == answer.tokens
+
+
+def test_weights_of_other_settings_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_writes(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        finish(tmp_path, Keep(tmp_path))
+    trainer, module, data = start(tmp_path, Noise(0.01))
+    with pytest.warns(UserWarning, match=r"iteration_1/policy.safetensors, .* That is more than rounding"):
+        trainer.fit(module, data, ckpt_path=tmp_path / "within.ckpt")
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_checkpoint_exists_at_every_boundary(saves: bool, tmp_path: Path) -> None:
+    def run(path: Path | None = None) -> Any:
+        trainer, module, data = start(tmp_path)
+        trainer.callbacks.pop()
+        if saves:  # settings that save nothing before the end of the run
+            trainer.callbacks.append(ModelCheckpoint(tmp_path, every_n_train_steps=1000, save_last=True))
+        trainer.fit(module, data, ckpt_path=path)
+        return trainer, state_of(module.policy)
+
+    trainer, whole = run()
+    for iteration, step in BOUNDARIES.items():
+        path = tmp_path / "sets" / f"iteration_{iteration}" / "start.ckpt"
+        saved = torch.load(path, weights_only=True)
+        assert saved["global_step"] == step
+        # The optimizer restarts at the boundary, so the checkpoint does not hold its moments.
+        assert saved["optimizer_states"][0]["state"] == {}
+        resumed, weights = run(path)
+        assert resumed.global_step == trainer.global_step == 18
+        assert largest_difference(weights, whole) == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_last_checkpoint_is_saved_before_an_iteration_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for link in (False, "link"):
+        folder = tmp_path / str(link)
+        with monkeypatch.context() as patch:
+            interrupt_writes(patch, 7)
+            trainer, module, data = start(folder)
+            trainer.callbacks.pop()
+            trainer.callbacks.append(ModelCheckpoint(folder, every_n_train_steps=2, save_last=link or True, save_top_k=-1))
+            with pytest.raises(Interrupted):
+                trainer.fit(module, data)
+        assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 3
+        (numbered,) = folder.glob("*step=2.ckpt")
+        assert torch.load(numbered, weights_only=True)["global_step"] == 2  # not overwritten through the link
+
+
+def test_initial_weights_with_other_rounding_are_those_of_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        finish(tmp_path, InterruptAfter(0), opponent="base", monitor_kl=True)
+    stored = load_file(tmp_path / "sets" / "iteration_0" / "policy.safetensors")
+    for size, fits in ((1e-7, True), (1e-3, False)):
+        near = tiny_palm(num_tokens=259)
+        with torch.no_grad():
+            near.token_emb.weight.mul_(1 + size * torch.randn(near.token_emb.weight.shape))
+        trainer, module, data = start(
+            tmp_path, seen := Seen(), InterruptAfter(1), opponent="base", monitor_kl=True, backbone=near
+        )
+        with pytest.raises(Interrupted if fits else ValueError, match=None if fits else "began with other weights"):
+            trainer.fit(module, data)
+        if fits:
+            assert largest_difference(seen.states[0], stored) == 0
+            assert largest_difference(state_of(module.opponent.base(module.policy)), stored) == 0
+
+
+def test_distances_by_hand() -> None:
+    ones, zeros = {"a": torch.ones(4)}, {"a": torch.zeros(4)}
+    assert relative_distance({"a": torch.full((4,), 1.5)}, ones, zeros) == pytest.approx(0.5)
+    assert relative_distance(ones, ones, ones) == float("inf")
+    eps = torch.finfo(torch.float32).eps
+    assert differ_by_rounding({"a": torch.tensor([1.0 + 8 * eps, 0.0])}, {"a": torch.tensor([1.0, eps])})
+    assert not differ_by_rounding({"a": torch.tensor([1.0, 1e-4])}, {"a": torch.tensor([1.0, 0.0])})
+    assert not differ_by_rounding({"a": torch.tensor([1.0, torch.nan])}, {"a": torch.tensor([1.0, 0.0])})
+    assert not differ_by_rounding({"a": torch.tensor([1])}, {"a": torch.tensor([2])})
+    assert not differ_by_rounding({"b": torch.ones(4)}, ones)
+
+
+def test_missing_responses_may_be_generated_in_other_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_writes(patch, 8)
+        with pytest.raises(Interrupted):
+            finish(tmp_path)
+    config = GenerationConfig(**{**vars(GENERATION), "batch_size": 3})
+    trainer, _ = finish(tmp_path, resume=True, generation=config)
+    assert trainer.global_step == 18
+    # The parts of iteration 1 keep their size. Iteration 2 has parts of the new size and replays the responses of iteration 1.
+    sizes = {t: sum(1 for _ in (tmp_path / "sets" / f"iteration_{t}" / "train").glob("part-*")) for t in (1, 2)}
+    assert sizes == {1: 3, 2: 4}
+    assert all([answer["iteration"] for answer in row["generated"]] == [2, 1] for row in set_rows(tmp_path, 2))
+    assert sorted(row["row"] for row in set_rows(tmp_path, 2)) == list(range(ROWS))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x10
+    path.write_bytes(content)
+
+
+PART = "train/part-00000.jsonl"
+DAMAGE: dict[str, tuple[str, Any, str]] = {
+    "empty weights": ("policy.safetensors", lambda p: p.write_bytes(b""), "policy.safetensors is damaged"),
+    "short weights": ("policy.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-50]), "policy.safetensors is damaged"),
+    "no weights": ("policy.safetensors", lambda p: p.write_text("weights"), "policy.safetensors is damaged"),
+    "changed weights": ("policy.safetensors", flip, "policy.safetensors is damaged .its SHA-256 differs"),
+    "other model": (
+        "policy.safetensors",
+        lambda p: save_file({"a": torch.ones(2)}, p, metadata=metadata_of(p)),
+        "policy.safetensors is damaged",
+    ),
+    "list as identity": ("train/identity.json", lambda p: p.write_text("[]"), "Cannot read .*identity.json"),
+    "binary identity": ("train/identity.json", lambda p: p.write_bytes(b"\xff\xfe"), "Cannot read .*identity.json"),
+    "lost identity": ("train/identity.json", lambda p: p.unlink(), "identity.json is missing"),
+    "empty part": (PART, lambda p: p.write_bytes(b""), "part-00000.jsonl has 0 rows, but 4 were expected"),
+    "binary part": (PART, lambda p: p.write_bytes(b"\xff\xfe\n"), r"part-00000.jsonl:1 is not a row"),
+    "short part": (PART, lambda p: p.write_bytes(p.read_bytes()[:-9]), r"part-00000.jsonl:4 is not a row"),
+    "list as row": (PART, lambda p: p.write_text("[]\n"), r"part-00000.jsonl:1 is not a row .*not an object"),
+    "row without logprob": (
+        PART,
+        lambda p: p.write_text(p.read_text().replace('"logprob"', '"lp"')),
+        r"part-00000.jsonl:1 is not a row .*`logprob` must be a finite number, but is None",
+    ),
+    "nan": (
+        PART,
+        lambda p: p.write_text(p.read_text().replace('"real_logprob": -', '"real_logprob": NaN, "x": -')),
+        r"part-00000.jsonl:1 is not a row .*`real_logprob` must be a finite number, but is nan",
+    ),
+    "text as token": (
+        PART,
+        lambda p: p.write_text(p.read_text().replace('"tokens": [', '"tokens": ["a", ')),
+        r"part-00000.jsonl:1 is not a row .*`tokens` must be a list of token ids",
+    ),
+    "folder as part": (PART, lambda p: (p.unlink(), p.mkdir()), "part-00000.jsonl cannot be read"),
+}
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return {**file.metadata(), "sha256": "other"}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped while iteration 1 generated."""
+    folder = tmp_path_factory.mktemp("half")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_writes(patch, 8)
+        finish(folder, Keep(folder))
+    shutil.copytree(folder / "sets", folder / "kept")
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files_raise_errors_that_name_them(name: str, half: Path) -> None:
+    shutil.rmtree(half / "sets")
+    shutil.copytree(half / "kept", half / "sets")
+    file, damage, message = DAMAGE[name]
+    damage(half / "sets" / "iteration_1" / file)
+    trainer, module, data = start(half, Noise())
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, data, ckpt_path=half / "within.ckpt")
+
+
+def test_a_lost_part_is_generated_again_from_the_boundary(tmp_path: Path) -> None:
+    _, module = finish(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        finish(tmp_path, InterruptAfter(6))
+    root = tmp_path / "sets" / "iteration_1"
+    part = root / PART
+    text = part.read_text()
+    part.unlink()
+    with pytest.raises(ValueError, match=rf"part-00000.jsonl is missing. .*Resume from {root}/start.ckpt"):
+        finish(tmp_path, resume=True)
+    trainer, again, data = start(tmp_path)
+    trainer.fit(again, data, ckpt_path=root / "start.ckpt")
+    assert part.read_text() == text
+    assert (root / "train" / "manifest.json").is_file()
+    assert largest_difference(state_of(again.policy), state_of(module.policy)) == 0
+    # The other parts are still those of the manifest when a lost one is generated again.
+    part.unlink()
+    flip(root / "train" / "part-00001.jsonl")
+    trainer, again, data = start(tmp_path)
+    with pytest.raises(ValueError, match=r"part-00001.jsonl was changed after it was written"):
+        trainer.fit(again, data, ckpt_path=root / "start.ckpt")
+
+
+CONFIG = """
+seed_everything: 0
+model:
+  class_path: SPINModule
+  init_args:
+    backbone: {class_path: PaLM, init_args: {num_tokens: 259, dim: 32, depth: 2, heads: 2, dim_head: 16}}
+    generation: {max_new_tokens: 40, batch_size: 1}
+    optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
+data: {class_path: SPINDataModule, init_args: {train: rows.jsonl, batch_size: 4, max_length: 64}}
+trainer:
+  accelerator: cpu
+  max_epochs: -1
+  enable_progress_bar: false
+  enable_model_summary: false
+  logger: false
+  callbacks:
+    - {class_path: SelfPlayGeneration, init_args: {iterations: 2, epochs: 1, folder: sets}}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {dirpath: checkpoints, filename: "{step}", every_n_train_steps: 3, save_last: true, save_top_k: -1}
+"""
+
+
+@pytest.mark.portable
+def test_a_killed_run_resumes_over_a_boundary_with_other_kernels(tmp_path: Path) -> None:
+    """Five steps per iteration and a checkpoint after the third. The run is killed while it generates iteration 1."""
+    rows = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    root = tmp_path / "sets" / "iteration_1"
+
+    def launch(*more: str, **environment: str) -> tuple[subprocess.Popen[bytes], Path]:
+        log = tmp_path / f"log_{len(list(tmp_path.glob('log_*')))}"
+        command = [sys.executable, "-m", "lightning_align", "fit", "--config", "config.yaml", *more]
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT
+            )
+        return process, log
+
+    process, log = launch()
+    while process.poll() is None and len(list((root / "train").glob("part-*"))) < 3:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, log.read_text()
+    before = {path: path.read_bytes() for path in root.rglob("*.*") if path.suffix in (".safetensors", ".jsonl")}
+    assert 3 <= len(before) < 21
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    # From within iteration 0, two steps are trained again, with the oldest kernels.
+    process, log = launch("--ckpt_path", "checkpoints/step=3.ckpt", **CAPS["default"])
+    assert process.wait() == 0, log.read_text()
+    assert {path: path.read_bytes() for path in before} == before
+    final = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert final["global_step"] == 5 + 10
+    rounded = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    assert (f"the weights in {root}/policy.safetensors" in log.read_text()) == rounded, log.read_text()
+    assert "more than rounding" not in log.read_text()
+    # From the boundary, nothing is trained again, so the weights agree.
+    process, log = launch("--ckpt_path", str(root / "start.ckpt"), **CAPS["default"])
+    assert process.wait() == 0, log.read_text()
+    assert "the weights in" not in log.read_text()
+    assert {path: path.read_bytes() for path in before} == before
