@@ -4,28 +4,19 @@ The random numbers of a response depend only on the seed, the iteration, the pro
 position. The tokens are therefore the same for any batch size, order and number of ranks, up to the rounding of the logits.
 """
 
-import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_align.generation.decoder import make_decoder
-from lightning_align.generation.filters import choose, num_draws
-from lightning_align.generation.noise import uniforms
+from lightning_align.generation.decoding import FinishReason as FinishReason
+from lightning_align.generation.decoding import Prompt, Row, decode_prompts
 from lightning_align.generation.packing import packed_linears
 from lightning_align.models.language_model import context_length
-from lightning_align.runtime.ranks import everyone, is_sharded, largest
-
-FinishReason = Literal["eos", "stop", "length"]
-
-# The number of steps between two checks for finished rows. A check waits for a GPU, but costs almost nothing on a CPU.
-CHECK_EVERY, CHECK_EVERY_CPU = 8, 4
-# Finished rows are removed once they make up this share of the batch. Each removal copies the cache.
-LEAVE_AT = 0.25
+from lightning_align.runtime.ranks import is_sharded
 
 
 @dataclass
@@ -117,6 +108,7 @@ def generate(
     iteration: int = 0,
     limits: Sequence[int] | None = None,
     decode: Callable[[list[int]], str] | None = None,
+    continuous: bool = True,
 ) -> list[list[Generation]]:
     """Generate responses to prompts of any lengths.
 
@@ -132,6 +124,9 @@ def generate(
         iteration: A number that selects other random numbers for the same prompts. Default is 0.
         limits: The maximum length of each response in tokens. It applies where it is below `max_new_tokens`.
         decode: A function from token ids to text. Required if `config.stop` is set.
+        continuous: Whether the next prompt starts as soon as a row has ended. If false, and for models whose cache or sharding
+            does not allow it, the next prompts start when a whole batch has ended. The responses are the same. Default is
+            true.
 
     Returns:
         The `num_samples` responses to each prompt.
@@ -139,32 +134,104 @@ def generate(
     Raises:
         ValueError: If a prompt is empty, if a prompt fills the context of the model, or if `stop` is set without `decode`.
     """
+    # Prompts of similar length are decoded together, because padding costs time too.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    parts = generate_parts(
+        model,
+        prompts,
+        config,
+        parts=[order],
+        eos_id=eos_id,
+        ids=ids,
+        iteration=iteration,
+        limits=limits,
+        decode=decode,
+        continuous=continuous,
+    )
+    ((_, answers),) = parts
+    responses: list[list[Generation]] = [[] for _ in prompts]
+    for index, own in zip(order, answers, strict=True):
+        responses[index] = own
+    return responses
+
+
+def generate_parts(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig | None = None,
+    *,
+    parts: Sequence[Sequence[int]],
+    eos_id: int | None = None,
+    ids: Sequence[int] | None = None,
+    iteration: int = 0,
+    limits: Sequence[int] | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+    continuous: bool = True,
+) -> Iterator[tuple[int, list[list[Generation]]]]:
+    """Generate responses and yield them in parts, each as soon as it is complete.
+
+    The rows of the next parts already grow when a part is yielded. The model may be used between two parts, but its weights
+    must not change.
+
+    With a sharded model, every rank must pass the same number of parts. A part is then generated only after the previous one.
+
+    Args:
+        model: Any language model.
+        prompts: The token ids of each prompt.
+        config: The sampling settings.
+        parts: For each part, the indices of its prompts. Prompts are started in this order.
+        eos_id: See `generate`.
+        ids: See `generate`.
+        iteration: See `generate`.
+        limits: See `generate`.
+        decode: See `generate`.
+        continuous: See `generate`.
+
+    Yields:
+        The number of a part, and the `num_samples` responses to each of its prompts.
+
+    Raises:
+        ValueError: See `generate`.
+    """
     config = config or GenerationConfig()
     if config.stop and decode is None:
         raise ValueError(f"`stop` is {list(config.stop)}, which needs a tokenizer. Pass `decode`, or remove `stop`.")
     numbers = range(len(prompts)) if ids is None else ids
     most = _limits(model, prompts, numbers, config, limits)
-    device = next(model.parameters()).device
-    # Prompts of similar length are decoded together, because padding costs time too.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     synchronized = is_sharded(model)
-    responses: list[list[Generation]] = [[] for _ in prompts]
-    with evaluating(model), packed_linears(model):
-        for number in range(largest(len(batches), device) if synchronized else len(batches)):
-            chosen = batches[number] if number < len(batches) else []
-            rows = [
-                _Row((config.seed, iteration, numbers[i], sample), most[i])
-                for i in chosen
-                for sample in range(config.num_samples)
-            ]
-            # A rank without prompts left decodes a dummy prompt, because forward passes of a sharded model are collectives.
-            texts = [list(prompts[i]) for i in chosen] or [[0]]
-            rows = rows or [_Row((0,), 0) for _ in range(config.num_samples)]
-            _decode(model, texts, rows, config, eos_id, decode, device, synchronized)
-            for place, i in enumerate(chosen):
-                responses[i] = [row.result() for row in rows[place * config.num_samples : (place + 1) * config.num_samples]]
-    return responses
+    started = [
+        [
+            Prompt(list(prompts[i]), [Row((config.seed, iteration, numbers[i], k), most[i]) for k in range(config.num_samples)])
+            for i in part
+        ]
+        for part in parts
+    ]
+    # Forward passes of a sharded model are collectives, so that ranks cannot start prompts at different times.
+    groups = [[number] for number in range(len(parts))] if synchronized or not continuous else [list(range(len(parts)))]
+    for group in groups:
+        waiting = deque(prompt for number in group for prompt in started[number])
+        steps = decode_prompts(model, waiting, config, eos_id, decode, continuous=continuous and not synchronized)
+        yield from _completed(model, steps, {number: started[number] for number in group})
+
+
+def _completed(
+    model: nn.Module, steps: Iterator[None], parts: dict[int, list[Prompt]]
+) -> Iterator[tuple[int, list[list[Generation]]]]:
+    """Decode, and yield each part that is complete. Outside of this, the model has its own mode and layers."""
+    more = True
+    while more or parts:
+        with evaluating(model), packed_linears(model):
+            complete: list[int] = []
+            while more and not complete:
+                more = next(steps, steps) is not steps
+                complete = [number for number, prompts in parts.items() if all(prompt.ended for prompt in prompts)]
+        for number in complete or list(parts):
+            yield number, [[_result(row) for row in prompt.rows] for prompt in parts.pop(number)]
+
+
+def _result(row: Row) -> Generation:
+    assert row.reason is not None
+    return Generation(row.tokens, row.reason != "length", row.logprobs, row.reason)
 
 
 def _limits(
@@ -188,92 +255,3 @@ def _limits(
         limit = config.max_new_tokens if limits is None else min(config.max_new_tokens, limits[index])
         most.append(limit if context is None else min(limit, context - len(prompt)))
     return most
-
-
-class _Row:
-    """The state of a growing response, on the host."""
-
-    def __init__(self, key: tuple[int, ...], limit: int) -> None:
-        self.key, self.limit = key, limit
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.reason: FinishReason | None = None if limit > 0 else "length"
-
-    def extend(
-        self, tokens: list[int], logprobs: list[float], eos_id: int | None, stops: Callable[[list[int]], bool] | None
-    ) -> None:
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            if self.reason is not None:
-                return
-            self.logprobs.append(logprob)
-            if token == eos_id:
-                self.reason = "eos"
-                return
-            self.tokens.append(token)
-            if stops is not None and stops(self.tokens):
-                self.reason = "stop"
-            elif len(self.tokens) == self.limit:
-                self.reason = "length"
-
-    def result(self) -> Generation:
-        assert self.reason is not None
-        return Generation(self.tokens, self.reason != "length", self.logprobs, self.reason)
-
-
-def _decode(
-    model: nn.Module,
-    prompts: list[list[int]],
-    rows: list[_Row],
-    config: GenerationConfig,
-    eos_id: int | None,
-    decode: Callable[[list[int]], str] | None,
-    device: torch.device,
-    synchronized: bool,
-) -> None:
-    """Decode one batch and fill its rows. Each prompt has `num_samples` consecutive rows."""
-    every = CHECK_EVERY if device.type == "cuda" or synchronized else CHECK_EVERY_CPU
-    limit = max(row.limit for row in rows)
-    if synchronized:
-        limit = largest(limit, device)
-    alive = rows
-    sampled = config.temperature > 0
-    noise = uniforms([row.key for row in rows], positions=limit if sampled else 0, draws=num_draws(config)).to(device)
-    decoder = make_decoder(model, prompts, limit=limit, copies=len(rows) // len(prompts), device=device)
-    logits = decoder.start(len(rows) // len(prompts))
-    tokens: Tensor | None = None
-    stops = _make_stop_check(config.stop, decode)
-    for start in range(0, limit, every):
-        drawn, logprobs = [], []
-        for position in range(start, min(start + every, limit)):
-            if tokens is not None:
-                logits = decoder.step(tokens)
-            tokens, logps = choose(logits, noise[:, position] if sampled else noise[:, 0:0], config)
-            drawn.append(tokens)
-            logprobs.append(logps)
-        columns = zip(torch.stack(drawn, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
-        for row, (new, values) in zip(alive, columns, strict=True):
-            row.extend(new, values, eos_id, stops)
-        left = [index for index, row in enumerate(alive) if row.reason is None]
-        if everyone(not left, device) if synchronized else not left:
-            return
-        if math.ceil(len(alive) * LEAVE_AT) <= len(alive) - len(left) and left:
-            keep = torch.tensor(left, device=device)
-            if decoder.select(keep):
-                assert tokens is not None
-                alive, tokens, noise = [alive[index] for index in left], tokens[keep], noise[keep]
-
-
-def _make_stop_check(stop: Sequence[str], decode: Callable[[list[int]], str] | None) -> Callable[[list[int]], bool] | None:
-    """Build a function that returns whether a response ends with a stop text.
-
-    The last tokens suffice for this check, because each token encodes at least one byte.
-    """
-    if not stop or decode is None:
-        return None
-    window = max(len(text.encode()) for text in stop) + 1
-
-    def stops(tokens: list[int]) -> bool:
-        text = decode(tokens[-window:])
-        return any(end in text for end in stop)
-
-    return stops
