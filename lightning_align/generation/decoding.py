@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_align.generation.decoder import make_decoder
+from lightning_align.generation.ends import Ends, say_once
 from lightning_align.generation.filters import Filters, choose, num_draws
+from lightning_align.generation.history import History, Repetition
 from lightning_align.generation.noise import uniforms
 from lightning_align.runtime.ranks import everyone, is_sharded, largest
 
@@ -24,12 +26,11 @@ LEAVE_AT = 0.25
 JOIN_AT = 0.125
 
 
-class Settings(Filters, Protocol):
+class Settings(Filters, Repetition, Protocol):
     """The sampling settings that the loop reads. `GenerationConfig` has them."""
 
     num_samples: int
     batch_size: int
-    stop: Sequence[str]
 
 
 class Row:
@@ -45,23 +46,36 @@ class Row:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.reason: FinishReason | None = None if limit > 0 else "length"
+        self.end: int | None = None
 
-    def extend(
-        self, tokens: list[int], logprobs: list[float], eos_id: int | None, stops: Callable[[list[int]], bool] | None
-    ) -> None:
-        """Append tokens until the response ends."""
+    def extend(self, tokens: list[int], logprobs: list[float], ends: Ends) -> None:
+        """Append tokens until the response ends.
+
+        Raises:
+            ValueError: If a log-prob is not finite, which means that no token could be chosen.
+        """
         for token, logprob in zip(tokens, logprobs, strict=True):
             if self.reason is not None:
                 return
+            if not math.isfinite(logprob):
+                raise ValueError(self._no_choice())
             self.logprobs.append(logprob)
-            if token == eos_id:
-                self.reason = "eos"
+            if token in ends.ids:
+                self.reason, self.end = "eos", token
                 return
             self.tokens.append(token)
-            if stops is not None and stops(self.tokens):
+            if ends.stop is not None and ends.stop.reached(self.tokens):
                 self.reason = "stop"
             elif len(self.tokens) == self.limit:
                 self.reason = "length"
+
+    def _no_choice(self) -> str:
+        _, _, prompt, sample = self.key
+        return (
+            f"No token can be chosen at step {len(self.tokens)} of the response to prompt {prompt} (sample {sample}): the "
+            "logits are NaN or infinite, or every token is excluded. Check the weights and the dtype of the model, and "
+            "`no_repeat_ngram_size`."
+        )
 
 
 class Prompt(NamedTuple):
@@ -80,8 +94,7 @@ def decode_prompts(
     model: nn.Module,
     waiting: deque[Prompt],
     config: Settings,
-    eos_id: int | None,
-    decode: Callable[[list[int]], str] | None,
+    ends: Ends,
     *,
     continuous: bool,
 ) -> Iterator[None]:
@@ -93,28 +106,26 @@ def decode_prompts(
     With a sharded model, every rank must call this. Each rank may have any number of prompts.
     """
     device, synchronized = next(model.parameters()).device, is_sharded(model)
-    stops = _make_stop_check(config.stop, decode)
     every = CHECK_EVERY if device.type == "cuda" or synchronized else CHECK_EVERY_CPU
     most = -(-len(waiting) // config.batch_size)
     for _ in range(largest(most, device) if synchronized else most):
         if not waiting and not synchronized:
             return
         # A rank without prompts left decodes a dummy prompt, because forward passes of a sharded model are collectives.
-        prompts = _take(waiting, config.batch_size) or [Prompt([0], [Row((0,), 0) for _ in range(config.num_samples)])]
-        batch = _Batch(model, prompts, config, eos_id, stops, device)
-        if synchronized:
-            batch.limit = largest(batch.limit, device)
-        batch.start()
+        prompts = _take(waiting, config.batch_size) or [Prompt([0], [Row((0, 0, 0, 0), 0) for _ in range(config.num_samples)])]
+        batch = _Batch(model, prompts, config, ends, device)
         while True:
             left = [index for index, row in enumerate(batch.rows) if row.reason is None]
             if everyone(not left, device) if synchronized else not left:
                 break
+            ended = len(batch.rows) - len(left)
             free = config.batch_size - math.ceil(len(left) / config.num_samples)
-            if continuous and waiting and free >= math.ceil(config.batch_size * JOIN_AT) and batch.decoder.joins:
+            room = ended and waiting and free >= math.ceil(config.batch_size * JOIN_AT)
+            if room and continuous and batch.tokens is not None and batch.decoder.joins:
                 batch.keep(left)
                 batch.join(_take(waiting, free))
             else:
-                if left and len(batch.rows) - len(left) >= math.ceil(len(batch.rows) * LEAVE_AT):
+                if left and batch.tokens is not None and ended >= math.ceil(len(batch.rows) * LEAVE_AT):
                     batch.keep(left)
                 batch.advance(every)
             yield
@@ -136,21 +147,25 @@ class _Batch:
         model: nn.Module,
         prompts: list[Prompt],
         config: Settings,
-        eos_id: int | None,
-        stops: Callable[[list[int]], bool] | None,
+        ends: Ends,
         device: torch.device,
     ) -> None:
-        self.model, self.prompts, self.config, self.device = model, prompts, config, device
-        self.eos_id, self.stops = eos_id, stops
+        self.config, self.ends, self.device = config, ends, device
         self.rows = [row for prompt in prompts for row in prompt.rows]
         self.limit = max(row.limit for row in self.rows)
-
-    def start(self) -> None:
-        """Read the prompts."""
-        prompts, copies = [prompt.tokens for prompt in self.prompts], self.config.num_samples
+        if is_sharded(model):
+            self.limit = largest(self.limit, device)
+        texts, copies = [prompt.tokens for prompt in prompts], config.num_samples
         self.noise = self._noise(self.rows, self.limit)
-        self.decoder = make_decoder(self.model, prompts, limit=self.limit, copies=copies, device=self.device)
+        self.decoder = make_decoder(model, texts, limit=self.limit, copies=copies, device=device)
         self.logits: Tensor = self.decoder.start(copies)
+        self.history = History(texts, room=self.limit, copies=copies, device=self.device, settings=self.config)
+        self.absent = self.ends.support.absent(self.logits.shape[-1], self.device)
+        if self.absent is not None:
+            say_once(
+                f"{self.ends.support.num_absent(len(self.absent))} of the {len(self.absent)} ids of the model stand for no "
+                "token of the tokenizer. They are never drawn."
+            )
         self.tokens: Tensor | None = None
 
     def advance(self, steps: int) -> None:
@@ -160,7 +175,7 @@ class _Batch:
         for step in range(steps):
             if self.tokens is not None:
                 self.logits = self.decoder.step(self.tokens)
-            self.tokens, logps = choose(self.logits, self.noise[:, step], self.config)
+            self.tokens, logps = self._choose(self.logits, self.noise[:, step], self.history)
             drawn.append(self.tokens)
             logprobs.append(logps)
         self.noise, self.limit = self.noise[:, steps:], self.limit - steps
@@ -174,40 +189,36 @@ class _Batch:
         if self.decoder.select(keep):
             assert self.tokens is not None
             self.rows, self.tokens, self.noise = [self.rows[row] for row in rows], self.tokens[keep], self.noise[keep]
+            self.history.select(keep)
 
     def join(self, prompts: list[Prompt]) -> None:
         """Read more prompts, draw the first token of their rows, and append these rows."""
         new = [row for prompt in prompts for row in prompt.rows]
         self.limit = max(*(row.limit - len(row.tokens) for row in self.rows), *(row.limit - 1 for row in new))
-        logits = self.decoder.join([p.tokens for p in prompts], limit=self.limit, copies=self.config.num_samples)
+        texts, copies = [prompt.tokens for prompt in prompts], self.config.num_samples
+        logits = self.decoder.join(texts, limit=self.limit, copies=copies)
         noise = self._noise(new, self.limit + 1)
-        tokens, logps = choose(logits, noise[:, 0], self.config)
+        history = History(texts, room=self.limit + 1, copies=copies, device=self.device, settings=self.config)
+        tokens, logps = self._choose(logits, noise[:, 0], history)
         self._extend(new, tokens[:, None], logps[:, None])
         assert self.tokens is not None
+        self.history.join(history, room=self.limit)
         self.tokens = torch.cat((self.tokens, tokens))
         own = F.pad(self.noise, (0, 0, 0, self.limit - self.noise.shape[1]))
         self.rows, self.noise = self.rows + new, torch.cat((own, noise[:, 1:]))
 
+    def _choose(self, logits: Tensor, noise: Tensor, history: History) -> tuple[Tensor, Tensor]:
+        allowed = history.filtered(logits)
+        if self.absent is not None:
+            allowed = allowed.masked_fill(self.absent, -torch.inf)
+        tokens, logps = choose(logits, noise, self.config, allowed=allowed)
+        history.append(tokens)
+        return tokens, logps
+
     def _extend(self, rows: list[Row], tokens: Tensor, logprobs: Tensor) -> None:
         for row, new, values in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            row.extend(new, values, self.eos_id, self.stops)
+            row.extend(new, values, self.ends)
 
     def _noise(self, rows: list[Row], positions: int) -> Tensor:
         draws = num_draws(self.config) if self.config.temperature > 0 else 0
         return uniforms([row.key for row in rows], positions=positions, draws=draws).to(self.device)
-
-
-def _make_stop_check(stop: Sequence[str], decode: Callable[[list[int]], str] | None) -> Callable[[list[int]], bool] | None:
-    """Build a function that returns whether a response ends with a stop text.
-
-    The last tokens suffice for this check, because each token encodes at least one byte.
-    """
-    if not stop or decode is None:
-        return None
-    window = max(len(text.encode()) for text in stop) + 1
-
-    def stops(tokens: list[int]) -> bool:
-        text = decode(tokens[-window:])
-        return any(end in text for end in stop)
-
-    return stops

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_align.generation.decoding import FinishReason as FinishReason
 from lightning_align.generation.decoding import Prompt, Row, decode_prompts
+from lightning_align.generation.ends import Ends
 from lightning_align.generation.packing import packed_linears
 from lightning_align.models.language_model import context_length
 from lightning_align.runtime.ranks import is_sharded
@@ -21,7 +22,10 @@ from lightning_align.runtime.ranks import is_sharded
 
 @dataclass
 class GenerationConfig:
-    """The sampling settings. The filters apply in the order temperature, top-k, top-p, min-p.
+    """The sampling settings.
+
+    The filters apply in the order of transformers: repetition penalty, no-repeat n-grams, temperature, top-k, top-p, min-p,
+    typical-p. At temperature 0, only the first two apply.
 
     Args:
         max_new_tokens: The maximum length of a response in tokens, including its end-of-sequence token. Default is 128.
@@ -32,7 +36,16 @@ class GenerationConfig:
         num_samples: The number of responses per prompt. Default is 1.
         batch_size: The number of prompts that are decoded together. Default is 64.
         seed: The seed of the random numbers. Default is 0.
-        stop: Texts that end a response. The response includes the token that completes the text. Default is none.
+        stop: Texts that end a response. The response includes the token that completes the text. Special tokens match by
+            their text. Default is none.
+        eos_token: Further tokens that end a response, as texts or ids. Default is only the end-of-sequence tokens of the
+            tokenizer and those in the generation settings of the model.
+        typical_p: Keep the tokens whose information is nearest to the entropy, up to a total probability of at least this
+            (Meister et al. 2022, arXiv 2202.00666). Default is 1 (all).
+        repetition_penalty: Divide the positive logits of the tokens in prompt and response by this, and multiply the negative
+            ones (CTRL, Keskar et al. 2019, arXiv 1909.05858). Default is 1 (no penalty).
+        no_repeat_ngram_size: Never repeat an n-gram of this many tokens of prompt and response (Paulus et al. 2017, arXiv
+            1705.04304). Default is 0 (repeat any).
     """
 
     max_new_tokens: int = 128
@@ -44,6 +57,10 @@ class GenerationConfig:
     batch_size: int = 64
     seed: int = 0
     stop: Sequence[str] = ()
+    eos_token: int | str | list[int | str] | None = None
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -51,7 +68,7 @@ class GenerationConfig:
         Raises:
             ValueError: If a value is out of range.
         """
-        self.stop = list(self.stop)
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 (greedy) or above"),
@@ -61,6 +78,9 @@ class GenerationConfig:
             "num_samples": (self.num_samples >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "stop": (all(self.stop), "a list of texts that are not empty"),
+            "typical_p": (0 < self.typical_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "at least 0"),
         }
         for name, (right, expected) in checks.items():
             if not right:
@@ -78,7 +98,11 @@ class Generation:
     logprobs: list[float] = field(default_factory=list, compare=False)
     """The log-prob of each token in nats, without temperature and filters. Includes the end-of-sequence token, if any."""
     reason: FinishReason = field(default="length", compare=False)
-    """What ended the response: the end-of-sequence token, a stop text, or a length limit."""
+    """What ended the response: an end-of-sequence token, a stop text, or a length limit."""
+    end: int | None = field(default=None, compare=False)
+    """The id of the end-of-sequence token that ended the response. None if none did."""
+    unsupported: int = field(default=0, compare=False)
+    """The number of ids that do not exist, from which on an answer of another engine was cut."""
 
 
 @contextmanager
@@ -103,7 +127,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig | None = None,
     *,
-    eos_id: int | None = None,
+    ends: Ends | None = None,
+    eos_id: int | Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     iteration: int = 0,
     limits: Sequence[int] | None = None,
@@ -119,11 +144,13 @@ def generate(
         model: Any language model. A model without `make_cache` reads the whole prefix again for each token.
         prompts: The token ids of each prompt. No prompt may be empty.
         config: The sampling settings. Default is `GenerationConfig()`.
-        eos_id: The id of the token that ends a response. With None, only limits and stop texts end a response.
+        ends: How responses end, and which ids exist. See `Ends.of`.
+        eos_id: Without `ends`: the ids of the tokens that end a response. The ids that the model declares end it too. With
+            None, only limits and stop texts end a response.
         ids: The number of each prompt, which selects its random numbers. Default is its index in `prompts`.
         iteration: A number that selects other random numbers for the same prompts. Default is 0.
         limits: The maximum length of each response in tokens. It applies where it is below `max_new_tokens`.
-        decode: A function from token ids to text. Required if `config.stop` is set.
+        decode: Without `ends`: a function from token ids to text. Required if `config.stop` is set.
         continuous: Whether the next prompt starts as soon as a row has ended. If false, and for models whose cache or sharding
             does not allow it, the next prompts start when a whole batch has ended. The responses are the same. Default is
             true.
@@ -132,7 +159,8 @@ def generate(
         The `num_samples` responses to each prompt.
 
     Raises:
-        ValueError: If a prompt is empty, if a prompt fills the context of the model, or if `stop` is set without `decode`.
+        ValueError: If a prompt is empty, if a prompt fills the context of the model, if `stop` is set without `decode`, or
+            if the model gives logits from which no token can be chosen.
     """
     # Prompts of similar length are decoded together, because padding costs time too.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -141,6 +169,7 @@ def generate(
         prompts,
         config,
         parts=[order],
+        ends=ends,
         eos_id=eos_id,
         ids=ids,
         iteration=iteration,
@@ -161,7 +190,8 @@ def generate_parts(
     config: GenerationConfig | None = None,
     *,
     parts: Sequence[Sequence[int]],
-    eos_id: int | None = None,
+    ends: Ends | None = None,
+    eos_id: int | Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     iteration: int = 0,
     limits: Sequence[int] | None = None,
@@ -180,6 +210,7 @@ def generate_parts(
         prompts: The token ids of each prompt.
         config: The sampling settings.
         parts: For each part, the indices of its prompts. Prompts are started in this order.
+        ends: See `generate`.
         eos_id: See `generate`.
         ids: See `generate`.
         iteration: See `generate`.
@@ -194,8 +225,8 @@ def generate_parts(
         ValueError: See `generate`.
     """
     config = config or GenerationConfig()
-    if config.stop and decode is None:
-        raise ValueError(f"`stop` is {list(config.stop)}, which needs a tokenizer. Pass `decode`, or remove `stop`.")
+    if ends is None:
+        ends = Ends.exactly(eos_id, config=config, model=model, decode=decode)
     numbers = range(len(prompts)) if ids is None else ids
     most = _limits(model, prompts, numbers, config, limits)
     synchronized = is_sharded(model)
@@ -210,7 +241,7 @@ def generate_parts(
     groups = [[number] for number in range(len(parts))] if synchronized or not continuous else [list(range(len(parts)))]
     for group in groups:
         waiting = deque(prompt for number in group for prompt in started[number])
-        steps = decode_prompts(model, waiting, config, eos_id, decode, continuous=continuous and not synchronized)
+        steps = decode_prompts(model, waiting, config, ends, continuous=continuous and not synchronized)
         yield from _completed(model, steps, {number: started[number] for number in group})
 
 
@@ -231,7 +262,7 @@ def _completed(
 
 def _result(row: Row) -> Generation:
     assert row.reason is not None
-    return Generation(row.tokens, row.reason != "length", row.logprobs, row.reason)
+    return Generation(row.tokens, row.reason != "length", row.logprobs, row.reason, row.end)
 
 
 def _limits(
