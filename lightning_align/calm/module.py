@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +18,7 @@ from lightning_align.calm.model import CALM
 from lightning_align.calm.probe import check_frozen
 from lightning_align.calm.spec import Augment, AugmentInput, check_realigned
 from lightning_align.calm.states import StateStore
+from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.models.building import Backbone, build_backbone
 from lightning_align.models.checkpoint import load_policy
@@ -290,9 +291,8 @@ class CALMModule(AlignModule):
         prompts: Sequence[Sequence[int]],
         config: GenerationConfig,
         *,
-        eos_id: int | None = None,
+        ends: Ends | None = None,
         ids: Sequence[int] | None = None,
-        decode: Callable[[list[int]], str] | None = None,
     ) -> list[list[Generation]]:
         """Continue prompts. See `AlignModule.continue_prompts` for the arguments.
 
@@ -301,7 +301,7 @@ class CALMModule(AlignModule):
         """
         readers = self.policy.readers
         if not any(r.own or (r.prefix and self.policy.make_cache is None) for r in readers):
-            return super().continue_prompts(prompts, config, eos_id=eos_id, ids=ids, decode=decode)
+            return super().continue_prompts(prompts, config, ends=ends, ids=ids)
         realign = getattr(datamodule_of(trainer_of(self)), "augment_inputs", None)
         results = []
         for number, prompt in zip(range(len(prompts)) if ids is None else ids, prompts, strict=True):
@@ -313,7 +313,7 @@ class CALMModule(AlignModule):
                 return [AugmentInput(start) if reader.prefix else own for reader, own in zip(readers, given, strict=True)]
 
             with self.policy.given(inputs):
-                results += super().continue_prompts([prompt], config, eos_id=eos_id, ids=[number], decode=decode)
+                results += super().continue_prompts([prompt], config, ends=ends, ids=[number])
         return results
 
     # -- checkpoints

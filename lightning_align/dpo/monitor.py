@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_align.dpo.module import DPOModule
+from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.runtime.lightning_internals import log_interval
 from lightning_align.runtime.ranks import world
@@ -240,12 +241,12 @@ class PreferenceMonitor(Callback):
         # do one extra prompt, which is not counted.
         own = list(range(rank, len(prompts), ranks))
         padded = own + [0] * (-(-len(prompts) // ranks) - len(own))
-        eos_id: Any = getattr(getattr(getattr(trainer, "datamodule", None), "tokenizer", None), "eos_id", None)
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        ends = Ends.of(tokenizer=tokenizer, model=module.policy, config=self.generation, default=module.generation)
         metric = PairMeans(("ratios", "tokens")).to(module.device)
         with trainer.precision_plugin.forward_context(), evaluating(module.policy):
-            answers = generate(module.policy, [prompts[i] for i in padded], self.generation, eos_id=eos_id, ids=padded)
-            ends = [[eos_id] if answer.reason == "eos" else [] for (answer,) in answers]
-            texts = [answer.tokens + end for (answer,), end in zip(answers, ends, strict=True)]
+            answers = generate(module.policy, [prompts[i] for i in padded], self.generation, ends=ends, ids=padded)
+            texts = [answer.tokens + ([] if answer.end is None else [answer.end]) for (answer,) in answers]
             for start in range(0, len(padded), self.generation.batch_size):
                 part = slice(start, start + self.generation.batch_size)
                 batch = _batch([prompts[i] for i in padded[part]], texts[part], module.device)

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_align.generation.sampler import FinishReason, Generation, GenerationConfig, generate
+from lightning_align.generation.answers import close_answer
+from lightning_align.generation.ends import Ends
+from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.weights import state_hash
 from lightning_align.runtime.files import publish, publish_text
 from lightning_align.runtime.ranks import world
@@ -33,11 +35,10 @@ class GenerationBackend(Protocol):
         prompts: Sequence[Sequence[int]],
         config: GenerationConfig,
         *,
-        eos_id: int,
+        ends: Ends,
         ids: Sequence[int],
         iteration: int,
         limits: Sequence[int],
-        decode: Callable[[list[int]], str],
     ) -> list[list[Generation]]:
         """Generate responses. See `lightning_align.generation.sampler.generate`."""
         ...
@@ -66,9 +67,10 @@ class FileBackend:
       list of token ids.
 
     The engine must then write ``iteration_t/responses-<hash>.jsonl``, with rows of
-    ``{"id", "responses": [{"tokens", "reason"}]}``. The tokens exclude the end-of-sequence token. The reason is ``eos``,
-    ``stop`` or ``length``. A response may also have ``"logprobs"``, with the log-prob of each token and of the
-    end-of-sequence token. The log then shows how much the log-probs of the engine differ from ours (``engine_gap``).
+    ``{"id", "responses": [{"tokens", "reason"}]}``. The tokens may include the end-of-sequence token. The reason is ``eos``,
+    ``stop`` or ``length``. `close_answer` brings them into the form of our own sampler. A response may also have
+    ``"logprobs"``, with the log-prob of each token. The log then shows how much the log-probs of the engine differ from ours
+    (``engine_gap``).
 
     If the responses are missing, the backend waits for `wait_seconds` and then raises an error that names the file. Write the
     file and start the same run again to continue.
@@ -111,11 +113,10 @@ class FileBackend:
         prompts: Sequence[Sequence[int]],
         config: GenerationConfig,
         *,
-        eos_id: int,
+        ends: Ends,
         ids: Sequence[int],
         iteration: int,
         limits: Sequence[int],
-        decode: Callable[[list[int]], str],
     ) -> list[list[Generation]]:
         """Write the prompts and read the responses.
 
@@ -145,34 +146,27 @@ class FileBackend:
                     "same folder. Then start the same run again (with --ckpt_path if it has a checkpoint)."
                 )
             time.sleep(1.0)
-        return _read_responses(path, requests, eos_id)
+        return _read_responses(path, requests, ends)
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _read_responses(path: Path, requests: list[dict[str, Any]], eos_id: int) -> list[list[Generation]]:
+def _read_responses(path: Path, requests: list[dict[str, Any]], ends: Ends) -> list[list[Generation]]:
     found: dict[int, list[Generation]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
             answers = [
-                Generation(
-                    [int(token) for token in answer["tokens"]],
-                    answer["reason"] != "length",
-                    [float(value) for value in answer.get("logprobs", ())],
-                    cast(FinishReason, answer["reason"]),
-                )
-                for answer in row["responses"]
+                close_answer(a["tokens"], a["reason"], ends, logprobs=a.get("logprobs", ()), end=a.get("end"))
+                for a in row["responses"]
             ]
-            if any(answer.reason not in ("eos", "stop", "length") or eos_id in answer.tokens for answer in answers):
-                raise ValueError
             found[int(row["id"])] = answers
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{path}:{number} is not a valid row. Expected {{"id", "responses": [{{"tokens", "reason"}}]}}. The reason '
-                "must be eos, stop or length. The tokens must not contain the end-of-sequence id."
+                f'{path}:{number} is not a valid row ({error}). Expected {{"id", "responses": [{{"tokens", "reason"}}]}}. The '
+                "reason must be eos, stop or length."
             ) from error
     for request in requests:
         samples = found.get(request["id"], [])

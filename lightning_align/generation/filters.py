@@ -1,4 +1,8 @@
-"""From logits to the next token. The order is temperature, top-k, top-p, min-p, and one draw."""
+"""From logits to the next token. The order is temperature, top-k, top-p, min-p, typical-p, and one draw.
+
+The filters that depend on the tokens before come first, and ids that do not exist are removed last before these. See
+`lightning_align.generation.history` and `lightning_align.generation.support`.
+"""
 
 from typing import Protocol
 
@@ -21,10 +25,17 @@ class Filters(Protocol):
     top_k: int | None
     top_p: float
     min_p: float
+    typical_p: float
 
 
 def filter_logits(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
 ) -> Tensor:
     """Scale the logits and set the logits of removed tokens to -inf.
 
@@ -38,6 +49,8 @@ def filter_logits(
             arXiv 1904.09751).
         min_p: Keep tokens that are at least min_p times as likely as the most likely token (Nguyen et al. 2024,
             arXiv 2407.01082).
+        typical_p: Keep the smallest set of tokens whose information -log p is nearest to the entropy of the distribution,
+            and that has a total probability of at least typical_p (Meister et al. 2022, arXiv 2202.00666, equation 9).
 
     Returns:
         The filtered logits, (B, V) float32.
@@ -55,6 +68,14 @@ def filter_logits(
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + torch.tensor(min_p).log(), -torch.inf)
+    if typical_p < 1:
+        logps = logits.log_softmax(dim=-1)
+        entropy = -(logps.exp() * logps).nansum(dim=-1, keepdim=True)
+        distance = (-logps - entropy).abs()
+        ordered, order = distance.sort(dim=-1)
+        reached = logps.gather(-1, order).exp().cumsum(dim=-1)
+        last = (reached < typical_p).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+        logits = logits.masked_fill(distance > ordered.gather(-1, last), -torch.inf)
     return logits
 
 
@@ -89,41 +110,60 @@ def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     return block.squeeze(1) * BLOCK + (inside <= bound).sum(dim=-1)
 
 
-def choose(logits: Tensor, uniforms: Tensor, filters: Filters) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, uniforms: Tensor, filters: Filters, *, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Draw the next token of each row, and compute its log-prob under the model.
 
-    The log-prob ignores temperature and filters.
+    The log-prob ignores temperature and filters. It is not finite if and only if no token can be chosen: the logits are NaN
+    or infinite, or every token is removed. This is seen where the log-prob is read, so nothing waits for the device here.
 
     Args:
-        logits: The logits, (B, V).
+        logits: The logits of the model, (B, V).
         uniforms: Uniform random numbers, (B, `num_draws`) in [0, 1).
         filters: The settings that decide which tokens may be drawn. A temperature of 0 takes the most likely token.
+        allowed: The logits to choose from, (B, V), with -inf at removed tokens. Default is `logits`.
 
     Returns:
         The tokens, (B,) int64, and their log-probs in nats, (B,) float32.
     """
     logits = logits.float()
+    given = allowed is not None and allowed is not logits
+    allowed = allowed.float() if allowed is not None and given else logits
     if filters.temperature == 0:
-        maxima, tokens = logits.max(dim=-1)
-        return tokens, -(logits - maxima[:, None]).exp_().sum(dim=-1).log()
-    candidates, names = logits, None
-    if filters.top_k is not None and filters.top_k < logits.shape[-1]:
-        candidates, names = logits.topk(filters.top_k, dim=-1)
-    weights = (candidates - candidates.amax(dim=-1, keepdim=True)).div_(filters.temperature).exp_()
-    if filters.top_p == 1 and filters.min_p == 0:
+        maxima, tokens = allowed.max(dim=-1)
+        if not given:
+            return tokens, -(logits - maxima[:, None]).exp_().sum(dim=-1).log()
+        return tokens, _logprobs(logits, tokens, maxima)
+    candidates, names = allowed, None
+    if filters.top_k is not None and filters.top_k < allowed.shape[-1]:
+        candidates, names = allowed.topk(filters.top_k, dim=-1)
+    maxima = candidates.amax(dim=-1)
+    weights = (candidates - maxima[:, None]).div_(filters.temperature).exp_()
+    if _draws_once(filters):
         tokens = draw(weights, uniforms[:, 0])
-    elif weights.is_cuda:
+    elif weights.is_cuda or filters.typical_p < 1:
         tokens = draw(_filtered(weights, filters), uniforms[:, 0])
     else:
         tokens = _draw_within(weights, uniforms, filters)
+    # The weights of a row without any choice are NaN, and what is drawn from them may be any number.
+    tokens = tokens.clamp(max=candidates.shape[-1] - 1)
     if names is not None:
         tokens = names.gather(1, tokens[:, None]).squeeze(1)
-    return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+    return tokens, _logprobs(logits, tokens, maxima)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, maxima: Tensor) -> Tensor:
+    """Return the log-probs of tokens, NaN where the largest logit to choose from is not finite."""
+    logps = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+    return torch.where(maxima.isfinite(), logps, torch.nan)
 
 
 def num_draws(filters: Filters) -> int:
     """Return how many uniform numbers `choose` may use per token."""
-    return 1 if filters.top_p == 1 and filters.min_p == 0 else ATTEMPTS + 1
+    return 1 if _draws_once(filters) else ATTEMPTS + 1
+
+
+def _draws_once(filters: Filters) -> bool:
+    return filters.top_p == 1 and filters.min_p == 0 and filters.typical_p == 1
 
 
 def _draw_within(weights: Tensor, uniforms: Tensor, filters: Filters) -> Tensor:
@@ -150,4 +190,4 @@ def _draw_within(weights: Tensor, uniforms: Tensor, filters: Filters) -> Tensor:
 
 
 def _filtered(weights: Tensor, filters: Filters) -> Tensor:
-    return filter_logits(weights.log(), top_p=filters.top_p, min_p=filters.min_p).exp_()
+    return filter_logits(weights.log(), top_p=filters.top_p, min_p=filters.min_p, typical_p=filters.typical_p).exp_()

@@ -4,33 +4,28 @@ The random numbers of a response depend only on the seed, the iteration, the pro
 position. The tokens are therefore the same for any batch size, order and number of ranks, up to the rounding of the logits.
 """
 
-import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_align.generation.decoder import make_decoder
-from lightning_align.generation.filters import choose, num_draws
-from lightning_align.generation.noise import uniforms
+from lightning_align.generation.decoding import FinishReason as FinishReason
+from lightning_align.generation.decoding import Prompt, Row, decode_prompts
+from lightning_align.generation.ends import Ends
 from lightning_align.generation.packing import packed_linears
 from lightning_align.models.language_model import context_length
-from lightning_align.runtime.ranks import everyone, is_sharded, largest
-
-FinishReason = Literal["eos", "stop", "length"]
-
-# The number of steps between two checks for finished rows. A check waits for a GPU, but costs almost nothing on a CPU.
-CHECK_EVERY, CHECK_EVERY_CPU = 8, 4
-# Finished rows are removed once they make up this share of the batch. Each removal copies the cache.
-LEAVE_AT = 0.25
+from lightning_align.runtime.ranks import is_sharded
 
 
 @dataclass
 class GenerationConfig:
-    """The sampling settings. The filters apply in the order temperature, top-k, top-p, min-p.
+    """The sampling settings.
+
+    The filters apply in the order of transformers: repetition penalty, no-repeat n-grams, temperature, top-k, top-p, min-p,
+    typical-p. At temperature 0, only the first two apply.
 
     Args:
         max_new_tokens: The maximum length of a response in tokens, including its end-of-sequence token. Default is 128.
@@ -41,7 +36,16 @@ class GenerationConfig:
         num_samples: The number of responses per prompt. Default is 1.
         batch_size: The number of prompts that are decoded together. Default is 64.
         seed: The seed of the random numbers. Default is 0.
-        stop: Texts that end a response. The response includes the token that completes the text. Default is none.
+        stop: Texts that end a response. The response includes the token that completes the text. Special tokens match by
+            their text. Default is none.
+        eos_token: Further tokens that end a response, as texts or ids. Default is only the end-of-sequence tokens of the
+            tokenizer and those in the generation settings of the model.
+        typical_p: Keep the tokens whose information is nearest to the entropy, up to a total probability of at least this
+            (Meister et al. 2022, arXiv 2202.00666). Default is 1 (all).
+        repetition_penalty: Divide the positive logits of the tokens in prompt and response by this, and multiply the negative
+            ones (CTRL, Keskar et al. 2019, arXiv 1909.05858). Default is 1 (no penalty).
+        no_repeat_ngram_size: Never repeat an n-gram of this many tokens of prompt and response (Paulus et al. 2017, arXiv
+            1705.04304). Default is 0 (repeat any).
     """
 
     max_new_tokens: int = 128
@@ -53,6 +57,10 @@ class GenerationConfig:
     batch_size: int = 64
     seed: int = 0
     stop: Sequence[str] = ()
+    eos_token: int | str | list[int | str] | None = None
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -60,7 +68,7 @@ class GenerationConfig:
         Raises:
             ValueError: If a value is out of range.
         """
-        self.stop = list(self.stop)
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (self.temperature >= 0, "0 (greedy) or above"),
@@ -70,6 +78,9 @@ class GenerationConfig:
             "num_samples": (self.num_samples >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "stop": (all(self.stop), "a list of texts that are not empty"),
+            "typical_p": (0 < self.typical_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "at least 0"),
         }
         for name, (right, expected) in checks.items():
             if not right:
@@ -87,7 +98,11 @@ class Generation:
     logprobs: list[float] = field(default_factory=list, compare=False)
     """The log-prob of each token in nats, without temperature and filters. Includes the end-of-sequence token, if any."""
     reason: FinishReason = field(default="length", compare=False)
-    """What ended the response: the end-of-sequence token, a stop text, or a length limit."""
+    """What ended the response: an end-of-sequence token, a stop text, or a length limit."""
+    end: int | None = field(default=None, compare=False)
+    """The id of the end-of-sequence token that ended the response. None if none did."""
+    unsupported: int = field(default=0, compare=False)
+    """The number of ids that do not exist, from which on an answer of another engine was cut."""
 
 
 @contextmanager
@@ -112,11 +127,13 @@ def generate(
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig | None = None,
     *,
-    eos_id: int | None = None,
+    ends: Ends | None = None,
+    eos_id: int | Sequence[int] | None = None,
     ids: Sequence[int] | None = None,
     iteration: int = 0,
     limits: Sequence[int] | None = None,
     decode: Callable[[list[int]], str] | None = None,
+    continuous: bool = True,
 ) -> list[list[Generation]]:
     """Generate responses to prompts of any lengths.
 
@@ -127,44 +144,125 @@ def generate(
         model: Any language model. A model without `make_cache` reads the whole prefix again for each token.
         prompts: The token ids of each prompt. No prompt may be empty.
         config: The sampling settings. Default is `GenerationConfig()`.
-        eos_id: The id of the token that ends a response. With None, only limits and stop texts end a response.
+        ends: How responses end, and which ids exist. See `Ends.of`.
+        eos_id: Without `ends`: the ids of the tokens that end a response. The ids that the model declares end it too. With
+            None, only limits and stop texts end a response.
         ids: The number of each prompt, which selects its random numbers. Default is its index in `prompts`.
         iteration: A number that selects other random numbers for the same prompts. Default is 0.
         limits: The maximum length of each response in tokens. It applies where it is below `max_new_tokens`.
-        decode: A function from token ids to text. Required if `config.stop` is set.
+        decode: Without `ends`: a function from token ids to text. Required if `config.stop` is set.
+        continuous: Whether the next prompt starts as soon as a row has ended. If false, and for models whose cache or sharding
+            does not allow it, the next prompts start when a whole batch has ended. The responses are the same. Default is
+            true.
 
     Returns:
         The `num_samples` responses to each prompt.
 
     Raises:
-        ValueError: If a prompt is empty, if a prompt fills the context of the model, or if `stop` is set without `decode`.
+        ValueError: If a prompt is empty, if a prompt fills the context of the model, if `stop` is set without `decode`, or
+            if the model gives logits from which no token can be chosen.
     """
-    config = config or GenerationConfig()
-    if config.stop and decode is None:
-        raise ValueError(f"`stop` is {list(config.stop)}, which needs a tokenizer. Pass `decode`, or remove `stop`.")
-    numbers = range(len(prompts)) if ids is None else ids
-    most = _limits(model, prompts, numbers, config, limits)
-    device = next(model.parameters()).device
     # Prompts of similar length are decoded together, because padding costs time too.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
-    synchronized = is_sharded(model)
+    parts = generate_parts(
+        model,
+        prompts,
+        config,
+        parts=[order],
+        ends=ends,
+        eos_id=eos_id,
+        ids=ids,
+        iteration=iteration,
+        limits=limits,
+        decode=decode,
+        continuous=continuous,
+    )
+    ((_, answers),) = parts
     responses: list[list[Generation]] = [[] for _ in prompts]
-    with evaluating(model), packed_linears(model):
-        for number in range(largest(len(batches), device) if synchronized else len(batches)):
-            chosen = batches[number] if number < len(batches) else []
-            rows = [
-                _Row((config.seed, iteration, numbers[i], sample), most[i])
-                for i in chosen
-                for sample in range(config.num_samples)
-            ]
-            # A rank without prompts left decodes a dummy prompt, because forward passes of a sharded model are collectives.
-            texts = [list(prompts[i]) for i in chosen] or [[0]]
-            rows = rows or [_Row((0,), 0) for _ in range(config.num_samples)]
-            _decode(model, texts, rows, config, eos_id, decode, device, synchronized)
-            for place, i in enumerate(chosen):
-                responses[i] = [row.result() for row in rows[place * config.num_samples : (place + 1) * config.num_samples]]
+    for index, own in zip(order, answers, strict=True):
+        responses[index] = own
     return responses
+
+
+def generate_parts(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig | None = None,
+    *,
+    parts: Sequence[Sequence[int]],
+    ends: Ends | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    ids: Sequence[int] | None = None,
+    iteration: int = 0,
+    limits: Sequence[int] | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+    continuous: bool = True,
+) -> Iterator[tuple[int, list[list[Generation]]]]:
+    """Generate responses and yield them in parts, each as soon as it is complete.
+
+    The rows of the next parts already grow when a part is yielded. The model may be used between two parts, but its weights
+    must not change.
+
+    With a sharded model, every rank must pass the same number of parts. A part is then generated only after the previous one.
+
+    Args:
+        model: Any language model.
+        prompts: The token ids of each prompt.
+        config: The sampling settings.
+        parts: For each part, the indices of its prompts. Prompts are started in this order.
+        ends: See `generate`.
+        eos_id: See `generate`.
+        ids: See `generate`.
+        iteration: See `generate`.
+        limits: See `generate`.
+        decode: See `generate`.
+        continuous: See `generate`.
+
+    Yields:
+        The number of a part, and the `num_samples` responses to each of its prompts.
+
+    Raises:
+        ValueError: See `generate`.
+    """
+    config = config or GenerationConfig()
+    if ends is None:
+        ends = Ends.exactly(eos_id, config=config, model=model, decode=decode)
+    numbers = range(len(prompts)) if ids is None else ids
+    most = _limits(model, prompts, numbers, config, limits)
+    synchronized = is_sharded(model)
+    started = [
+        [
+            Prompt(list(prompts[i]), [Row((config.seed, iteration, numbers[i], k), most[i]) for k in range(config.num_samples)])
+            for i in part
+        ]
+        for part in parts
+    ]
+    # Forward passes of a sharded model are collectives, so that ranks cannot start prompts at different times.
+    groups = [[number] for number in range(len(parts))] if synchronized or not continuous else [list(range(len(parts)))]
+    for group in groups:
+        waiting = deque(prompt for number in group for prompt in started[number])
+        steps = decode_prompts(model, waiting, config, ends, continuous=continuous and not synchronized)
+        yield from _completed(model, steps, {number: started[number] for number in group})
+
+
+def _completed(
+    model: nn.Module, steps: Iterator[None], parts: dict[int, list[Prompt]]
+) -> Iterator[tuple[int, list[list[Generation]]]]:
+    """Decode, and yield each part that is complete. Outside of this, the model has its own mode and layers."""
+    more = True
+    while more or parts:
+        with evaluating(model), packed_linears(model):
+            complete: list[int] = []
+            while more and not complete:
+                more = next(steps, steps) is not steps
+                complete = [number for number, prompts in parts.items() if all(prompt.ended for prompt in prompts)]
+        for number in complete or list(parts):
+            yield number, [[_result(row) for row in prompt.rows] for prompt in parts.pop(number)]
+
+
+def _result(row: Row) -> Generation:
+    assert row.reason is not None
+    return Generation(row.tokens, row.reason != "length", row.logprobs, row.reason, row.end)
 
 
 def _limits(
@@ -188,92 +286,3 @@ def _limits(
         limit = config.max_new_tokens if limits is None else min(config.max_new_tokens, limits[index])
         most.append(limit if context is None else min(limit, context - len(prompt)))
     return most
-
-
-class _Row:
-    """The state of a growing response, on the host."""
-
-    def __init__(self, key: tuple[int, ...], limit: int) -> None:
-        self.key, self.limit = key, limit
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.reason: FinishReason | None = None if limit > 0 else "length"
-
-    def extend(
-        self, tokens: list[int], logprobs: list[float], eos_id: int | None, stops: Callable[[list[int]], bool] | None
-    ) -> None:
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            if self.reason is not None:
-                return
-            self.logprobs.append(logprob)
-            if token == eos_id:
-                self.reason = "eos"
-                return
-            self.tokens.append(token)
-            if stops is not None and stops(self.tokens):
-                self.reason = "stop"
-            elif len(self.tokens) == self.limit:
-                self.reason = "length"
-
-    def result(self) -> Generation:
-        assert self.reason is not None
-        return Generation(self.tokens, self.reason != "length", self.logprobs, self.reason)
-
-
-def _decode(
-    model: nn.Module,
-    prompts: list[list[int]],
-    rows: list[_Row],
-    config: GenerationConfig,
-    eos_id: int | None,
-    decode: Callable[[list[int]], str] | None,
-    device: torch.device,
-    synchronized: bool,
-) -> None:
-    """Decode one batch and fill its rows. Each prompt has `num_samples` consecutive rows."""
-    every = CHECK_EVERY if device.type == "cuda" or synchronized else CHECK_EVERY_CPU
-    limit = max(row.limit for row in rows)
-    if synchronized:
-        limit = largest(limit, device)
-    alive = rows
-    sampled = config.temperature > 0
-    noise = uniforms([row.key for row in rows], positions=limit if sampled else 0, draws=num_draws(config)).to(device)
-    decoder = make_decoder(model, prompts, limit=limit, copies=len(rows) // len(prompts), device=device)
-    logits = decoder.start(len(rows) // len(prompts))
-    tokens: Tensor | None = None
-    stops = _make_stop_check(config.stop, decode)
-    for start in range(0, limit, every):
-        drawn, logprobs = [], []
-        for position in range(start, min(start + every, limit)):
-            if tokens is not None:
-                logits = decoder.step(tokens)
-            tokens, logps = choose(logits, noise[:, position] if sampled else noise[:, 0:0], config)
-            drawn.append(tokens)
-            logprobs.append(logps)
-        columns = zip(torch.stack(drawn, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
-        for row, (new, values) in zip(alive, columns, strict=True):
-            row.extend(new, values, eos_id, stops)
-        left = [index for index, row in enumerate(alive) if row.reason is None]
-        if everyone(not left, device) if synchronized else not left:
-            return
-        if math.ceil(len(alive) * LEAVE_AT) <= len(alive) - len(left) and left:
-            keep = torch.tensor(left, device=device)
-            if decoder.select(keep):
-                assert tokens is not None
-                alive, tokens, noise = [alive[index] for index in left], tokens[keep], noise[keep]
-
-
-def _make_stop_check(stop: Sequence[str], decode: Callable[[list[int]], str] | None) -> Callable[[list[int]], bool] | None:
-    """Build a function that returns whether a response ends with a stop text.
-
-    The last tokens suffice for this check, because each token encodes at least one byte.
-    """
-    if not stop or decode is None:
-        return None
-    window = max(len(text.encode()) for text in stop) + 1
-
-    def stops(tokens: list[int]) -> bool:
-        text = decode(tokens[-window:])
-        return any(end in text for end in stop)
-
-    return stops

@@ -92,6 +92,19 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
+def declared_ends(model: nn.Module) -> tuple[int, ...]:
+    """Return the end-of-sequence ids that the model declares, or none.
+
+    They are ``eos_ids`` of the model, or else ``eos_token_id`` of its transformers generation config.
+    """
+    found = getattr(model, "eos_ids", None)
+    if found is None:
+        found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if found is None:
+        return ()
+    return (int(found),) if isinstance(found, int) else tuple(int(token) for token in found)
+
+
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """Compute the logits of any language model.
 

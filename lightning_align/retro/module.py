@@ -248,9 +248,8 @@ class RETROModule(AlignModule):
             decoder,
             batch["prompts"],
             self.generation,
-            eos_id=tokenizer.eos_id,
+            ends=self.ends(),
             ids=batch["rows"].tolist(),
-            decode=tokenizer.decode,
         )
         return [
             {

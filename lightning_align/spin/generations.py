@@ -10,8 +10,8 @@ A set is a folder:
 Parts do not depend on each other or on the number of ranks. A set that was interrupted resumes with the missing parts.
 
 A row has the keys ``{"row", "prompt", "real", "real_logprob", "generated": [...]}``. Each entry of the list has the keys
-``{"iteration", "sample", "text", "tokens", "reason", "logprob", "sampled_logprob", "base_logprob"}``. The newest iteration
-comes first.
+``{"iteration", "sample", "text", "tokens", "reason", "end", "logprob", "sampled_logprob", "base_logprob"}``. The newest iteration
+comes first. ``end`` is the id that ended the response. ``unsupported`` counts ids of an engine that the tokenizer does not have.
 """
 
 import hashlib
@@ -171,19 +171,20 @@ def plan(store: TokenStore, *, num_prompts: int | None, size: int) -> list[list[
     return [order[start : start + size] for start in range(0, count, size)]
 
 
-def statistics(rows: Sequence[Row], *, iteration: int, eos_id: int, real: dict[int, list[int]]) -> dict[str, float]:
+def statistics(rows: Sequence[Row], *, iteration: int, eos_id: int | None, real: dict[int, list[int]]) -> dict[str, float]:
     """Compute statistics of the responses that an iteration generated, as means over these responses.
 
     Args:
         rows: The rows of a set.
         iteration: The iteration. Replayed responses of earlier iterations are not counted.
-        eos_id: The end-of-sequence id.
+        eos_id: The end-of-sequence id of responses of earlier versions, which do not store theirs.
         real: The ids of the real response to each row.
 
     Returns:
         The count of responses (`generated`), the rates of ends, truncations and ties, and the means per response: `length` and
-        `length_gap` (generated minus real) in tokens, `real_logprob` and `kl_to_base` in nats, and `engine_gap`, the absolute
-        difference in nats between the log-prob of the engine and ours.
+        `length_gap` (generated minus real) in tokens, `real_logprob` and `kl_to_base` in nats, `engine_gap`, the absolute
+        difference in nats between the log-prob of the engine and ours, and `unsupported`, the number of ids of an engine that
+        the tokenizer does not have, if there are any.
     """
     counts: Counter[str] = Counter()
     sums: Counter[str] = Counter()
@@ -194,6 +195,7 @@ def statistics(rows: Sequence[Row], *, iteration: int, eos_id: int, real: dict[i
             ids = answer_ids(answer, eos_id)
             counts["generated"] += 1
             counts[answer["reason"]] += 1
+            counts["unsupported"] += answer.get("unsupported", 0)
             counts["ties"] += ids == real[row["row"]]
             sums["length"] += len(ids)
             sums["gap"] += len(ids) - len(real[row["row"]])
@@ -216,14 +218,22 @@ def statistics(rows: Sequence[Row], *, iteration: int, eos_id: int, real: dict[i
     }
     if counts["engine"]:
         values["engine_gap"] = sums["engine"] / counts["engine"]
+    if counts["unsupported"]:
+        values["unsupported"] = float(counts["unsupported"])
     if counts["based"]:
         values["kl_to_base"] = sums["kl"] / counts["based"]
     return values
 
 
-def answer_ids(answer: Row, eos_id: int) -> list[int]:
-    """Return the ids of a response to train on. They include the end-of-sequence id only if the model wrote it."""
-    return [*answer["tokens"], *([eos_id] if answer["reason"] == "eos" else [])]
+def answer_ids(answer: Row, eos_id: int | None = None) -> list[int]:
+    """Return the ids of a response to train on. They include an end-of-sequence id only if the model wrote it.
+
+    Args:
+        answer: The response.
+        eos_id: The end-of-sequence id of responses of earlier versions, which do not store theirs.
+    """
+    end = answer.get("end", eos_id) if answer["reason"] == "eos" else None
+    return [*answer["tokens"], *([] if end is None else [end])]
 
 
 class Pair(NamedTuple):
@@ -242,10 +252,10 @@ class Pairs:
     Args:
         store: The store of the real rows.
         rows: The rows of a set.
-        eos_id: The end-of-sequence id.
+        eos_id: The end-of-sequence id of responses of earlier versions, which do not store theirs.
     """
 
-    def __init__(self, store: TokenStore, rows: Sequence[Row], *, eos_id: int) -> None:
+    def __init__(self, store: TokenStore, rows: Sequence[Row], *, eos_id: int | None = None) -> None:
         self._store = store
         self._pairs = [
             (row["row"], np.array(answer_ids(answer, eos_id), np.int32), (row["real_logprob"], answer["logprob"]))

@@ -253,26 +253,21 @@ class SPINModule(AlignModule):
         rows = [row[:length] for row, length in zip(batch["tokens"], lengths, strict=True)]
         most = getattr(getattr(self.trainer, "datamodule", None), "max_length", max(lengths))
         ids = batch["rows"].tolist() if "rows" in batch else range(len(rows))
-        if tokenizer is None:
-            raise ValueError(
-                "`generate` is 'per_step', which needs the end-of-sequence id. Use a data module with a `tokenizer`."
-            )
         answers = generate(
             self.policy,
             [row[:n].tolist() for row, n in zip(rows, prompts, strict=True)],
             self.generation,
-            eos_id=tokenizer.eos_id,
+            ends=self.ends(),
             ids=ids,
             iteration=self.trainer.global_step,
             limits=[most - n for n in prompts],
-            decode=tokenizer.decode,
         )
         generated = [
-            torch.cat((row[:n], row.new_tensor(answer_ids(vars(answer), tokenizer.eos_id))))
+            torch.cat((row[:n], row.new_tensor(answer_ids(vars(answer)))))
             for row, n, (answer, *_) in zip(rows, prompts, answers, strict=True)
         ]
         targets = [target[:length] for target, length in zip(batch["targets"], lengths, strict=True)]
-        pairs = join_pairs(rows, targets, generated, prompts, pad_id=tokenizer.pad_id)
+        pairs = join_pairs(rows, targets, generated, prompts, pad_id=0 if tokenizer is None else tokenizer.pad_id)
         return {"pairs": pairs, "opponent": score(self.opponent.player(self.policy), pairs)}
 
     # -- evaluation

@@ -87,16 +87,14 @@ class Play:
 
     def _generate(self, indices: list[int]) -> dict[int, list[Generation]]:
         prompts = [self._prompt(index) for index in indices]
-        tokenizer = self.data.tokenizer
         answers = self.loop.backend.generate(
             self.player,
             prompts,
             self.module.generation,
-            eos_id=tokenizer.eos_id,
+            ends=self.module.ends(),
             ids=indices,
             iteration=self.loop.iteration,
             limits=[self.data.max_length - len(prompt) for prompt in prompts],
-            decode=tokenizer.decode,
         )
         return dict(zip(indices, answers, strict=True))
 
@@ -128,6 +126,8 @@ class Play:
                     "text": decode(answer.tokens),
                     "tokens": answer.tokens,
                     "reason": answer.reason,
+                    "end": answer.end,
+                    **({"unsupported": answer.unsupported} if answer.unsupported else {}),
                     "sampled_logprob": sum(answer.logprobs) if answer.logprobs else None,
                 }
                 for sample, answer in enumerate(answers[index])

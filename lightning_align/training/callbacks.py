@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.aggregation import MeanMetric
 
 from lightning_align.data.rows import Grader, RowTask
+from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.language_model import policy_of
 from lightning_align.runtime.files import check_writable, publish_text
@@ -22,10 +23,14 @@ from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.runtime.ranks import world
 
 
-def _continue(module: Any, prompts: list[list[int]], config: GenerationConfig, **options: Any) -> list[list[Generation]]:
+def _continue(
+    module: Any, tokenizer: Any, prompts: list[list[int]], config: GenerationConfig, **options: Any
+) -> list[list[Generation]]:
     """Generate with the module's own method, or with the policy of a module of another package."""
+    policy = policy_of(module)
     own = getattr(module, "continue_prompts", None)
-    results: list[list[Generation]] = (own or partial(generate, policy_of(module)))(prompts, config, **options)
+    ends = Ends.of(tokenizer=tokenizer, model=policy, config=config, default=getattr(module, "generation", None))
+    results: list[list[Generation]] = (own or partial(generate, policy))(prompts, config, ends=ends, **options)
     return results
 
 
@@ -40,10 +45,10 @@ def _decode_shared(
     rank, ranks = world()
     mine = list(range(rank, len(prompts), ranks))
     padded = mine + [mine[-1] if mine else 0] * (-(-len(prompts) // ranks) - len(mine))
-    eos_id = datamodule_of(trainer).tokenizer.eos_id
+    tokenizer = datamodule_of(trainer).tokenizer
     with trainer.precision_plugin.forward_context():
         # The random numbers of a response depend on its prompt's number, not on the number of ranks.
-        results = _continue(module, [prompts[i] for i in padded], config, eos_id=eos_id, ids=padded)
+        results = _continue(module, tokenizer, [prompts[i] for i in padded], config, ids=padded)
     return [(index, responses[0]) for index, responses in zip(mine, results, strict=False)]
 
 
@@ -92,7 +97,7 @@ class SampleLogger(Callback):
             return
         # Every rank generates all samples. They are few, and nothing has to be gathered.
         with trainer.precision_plugin.forward_context():
-            results = _continue(pl_module, [t[0] for t in triples], self.config, eos_id=data.tokenizer.eos_id)
+            results = _continue(pl_module, data.tokenizer, [t[0] for t in triples], self.config)
         samples = [
             {"prompt": prompt, "chosen": chosen, "generated": data.tokenizer.decode(responses[0].tokens)}
             for (_, prompt, chosen), responses in zip(triples, results, strict=True)

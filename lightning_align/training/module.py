@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import lightning as L
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
 from lightning_align.models.language_model import logits_of
@@ -326,20 +327,33 @@ class AlignModule(L.LightningModule):
 
     # -- prediction
 
+    def ends(self, config: GenerationConfig | None = None) -> Ends:
+        """Return how responses end, and which ids exist: what the tokenizer of the data, the policy and the user say.
+
+        Args:
+            config: The generation settings. What they leave open, `generation` decides.
+        """
+        return Ends.of(tokenizer=self.data_tokenizer, model=self.policy, config=config, default=self.generation)
+
     def continue_prompts(
         self,
         prompts: Sequence[Sequence[int]],
         config: GenerationConfig,
         *,
-        eos_id: int | None = None,
+        ends: Ends | None = None,
         ids: Sequence[int] | None = None,
-        decode: Callable[[list[int]], str] | None = None,
     ) -> list[list[Generation]]:
         """Generate responses to prompts with the policy, for `predict_step` and the callbacks.
 
-        Subclasses override it if their policy needs more than the tokens of the prompts. See `generate` for the arguments.
+        Subclasses override it if their policy needs more than the tokens of the prompts.
+
+        Args:
+            prompts: See `generate`.
+            config: See `generate`.
+            ends: How responses end. Default is `ends`.
+            ids: See `generate`.
         """
-        return generate(self.policy, prompts, config, eos_id=eos_id, ids=ids, decode=decode)
+        return generate(self.policy, prompts, config, ends=ends or self.ends(config), ids=ids)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Generate responses to prompts.
@@ -351,15 +365,8 @@ class AlignModule(L.LightningModule):
         Returns:
             See `prediction_rows`. Responses are text if the data module has a tokenizer, otherwise token ids.
         """
-        tokenizer = self.data_tokenizer
-        results = self.continue_prompts(
-            batch["prompts"],
-            self.generation,
-            eos_id=None if tokenizer is None else tokenizer.eos_id,
-            ids=batch["rows"].tolist(),
-            decode=None if tokenizer is None else tokenizer.decode,
-        )
-        return prediction_rows(batch, results, tokenizer)
+        results = self.continue_prompts(batch["prompts"], self.generation, ids=batch["rows"].tolist())
+        return prediction_rows(batch, results, self.data_tokenizer)
 
     @property
     def data_tokenizer(self) -> Any:

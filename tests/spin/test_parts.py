@@ -178,7 +178,7 @@ def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
 
     def answer(row: dict[str, Any]) -> dict[str, Any]:
         own = answers[row["id"]]
-        told = {"logprobs": [own["sampled_logprob"] + 3.0]} if row["id"] == 0 else {}
+        told = {"logprobs": [own["sampled_logprob"] + 3.0] + [0.0] * (len(own["tokens"]) - 1)} if row["id"] == 0 else {}
         return {"id": row["id"], "responses": [{"tokens": own["tokens"], "reason": own["reason"], **told}]}
 
     good = [json.dumps(answer(row)) + "\n" for row in requests]
