@@ -72,8 +72,8 @@ class SPINModule(AlignModule):
 
         Args:
             backbone: The language model; see `AlignModule`. Not needed with `init_from`.
-            loss: The loss of a pair: `sigmoid` (SPIN), `sigmoid_norm` (on mean log-probs), `hinge`, `ipo` or `robust`. Default
-                is `sigmoid`.
+            loss: The loss of a pair: `sigmoid`, `hinge`, `exponential` or `correlation` (the four of the SPIN paper),
+                `sigmoid_norm` (on mean log-probs), `ipo` or `robust`. Default is `sigmoid`.
             beta: The strength of the KL penalty (lambda in the paper). A smaller value takes larger steps away from the
                 opponent. A list has one value per iteration. Default is 0.1.
             label_smoothing: The label smoothing of `sigmoid`, `sigmoid_norm` and `robust`. Default is 0.
