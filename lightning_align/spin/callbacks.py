@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align.data.store import TokenStore
@@ -17,10 +18,12 @@ from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.runtime.ranks import is_sharded
 from lightning_align.spin.boundary import START, Boundary, save_boundary, save_checkpoint
-from lightning_align.spin.generations import GeneratedSet, Pairs, plan, read_identity, statistics
+from lightning_align.spin.generations import GeneratedSet, Pairs, plan, statistics
 from lightning_align.spin.opponent import served_weights
+from lightning_align.spin.own_rows import LoaderRows, OwnLoaders
 from lightning_align.spin.play import Play, real_ids
 from lightning_align.spin.report import log_iteration
+from lightning_align.spin.set_files import read_identity
 from lightning_align.spin.stored import POLICY, put_weights, read_weights
 
 
@@ -104,6 +107,8 @@ class SelfPlayGeneration(Callback):
         self._folder: str | None = None
         # State that is not saved.
         self._cache: dict[str, tuple[int, Pairs, dict[str, float]]] = {}
+        self.own = OwnLoaders(self)
+        """The pairs of loaders of the user."""
         self._speed: float | None = None
         self._restored = False
 
@@ -152,11 +157,20 @@ class SelfPlayGeneration(Callback):
         an epoch.
         """
         self.begin(trainer)
+        self.own.prepare(trainer, batch)
         if self._announced < self.iteration:
             self._announced = self.iteration
             self._prepare_optimizer(trainer)
             played = {stage: values for stage, (number, _, values) in self._cache.items() if number == self.iteration}
             log_iteration(trainer, pl_module, played, iteration=self.iteration, folder=self._root, speed=self._speed)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Generate the pairs of a loader of the user before the first batch is validated within `fit`."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.begin(trainer)
+            self.own.prepare(trainer, batch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End an iteration: check the monitored metric, and save a checkpoint before the next iteration begins.
@@ -242,7 +256,7 @@ class SelfPlayGeneration(Callback):
         assert self._folder is not None
         return Path(self._folder) / f"iteration_{iteration}"
 
-    def pairs(self, trainer: L.Trainer, data: Any, stage: str, store: TokenStore) -> Pairs | None:
+    def pairs(self, trainer: L.Trainer, data: Any, stage: str, store: TokenStore | LoaderRows) -> Pairs | None:
         """Return the pairs of the current iteration, and generate those that are missing. Every rank must call this.
 
         Args:

@@ -10,13 +10,13 @@ A set is a folder:
 Parts do not depend on each other or on the number of ranks. A set that was interrupted resumes with the missing parts.
 
 A row has the keys ``{"row", "prompt", "real", "real_logprob", "generated": [...]}``. Each entry of the list has the keys
-``{"iteration", "sample", "text", "tokens", "reason", "end", "logprob", "sampled_logprob", "base_logprob"}``. The newest iteration
-comes first. ``end`` is the id that ended the response. ``unsupported`` counts ids of an engine that the tokenizer does not have.
+``{"iteration", "sample", "text", "tokens", "reason", "end", "logprob", "sampled_logprob", "base_logprob"}``. The newest
+iteration comes first. ``end`` is the id that ended the response. ``unsupported`` counts ids of an engine that the tokenizer
+does not have.
 """
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_align.data.store import StoredRow, TokenStore
+from lightning_align.data.store import StoredRow
 from lightning_align.runtime.files import publish_text
+from lightning_align.spin.set_files import Row, checked_row, read_identity, read_json, short
 from lightning_align.types import SelfPlayBatch, TokenBatch
 
-Row = dict[str, Any]
 Array = np.ndarray[Any, Any]
 
 
@@ -70,7 +70,7 @@ class GeneratedSet:
         differences = [name for name in self.identity if found.get(name) != self.identity[name]]
         if differences:
             changes = ", ".join(
-                f"`{name}` was {_short(found.get(name))} and is now {_short(self.identity[name])}" for name in differences
+                f"`{name}` was {short(found.get(name))} and is now {short(self.identity[name])}" for name in differences
             )
             raise ValueError(
                 f"{self.folder} was generated with other settings: {changes}. Give SelfPlayGeneration another `folder`, remove "
@@ -116,7 +116,7 @@ class GeneratedSet:
         # Not `splitlines`, which also splits at U+2028 and similar.
         for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], start=1):
             try:
-                rows.append(_checked_row(json.loads(line.decode())))
+                rows.append(checked_row(json.loads(line.decode())))
             except ValueError as error:
                 raise ValueError(f"{path}:{number} is not a row of a generated set ({error}). {remedy}") from error
         found, expected = [row["row"] for row in rows], self.parts[part]
@@ -138,7 +138,7 @@ class GeneratedSet:
 
     def _hashes(self) -> dict[str, str]:
         path = self.folder / "manifest.json"
-        hashes = _read_json(path).get("sha256")
+        hashes = read_json(path).get("sha256")
         if not isinstance(hashes, dict):
             raise ValueError(f"{path} has no hashes. Remove the file, if you trust the responses beside it.")
         return hashes
@@ -154,7 +154,7 @@ class GeneratedSet:
             yield from self.read(part)
 
 
-def plan(store: TokenStore, *, num_prompts: int | None, size: int) -> list[list[int]]:
+def plan(store: Any, *, num_prompts: int | None, size: int) -> list[list[int]]:
     """Split the first `num_prompts` rows of a store into parts of prompts of similar length.
 
     Args:
@@ -255,7 +255,7 @@ class Pairs:
         eos_id: The end-of-sequence id of responses of earlier versions, which do not store theirs.
     """
 
-    def __init__(self, store: TokenStore, rows: Sequence[Row], *, eos_id: int | None = None) -> None:
+    def __init__(self, store: Any, rows: Sequence[Row], *, eos_id: int | None = None) -> None:
         self._store = store
         self._pairs = [
             (row["row"], np.array(answer_ids(answer, eos_id), np.int32), (row["real_logprob"], answer["logprob"]))
@@ -266,6 +266,10 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def rows(self) -> list[int]:
+        """Return the number of the row of each pair."""
+        return [row for row, *_ in self._pairs]
 
     def __getitem__(self, index: int) -> Pair:
         row, response, opponent = self._pairs[index]
@@ -325,55 +329,5 @@ def join_rows(rows: Sequence[Tensor], targets: Sequence[Tensor], *, pad_id: int)
     }
 
 
-def read_identity(folder: Path) -> Row:
-    """Return the settings that an existing set was generated with. Empty if there is none.
-
-    Raises:
-        ValueError: If the file cannot be read.
-    """
-    path = folder / "identity.json"
-    return _read_json(path) if path.exists() else {}
-
-
-def _read_json(path: Path) -> Row:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"Cannot read {path} ({error}). Remove its folder to generate the set again.") from error
-    return content
-
-
-def _checked_row(row: Any) -> Row:
-    """Return a row of a set, or raise a ValueError that says what is wrong with it."""
-    if not isinstance(row, dict):
-        raise ValueError("it is not an object")
-    _check(row, {"row": int, "prompt": str, "real": str, "real_logprob": float, "generated": list})
-    for answer in row["generated"]:
-        if not isinstance(answer, dict):
-            raise ValueError("a response is not an object")
-        _check(answer, {"iteration": int, "text": str, "tokens": list, "reason": str, "logprob": float})
-        if not all(type(token) is int and token >= 0 for token in answer["tokens"]):
-            raise ValueError("`tokens` must be a list of token ids")
-    return row
-
-
-def _check(values: Row, kinds: dict[str, type]) -> None:
-    for name, kind in kinds.items():
-        value: Any = values.get(name)
-        right = type(value) is kind
-        if kind is float:
-            right = type(value) in (int, float) and math.isfinite(value)
-        if not right:
-            expected = "finite number" if kind is float else kind.__name__
-            raise ValueError(f"`{name}` must be a {expected}, but is {_short(value)}")
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:24]}…"

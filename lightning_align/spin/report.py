@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_align.spin.generations import Row
+from lightning_align.spin.set_files import Row
 
 SHOWN = 4
 """The number of prompts per iteration that TensorBoard shows."""
