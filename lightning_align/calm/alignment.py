@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.calm.spec import AugmentInput
-from lightning_align.data.tokenizer import Tokenizer
+from lightning_align.data.tokenizer import Tokenizer, all_ends
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
@@ -32,7 +32,7 @@ def char_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]
         # The first bytes of a character decode to a replacement character. The character counts from its last byte on.
         complete = tokenizer.decode(ids[:count]).rstrip(_INCOMPLETE)
         ends.append(max(len(complete), ends[-1] if ends else 0))
-    if ids and ids[-1] == tokenizer.eos_id:
+    if ids and ids[-1] in all_ends(tokenizer):
         ends[-1] = len(text) + 1
     return text, ends
 
@@ -53,7 +53,7 @@ def realign(ids: Sequence[int], tokenizer: Tokenizer, other: Tokenizer) -> tuple
     other_ids, other_ends = list(encoding.ids), [end for _, end in encoding.offsets]
     if other.bos_id is not None:
         other_ids, other_ends = [other.bos_id, *other_ids], [0, *other_ends]
-    if ids and ids[-1] == tokenizer.eos_id:
+    if ids and ids[-1] in all_ends(tokenizer):
         other_ids, other_ends = [*other_ids, other.eos_id], [*other_ends, len(text) + 1]
     return other_ids, other_ends, ends
 

@@ -23,7 +23,15 @@ from lightning_align.calm.layers import Position, Tap, find_layers, visiting
 from lightning_align.calm.probe import check_finite, probe_width
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.spec import Augment, Inputs, Spot, augment_model, pairs_of
-from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of, vocabulary_size
+from lightning_align.models.language_model import (
+    Head,
+    context_length,
+    declared_ends,
+    has_cache,
+    has_hidden,
+    logits_of,
+    vocabulary_size,
+)
 from lightning_align.models.weights import weights_hash
 
 
@@ -208,6 +216,11 @@ class CALM(nn.Module):
     def num_tokens(self) -> int | None:
         """V, the anchor's vocabulary size."""
         return vocabulary_size(self.anchor)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids that the anchor declares."""
+        return declared_ends(self.anchor)
 
     @property
     def max_seq_len(self) -> int | None:

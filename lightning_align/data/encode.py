@@ -11,7 +11,7 @@ Three rules hold for every encoded row.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ from lightning_align.data.conversations import BadRowError, Conversation, MaskTu
 from lightning_align.data.forms import Form, form_of, read_conversation, read_prompt, side_text
 from lightning_align.data.ledger import KEPT, PROMPT_TRIMMED, RESPONSE_TRIMMED, Ledger
 from lightning_align.data.rows import Row
-from lightning_align.data.tokenizer import Encoding, Tokenizer
+from lightning_align.data.tokenizer import Encoding, Tokenizer, all_ends
 from lightning_align.data.unread import unread_columns
 
 Truncation = Literal["keep_start", "keep_end", "drop"]
@@ -121,7 +121,7 @@ def encode_rows(
         for index, origin, conversation, (weight, margin) in conversations:
             try:
                 answer = encoder.encode(conversation)
-                result, outcome = _fit(answer, max_length=max_length, truncation=truncation, eos_id=tokenizer.eos_id)
+                result, outcome = _fit(answer, max_length=max_length, truncation=truncation, ends=all_ends(tokenizer))
             except BadRowError as error:
                 ledger.drop(error.reason, origin=origin, problem=error.problem)
                 continue
@@ -253,7 +253,7 @@ class _Encoder:
             ids, offsets = ids[1:], offsets[1:]
         if turn.eos:
             ids = with_eos(ids, self.tokenizer)
-        if turn.trained and self.tokenizer.eos_id in ids[:-1]:
+        if turn.trained and not set(all_ends(self.tokenizer)).isdisjoint(ids[:-1]):
             # Strings are used as they are, so a response can contain the token. The model learns to stop there.
             notes.add("end_token_inside")
         return _Span(ids, offsets, origin, turn.response, turn.trained, stand_ins)
@@ -311,7 +311,7 @@ def with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return [*ids[:num_ids], tokenizer.eos_id]
 
 
-def _fit(answer: _Answer, *, max_length: int, truncation: Truncation, eos_id: int) -> tuple[EncodedRow, str]:
+def _fit(answer: _Answer, *, max_length: int, truncation: Truncation, ends: Collection[int]) -> tuple[EncodedRow, str]:
     """Trim a conversation to at most ``max_length`` tokens.
 
     Returns:
@@ -338,7 +338,7 @@ def _fit(answer: _Answer, *, max_length: int, truncation: Truncation, eos_id: in
             if len(prompt) >= max_length or not answer.sides:
                 raise BadRowError("prompt_too_long", f"{total}, which leaves no token for the response")
             outcome = RESPONSE_TRIMMED
-    sides = [_flatten(prompt, spans, room=max_length - len(prompt), eos_id=eos_id) for spans in answer.sides]
+    sides = [_flatten(prompt, spans, room=max_length - len(prompt), ends=ends) for spans in answer.sides]
     for side in sides:
         if not any(side.targets):
             # Prompt tokens are never targets. Nor is the first token of a sequence, because nothing predicts it.
@@ -356,7 +356,7 @@ def _fit(answer: _Answer, *, max_length: int, truncation: Truncation, eos_id: in
     return EncodedRow(-1, len(prompt), sides), outcome
 
 
-def _flatten(prompt: list[int], spans: Sequence[_Span], *, room: int, eos_id: int) -> EncodedTokens:
+def _flatten(prompt: list[int], spans: Sequence[_Span], *, room: int, ends: Collection[int]) -> EncodedTokens:
     tokens = list(prompt)
     targets = [False] * len(prompt)
     num_bytes = 0
@@ -366,7 +366,7 @@ def _flatten(prompt: list[int], spans: Sequence[_Span], *, room: int, eos_id: in
         targets += [span.is_target] * len(ids)
         if span.is_target and ids:
             num_spelled = min(len(ids), len(span.offsets))
-            if num_spelled and ids[num_spelled - 1] == eos_id:
+            if num_spelled and ids[num_spelled - 1] in ends:
                 num_spelled -= 1
             if num_spelled:
                 text = span.text[: span.offsets[num_spelled - 1][1] - span.origin]

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align.data.mixture import describe
 from lightning_align.export.card import is_peft, model_card
+from lightning_align.generation.ends import end_ids
 from lightning_align.models.formats import merged_weights, whole_weights, write_adapter, write_model
 from lightning_align.models.language_model import policy_of
 
@@ -50,6 +51,8 @@ class ExportModel(Callback):
             write_adapter(policy, weights, folder, scope="default" if lora is None else lora.scope)
         else:
             data: Any = getattr(trainer, "datamodule", None)
+            tokenizer = getattr(data, "tokenizer", None)
+            eos_token = getattr(getattr(pl_module, "generation", None), "eos_token", None)
             given = getattr(data, "sources", {})
             sources = {name: describe(source) for name, source in given.items()}
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -57,7 +60,8 @@ class ExportModel(Callback):
                 policy,
                 merged_weights(policy, weights),
                 folder,
-                tokenizer=getattr(data, "tokenizer", None),
+                tokenizer=tokenizer,
+                eos_ids=end_ids(tokenizer=tokenizer, model=policy, eos_token=eos_token),
                 card=model_card(policy, type(pl_module).__name__, dict(pl_module.hparams), sources, metrics),
                 max_shard_size=self.max_shard_size,
             )

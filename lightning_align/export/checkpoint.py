@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.export.card import is_peft, model_card
+from lightning_align.generation.ends import end_ids
 from lightning_align.models.checkpoint import SHARDS_META, build_policy, gather_checkpoint, read_checkpoint
 from lightning_align.models.formats import whole_weights, write_adapter, write_model
 from lightning_align.models.lora import LoRAConfig
@@ -37,5 +38,9 @@ def export_checkpoint(
     else:
         reader = None if tokenizer is None else load_tokenizer(tokenizer)
         card = model_card(policy, str(hparams.get("_class_path", "")).rpartition(".")[2], hparams, {}, {})
-        write_model(policy, weights, output, tokenizer=reader, card=card, max_shard_size=max_shard_size)
+        given = dict(hparams.get("generation") or {}).get("eos_token")
+        # A text is no id without a tokenizer, and `write_model` then keeps what the model declares.
+        eos_token = given if reader is not None or not isinstance(given, str) else None
+        eos_ids = end_ids(tokenizer=reader, model=policy, eos_token=eos_token)
+        write_model(policy, weights, output, tokenizer=reader, eos_ids=eos_ids, card=card, max_shard_size=max_shard_size)
     print(f"exported the model to {output}")

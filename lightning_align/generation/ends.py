@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_align.data.tokenizer.protocol import all_ends
 from lightning_align.generation.stop import StopTexts
 from lightning_align.generation.support import Support
 from lightning_align.models.language_model import declared_ends
@@ -64,16 +65,10 @@ class Ends:
             ValueError: If a stop text or end token does not exist in the tokenizer, or needs one and there is none.
         """
         support = Support.of(tokenizer)
-        ids = [] if tokenizer is None else [tokenizer.eos_id, *getattr(tokenizer, "end_ids", ())]
-        if model is not None:
-            declared = declared_ends(model)
-            if missing := support.missing(declared):
-                say_once(f"The model declares the end-of-sequence ids {missing}, which the tokenizer lacks. They are not used.")
-            ids += [token for token in declared if token in support]
         settings = [given for given in (config, default) if given is not None]
-        ids += _given(next((s.eos_token for s in settings if s.eos_token is not None), None), tokenizer, support)
-        ends = tuple(dict.fromkeys(ids))
-        texts: Sequence[str] = next((s.stop for s in settings if s.stop), ())
+        eos_token = next((given.eos_token for given in settings if given.eos_token is not None), None)
+        ends = end_ids(tokenizer=tokenizer, model=model, eos_token=eos_token)
+        texts: Sequence[str] = next((given.stop for given in settings if given.stop), ())
         if texts and tokenizer is None:
             raise ValueError(
                 f"`stop` is {list(texts)}, which needs a tokenizer. Give the data a `tokenizer`, or remove `stop`."
@@ -124,6 +119,18 @@ class Ends:
             "vocab_size": self.support.size,
             "holes": sorted(self.support.holes),
         }
+
+
+def end_ids(*, tokenizer: Any = None, model: nn.Module | None = None, eos_token: Any = None) -> tuple[int, ...]:
+    """Collect the ids that end a response, the tokenizer's own first. See `Ends.of`."""
+    support = Support.of(tokenizer)
+    ids = [] if tokenizer is None else list(all_ends(tokenizer))
+    if model is not None:
+        declared = declared_ends(model)
+        if missing := support.missing(declared):
+            say_once(f"The model declares the end-of-sequence ids {missing}, which the tokenizer lacks. They are not used.")
+        ids += [token for token in declared if token in support]
+    return tuple(dict.fromkeys([*ids, *_given(eos_token, tokenizer, support)]))
 
 
 def _given(eos_token: Any, tokenizer: Any, support: Support) -> list[int]:

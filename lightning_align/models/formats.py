@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def write_model(
     folder: str | Path,
     *,
     tokenizer: Any = None,
+    eos_ids: Sequence[int] = (),
     card: str | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
@@ -86,6 +87,8 @@ def write_model(
         folder: The folder to write. It is created with its parents. It must be empty or contain an earlier export.
         tokenizer: A tokenizer of this package. One that wraps a tokenizer of transformers is written in the format of
             transformers.
+        eos_ids: The ids that end a response, for the generation settings (``generation_config.json``) of a `PretrainedLM`.
+            Default is what the model declares.
         card: The text of the model card.
         max_shard_size: The maximum size of a weights file, for a `PretrainedLM`.
 
@@ -98,6 +101,7 @@ def write_model(
     if isinstance(model, PretrainedLM):
         model, state = transformers_weights(model, weights)
         model.model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+        _write_ends(folder / "generation_config.json", eos_ids or model.eos_ids)
     else:
         spec = backbone_spec(model)
         if spec is None:
@@ -112,6 +116,14 @@ def write_model(
     if card is not None:
         publish_text(folder / CARD, card)
     _copy_permissions(folder / CONFIG)
+
+
+def _write_ends(path: Path, eos_ids: Sequence[int]) -> None:
+    """Write the end-of-sequence ids into generation settings. Engines end responses at all of them."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if eos_ids:
+        settings["eos_token_id"] = int(eos_ids[0]) if len(eos_ids) == 1 else [int(token) for token in eos_ids]
+        publish_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def read_model(folder: str | Path) -> nn.Module:

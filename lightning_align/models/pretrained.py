@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_align.models.language_model import Head
+from lightning_align.models.language_model import Head, declared_ends
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 from lightning_align.models.peft_adapters import TRAINED, add_peft, has_peft, peft_disabled
@@ -44,6 +44,7 @@ class PretrainedLM(nn.Module):
         gradient_checkpointing: bool = False,
         compile: str | None = None,
         adapter: str | dict[str, Any] | None = None,
+        eos_token_id: list[int] | None = None,
     ) -> None:
         """Load a model, or build one with random weights.
 
@@ -63,6 +64,8 @@ class PretrainedLM(nn.Module):
             adapter: PEFT adapters (LoRA, DoRA, ...): a folder with trained adapters, or a configuration for new ones, such as
                 `{r: 8, use_dora: true}`. Only the adapters train. With new adapters, the model with its adapters switched off
                 can be the reference, which needs no extra memory.
+            eos_token_id: The ids that end a response. Default is those in the generation settings of the model, which list
+                several for most instruct models. A model with random weights has only those that `config` gives.
 
         Raises:
             ValueError: If the model does not exist, has no linear output layer or has no safetensors weights, or if the
@@ -102,6 +105,11 @@ class PretrainedLM(nn.Module):
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.config = self.model.config
+        if eos_token_id is None:
+            given = name is not None or "eos_token_id" in (config or {})
+            eos_token_id = list(declared_ends(self.model)) if given else []
+        self.eos_ids: tuple[int, ...] = tuple(eos_token_id)
+        """The end-of-sequence ids that the model declares, whatever the tokenizer."""
         described = json.loads(self.config.to_json_string(use_diff=True))
         self.init_args: dict[str, Any] = {
             "name": name,
@@ -111,6 +119,7 @@ class PretrainedLM(nn.Module):
             "attention": attention,
             "revision": revision,
             "gradient_checkpointing": gradient_checkpointing,
+            "eos_token_id": list(self.eos_ids),
             "adapter": described_adapter,  # not the folder, because a checkpoint contains the weights
         }
         self.model.eval()

@@ -81,6 +81,11 @@ class RetrievalDecoder(nn.Module):
         """The maximum number of tokens that the model's decoder can process. None if it does not define one."""
         return self.model.max_seq_len
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids that the model declares."""
+        return self.model.eos_ids
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Compute the logits without neighbors."""
         logits: Tensor = self.model(tokens)

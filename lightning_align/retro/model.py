@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_align.models.building import backbone_spec, build_backbone
-from lightning_align.models.language_model import Head, HiddenModel, context_length, has_cache, has_hidden
+from lightning_align.models.language_model import Head, HiddenModel, context_length, declared_ends, has_cache, has_hidden
 from lightning_align.retro.attention import ChunkedCrossAttention
 from lightning_align.retro.encoder import NeighborEncoder
 
@@ -160,6 +160,11 @@ class RETRO(nn.Module):
     def num_tokens(self) -> int:
         """V, the size of the vocabulary."""
         return self.head.weight.shape[0]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids that the decoder declares."""
+        return declared_ends(self.decoder)
 
     @property
     def max_seq_len(self) -> int | None:

@@ -11,7 +11,7 @@ Parts do not depend on each other or on the number of ranks. A set that was inte
 
 A row has the keys ``{"row", "prompt", "real", "real_logprob", "generated": [...]}``. Each entry of the list has the keys
 ``{"iteration", "sample", "text", "tokens", "reason", "end", "logprob", "sampled_logprob", "base_logprob"}``. The newest
-iteration comes first. ``end`` is the id that ended the response. ``unsupported`` counts ids of an engine that the tokenizer
+iteration comes first. ``end`` is the id that ended the response. ``unsupported`` counts the ids of an engine that the tokenizer
 does not have.
 """
 

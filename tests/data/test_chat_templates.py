@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lightning_align.data.tokenizer import all_ends
 from tests.data.helpers import chat_tokenizer, encode, spell
 
 pytest.importorskip("transformers", reason="needs the extra hf")
@@ -83,7 +84,10 @@ def test_the_last_turn_is_trained_behind_what_is_written_at_generation(template,
     text, trained = spell(tokenizer, single)
     given = text.removesuffix(trained)
     assert "Sure." in trained and "Hello!" not in trained
-    assert trained.endswith(tokenizer.decode([tokenizer.eos_id], skip_special=False))
+    # Phi 3 writes <|end|> behind each turn, and the end-of-sequence token behind the conversation. The first ends an answer.
+    end = tokenizer.decode([all_ends(tokenizer)[-1]], skip_special=False)
+    assert trained.endswith(end) and trained.count(end) == 1
+    assert ("phi3" in template.stem) == (end != tokenizer.markers[0])
     assert single.sides[0].tokens.count(tokenizer.eos_id) <= text.count(tokenizer.markers[0])
     # What is trained ends what the template renders, but for what it writes behind the end token.
     whole = _apply(tokenizer, [*history, SURE], generate=False)

@@ -8,7 +8,7 @@ from lightning_align.data.tokenizer.byte import ByteTokenizer
 from lightning_align.data.tokenizer.chat import check_messages, render_plain
 from lightning_align.data.tokenizer.file import FileTokenizer
 from lightning_align.data.tokenizer.loading import check_vocabulary, load_tokenizer
-from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment, Tokenizer
+from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment, Tokenizer, all_ends
 from lightning_align.data.tokenizer.training import train_tokenizer
 from lightning_align.data.tokenizer.transformers import TransformersTokenizer
 
@@ -20,6 +20,7 @@ __all__ = [
     "Segment",
     "Tokenizer",
     "TransformersTokenizer",
+    "all_ends",
     "check_messages",
     "check_vocabulary",
     "load_tokenizer",

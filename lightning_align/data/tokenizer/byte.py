@@ -21,7 +21,15 @@ class ByteTokenizer:
     markers: tuple[str, ...] = ()
     has_template: bool = False
     fingerprint: str = "bytes-1"
+    special_ids: frozenset[int] = frozenset((0, 1, 2))
     _specials = ("<pad>", "<bos>", "<eos>")
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of a special token or of a text of one byte. None for other texts."""
+        if text in self._specials:
+            return self._specials.index(text)
+        content = text.encode()
+        return content[0] + 3 if len(content) == 1 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """See `Tokenizer.encode_batch`. No text encodes to a special token."""

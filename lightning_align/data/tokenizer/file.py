@@ -78,7 +78,15 @@ class FileTokenizer:
         # the file is not needed.
         model.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
         self._model = model
-        self.vocab_size: int = 1 + max(model.get_vocab(with_added_tokens=True).values(), default=-1)
+        ids = set(model.get_vocab(with_added_tokens=True).values())
+        self.vocab_size: int = 1 + max(ids, default=-1)
+        self.holes: frozenset[int] = frozenset(range(self.vocab_size)) - ids
+        added = model.get_added_tokens_decoder().items()
+        self.special_ids: frozenset[int] = frozenset(number for number, token in added if token.special)
+
+    def token_id(self, text: str) -> int | None:
+        """Return the id of the token with this text, or None if there is none."""
+        return self._model.token_to_id(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """See `Tokenizer.encode_batch`."""

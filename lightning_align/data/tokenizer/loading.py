@@ -11,7 +11,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
     Args:
         spec: ``bytes``, the path of a ``tokenizer.json``, or a folder or hub name of a transformers tokenizer. Special
-            tokens with uncommon names follow the path: ``tokenizer.json?eos=<|done|>&pad=<|fill|>``.
+            tokens with uncommon names follow it: ``tokenizer.json?eos_token=<|done|>&pad_token=<|fill|>``, or
+            ``my-base-model?eos_token=<|im_end|>``. They replace those of the tokenizer.
 
     Raises:
         ValueError: If there is no such tokenizer, or it has no end-of-sequence token.
@@ -19,14 +20,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     path, _, query = spec.partition("?")
-    if not path.endswith(".json"):
-        return TransformersTokenizer(spec)
-    names = dict(part.split("=", 1) for part in query.split("&") if "=" in part)
+    given = (part.split("=", 1) for part in query.split("&") if "=" in part)
+    names = {name.removesuffix("_token"): text for name, text in given}
     if unknown := names.keys() - {"bos", "eos", "pad"}:
         raise ValueError(
-            f"tokenizer {spec!r}: the options after '?' must be bos, eos or pad, but got {', '.join(sorted(unknown))}"
+            f"tokenizer {spec!r}: the options after '?' must be bos_token, eos_token or pad_token, but got "
+            f"{', '.join(sorted(unknown))}"
         )
-    return FileTokenizer(path, **names)
+    if path == "bytes":
+        raise ValueError(f"tokenizer {spec!r} has the special tokens <bos>, <eos> and <pad>. Remove the options after 'bytes'.")
+    return FileTokenizer(path, **names) if path.endswith(".json") else TransformersTokenizer(path, **names)
 
 
 def check_vocabulary(tokenizer: Tokenizer, *, num_tokens: int) -> None:

@@ -28,8 +28,21 @@ class Segment(NamedTuple):
     """The index of the message that a trained segment renders. -1 for other segments."""
 
 
+def all_ends(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that end a response for a tokenizer: its ``eos_id`` first, then its ``end_ids``."""
+    return tuple(dict.fromkeys([tokenizer.eos_id, *getattr(tokenizer, "end_ids", ())]))
+
+
 class Tokenizer(Protocol):
-    """A converter between text and token ids."""
+    """A converter between text and token ids.
+
+    Optional attributes, which are found by name:
+
+    - ``end_ids``: further ids that end a response, such as the token with which the chat template ends a turn.
+    - ``holes``: the ids below ``vocab_size`` that stand for no token.
+    - ``special_ids``: the ids of the special tokens.
+    - ``token_id(text)``: the id of the token with this text, or None.
+    """
 
     @property
     def vocab_size(self) -> int:

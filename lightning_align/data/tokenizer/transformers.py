@@ -9,9 +9,10 @@ from typing import Any
 
 import tokenizers
 
+from lightning_align.data.prefixes import num_shared
 from lightning_align.data.tokenizer.chat import check_messages, render_plain
 from lightning_align.data.tokenizer.file import FileTokenizer, hash_parts, hash_vocabulary
-from lightning_align.data.tokenizer.protocol import Message, Segment
+from lightning_align.data.tokenizer.protocol import Message, Segment, all_ends
 from lightning_align.data.tokenizer.turns import TurnFinder
 from lightning_align.runtime.hub import out_of_reach
 
@@ -24,13 +25,16 @@ class TransformersTokenizer(FileTokenizer):
 
     Args:
         name: A folder that ``save_pretrained`` wrote, or a name on the Hugging Face hub.
+        bos: The text of another beginning-of-sequence token.
+        eos: The text of another end-of-sequence token. Required if the tokenizer has none.
+        pad: The text of another padding token.
 
     Raises:
-        ValueError: If transformers is not installed, or the tokenizer cannot be loaded, is not a fast tokenizer, or has
-            no end-of-sequence token.
+        ValueError: If transformers is not installed, or the tokenizer cannot be loaded, is not a fast tokenizer, has no
+            end-of-sequence token, or lacks a token that an argument names.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, bos: str | None = None, eos: str | None = None, pad: str | None = None) -> None:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -49,8 +53,18 @@ class TransformersTokenizer(FileTokenizer):
             ) from error
         if not getattr(source, "is_fast", False):
             raise ValueError(f"tokenizer {name!r} has no fast version, which is needed for the character offsets of each token")
+        given = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        given = {role: text for role, text in given.items() if text is not None}
+        for role, text in given.items():
+            if text not in source.get_vocab():
+                raise ValueError(f"`{role}` must be a token of tokenizer {name!r}, but got {text!r}")
+        if given:
+            source.add_special_tokens(given)
         if source.eos_token_id is None:
-            raise ValueError(f"tokenizer {name!r} has no end-of-sequence token. Set its eos_token and save it again.")
+            raise ValueError(
+                f"tokenizer {name!r} has no end-of-sequence token. Give its text, such as {name}?eos_token=<|im_end|>, or set"
+                " its eos_token and save it again."
+            )
         self._set_model(tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str()))
         self._source = source
         self._name = name
@@ -59,11 +73,14 @@ class TransformersTokenizer(FileTokenizer):
         self.eos_id = int(source.eos_token_id)
         self.pad_id = self.eos_id if source.pad_token_id is None else int(source.pad_token_id)
         template = str(source.chat_template or "")
-        self.fingerprint = hash_parts(self._model.to_str(), str((self.bos_id, self.eos_id, self.pad_id)), template)
         self.vocabulary_fingerprint = hash_vocabulary(self._model)
         self.has_template = bool(template)
         self._parts = False
         self._parts = bool(template) and self._takes_parts()
+        self.end_ids: tuple[int, ...] = self._find_turn_end() if template else ()
+        """The special token with which the chat template ends a turn of the assistant, if it is another one."""
+        roles = (self.bos_id, self.eos_id, self.pad_id, *self.end_ids)
+        self.fingerprint = hash_parts(self._model.to_str(), str(roles), template)
         self.markers = self._find_markers()
         if faults := self._template_faults():
             warnings.warn(f"the chat template of {name} {'; it '.join(faults)}", stacklevel=2)
@@ -79,7 +96,7 @@ class TransformersTokenizer(FileTokenizer):
             segments = self.render(turns, add_generation_prompt=False)
         except ValueError:
             return []  # reported for the row that the template cannot render
-        bos, eos = str(self._source.bos_token), str(self._source.eos_token)
+        bos, eos = str(self._source.bos_token), str(self._model.id_to_token(all_ends(self)[-1]))
         text = "".join(segment.text for segment in segments)
         faults = []
         if self._source.bos_token and text.startswith(bos * 2):
@@ -115,7 +132,7 @@ class TransformersTokenizer(FileTokenizer):
         check_messages(messages)
         finder = TurnFinder(
             partial(self._apply, tools=tools, template_kwargs=template_kwargs),
-            eos=str(self._source.eos_token),
+            ends=[str(self._model.id_to_token(number)) for number in all_ends(self)],
             boundary=self._boundary,
         )
         try:
@@ -131,6 +148,37 @@ class TransformersTokenizer(FileTokenizer):
     def _boundary(self, text: str, position: int) -> int:
         (encoding,) = self.encode_batch([text])
         return max((end for _, end in encoding.offsets if end <= position), default=0)
+
+    def _find_turn_end(self) -> tuple[int, ...]:
+        """Find the special token with which the template ends each turn of the assistant, if it is not `eos_id`.
+
+        Templates of instruct models often have a token of their own for this, such as ``<end_of_turn>``. The template writes it
+        first behind the answer, in the middle of a conversation as at its end, and does not write `eos_id` in the middle. At
+        the end, only `eos_id` may follow.
+        """
+        question: Message = {"role": "user", "content": "Q7z"}
+        found = []
+        for behind in ([], [question]):
+            try:
+                first, second = (
+                    self._apply([question, {"role": "assistant", "content": text}, *behind], False) for text in ("01", "2x")
+                )
+            except ValueError:
+                return ()  # reported for the row that the template cannot render
+            shared = num_shared(first[::-1], second[::-1])
+            suffix, _, _ = first[len(first) - shared :].partition("Q7z")
+            tokens = [
+                (suffix.index(token.content), -len(token.content), number)
+                for number, token in self._model.get_added_tokens_decoder().items()
+                # A token that opens the conversation also opens the next turn.
+                if token.special and token.content in suffix and not first.lstrip().startswith(token.content)
+            ]
+            found.append((suffix, [number for _, _, number in sorted(tokens)]))
+        (suffix, last), (_, middle) = found
+        if not last or last[:1] != middle[:1] or self.eos_id in middle:
+            return ()
+        _, _, rest = suffix.partition(str(self._model.id_to_token(last[0])))
+        return (last[0],) if rest.strip() in ("", str(self._source.eos_token)) else ()
 
     def _find_markers(self) -> tuple[str, ...]:
         """Return the end, beginning and padding tokens, and the special tokens that the template writes itself."""

@@ -18,13 +18,13 @@ class TurnFinder:
 
     Args:
         apply: Renders messages.
-        eos: The text of the end-of-sequence token.
+        ends: The texts of the tokens that end a response, the end-of-sequence token first.
         boundary: Returns the last position up to a given one in a text at which a token ends.
     """
 
-    def __init__(self, apply: Apply, *, eos: str, boundary: Callable[[str, int], int]) -> None:
+    def __init__(self, apply: Apply, *, ends: Sequence[str], boundary: Callable[[str, int], int]) -> None:
         self._apply = apply
-        self._eos = eos
+        self._ends = tuple(ends)
         self._boundary = boundary
 
     def segments(
@@ -77,17 +77,16 @@ class TurnFinder:
     def _cut(self, turn: str) -> tuple[str, bool]:
         """Remove what a template writes behind the end token of a turn, usually a line break.
 
-        Only the last end token ends a turn. The text of an answer may contain others.
+        Only the last end token ends a turn, or the first of several in a row. The text of an answer may contain others.
 
         Returns:
             The turn with one end token at its end, and whether it has one.
         """
         text = turn.rstrip()
-        if not text.endswith(self._eos):
-            return turn, False
-        while text.endswith(self._eos * 2):
-            text = text.removesuffix(self._eos)
-        return text, True
+        closed = ""
+        while last := next((end for end in self._ends if text.endswith(end)), ""):
+            closed, text = text, text.removesuffix(last).rstrip() if len(self._ends) > 1 else text.removesuffix(last)
+        return (closed, True) if closed else (turn, False)
 
     def _start(self, given: Sequence[Message], whole: str) -> int | None:
         """Find where the turn after the given messages begins.
@@ -138,7 +137,7 @@ class TurnFinder:
         alone = self._try(given, False)
         if alone is None:
             return None
-        for text in (alone, alone.rstrip().removesuffix(self._eos)):
+        for text in (alone, *(alone.rstrip().removesuffix(end) for end in self._ends)):
             if len(text) > start and whole.startswith(text):
                 return len(text)
         return None
