@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align.data.store import TokenStore
 from lightning_align.generation.backend import GenerationBackend, NativeBackend
+from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.runtime.ranks import is_sharded
 from lightning_align.spin.boundary import START, Boundary, save_boundary, save_checkpoint
@@ -136,6 +137,11 @@ class SelfPlayGeneration(Callback):
                 raise ValueError(
                     f"`backend` of SelfPlayGeneration is {name}, but `generate` of SPINModule is 'per_step', which never uses "
                     "it. Remove `backend`, or set `generate: per_iteration`."
+                )
+            if module.generation.filter_fn is not None:
+                raise ValueError(
+                    f"`backend` of SelfPlayGeneration is {name}, which cannot call the `filter_fn` of `generation`, "
+                    f"{module.generation.filter_fn}. Remove one of them."
                 )
             if module.opponent_kind == "mixture":
                 raise ValueError(
@@ -281,6 +287,9 @@ class SelfPlayGeneration(Callback):
         settings = dataclasses.asdict(module.generation)
         # The parts of an existing set keep their size. Another machine may generate the missing ones with other batches.
         found = read_identity(self._root / stage).get("generation") or {}
+        # Settings that a set of an earlier version does not know had no effect on it.
+        defaults = dataclasses.asdict(GenerationConfig())
+        settings = {name: value for name, value in settings.items() if name in found or not found or value != defaults[name]}
         settings["batch_size"] = found.get("batch_size", settings["batch_size"])
         parts = plan(store, num_prompts=num_prompts, size=settings["batch_size"])
         identity = {
