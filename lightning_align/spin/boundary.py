@@ -155,7 +155,7 @@ def save_boundary(trainer: L.Trainer, root: Path, *, force_last: bool) -> None:
                 save_checkpoint(trainer, callback.last_model_path, weights_only=callback.save_weights_only)
 
 
-def save_checkpoint(trainer: L.Trainer, path: str | Path, *, weights_only: bool | None = None) -> None:
+def save_checkpoint(trainer: L.Trainer, path: str | Path, *, weights_only: bool = False) -> None:
     """Save a checkpoint, completely or not at all. A link is replaced by the checkpoint. Every rank must call this.
 
     Args:
