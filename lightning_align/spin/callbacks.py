@@ -111,7 +111,7 @@ class SelfPlayGeneration(Callback):
         self.own = OwnLoaders(self)
         """The pairs of loaders of the user."""
         self._speed: float | None = None
-        self._restored = False
+        self._restored, self._synced = False, -1
 
     # -- the trainer's hooks
 
@@ -241,18 +241,21 @@ class SelfPlayGeneration(Callback):
             self._folder = str((self.folder or default).resolve())
         if iteration <= self.iteration:
             return
-        if self.iteration < 0:
-            self._run = trainer.strategy.broadcast(uuid4().hex)
-        self.iteration, self._step = iteration, trainer.global_step
+        run = trainer.strategy.broadcast(uuid4().hex) if self.iteration < 0 else self._run
         skip_no_batches(trainer, enough=sys.maxsize // 2)
         module.begin_iteration(iteration)
-        boundary = Boundary(trainer, module, self._root, run=self._run)
+        boundary = Boundary(trainer, module, self._root_of(iteration), run=run)
         if module.generate_mode == "per_iteration" or self.monitor is not None:
             boundary.settle()
-        self._hash = boundary.digest
-        if not isinstance(self.backend, NativeBackend):
-            # The native backend uses the player itself, so no copy of its weights is made.
+        self._sync(module, iteration)
+        # Set together and last, because a signal may save a checkpoint at any moment.
+        self._run, self._hash, self._step, self.iteration = run, boundary.digest, trainer.global_step, iteration
+
+    def _sync(self, module: Any, iteration: int) -> None:
+        """Give another engine the weights of the opponent, unless this process did. The native one uses the player itself."""
+        if not isinstance(self.backend, NativeBackend) and self._synced != iteration:
             self.backend.sync_weights(served_weights(module.opponent.player(module.policy)), iteration=iteration)
+            self._synced = iteration
 
     @property
     def _root(self) -> Path:
@@ -319,6 +322,7 @@ class SelfPlayGeneration(Callback):
             if trainer.is_global_zero:
                 generated.drop_manifest()
             trainer.strategy.barrier("self-play opened")
+            self._sync(module, self.iteration)
             before = self._root_of(self.iteration - 1) / stage
             size = (read_identity(before).get("generation") or {}).get("batch_size", settings["batch_size"])
             previous = GeneratedSet(before, {}, plan(store, num_prompts=num_prompts, size=size))

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.spin.boundary import Boundary
 from lightning_align.spin.generations import GeneratedSet
 from lightning_align.spin.stored import differ_by_rounding, relative_distance
 from tests.portable import CAPS
@@ -149,6 +150,58 @@ def test_the_last_checkpoint_is_saved_before_an_iteration_generates(tmp_path: Pa
         assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 3
         (numbered,) = folder.glob("*step=2.ckpt")
         assert torch.load(numbered, weights_only=True)["global_step"] == 2  # not overwritten through the link
+
+
+def test_a_checkpoint_of_any_moment_at_the_boundary_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals save checkpoints at any moment. These are taken before and after the weights of iteration 1 are stored."""
+    _, whole = finish(tmp_path / "whole")
+    for moment in ("__init__", "settle"):
+        folder = tmp_path / moment
+        method = getattr(Boundary, moment)
+
+        def signaled(self: Boundary, *args: Any, method: Any = method, folder: Path = folder, **kwargs: Any) -> None:
+            method(self, *args, **kwargs)
+            if self.root.name == "iteration_1":
+                self.trainer.save_checkpoint(folder / "signal.ckpt")
+                raise Interrupted
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(Boundary, moment, signaled)
+            finish(folder)
+        trainer, module, data = start(folder)
+        trainer.fit(module, data, ckpt_path=folder / "signal.ckpt")
+        assert trainer.global_step == 18
+        assert largest_difference(state_of(module.policy), state_of(whole.policy)) == 0
+
+
+def test_another_engine_gets_the_weights_again_after_a_resume(tmp_path: Path) -> None:
+    """An engine that keeps weights in memory, and that was stopped in iteration 1."""
+
+    class Memory:
+        whole = False
+
+        def __init__(self, fails: bool) -> None:
+            self.fails, self.weights, self.synced = fails, {}, []
+
+        def sync_weights(self, weights: Any, *, iteration: int) -> None:
+            self.weights = weights
+            self.synced.append(iteration)
+
+        def generate(self, model: Any, *args: Any, iteration: int, **options: Any) -> Any:
+            if self.fails and iteration == 1:
+                raise Interrupted
+            served = tiny_palm(num_tokens=259)
+            served.load_state_dict(self.weights)
+            return generate(served, *args, iteration=iteration, **options)
+
+    with pytest.raises(Interrupted):
+        finish(tmp_path, loop={"backend": Memory(True)})
+    backend = Memory(False)
+    finish(tmp_path, resume=True, loop={"backend": backend})
+    assert backend.synced == [1, 2]
+    assert all(
+        abs(row["generated"][0]["sampled_logprob"] - row["generated"][0]["logprob"]) < 1e-4 for row in set_rows(tmp_path, 1)
+    )
 
 
 def test_initial_weights_with_other_rounding_are_those_of_the_folder(tmp_path: Path) -> None:
