@@ -86,7 +86,9 @@ class Boundary:
             return "keep", ""
         stored = read_weights(path)
         number = self.root.name.removeprefix("iteration_")
-        if differ_by_rounding(self.weights, stored):
+        # Weights from a file have the same bits everywhere, and random ones do not.
+        may_differ = origin.run == self.run or self.module.init_from is None
+        if may_differ and differ_by_rounding(self.weights, stored):
             return "use", f"Iteration {number} uses the weights in {path}. They differ from those of this run by rounding."
         if origin.run != self.run:
             raise ValueError(
@@ -142,6 +144,7 @@ def save_boundary(trainer: L.Trainer, root: Path, *, force_last: bool) -> None:
     kept = (root / START).exists() and (root / POLICY).exists()
     if not trainer.strategy.broadcast(kept):
         save_checkpoint(trainer, root / START)
+        rank_zero_info(f"{root.name.replace('_', ' ').capitalize()} begins. A run that is stopped resumes with {root / START}.")
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or not callback.save_last or callback.dirpath is None:
             continue

@@ -326,7 +326,12 @@ class SelfPlayGeneration(Callback):
             before = self._root_of(self.iteration - 1) / stage
             size = (read_identity(before).get("generation") or {}).get("batch_size", settings["batch_size"])
             previous = GeneratedSet(before, {}, plan(store, num_prompts=num_prompts, size=size))
-            Play(trainer, data, store, generated, previous, self).run(missing)
+            try:
+                Play(trainer, data, store, generated, previous, self).run(missing)
+            except (KeyboardInterrupt, SystemExit):
+                done = len(parts) - len(generated.missing())
+                rank_zero_info(f"Stopped with {done} of {len(parts)} parts in {generated.folder}. A resumed run keeps them.")
+                raise
         trainer.strategy.barrier("self-play")
         rows = list(generated.rows())
         trainer.strategy.barrier("self-play read")

@@ -228,6 +228,8 @@ def test_distances_by_hand() -> None:
     assert relative_distance(ones, ones, ones) == float("inf")
     eps = torch.finfo(torch.float32).eps
     assert differ_by_rounding({"a": torch.tensor([1.0 + 8 * eps, 0.0])}, {"a": torch.tensor([1.0, eps])})
+    narrow = [{"a": torch.tensor([1.0, value], dtype=torch.bfloat16)} for value in (0.01, 0.01 * (1 + 2**-7), 0.0105)]
+    assert differ_by_rounding(narrow[0], narrow[1]) and not differ_by_rounding(narrow[0], narrow[2])
     assert not differ_by_rounding({"a": torch.tensor([1.0, 1e-4])}, {"a": torch.tensor([1.0, 0.0])})
     assert not differ_by_rounding({"a": torch.tensor([1.0, torch.nan])}, {"a": torch.tensor([1.0, 0.0])})
     assert not differ_by_rounding({"a": torch.tensor([1])}, {"a": torch.tensor([2])})
