@@ -17,8 +17,8 @@ class ReferenceUpdate(Callback):
     opponent `ema` of SPINModule. It counts optimizer steps, not micro-batches or steps that a gradient scaler skipped. The
     count is saved in checkpoints.
 
-    The further options are those of ema-pytorch, with the same names. Its ``beta`` is 1 - `alpha`, its ``update_every`` is
-    `every`. With `inv_gamma`, the decay 1 - alpha of the update after optimizer step k grows with k:
+    The further options are those of ema-pytorch, with the same names, so that its keyword arguments can be given as they are.
+    With `inv_gamma`, the decay 1 - alpha of the update after optimizer step k grows with k:
 
         decay(k) = 1 - (1 + n / inv_gamma)^(-power),   n = k - update_after_step - 1,
 
@@ -34,6 +34,8 @@ class ReferenceUpdate(Callback):
         inv_gamma: float | None = None,
         power: float = 2 / 3,
         min_value: float = 0.0,
+        beta: float | None = None,
+        update_every: int | None = None,
     ) -> None:
         """Set the rule. The defaults are those of TR-DPO.
 
@@ -45,10 +47,20 @@ class ReferenceUpdate(Callback):
             inv_gamma: The pace of the warm-up of the decay. A larger value is slower. Default is no warm-up.
             power: The power of the warm-up. Default is 2/3.
             min_value: The smallest decay during the warm-up. Default is 0.
+            beta: The final decay, instead of `alpha`, which is then 1 - `beta`. Default is to use `alpha`.
+            update_every: Another name for `every`, which it replaces. Default is to use `every`.
 
         Raises:
             ValueError: If a number is out of range.
         """
+        if beta is not None:
+            if not 0 <= beta < 1:
+                raise ValueError(
+                    f"`beta` must be at least 0 and below 1, but got {beta}. With 1 the average would never move: remove the "
+                    "callback, and use a reference that does not move."
+                )
+            alpha = 1 - beta
+        every = every if update_every is None else update_every
         if not 0 < alpha <= 1:
             raise ValueError(f"`alpha` must be above 0 and at most 1, but got {alpha}: the share of the way to the policy.")
         if every < 1:

@@ -330,7 +330,9 @@ class SelfPlayGeneration(Callback):
                 Play(trainer, data, store, generated, previous, self).run(missing)
             except (KeyboardInterrupt, SystemExit):
                 done = len(parts) - len(generated.missing())
-                rank_zero_info(f"Stopped with {done} of {len(parts)} parts in {generated.folder}. A resumed run keeps them.")
+                rank_zero_info(
+                    f"Stopped with {done} of {len(parts)} parts in {generated.folder}. Start the same run again to go on."
+                )
                 raise
         trainer.strategy.barrier("self-play")
         rows = list(generated.rows())

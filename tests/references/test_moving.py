@@ -227,11 +227,22 @@ def test_the_options_of_ema_pytorch(rule: dict[str, Any], tmp_path: Path) -> Non
         assert largest_difference(average(model), state_of(ema.ema_model)) < 1e-6
 
 
+def test_the_names_of_ema_pytorch() -> None:
+    given = {"beta": 0.9, "update_every": 1, "update_after_step": 5, "inv_gamma": 2.0, "power": 0.75, "min_value": 0.3}
+    update = ReferenceUpdate(**given)
+    ema = EMA(nn.Linear(1, 1), **given)
+    for step in range(1, 60):
+        ema.update()  # counts the step first
+        assert update.alpha_at(step) == pytest.approx(1 - ema.get_current_decay(), abs=1e-6), step
+    assert update.every == 1 and ReferenceUpdate().every == 512
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
         ({"update_after_step": -1}, "`update_after_step` must be at least 0, but got -1"),
         ({"inv_gamma": 0.0}, "`inv_gamma` must be above 0, or null for no warm-up, but got 0.0"),
+        ({"beta": 1.0}, "`beta` must be at least 0 and below 1, but got 1.0. With 1 the average would never move"),
         ({"power": 0.0}, "`power` must be above 0, but got 0.0"),
         ({"alpha": 0.6, "min_value": 0.5}, "`min_value` must be from 0 to the final decay 1 - `alpha` = 0.4, but got 0.5"),
     ],
