@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_align.dpo.module import DPOModule
     from lightning_align.dpo.monitor import PreferenceMonitor
     from lightning_align.export.callback import ExportModel
+    from lightning_align.generation.ends import Ends
     from lightning_align.generation.sampler import GenerationConfig, generate
     from lightning_align.models.lora import (
         LoRAConfig,
@@ -75,6 +76,7 @@ _HOME = {
     "ConnectionConfig": "calm.connections",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
+    "Ends": "generation.ends",
     "ExportModel": "export.callback",
     "Facts": "data.tasks.facts",
     "FolderDocuments": "data.documents",
@@ -135,6 +137,7 @@ __all__ = [
     "ConnectionConfig",
     "DPODataModule",
     "DPOModule",
+    "Ends",
     "ExportModel",
     "Facts",
     "FolderDocuments",

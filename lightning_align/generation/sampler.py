@@ -7,7 +7,7 @@ position. The tokens are therefore the same for any batch size, order and number
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -95,6 +95,15 @@ class GenerationConfig:
         for name, (right, expected) in checks.items():
             if not right:
                 raise ValueError(f"`{name}` of GenerationConfig must be {expected}, but got {getattr(self, name)}.")
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings for a record, which are compared when a run resumes.
+
+        Settings that version 0.1.0 did not have are left out at their default, so that its records stay equal.
+        """
+        later: dict[str, Any] = {"eos_token": None, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        later |= {"filter_fn": None, "filter_kwargs": {}}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 @dataclass
@@ -237,6 +246,11 @@ def generate_parts(
     config = config or GenerationConfig()
     if ends is None:
         ends = Ends.exactly(eos_id, config=config, model=model, decode=decode)
+    elif config.stop and ends.stop is None:
+        raise ValueError(
+            f"`stop` of `config` is {list(config.stop)}, but `ends` has no stop texts. Build it with "
+            "`Ends.of(config=config, ...)`."
+        )
     numbers = range(len(prompts)) if ids is None else ids
     most = _limits(model, prompts, numbers, config, limits)
     synchronized = is_sharded(model)

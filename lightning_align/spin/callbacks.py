@@ -1,6 +1,5 @@
 """The callback that runs self-play: it begins iterations, generates their pairs, and stops the run."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align.data.store import TokenStore
 from lightning_align.generation.backend import GenerationBackend, NativeBackend
-from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.runtime.ranks import is_sharded
 from lightning_align.spin.boundary import START, Boundary, save_boundary, save_checkpoint
@@ -287,12 +285,9 @@ class SelfPlayGeneration(Callback):
         if stage in self._cache and self._cache[stage][0] == self.iteration:
             return self._cache[stage][1]
         num_prompts = self.num_prompts if stage == "train" else None
-        settings = dataclasses.asdict(module.generation)
+        settings = module.generation.recorded()
         # The parts of an existing set keep their size. Another machine may generate the missing ones with other batches.
         found = read_identity(self._root / stage).get("generation") or {}
-        # Settings that a set of an earlier version does not know had no effect on it.
-        defaults = dataclasses.asdict(GenerationConfig())
-        settings = {name: value for name, value in settings.items() if name in found or not found or value != defaults[name]}
         settings["batch_size"] = found.get("batch_size", settings["batch_size"])
         parts = plan(store, num_prompts=num_prompts, size=settings["batch_size"])
         identity = {
