@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_align.generation.packing import pack
@@ -22,6 +23,21 @@ class Decoder(Protocol):
 
     def select(self, rows: Tensor) -> bool:
         """Keep only these rows (int64 indices). Return False if the decoder cannot drop rows."""
+        ...
+
+    @property
+    def joins(self) -> bool:
+        """Whether `join` is possible."""
+        ...
+
+    def join(self, prompts: list[list[int]], *, limit: int, copies: int) -> Tensor:
+        """Read more prompts, append `copies` rows of each, and return the logits (B' * copies, V) after them.
+
+        Args:
+            prompts: The token ids of each prompt.
+            limit: The maximum number of tokens to append to any row from now on, old or new.
+            copies: The number of rows per prompt.
+        """
         ...
 
 
@@ -61,18 +77,22 @@ class _CachedDecoder:
         cache: Any = None,
         repeated: bool = False,
     ) -> None:
-        self.model, self.repeated = model, repeated
+        self.model, self.device, self.repeated = model, device, repeated
         self.stop = max(map(len, prompts))
         self.prompts = torch.tensor([[0] * (self.stop - len(p)) + p for p in prompts], device=device)
         starts = torch.tensor([self.stop - len(p) for p in prompts], device=device)[:, None]
-        columns = torch.arange(self.stop + limit, device=device)
-        # A row at the end of the context stays in the batch until others finish. Its further tokens are not read.
-        last = (context_length(model) or len(columns)) - 1
-        self.positions = (columns - starts).clamp(min=0, max=last)
-        # Without padding no mask is needed: the cache already hides the future.
-        self.exists = columns >= starts if len(set(map(len, prompts))) > 1 else None
-        self.cache = model.make_cache(len(prompts), len(columns)) if cache is None else cache
+        self._lay_out(starts, self.stop + limit, padded=len(set(map(len, prompts))) > 1)
+        self.cache = model.make_cache(len(prompts), self.stop + limit) if cache is None else cache
         self.linear = pack(model.head.weight, model.head.bias)
+
+    def _lay_out(self, starts: Tensor, width: int, *, padded: bool) -> None:
+        """Compute the positions and the mask of all columns from the first column (B, 1) of each row."""
+        columns = torch.arange(width, device=self.device)
+        # A row at the end of the context stays in the batch until others finish. Its further tokens are not read.
+        last = (context_length(self.model) or width) - 1
+        self.starts, self.positions = starts, (columns - starts).clamp(min=0, max=last)
+        # Without padding no mask is needed: the cache already hides the future.
+        self.exists = columns >= starts if padded else None
 
     def start(self, copies: int) -> Tensor:
         logits = self._forward(self.prompts, 0)
@@ -97,16 +117,32 @@ class _CachedDecoder:
         if not hasattr(self.cache, "select"):
             return False
         self.cache.select(rows)
-        self.positions = self.positions.index_select(0, rows)
+        self.starts, self.positions = self.starts.index_select(0, rows), self.positions.index_select(0, rows)
         self.exists = None if self.exists is None else self.exists.index_select(0, rows)
         return True
+
+    @property
+    def joins(self) -> bool:
+        return callable(getattr(self.cache, "join", None)) and hasattr(self.cache, "select")
+
+    def join(self, prompts: list[list[int]], *, limit: int, copies: int) -> Tensor:
+        new = _CachedDecoder(self.model, prompts, 0, self.device)
+        new.linear = self.linear  # its weights are packed already
+        logits = new.start(copies)
+        # All rows end at the same column, so only the longest row needs its first column.
+        columns = max(self.stop - int(self.starts.min()), new.stop)
+        self.cache.join(new.cache, columns=columns, capacity=columns + limit)
+        starts = torch.cat((self.starts + (columns - self.stop), new.starts + (columns - new.stop)))
+        self.stop = columns
+        self._lay_out(starts, columns + limit, padded=bool(starts.any()))
+        return logits
 
 
 class _PlainDecoder:
     """Decoder without a cache. Rows are padded on the right, and each step reads all of their tokens again."""
 
     def __init__(self, model: nn.Module, prompts: list[list[int]], limit: int, device: torch.device) -> None:
-        self.model, self.width = model, max(map(len, prompts))
+        self.model, self.device, self.width = model, device, max(map(len, prompts))
         # At most the context length. A full row stays in the batch until others finish, and its further tokens are not read.
         self.most = min(self.width + limit, context_length(model) or self.width + limit)
         self.tokens = torch.zeros(len(prompts), self.most, dtype=torch.long, device=device)
@@ -134,3 +170,17 @@ class _PlainDecoder:
     def select(self, rows: Tensor) -> bool:
         self.tokens, self.places = self.tokens.index_select(0, rows), self.places.index_select(0, rows)
         return True
+
+    @property
+    def joins(self) -> bool:
+        return True
+
+    def join(self, prompts: list[list[int]], *, limit: int, copies: int) -> Tensor:
+        new = _PlainDecoder(self.model, prompts, 0, self.device)
+        logits = new.start(copies)
+        self.width = max(int(self.places.max()), new.width)
+        self.most = min(self.width + limit, context_length(self.model) or self.width + limit)
+        # A negative padding removes columns that no row needs any more.
+        old, added = (F.pad(tokens, (0, self.most - tokens.shape[1])) for tokens in (self.tokens, new.tokens))
+        self.tokens, self.places = torch.cat((old, added)), torch.cat((self.places, new.places))
+        return logits

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -52,6 +53,15 @@ class History:
         """Keep only these rows, int64 indices."""
         if self.active:
             self.tokens, self.lengths = self.tokens.index_select(0, rows), self.lengths.index_select(0, rows)
+
+    def join(self, other: "History", *, room: int) -> None:
+        """Append the rows of another history. `room` is the maximum number of tokens to append to a row from now on."""
+        if not self.active:
+            return
+        width = max(int(self.lengths.max()), int(other.lengths.max())) + room
+        # A negative padding removes columns that no row needs any more.
+        self.tokens = torch.cat([F.pad(tokens, (0, width - tokens.shape[1])) for tokens in (self.tokens, other.tokens)])
+        self.lengths = torch.cat((self.lengths, other.lengths))
 
     def filtered(self, logits: Tensor) -> Tensor:
         """Apply the repetition penalty and then the n-gram filter to the logits, (B, V). The input is not changed."""

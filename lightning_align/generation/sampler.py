@@ -4,30 +4,22 @@ The random numbers of a response depend only on the seed, the iteration, the pro
 position. The tokens are therefore the same for any batch size, order and number of ranks, up to the rounding of the logits.
 """
 
-import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_align.generation.decoder import make_decoder
-from lightning_align.generation.ends import Ends, say_once
-from lightning_align.generation.filters import choose, num_draws
-from lightning_align.generation.history import History
-from lightning_align.generation.noise import uniforms
+from lightning_align.generation.decoding import FinishReason as FinishReason
+from lightning_align.generation.decoding import Prompt, Row, decode_prompts
+from lightning_align.generation.ends import Ends
+from lightning_align.generation.filter_function import import_path
 from lightning_align.generation.packing import packed_linears
 from lightning_align.models.language_model import context_length
-from lightning_align.runtime.ranks import everyone, is_sharded, largest
-
-FinishReason = Literal["eos", "stop", "length"]
-
-# The number of steps between two checks for finished rows. A check waits for a GPU, but costs almost nothing on a CPU.
-CHECK_EVERY, CHECK_EVERY_CPU = 8, 4
-# Finished rows are removed once they make up this share of the batch. Each removal copies the cache.
-LEAVE_AT = 0.25
+from lightning_align.runtime.ranks import is_sharded
 
 
 @dataclass
@@ -35,7 +27,7 @@ class GenerationConfig:
     """The sampling settings.
 
     The filters apply in the order of transformers: repetition penalty, no-repeat n-grams, temperature, top-k, top-p, min-p,
-    typical-p. At temperature 0, only the first two apply.
+    typical-p. At temperature 0, only the first two apply. A `filter_fn` applies between the first two and temperature.
 
     Args:
         max_new_tokens: The maximum length of a response in tokens, including its end-of-sequence token. Default is 128.
@@ -56,6 +48,9 @@ class GenerationConfig:
             ones (CTRL, Keskar et al. 2019, arXiv 1909.05858). Default is 1 (no penalty).
         no_repeat_ngram_size: Never repeat an n-gram of this many tokens of prompt and response (Paulus et al. 2017, arXiv
             1705.04304). Default is 0 (repeat any).
+        filter_fn: A filter of your own, as a function or by its import path, such as `my_package.keep_digits`. It gets the
+            logits (B, V) and returns them with -inf at removed tokens. Default is none.
+        filter_kwargs: Further arguments of `filter_fn`. Default is none.
     """
 
     max_new_tokens: int = 128
@@ -71,6 +66,8 @@ class GenerationConfig:
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    filter_fn: str | Callable[..., Tensor] | None = None
+    filter_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -91,7 +88,10 @@ class GenerationConfig:
             "typical_p": (0 < self.typical_p <= 1, "above 0 and at most 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
             "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "at least 0"),
+            "filter_kwargs": (self.filter_fn is not None or not self.filter_kwargs, "empty without `filter_fn`"),
         }
+        if self.filter_fn is not None:
+            self.filter_fn = import_path(self.filter_fn)
         for name, (right, expected) in checks.items():
             if not right:
                 raise ValueError(f"`{name}` of GenerationConfig must be {expected}, but got {getattr(self, name)}.")
@@ -101,7 +101,8 @@ class GenerationConfig:
 
         Settings that version 0.1.0 did not have are left out at their default, so that its records stay equal.
         """
-        later = {"eos_token": None, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        later: dict[str, Any] = {"eos_token": None, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        later |= {"filter_fn": None, "filter_kwargs": {}}
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
@@ -151,6 +152,7 @@ def generate(
     iteration: int = 0,
     limits: Sequence[int] | None = None,
     decode: Callable[[list[int]], str] | None = None,
+    continuous: bool = True,
 ) -> list[list[Generation]]:
     """Generate responses to prompts of any lengths.
 
@@ -168,6 +170,9 @@ def generate(
         iteration: A number that selects other random numbers for the same prompts. Default is 0.
         limits: The maximum length of each response in tokens. It applies where it is below `max_new_tokens`.
         decode: Without `ends`: a function from token ids to text. Required if `config.stop` is set.
+        continuous: Whether the next prompt starts as soon as a row has ended. If false, and for models whose cache or sharding
+            does not allow it, the next prompts start when a whole batch has ended. The responses are the same. Default is
+            true.
 
     Returns:
         The `num_samples` responses to each prompt.
@@ -175,6 +180,68 @@ def generate(
     Raises:
         ValueError: If a prompt is empty, if a prompt fills the context of the model, if `stop` is set without `decode`, or
             if the model gives logits from which no token can be chosen.
+    """
+    # Prompts of similar length are decoded together, because padding costs time too.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    parts = generate_parts(
+        model,
+        prompts,
+        config,
+        parts=[order],
+        ends=ends,
+        eos_id=eos_id,
+        ids=ids,
+        iteration=iteration,
+        limits=limits,
+        decode=decode,
+        continuous=continuous,
+    )
+    ((_, answers),) = parts
+    responses: list[list[Generation]] = [[] for _ in prompts]
+    for index, own in zip(order, answers, strict=True):
+        responses[index] = own
+    return responses
+
+
+def generate_parts(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig | None = None,
+    *,
+    parts: Sequence[Sequence[int]],
+    ends: Ends | None = None,
+    eos_id: int | Sequence[int] | None = None,
+    ids: Sequence[int] | None = None,
+    iteration: int = 0,
+    limits: Sequence[int] | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+    continuous: bool = True,
+) -> Iterator[tuple[int, list[list[Generation]]]]:
+    """Generate responses and yield them in parts, each as soon as it is complete.
+
+    The rows of the next parts already grow when a part is yielded. The model may be used between two parts, but its weights
+    must not change.
+
+    With a sharded model, every rank must pass the same number of parts. A part is then generated only after the previous one.
+
+    Args:
+        model: Any language model.
+        prompts: The token ids of each prompt.
+        config: The sampling settings.
+        parts: For each part, the indices of its prompts. Prompts are started in this order.
+        ends: See `generate`.
+        eos_id: See `generate`.
+        ids: See `generate`.
+        iteration: See `generate`.
+        limits: See `generate`.
+        decode: See `generate`.
+        continuous: See `generate`.
+
+    Yields:
+        The number of a part, and the `num_samples` responses to each of its prompts.
+
+    Raises:
+        ValueError: See `generate`.
     """
     config = config or GenerationConfig()
     if ends is None:
@@ -186,27 +253,40 @@ def generate(
         )
     numbers = range(len(prompts)) if ids is None else ids
     most = _limits(model, prompts, numbers, config, limits)
-    device = next(model.parameters()).device
-    # Prompts of similar length are decoded together, because padding costs time too.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
     synchronized = is_sharded(model)
-    responses: list[list[Generation]] = [[] for _ in prompts]
-    with evaluating(model), packed_linears(model):
-        for number in range(largest(len(batches), device) if synchronized else len(batches)):
-            chosen = batches[number] if number < len(batches) else []
-            rows = [
-                _Row((config.seed, iteration, numbers[i], sample), most[i])
-                for i in chosen
-                for sample in range(config.num_samples)
-            ]
-            # A rank without prompts left decodes a dummy prompt, because forward passes of a sharded model are collectives.
-            texts = [list(prompts[i]) for i in chosen] or [[0]]
-            rows = rows or [_Row((0, 0, 0, 0), 0) for _ in range(config.num_samples)]
-            _decode(model, texts, rows, config, ends, device, synchronized)
-            for place, i in enumerate(chosen):
-                responses[i] = [row.result() for row in rows[place * config.num_samples : (place + 1) * config.num_samples]]
-    return responses
+    started = [
+        [
+            Prompt(list(prompts[i]), [Row((config.seed, iteration, numbers[i], k), most[i]) for k in range(config.num_samples)])
+            for i in part
+        ]
+        for part in parts
+    ]
+    # Forward passes of a sharded model are collectives, so that ranks cannot start prompts at different times.
+    groups = [[number] for number in range(len(parts))] if synchronized or not continuous else [list(range(len(parts)))]
+    for group in groups:
+        waiting = deque(prompt for number in group for prompt in started[number])
+        steps = decode_prompts(model, waiting, config, ends, continuous=continuous and not synchronized)
+        yield from _completed(model, steps, {number: started[number] for number in group})
+
+
+def _completed(
+    model: nn.Module, steps: Iterator[None], parts: dict[int, list[Prompt]]
+) -> Iterator[tuple[int, list[list[Generation]]]]:
+    """Decode, and yield each part that is complete. Outside of this, the model has its own mode and layers."""
+    more = True
+    while more or parts:
+        with evaluating(model), packed_linears(model):
+            complete: list[int] = []
+            while more and not complete:
+                more = next(steps, steps) is not steps
+                complete = [number for number, prompts in parts.items() if all(prompt.ended for prompt in prompts)]
+        for number in complete or list(parts):
+            yield number, [[_result(row) for row in prompt.rows] for prompt in parts.pop(number)]
+
+
+def _result(row: Row) -> Generation:
+    assert row.reason is not None
+    return Generation(row.tokens, row.reason != "length", row.logprobs, row.reason, row.end)
 
 
 def _limits(
@@ -230,93 +310,3 @@ def _limits(
         limit = config.max_new_tokens if limits is None else min(config.max_new_tokens, limits[index])
         most.append(limit if context is None else min(limit, context - len(prompt)))
     return most
-
-
-class _Row:
-    """The state of a growing response, on the host."""
-
-    def __init__(self, key: tuple[int, ...], limit: int) -> None:
-        self.key, self.limit = key, limit
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.reason: FinishReason | None = None if limit > 0 else "length"
-        self.end: int | None = None
-
-    def extend(self, tokens: list[int], logprobs: list[float], ends: Ends) -> None:
-        for token, logprob in zip(tokens, logprobs, strict=True):
-            if self.reason is not None:
-                return
-            if not math.isfinite(logprob):
-                raise ValueError(self._no_choice())
-            self.logprobs.append(logprob)
-            if token in ends.ids:
-                self.reason, self.end = "eos", token
-                return
-            self.tokens.append(token)
-            if ends.stop is not None and ends.stop.reached(self.tokens):
-                self.reason = "stop"
-            elif len(self.tokens) == self.limit:
-                self.reason = "length"
-
-    def _no_choice(self) -> str:
-        _, _, prompt, sample = self.key
-        return (
-            f"No token can be chosen at step {len(self.tokens)} of the response to prompt {prompt} (sample {sample}): the "
-            "logits are NaN or infinite, or every token is excluded. Check the weights and the dtype of the model, and "
-            "`no_repeat_ngram_size`."
-        )
-
-    def result(self) -> Generation:
-        assert self.reason is not None
-        return Generation(self.tokens, self.reason != "length", self.logprobs, self.reason, self.end)
-
-
-def _decode(
-    model: nn.Module,
-    prompts: list[list[int]],
-    rows: list[_Row],
-    config: GenerationConfig,
-    ends: Ends,
-    device: torch.device,
-    synchronized: bool,
-) -> None:
-    """Decode one batch and fill its rows. Each prompt has `num_samples` consecutive rows."""
-    every = CHECK_EVERY if device.type == "cuda" or synchronized else CHECK_EVERY_CPU
-    limit = max(row.limit for row in rows)
-    if synchronized:
-        limit = largest(limit, device)
-    alive = rows
-    sampled, copies = config.temperature > 0, len(rows) // len(prompts)
-    noise = uniforms([row.key for row in rows], positions=limit if sampled else 0, draws=num_draws(config)).to(device)
-    decoder = make_decoder(model, prompts, limit=limit, copies=copies, device=device)
-    logits = decoder.start(copies)
-    history = History(prompts, room=limit, copies=copies, device=device, settings=config)
-    absent = ends.support.absent(logits.shape[-1], device)
-    if absent is not None:
-        number = ends.support.num_absent(len(absent))
-        say_once(f"{number} of the {len(absent)} ids of the model stand for no token of the tokenizer. They are never drawn.")
-    tokens: Tensor | None = None
-    for start in range(0, limit, every):
-        drawn, logprobs = [], []
-        for position in range(start, min(start + every, limit)):
-            if tokens is not None:
-                logits = decoder.step(tokens)
-            allowed = history.filtered(logits)
-            if absent is not None:
-                allowed = allowed.masked_fill(absent, -torch.inf)
-            tokens, logps = choose(logits, noise[:, position] if sampled else noise[:, 0:0], config, allowed=allowed)
-            history.append(tokens)
-            drawn.append(tokens)
-            logprobs.append(logps)
-        columns = zip(torch.stack(drawn, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
-        for row, (new, values) in zip(alive, columns, strict=True):
-            row.extend(new, values, ends)
-        left = [index for index, row in enumerate(alive) if row.reason is None]
-        if everyone(not left, device) if synchronized else not left:
-            return
-        if math.ceil(len(alive) * LEAVE_AT) <= len(alive) - len(left) and left:
-            keep = torch.tensor(left, device=device)
-            if decoder.select(keep):
-                assert tokens is not None
-                alive, tokens, noise = [alive[index] for index in left], tokens[keep], noise[keep]
-                history.select(keep)

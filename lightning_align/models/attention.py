@@ -130,6 +130,28 @@ class KVCache:
 
         self.keys, self.values = [selected(keys) for keys in self.keys], [selected(values) for values in self.values]
 
+    def join(self, other: "KVCache", *, columns: int, capacity: int) -> None:
+        """Append the rows of another cache. The last columns of both become the last of the new filled columns.
+
+        Args:
+            other: The cache of the new rows, (B', S', K).
+            columns: The number of filled columns from now on. Older columns of either cache are dropped. Missing columns are
+                zero, and a mask must hide them.
+            capacity: The number of columns from now on.
+        """
+
+        def joined(old: Tensor, new: Tensor) -> Tensor:
+            out = old.new_empty(len(old) + len(new), capacity, *old.shape[2:])
+            for part, cached, length in ((out[: len(old)], old, self.length), (out[len(old) :], new, other.length)):
+                kept = min(length, columns)
+                part[:, : columns - kept] = 0
+                part[:, columns - kept : columns] = cached[:, length - kept : length]
+            return out
+
+        self.keys = [joined(old, new) for old, new in zip(self.keys, other.keys, strict=True)]
+        self.values = [joined(old, new) for old, new in zip(self.values, other.values, strict=True)]
+        self.length = columns
+
 
 @dataclass
 class CachedAttention:

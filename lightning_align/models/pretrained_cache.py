@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_align.models.parallelize import uncompiled
@@ -26,10 +27,38 @@ class PretrainedCache:
         self.past = past
         self.length = 0
         """The number of filled columns."""
+        if not _joins(past):
+            self.join = None  # type: ignore[method-assign,assignment]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, (B',) int64, in this order. A repeated row is copied."""
         self.past.batch_select_indices(rows)
+
+    def join(self, other: "PretrainedCache", *, columns: int, capacity: int) -> None:
+        """Append the rows of another cache. See `KVCache.join`. A cache of transformers grows by itself, without `capacity`."""
+        for layer, added in zip(self.past.layers, other.past.layers, strict=True):
+            if not layer.is_initialized:  # a layer that uses the keys of another one
+                continue
+            width = columns
+            if layer.is_sliding:
+                width = min(columns, layer.sliding_window - 1)
+                layer.cumulative_length = columns
+            layer.keys = torch.cat((_newest(layer.keys, width), _newest(added.keys, width)))
+            layer.values = torch.cat((_newest(layer.values, width), _newest(added.values, width)))
+        self.length = columns
+
+
+def _newest(states: Tensor, width: int) -> Tensor:
+    """Return the last columns of (B, H, S, K) states. Missing columns are zero."""
+    states = states[:, :, max(0, states.shape[2] - width) :]
+    return F.pad(states, (0, 0, width - states.shape[2], 0))
+
+
+def _joins(past: Any) -> bool:
+    """Return whether a cache contains only keys and values per column, so that columns can be dropped and added."""
+    from transformers import cache_utils
+
+    return all(type(layer) in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer) for layer in past.layers)
 
 
 def has_selectable_layers(config: Any) -> bool:

@@ -75,6 +75,11 @@ INTERNALS = (
         "the end of a run is saved only if it is not saved yet",
     ),
     Internal(
+        "lightning.pytorch.callbacks.ModelCheckpoint()._last_checkpoint_saved",
+        "`save_last: link` links to it, and self-play saves a checkpoint of its own between iterations",
+    ),
+    Internal("lightning.pytorch.callbacks.ModelCheckpoint._link_checkpoint", "as above"),
+    Internal(
         "lightning.pytorch.loggers.TensorBoardLogger.experiment",
         "its SummaryWriter's `_get_file_writer` takes the summaries of the HPARAMS tab without a point in a curve",
     ),
@@ -273,6 +278,12 @@ def replace_schedule(trainer: L.Trainer, number: int, scheduler: Callable[[], An
 def last_saved_step(callback: ModelCheckpoint) -> int:
     """Return the optimizer step of the last checkpoint that a callback saved."""
     return callback._last_global_step_saved
+
+
+def link_last(trainer: L.Trainer, callback: ModelCheckpoint, path: str) -> None:
+    """Link the `last.ckpt` of a callback to a checkpoint that it did not save."""
+    callback._last_checkpoint_saved = path
+    callback._link_checkpoint(trainer, path, callback.last_model_path)
 
 
 def add_summary(logger: TensorBoardLogger, summary: Any) -> None:

@@ -10,6 +10,7 @@ mixture    the normalized geometric mean of both next-token distributions,
 ========== ===================================================================================
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -84,6 +85,19 @@ class Caches(NamedTuple):
         """Keep only these rows in both caches."""
         self.first.select(rows)
         self.second.select(rows)
+
+    @property
+    def join(self) -> Callable[..., None] | None:
+        """A function that appends the rows of other caches, see `KVCache.join`. None if a cache does not support it."""
+        one, two = (getattr(cache, "join", None) for cache in self)
+        if one is None or two is None:
+            return None
+
+        def join(other: Caches, **columns: int) -> None:
+            one(other.first, **columns)
+            two(other.second, **columns)
+
+        return join
 
 
 class GeometricMixture(nn.Module):

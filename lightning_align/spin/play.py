@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lightning_align.data.store import TokenStore
 from lightning_align.generation.sampler import Generation
 from lightning_align.runtime.ranks import is_sharded, largest, world
-from lightning_align.spin.generations import GeneratedSet, Row, answer_ids, join_rows
+from lightning_align.spin.generations import GeneratedSet, answer_ids, join_rows
 from lightning_align.spin.opponent import Opponent, score
+from lightning_align.spin.set_files import Row
 from lightning_align.types import TokenBatch
 
 
@@ -23,7 +23,7 @@ class Play:
     Args:
         trainer: The trainer, during `fit`.
         data: The data module.
-        store: The rows of demonstrations.
+        store: The rows of demonstrations, a `TokenStore` or the rows of a loader.
         generated: The set to complete.
         previous: The set of the previous iteration, which holds the responses to replay.
         loop: The `SelfPlayGeneration` callback.
@@ -33,7 +33,7 @@ class Play:
         self,
         trainer: L.Trainer,
         data: Any,
-        store: TokenStore,
+        store: Any,
         generated: GeneratedSet,
         previous: GeneratedSet,
         loop: Any,
@@ -52,6 +52,7 @@ class Play:
         base = opponent.base(module.policy)
         # With adapters the base needs no memory, but scoring with it takes time.
         self.base = base if self.module.monitor_kl else None
+        self._earlier: dict[int, list[Row]] | None = None
 
     def run(self, missing: list[int]) -> None:
         """Write the missing parts. Each rank writes its share. Every rank must call this with the same parts."""
@@ -76,7 +77,7 @@ class Play:
             for number, part in enumerate(bar):
                 indices = self.set.parts[part]
                 answers = self._generate(indices) if everything is None else {row: everything[row] for row in indices}
-                rows = self._rows(indices, answers, self._replayed(part))
+                rows = self._rows(indices, answers, self._replayed())
                 tokens += sum(len(answer.tokens) + 1 for responses in answers.values() for answer in responses)
                 if number < len(mine):
                     self.set.write(part, rows)
@@ -86,6 +87,7 @@ class Play:
 
     def _generate(self, indices: list[int]) -> dict[int, list[Generation]]:
         prompts = [self._prompt(index) for index in indices]
+        longest, most = self.data.max_length, self.module.generation.max_new_tokens
         answers = self.loop.backend.generate(
             self.player,
             prompts,
@@ -93,7 +95,7 @@ class Play:
             ends=self.module.ends(),
             ids=indices,
             iteration=self.loop.iteration,
-            limits=[self.data.max_length - len(prompt) for prompt in prompts],
+            limits=[most if longest is None else longest - len(prompt) for prompt in prompts],
         )
         return dict(zip(indices, answers, strict=True))
 
@@ -102,13 +104,17 @@ class Play:
         prompt: list[int] = stored.sides[0].tokens[: stored.num_prompt].tolist()
         return prompt
 
-    def _replayed(self, part: int) -> dict[int, list[Row]]:
+    def _replayed(self) -> dict[int, list[Row]]:
         """Return the responses of earlier iterations that are replayed, by row."""
         if not self.loop.replay or not self.loop.iteration:
             return {}
-        oldest = self.loop.iteration - self.loop.replay
-        rows = self.previous.read(part)
-        return {row["row"]: [answer for answer in row["generated"] if answer["iteration"] >= oldest] for row in rows}
+        if self._earlier is None:
+            oldest = self.loop.iteration - self.loop.replay
+            self._earlier = {
+                row["row"]: [answer for answer in row["generated"] if answer["iteration"] >= oldest]
+                for row in self.previous.rows()
+            }
+        return self._earlier
 
     def _rows(self, indices: list[int], answers: dict[int, list[Generation]], replayed: dict[int, list[Row]]) -> list[Row]:
         decode, eos_id = self.data.tokenizer.decode, self.data.tokenizer.eos_id
@@ -171,7 +177,7 @@ class Play:
         return join_rows(rows, targets, pad_id=self.data.tokenizer.pad_id)
 
 
-def real_ids(store: TokenStore, index: int) -> list[int]:
+def real_ids(store: Any, index: int) -> list[int]:
     """Return the ids of the real response of a row."""
     stored = store[index]
     ids: list[int] = stored.sides[0].tokens[stored.num_prompt :].tolist()
