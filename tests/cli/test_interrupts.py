@@ -1,0 +1,64 @@
+"""A run that SIGTERM or Ctrl-C ends leaves a checkpoint of the step that it reached, and a status that is not 0."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.cli.runs import ROOT, config
+
+
+def run(folder: Path, configuration: str, signal: str, where: str, *extra: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.cli.interrupted", signal, where, "fit", "--config", configuration, *extra]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def settings(folder: Path, rows: str, name: str) -> str:
+    """Three batches per epoch, in steps of two and one, and a validation after each epoch; no checkpoint but the last."""
+    keep = {"dirpath": str(folder / name), "every_n_train_steps": 100, "save_last": name != "plain"}
+    content = yaml.safe_load(Path(config("sft", folder)).read_text(encoding="utf-8"))
+    content["data"]["init_args"] |= {"train": rows, "validation": rows}
+    callbacks = [{"class_path": "ModelCheckpoint", "init_args": keep}]
+    content["trainer"] |= {"max_steps": 9, "accumulate_grad_batches": 2, "callbacks": callbacks, "logger": False}
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "signal, where, status, extra",
+    [
+        ("SIGTERM", "step", 143, []),
+        ("SIGINT", "step", 130, []),
+        ("SIGTERM", "validation", 143, []),
+        ("SIGINT", "group", 130, ["--data.num_workers=1"]),
+    ],
+)
+def test_a_stopped_run_goes_on_where_it_was(
+    signal: str, where: str, status: int, extra: list[str], folder: Path, sft_rows: str
+) -> None:
+    stopped = run(folder, settings(folder, sft_rows, "last"), signal, where, *extra)
+    assert stopped.returncode == status, stopped.stderr[-2000:]
+    assert "Traceback" not in stopped.stderr
+    path = folder / "last" / "last.ckpt"
+    assert stopped.stderr.count(f"to resume, repeat the command with --ckpt_path {path}") == 1
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] >= 4
+    resumed = run(folder, settings(folder, sft_rows, "last"), "none", where, *extra, "--ckpt_path", str(path))
+    whole = run(folder, settings(folder, sft_rows, "whole"), "none", where, *extra)
+    assert resumed.returncode == whole.returncode == 0, resumed.stderr[-2000:]
+    a, b = (torch.load(folder / name / "last.ckpt", weights_only=True) for name in ("last", "whole"))
+    assert a["global_step"] == b["global_step"] == 9
+    assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in b["state_dict"])
+
+
+def test_without_a_last_checkpoint_it_has_a_name_of_its_own(folder: Path, sft_rows: str) -> None:
+    stopped = run(folder, settings(folder, sft_rows, "plain"), "SIGTERM", "step")
+    assert stopped.returncode == 143
+    assert f"--ckpt_path {folder / 'plain' / 'interrupted.ckpt'}" in stopped.stderr
+    assert torch.load(folder / "plain" / "interrupted.ckpt", weights_only=True)["global_step"] == 4
