@@ -257,15 +257,15 @@ class ResumableLoader(DataLoader[Any]):
             raise ValueError(
                 "cannot resume in the middle of an epoch, because "
                 + ", ".join(f"{name} is {own[name]} but {state[name]} in the checkpoint" for name in changed)
-                + ". Resume with the same data, seed and batch size times processes, or from a checkpoint at the end of an"
-                " epoch."
+                + ". Resume with the same data, packing, seed and batch size times processes, or from a checkpoint at the end "
+                "of an epoch."
             )
         # States of earlier releases have no order.
         if state.get("order", own["order"]) != own["order"] and state["num_yielded"]:
             raise ValueError(
                 "cannot resume in the middle of an epoch, because its rows are in another order than in the run of the "
                 "checkpoint. Some rows would be repeated and others skipped. Resume with the same group_by_length, max_length, "
-                "truncation, tokenizer and file, or from a checkpoint at the end of an epoch."
+                "packing, truncation, tokenizer and file, or from a checkpoint at the end of an epoch."
             )
         self._resume = (state["epoch"], state["num_yielded"])
         cast(LengthGroupedSampler, self.sampler).set_epoch(state["epoch"])
