@@ -199,8 +199,8 @@ def collate_packed(sequences: Sequence[Sequence[StoredRow]], *, pad_id: int) -> 
         pad_id: The id that fills the shorter sequences.
 
     Returns:
-        The batch, with tensors of shape (B, N), where N is the length of the longest sequence, and ``documents``, which numbers
-        the R rows of the batch. ``rows`` and ``num_bytes`` have shape (R,).
+        The batch, with tensors of shape (B, N), where N is the length of the longest sequence, and ``document_ids``, which
+        numbers the R rows of the batch. ``rows`` and ``num_bytes`` have shape (R,).
     """
     width = max(sum(len(row.sides[0].tokens) for row in rows) for rows in sequences)
     shape = (len(sequences), width)
@@ -221,7 +221,7 @@ def collate_packed(sequences: Sequence[Sequence[StoredRow]], *, pad_id: int) -> 
         "tokens": torch.from_numpy(tokens),
         "mask": torch.from_numpy(documents >= 0),
         "targets": torch.from_numpy(targets),
-        "documents": torch.from_numpy(documents),
+        "document_ids": torch.from_numpy(documents),
         "num_bytes": torch.tensor([row.sides[0].num_bytes for row in packed]),
         "rows": torch.tensor([row.row for row in packed]),
     }

@@ -30,8 +30,8 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
     rows, before, targets = select_targets(batch)
     tokens, mask = batch["tokens"], batch["mask"]
     check_ids(tokens, vocabulary_size(model))
-    if "documents" in batch:
-        documents = batch["documents"]
+    if "document_ids" in batch:
+        documents = batch["document_ids"]
         return _document_logprobs(model, tokens, documents, rows, before, targets), documents[rows, before]
     if not has_hidden(model):
         return _plain_logprobs(model, batch, rows, before, targets), rows

@@ -24,10 +24,10 @@ def response_logprobs(model: nn.Module, batch: TokenBatch) -> LogProbs:
 
 def num_documents(batch: TokenBatch) -> int | None:
     """Return the number of documents of a packed batch, or None for a batch that is not packed."""
-    if "documents" not in batch:
+    if "document_ids" not in batch:
         return None
     # Reading it from a tensor on a GPU would wait for the GPU.
-    return len(batch["rows"]) if "rows" in batch else int(batch["documents"].max()) + 1
+    return len(batch["rows"]) if "rows" in batch else int(batch["document_ids"].max()) + 1
 
 
 def sum_logprobs(

@@ -27,7 +27,7 @@ def select_targets(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
                 "`targets[:, 0]` must be false in every row, but got true. No token precedes the first one, so it cannot be "
                 "predicted. Start the targets at the second token or later."
             )
-        if "documents" in batch and bool((targets & (document_positions(batch["documents"]) == 0)).any()):
+        if "document_ids" in batch and bool((targets & (document_positions(batch["document_ids"]) == 0)).any()):
             raise ValueError(
                 "`targets` must be false at the first token of every document and at padding, but got true. A token is not "
                 "predicted from the document before it. Start the targets at the second token of each document or later."

@@ -105,7 +105,7 @@ def test_collating_by_hand():
     assert batch["tokens"].tolist() == [[1, 2, 3, 1, 2], [1, 2, 8, 8, 8]]
     assert batch["mask"].tolist() == [[True] * 5, [True, True, False, False, False]]
     assert batch["targets"].tolist() == [[False, True, True, False, True], [False, True, False, False, False]]
-    assert batch["documents"].tolist() == [[0, 0, 0, 1, 1], [2, 2, -1, -1, -1]]
+    assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 1], [2, 2, -1, -1, -1]]
     assert batch["rows"].tolist() == [4, 7, 9]
     assert batch["num_bytes"].tolist() == [2, 1, 1]
 

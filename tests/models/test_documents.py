@@ -26,7 +26,7 @@ def packed_and_alone(vocabulary: int = 23) -> tuple[TokenBatch, TokenBatch]:
     packed: dict[str, Tensor] = {
         "tokens": torch.zeros(len(SEQUENCES), width, dtype=torch.long),
         "targets": torch.zeros(len(SEQUENCES), width, dtype=torch.bool),
-        "documents": torch.full((len(SEQUENCES), width), -1),
+        "document_ids": torch.full((len(SEQUENCES), width), -1),
     }
     document = 0
     for row, sequence in enumerate(SEQUENCES):
@@ -36,9 +36,9 @@ def packed_and_alone(vocabulary: int = 23) -> tuple[TokenBatch, TokenBatch]:
             place = slice(start, start + length)
             packed["tokens"][row, place] = rows["tokens"][document, :length]
             packed["targets"][row, place] = rows["targets"][document, :length]
-            packed["documents"][row, place] = document
+            packed["document_ids"][row, place] = document
             document, start = document + 1, start + length
-    return {**packed, "mask": packed["documents"] >= 0}, rows  # type: ignore[typeddict-item]
+    return {**packed, "mask": packed["document_ids"] >= 0}, rows  # type: ignore[typeddict-item]
 
 
 def alone(model: nn.Module, rows: TokenBatch) -> Tensor:
@@ -88,9 +88,9 @@ def test_palm_is_exact_with_a_mask() -> None:
     """The path of a GPU and of compiled layers."""
     model = tiny_palm(dtype=torch.float64)
     packed, _ = packed_and_alone()
-    grouped = model.hidden(packed["tokens"], documents=packed["documents"])
+    grouped = model.hidden(packed["tokens"], documents=packed["document_ids"])
     model.compile_backend = "eager"
-    masked = model.hidden(packed["tokens"], documents=packed["documents"])
+    masked = model.hidden(packed["tokens"], documents=packed["document_ids"])
     assert gap(grouped[packed["mask"]], masked[packed["mask"]]) < 1e-12
     compare(model, 23, 1e-12)
 
