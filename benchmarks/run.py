@@ -36,6 +36,7 @@ TIMED = (
     ("dpo/trl_step.py", "--vocabulary", "128000", "--rounds", "2"),
     ("sft/trl_step.py",),
     ("sft/trl_step.py", "--thp"),
+    ("sft/packing.py",),
     ("generation/sampling.py", "--peer-length", "160", "--rounds", "2"),
     ("spin/step.py",),
     ("calm/step.py",),

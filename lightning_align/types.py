@@ -29,6 +29,10 @@ class TokenBatch(TypedDict):
     """(B,) int64 index of each row in its source, so that a result can be traced back to its line."""
     target_weights: NotRequired[Tensor]
     """(B, N) float32 weight of each target's log-prob in the sum of its row. Without this entry all weights are 1."""
+    document_ids: NotRequired[Tensor]
+    """(B, N) int64. Only in a packed batch, whose rows are sequences of several documents: the number of the document that each
+    token belongs to, from 0 and in ascending order over the whole batch, and -1 at padding. Attention stays within a document.
+    Its first token is not a target. ``rows`` and ``num_bytes`` and all results then have one entry per document."""
 
 
 class PreferenceBatch(TypedDict):

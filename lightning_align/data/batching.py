@@ -315,15 +315,15 @@ class ResumableLoader(DataLoader[Any]):
             raise ValueError(
                 "cannot resume in the middle of an epoch, because "
                 + ", ".join(f"{name} is {own[name]} but {state[name]} in the checkpoint" for name in changed)
-                + ". Resume with the same data, seed and batch size times processes, or from a checkpoint at the end of an"
-                " epoch."
+                + ". Resume with the same data, packing, seed and batch size times processes, or from a checkpoint at the end "
+                "of an epoch."
             )
         # States of earlier releases have no order.
         if state.get("order", own["order"]) != own["order"] and state["num_yielded"]:
             raise ValueError(
                 "cannot resume in the middle of an epoch, because its rows are in another order than in the run of the "
                 "checkpoint. Some rows would be repeated and others skipped. Resume with the same group_by_length, max_length, "
-                "truncation, tokenizer and file, or from a checkpoint at the end of an epoch."
+                "packing, truncation, tokenizer and file, or from a checkpoint at the end of an epoch."
             )
         # A run that was saved after all batches of an epoch, but before its end, gets no more batches in it.
         self._resume = (state["epoch"], len(self) if state.get("ended") else state["num_yielded"])

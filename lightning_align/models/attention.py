@@ -5,12 +5,16 @@ Shapes: ``q`` is (..., H, K). ``k`` and ``v`` are (..., K), since there is one k
 arXiv 1911.02150).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SIMILAR = 0.7
+"""Rows are padded together if they have at least this share of the tokens of the longest."""
 
 
 class Attend(Protocol):
@@ -79,28 +83,52 @@ class PaddedAttention:
 
 @dataclass
 class PackedAttention:
-    """Attention over right-padded rows without their padding. Everything except attention itself works on (T, ...).
+    """Attention over rows without their padding. Everything except attention itself works on (T, ...).
 
     On CPU, the cost of a matrix product is proportional to its rows, and 30 to 40 % of a preference batch is padding.
 
     Args:
-        where: (T,) flat index into B * N of each real token.
-        shape: The shape (B, N) of the padded rows.
+        where: (T,) the index of each real token in the padded rows of all groups, one group after the other.
+        groups: The shape (rows, columns) of each group of rows, padded on the right.
     """
 
     where: Tensor
-    shape: tuple[int, int]
+    groups: Sequence[tuple[int, int]]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout: float) -> Tensor:
         """See `Attend`. The padding is on the right, so causality alone hides it."""
-        q, k, v = (self._pad(t) for t in (q, k, v))
-        out = _mix(q, k, v, mask=None, causal=True, scale=scale, dropout=dropout)
-        return out.flatten(0, 1).index_select(0, self.where)
+        parts = zip(self._pad(q), self._pad(k), self._pad(v), strict=True)
+        mixed = [_mix(*part, mask=None, causal=True, scale=scale, dropout=dropout).flatten(0, 1) for part in parts]
+        return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).index_select(0, self.where)
 
-    def _pad(self, x: Tensor) -> Tensor:
-        rows, columns = self.shape
-        padded = x.new_zeros(rows * columns, *x.shape[1:])
-        return padded.index_copy(0, self.where, x).view(rows, columns, *x.shape[1:])
+    def _pad(self, x: Tensor) -> list[Tensor]:
+        sizes = [rows * columns for rows, columns in self.groups]
+        padded = x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, self.where, x)
+        parts = [padded] if len(sizes) == 1 else padded.split(sizes)
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.groups, strict=True)]
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> "PackedAttention":
+        """Group rows of similar length. The cost of attention then hardly depends on the longest row.
+
+        Args:
+            lengths: The number of tokens of each row. The rows are one after the other in (T, ...).
+            device: The device of the tokens.
+        """
+        starts = [0] * len(lengths)
+        groups: list[tuple[int, int]] = []
+        size = 0
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            if groups and lengths[row] >= SIMILAR * groups[-1][1]:
+                groups[-1] = (groups[-1][0] + 1, groups[-1][1])
+            else:
+                groups.append((1, lengths[row]))
+            starts[row] = size
+            size += groups[-1][1]
+        counts = torch.tensor(lengths, device=device)
+        # In (T, ...), row i starts at the sum of the lengths before it.
+        shifts = torch.tensor(starts, device=device) - (counts.cumsum(0) - counts)
+        return cls(torch.arange(int(counts.sum()), device=device) + shifts.repeat_interleave(counts), groups)
 
 
 @dataclass

@@ -7,6 +7,8 @@ capabilities are found by attribute, never by type:
 - ``packed_hidden(tokens, mask) -> (T, D)``: padding is not computed.
 - ``make_cache(batch, length)``: decoding takes constant time per token.
 - ``blocks``: a list of layers whose outputs can be read.
+- ``documents``, an argument of the forward pass and of ``hidden``: a row can hold several documents. Each is computed as if it
+  were a row of its own (`lightning_align.models.documents`).
 """
 
 from typing import Any, NamedTuple, TypeGuard, cast
@@ -105,12 +107,13 @@ def declared_ends(model: nn.Module) -> tuple[int, ...]:
     return (int(found),) if isinstance(found, int) else tuple(int(token) for token in found)
 
 
-def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+def logits_of(model: nn.Module, tokens: Tensor, *, documents: Tensor | None = None) -> Tensor:
     """Compute the logits of any language model.
 
     Args:
         model: A model that maps tokens to logits, or to an object with ``logits``.
         tokens: (B, N) int64 token ids. Padding, if any, is on the right.
+        documents: (B, N) int64 numbers of the documents of a packed batch, for a model that takes them.
 
     Returns:
         (B, N, V) logits.
@@ -118,7 +121,7 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     Raises:
         ValueError: If the model returns anything else.
     """
-    out = model(tokens)
+    out = model(tokens) if documents is None else model(tokens, documents=documents)
     logits = cast(Tensor, out if isinstance(out, Tensor) else getattr(out, "logits", None))
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(out).__name__

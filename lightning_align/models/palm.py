@@ -20,6 +20,7 @@ from lightning_align.models.attention import (
     PaddedAttention,
     attention_mask,
 )
+from lightning_align.models.documents import document_mask, document_positions
 from lightning_align.models.language_model import Head
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
@@ -289,6 +290,7 @@ class PaLM(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Compute the final hidden states. `head` turns them into logits.
 
@@ -299,10 +301,16 @@ class PaLM(nn.Module):
             positions: (N,) or (B, N) int64 positions. By default they are counted from the first column. This is also correct
                 with padding on the left, because attention depends only on distances.
             cache: A cache from `make_cache`. It is extended in place.
+            documents: (B, N) int64 numbers of documents, as in a `TokenBatch`. Each document is computed as if it were a row of
+                its own. It takes the place of the other arguments.
 
         Returns:
             (B, N, D) hidden states.
         """
+        if documents is not None:
+            if self.causal and not tokens.is_cuda and self.compile_backend is None:
+                return self._document_hidden(tokens, documents)
+            mask, positions = document_mask(documents), document_positions(documents)
         past, new = (0 if cache is None else cache.length), tokens.shape[1]
         if positions is None:
             positions = torch.arange(past, past + new, device=tokens.device)
@@ -341,12 +349,24 @@ class PaLM(nn.Module):
         if not self.causal:
             raise ValueError("PaLM.packed_hidden needs `causal=True`, but got False. Use `hidden(tokens, mask=mask)` instead.")
         where = mask.flatten().nonzero().squeeze(-1)
-        attend = PackedAttention(where, (tokens.shape[0], tokens.shape[1]))
-        table = rotary(where % tokens.shape[1], self.dim_head, xpos_scale_base=self.xpos_scale_base)
-        x = self.token_emb(tokens.flatten().index_select(0, where))
+        attend = PackedAttention(where, [(tokens.shape[0], tokens.shape[1])])
+        return self._packed(tokens.flatten().index_select(0, where), where % tokens.shape[1], attend)
+
+    def _packed(self, tokens: Tensor, positions: Tensor, attend: PackedAttention) -> Tensor:
+        table = rotary(positions, self.dim_head, xpos_scale_base=self.xpos_scale_base)
+        x = self.token_emb(tokens)
         for block in self.blocks:
             x = block(x, table, attend)
         return self._finish(x)
+
+    def _document_hidden(self, tokens: Tensor, documents: Tensor) -> Tensor:
+        """Compute the (B, N, D) hidden states of documents, without the padding and without pairs of different documents."""
+        where = (documents >= 0).flatten().nonzero().squeeze(-1)
+        lengths = documents.flatten().index_select(0, where).unique_consecutive(return_counts=True)[1]
+        attend = PackedAttention.of_lengths(lengths.tolist(), tokens.device)
+        positions = document_positions(documents).flatten().index_select(0, where)
+        x = self._packed(tokens.flatten().index_select(0, where), positions, attend)
+        return x.new_zeros(tokens.numel(), x.shape[-1]).index_copy(0, where, x).view(*tokens.shape, -1)
 
     def _finish(self, x: Tensor) -> Tensor:
         x = self.norm(x)
@@ -361,7 +381,8 @@ class PaLM(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Compute the logits (B, N, V). See `hidden` for the arguments."""
-        hidden = self.hidden(tokens, mask=mask, positions=positions, cache=cache)
+        hidden = self.hidden(tokens, mask=mask, positions=positions, cache=cache, documents=documents)
         return F.linear(hidden, self.token_emb.weight) if self.to_logits is None else self.to_logits(hidden)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_align.models.causality import check_causal
+from lightning_align.models.documents import document_positions
 from lightning_align.models.language_model import Head, declared_ends
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
@@ -179,17 +180,21 @@ class PretrainedLM(nn.Module):
 
     # -- the interface of a language model
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Compute the logits (B, N, V) of tokens (B, N). Padding, if any, is on the right."""
+    def forward(self, tokens: Tensor, *, documents: Tensor | None = None) -> Tensor:
+        """Compute the logits (B, N, V) of tokens (B, N). Padding, if any, is on the right. For ``documents`` see `hidden`."""
         self._check_loaded()
         if self.composite and self._scale is not None:
-            hidden = self.hidden(tokens)
+            hidden = self.hidden(tokens, documents=documents)
             return Head(hidden, None, self._softcap).capped(self.model.get_output_embeddings()(hidden))
         record = self.router_record if torch.is_grad_enabled() else None
-        out = self.model(input_ids=tokens, use_cache=False, **({} if record is None else {"output_router_logits": True}))
+        options: dict[str, Any] = {} if record is None else {"output_router_logits": True}
+        ids = tokens
+        if documents is not None:
+            ids, options["position_ids"] = self._document_inputs(tokens, documents)
+        out = self.model(input_ids=ids, use_cache=False, **options)
         if record is not None:
             record.add(out.router_logits, None)
-        logits: Tensor = out.logits
+        logits: Tensor = out.logits.view(*tokens.shape, -1)
         return logits
 
     def hidden(
@@ -199,6 +204,7 @@ class PretrainedLM(nn.Module):
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: "PretrainedCache | None" = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Compute the final hidden states. `head` turns them into logits.
 
@@ -208,11 +214,16 @@ class PretrainedLM(nn.Module):
                 if it is on the right.
             positions: (N,) or (B, N) int64 positions. By default they are counted from the first column.
             cache: A cache from `make_cache`. It is extended in place.
+            documents: (B, N) int64 numbers of documents, as in a `TokenBatch`. Each document is computed as if it were a row of
+                its own, if the model can do that (`packing_problem`). It takes the place of the other arguments.
 
         Returns:
             (B, N, D) hidden states, multiplied by the scale of the logits if there is one.
         """
         self._check_loaded()
+        shape = tokens.shape
+        if documents is not None:
+            tokens, positions = self._document_inputs(tokens, documents)
         if positions is not None and positions.ndim == 1:
             positions = positions.expand(len(tokens), -1)
         options: dict[str, Any] = {"position_ids": positions, "use_cache": False}
@@ -227,8 +238,15 @@ class PretrainedLM(nn.Module):
             record.add(out.router_logits, None if cache is not None else mask)
         if cache is not None:
             cache.length += tokens.shape[1]
-        hidden: Tensor = out.last_hidden_state
+        hidden: Tensor = out.last_hidden_state.view(*shape, -1)
         return hidden if self._scale in (None, 1.0) else hidden * self._scale
+
+    def _document_inputs(self, tokens: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens and positions of documents. Without a mask, transformers splits a row where positions restart."""
+        positions = document_positions(documents)
+        if str(self.config._attn_implementation).startswith("flash"):
+            return tokens.reshape(1, -1), positions.reshape(1, -1)  # flash attention finds documents only in a single row
+        return tokens, positions
 
     @property
     def head(self) -> Head | None:

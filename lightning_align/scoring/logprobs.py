@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_align.models.documents import check_packing
 from lightning_align.models.language_model import HiddenModel, has_hidden, logits_of, vocabulary_size
 from lightning_align.models.routers import announce_mask
 from lightning_align.scoring.grouping import length_groups, targets_of
@@ -20,15 +21,20 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
         batch: (B, N) tokens, padded on the right.
 
     Returns:
-        (T,) log-probs in nats, at least float32, row by row, and the (T,) row of each.
+        (T,) log-probs in nats, at least float32, row by row, and the (T,) row of each. In a packed batch, the number of its
+        document instead of its row.
 
     Raises:
-        ValueError: If a token id is outside of the vocabulary, or the first token of a row is a target.
+        ValueError: If a token id is outside of the vocabulary, if the first token of a row or document is a target, or if the
+            batch is packed and the model cannot keep documents apart.
     """
     rows, before, targets = select_targets(batch)
     tokens, mask = batch["tokens"], batch["mask"]
     check_ids(tokens, vocabulary_size(model))
     announce_mask(model, mask)
+    if "document_ids" in batch:
+        documents = batch["document_ids"]
+        return _document_logprobs(model, tokens, documents, rows, before, targets), documents[rows, before]
     if not has_hidden(model):
         return _plain_logprobs(model, batch, rows, before, targets), rows
     if hasattr(model, "packed_hidden") and not tokens.is_cuda and not bool(mask.all()):
@@ -72,3 +78,15 @@ def _plain_logprobs(model: nn.Module, batch: TokenBatch, rows: Tensor, before: T
         check_ids(tokens, logits.shape[-1])
         return logits_logprobs(logits, rows, before, targets)
     return torch.cat(parts)[torch.cat(places).argsort()]
+
+
+def _document_logprobs(
+    model: nn.Module, tokens: Tensor, documents: Tensor, rows: Tensor, before: Tensor, targets: Tensor
+) -> Tensor:
+    """Compute the (T,) log-probs of a packed batch."""
+    check_packing(model)
+    if has_hidden(model):
+        return target_logprobs(model.hidden(tokens, documents=documents)[rows, before], model.head, targets)
+    logits = logits_of(model, tokens, documents=documents)
+    check_ids(tokens, logits.shape[-1])
+    return logits_logprobs(logits, rows, before, targets)

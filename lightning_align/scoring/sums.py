@@ -1,5 +1,6 @@
 """Sums of log-probs over responses."""
 
+import torch
 from torch import Tensor, nn
 
 from lightning_align.scoring.logprobs import token_logprobs
@@ -14,12 +15,24 @@ def response_logprobs(model: nn.Module, batch: TokenBatch) -> LogProbs:
         batch: (B, N) tokens, padded on the right. ``target_weights``, if present, weight the terms of the sums.
 
     Returns:
-        (B,) sums in nats, and (B,) counts of targets.
+        (B,) sums in nats, and (B,) counts of targets. Of a packed batch with R documents, (R,) sums and counts.
     """
-    return sum_logprobs(*token_logprobs(model, batch), batch["targets"], batch.get("target_weights"))
+    logps, rows = token_logprobs(model, batch)
+    targets, weights = batch["targets"], batch.get("target_weights")
+    return sum_logprobs(logps, rows, targets, weights, num_documents=num_documents(batch))
 
 
-def sum_logprobs(logps: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> LogProbs:
+def num_documents(batch: TokenBatch) -> int | None:
+    """Return the number of documents of a packed batch, or None for a batch that is not packed."""
+    if "document_ids" not in batch:
+        return None
+    # Reading it from a tensor on a GPU would wait for the GPU.
+    return len(batch["rows"]) if "rows" in batch else int(batch["document_ids"].max()) + 1
+
+
+def sum_logprobs(
+    logps: Tensor, rows: Tensor, targets: Tensor, weights: Tensor | None = None, *, num_documents: int | None = None
+) -> LogProbs:
     """Sum the log-probs of the targets over each row.
 
     Args:
@@ -27,12 +40,15 @@ def sum_logprobs(logps: Tensor, rows: Tensor, targets: Tensor, weights: Tensor |
         rows: (T,) row of each target.
         targets: (B, N) bool, true at targets.
         weights: (B, N) weight of each target's log-prob. By default all weights are 1.
+        num_documents: The number of documents R of a packed batch. ``rows`` are then the numbers of documents.
 
     Returns:
-        (B,) sums in nats in the dtype of ``logps``, and (B,) counts of targets. Weights do not change the counts.
+        (B,) or (R,) sums in nats in the dtype of ``logps``, and counts of targets. Weights do not change the counts.
     """
     if weights is not None:
         logps = logps * weights[:, 1:][targets[:, 1:]]
     # Float32 sums of hundreds of terms would lose a digit that matters in the difference of two such sums. MPS has no float64.
     wide = logps if logps.device.type == "mps" else logps.double()
-    return LogProbs(wide.new_zeros(targets.shape[0]).index_add(0, rows, wide).to(logps.dtype), targets.sum(dim=1))
+    size = targets.shape[0] if num_documents is None else num_documents
+    counts = targets.sum(dim=1) if num_documents is None else rows.new_zeros(size).index_add(0, rows, torch.ones_like(rows))
+    return LogProbs(wide.new_zeros(size).index_add(0, rows, wide).to(logps.dtype), counts)

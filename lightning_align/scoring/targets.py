@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lightning_align.models.documents import document_positions
 from lightning_align.types import TokenBatch
 
 
@@ -12,19 +13,25 @@ def select_targets(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         batch: (B, N) tokens and targets.
 
     Returns:
-        For each of the T targets, row by row: its (T,) row, the (T,) position of the hidden state that predicts it (one before
-        the target), and its (T,) token id.
+        For each of the T targets, row by row: its (T,) row (also in a packed batch), the (T,) position of the hidden state that
+        predicts it (one before the target), and its (T,) token id.
 
     Raises:
-        ValueError: If the first token of a row is a target. No hidden state predicts it. Not checked on a GPU, to avoid a
-            synchronization.
+        ValueError: If the first token of a row or document is a target. No hidden state predicts it. Not checked on a GPU, to
+            avoid a synchronization.
     """
     tokens, targets = batch["tokens"], batch["targets"]
-    if not tokens.is_cuda and bool(targets[:, 0].any()):
-        raise ValueError(
-            "`targets[:, 0]` must be false in every row, but got true. No token precedes the first one, so it cannot be "
-            "predicted. Start the targets at the second token or later."
-        )
+    if not tokens.is_cuda:
+        if bool(targets[:, 0].any()):
+            raise ValueError(
+                "`targets[:, 0]` must be false in every row, but got true. No token precedes the first one, so it cannot be "
+                "predicted. Start the targets at the second token or later."
+            )
+        if "document_ids" in batch and bool((targets & (document_positions(batch["document_ids"]) == 0)).any()):
+            raise ValueError(
+                "`targets` must be false at the first token of every document and at padding, but got true. A token is not "
+                "predicted from the document before it. Start the targets at the second token of each document or later."
+            )
     rows, before = targets[:, 1:].nonzero(as_tuple=True)
     return rows, before, tokens[rows, before + 1]
 

@@ -1,17 +1,84 @@
 """The data module of supervised fine-tuning."""
 
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
-from lightning_align.data.forms import Form
-from lightning_align.training.datamodule import AlignDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lightning_align.data.forms import Form, first_form
+from lightning_align.data.ledger import Ledger
+from lightning_align.data.mixture import describe
+from lightning_align.data.row_packing import PackedSampler, Sequences, collate_packed
+from lightning_align.data.rows import read_rows
+from lightning_align.data.store import StoredRow, TokenStore, read_forms
+from lightning_align.training.datamodule import AlignDataModule, Stage
 
 
 class SFTDataModule(AlignDataModule):
     """Data module of rows with a prompt and a response, with messages, or with text.
 
-    Rows of text are packed: they are joined with an end-of-sequence token between them and cut into blocks of `max_length`
-    tokens. Rows for prediction need a prompt or messages.
+    Rows of text are always packed: they are joined with an end-of-sequence token between them and cut into blocks of
+    `max_length` tokens. Rows for prediction need a prompt or messages.
+
+    Args:
+        packing: Whether to pack several rows into one sequence, which saves padding. Rows stay whole, attention stays within
+            each row, and positions start again with each, so the loss and its gradient are those of the rows alone. A batch has
+            `batch_size` sequences, so use a smaller `batch_size`. `group_by_length` then has no effect. Models with recurrent
+            layers, and a few others, cannot keep rows apart and raise an error.
+        packed_length: The largest number of tokens per sequence, with `packing`. Default is `max_length`.
     """
 
     kind: ClassVar[str] = "sft"
     forms: ClassVar[tuple[Form, ...]] = ("response", "messages", "text")
+
+    def __init__(self, *args: Any, packing: bool = False, packed_length: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if packed_length is not None and not packing:
+            raise ValueError(f"`packed_length` must be None without packing, but got {packed_length}. Set `packing: true`.")
+        if packed_length is not None and packed_length < self.max_length:
+            raise ValueError(
+                f"`packed_length` must be at least `max_length` ({self.max_length}), but got {packed_length}. A sequence must "
+                "have room for the longest row."
+            )
+        weighted = [part for part in self._parts.get("train", ()) if part.weight is not None]
+        if packing and len(weighted) > 1:
+            raise ValueError(
+                f"`packing` must be false for a mixture with weights ({describe(weighted)}), but got true. Leave the weights "
+                "out, so that an epoch has every row once, or set `packing: false`."
+            )
+        self.packing = packing
+        self.packed_length = self.max_length if packed_length is None else packed_length
+
+    def train_dataloader(self) -> DataLoader[list[StoredRow]]:
+        """Return training batches, in a new order for each epoch. A resumed run continues at the next batch."""
+        if not self.packing:
+            return super().train_dataloader()
+        return self._packed_loader("train", self.batch_size, shuffle=True)
+
+    def _eval_loader(self, stage: Stage) -> DataLoader[list[StoredRow]]:
+        if not self.packing or stage == "predict":
+            return super()._eval_loader(stage)
+        return self._packed_loader(stage, self.eval_batch_size, shuffle=False)
+
+    def _packed_loader(self, stage: Stage, batch_size: int, *, shuffle: bool) -> DataLoader[list[StoredRow]]:
+        store = self._store(stage)
+        replicas: dict[str, Any] = {} if self._overfits else (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        sampler = PackedSampler(
+            store.lengths(), capacity=self.packed_length, batch_size=batch_size, shuffle=shuffle, seed=self.seed, **replicas
+        )
+        rank_zero_info(f"{stage}: {sampler.describe()}")
+        collate = cast(Any, partial(collate_packed, pad_id=self.tokenizer.pad_id))
+        return self._loader(cast(TokenStore, Sequences(store)), sampler, collate, resumable=shuffle)
+
+    def _open(self, stage: Stage) -> list[tuple[TokenStore, Ledger]]:
+        if self.packing and stage != "predict":
+            for part in self._parts.get(stage, ()):
+                rows = read_forms(read_rows(part.rows, split=stage), recipe=self._recipe(stage, part))
+                if first_form(rows, self.forms) == "text":
+                    raise ValueError(
+                        f"`packing` must be false for rows of text, but got true, and {part.name} (`{stage}`) has such rows. "
+                        "They are always packed, into blocks of `max_length` tokens. Set `packing: false`, or give rows of "
+                        "prompt and response."
+                    )
+        return super()._open(stage)

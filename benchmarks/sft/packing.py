@@ -1,0 +1,119 @@
+"""Tokens per second of fine-tuning on packed rows against padded rows, shuffled and grouped by length.
+
+All sides run the forward and backward pass on the same rows, whose lengths differ widely. An optimizer step is the same for all.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import common
+from lightning_align import PaLM
+from lightning_align.data.batching import LengthGroupedSampler, collate_tokens
+from lightning_align.data.row_packing import PackedSampler, collate_packed
+from lightning_align.data.store import StoredRow, StoredTokens
+from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.scoring.sums import response_logprobs
+from lightning_align.types import TokenBatch
+
+VOCABULARY, WIDTH, DEPTH, HEADS = 4096, 256, 4, 4
+ROWS, LONGEST = 96, 1024
+SIZES = dict.fromkeys(("shuffled", "grouped"), 16)
+SIDES = ("shuffled", "grouped", "packed")
+SEQUENCES = 4
+"""Sequences per packed batch: about as many tokens as 16 rows."""
+
+
+def rows() -> list[StoredRow]:
+    """Rows with log-normal lengths, the first half of each the prompt."""
+    random = np.random.default_rng(0)
+    found = []
+    for index, length in enumerate(np.exp(random.normal(5.2, 0.9, ROWS)).clip(8, LONGEST).astype(int)):
+        tokens = random.integers(0, VOCABULARY, length).astype(np.int32)
+        found.append(StoredRow(index, length // 2, [StoredTokens(tokens, np.arange(length) >= length // 2, 0)]))
+    return found
+
+
+def batches(side: str, data: Sequence[StoredRow]) -> Iterator[TokenBatch]:
+    """The batches of one epoch."""
+    lengths = np.array([len(row.sides[0].tokens) for row in data])
+    if side == "packed":
+        for sequences in PackedSampler(lengths, capacity=LONGEST, batch_size=SEQUENCES):
+            yield collate_packed([[data[i] for i in sequence] for sequence in sequences], pad_id=0)
+        return
+    for batch in LengthGroupedSampler(lengths if side == "grouped" else None, num_rows=len(data), batch_size=SIZES[side]):
+        yield collate_tokens([data[i] for i in batch], pad_id=0)
+
+
+def epoch(model: nn.Module, todo: Sequence[TokenBatch]) -> float:
+    """The loss of an epoch, with its gradient in the parameters."""
+    model.zero_grad()
+    total = 0.0
+    for batch in todo:
+        loss = -response_logprobs(model, batch).sums.sum()
+        loss.backward()
+        total += float(loss)
+    return total
+
+
+def models() -> dict[str, nn.Module]:
+    """A PaLM and a Llama of the same width and depth."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+    }
+    palm = PaLM(num_tokens=VOCABULARY, dim=WIDTH, depth=DEPTH, heads=HEADS, dim_head=WIDTH // HEADS)
+    return {"PaLM": palm, "Llama (transformers)": PretrainedLM(config=config)}
+
+
+def main() -> None:
+    """Measure and print the section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="timed epochs per side, after one to warm up")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    data = rows()
+    todo = {side: list(batches(side, data)) for side in SIDES}
+    num_tokens = sum(len(row.sides[0].tokens) for row in data)
+    lengths = [len(row.sides[0].tokens) for row in data]
+    common.heading(
+        "Packing of rows",
+        f"{ROWS} rows of {min(lengths)} to {max(lengths)} tokens (median {common.median(lengths):.0f}), vocabulary {VOCABULARY:,}, "
+        f"width {WIDTH}, depth {DEPTH}, float32, {arguments.threads} threads; forward and backward pass. Batches of 16 rows "
+        f"(shuffled, grouped by length) or {SEQUENCES} sequences of {LONGEST:,} tokens (packed). {arguments.rounds} alternating "
+        "epochs per side after one to warm up.",
+    )
+    table, claims = [], []
+    for name, model in models().items():
+        losses = {side: epoch(model, todo[side]) for side in SIDES}
+        timings = common.alternate({side: lambda s=side: epoch(model, todo[s]) for side in SIDES}, arguments.rounds)
+        for side in SIDES:
+            cells = sum(batch["mask"].numel() for batch in todo[side])
+            table.append(
+                {
+                    "model": name,
+                    "side": side,
+                    "padding": f"{1 - num_tokens / cells:.0%}",
+                    "tokens/s (median)": f"{num_tokens / common.median(t.seconds for t in timings[side]):,.0f}",
+                    "packed / side": f"{common.ratio(timings[side], timings['packed']):.2f}x",
+                    "background load": common.load(timings[side]),
+                }
+            )
+        error = max(abs(losses[side] / losses["packed"] - 1) for side in SIDES)
+        claims.append(common.claim(f"{name}: difference of the losses", "≤ 1e-06", f"{error:.1e}", error <= 1e-6))
+    print(common.table(table))
+    print(common.table(claims))
+
+
+if __name__ == "__main__":
+    main()

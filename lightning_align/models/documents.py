@@ -1,0 +1,132 @@
+"""Several documents in one row: their positions and masks, and a check that a model keeps them apart.
+
+A packed row holds several documents. (B, N) int64 numbers say which document each token belongs to. They ascend, and are -1 at
+padding. A model that takes them as the argument ``documents`` computes each document as if it were a row of its own: attention
+stays within the document and positions start again with it.
+"""
+
+import inspect
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lightning_align.models.language_model import has_hidden, logits_of, vocabulary_size
+from lightning_align.models.parallelize import uncompiled
+
+TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
+"""The largest difference of outputs that counts as equal, in standard deviations, in float32 and in 16 bits."""
+_PROBED = ((7, 12), (5, 1, 9))
+"""The lengths of the documents of each row that the check packs."""
+_problems: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """Count the positions of each document from 0.
+
+    Args:
+        documents: (B, N) int64 numbers of documents, -1 at padding.
+
+    Returns:
+        (B, N) int64 positions, 0 at padding.
+    """
+    columns = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    new = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0
+    return (columns - columns.where(new, 0).cummax(dim=1).values).where(documents >= 0, 0)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """Return which tokens are in the same document: (B, N) -> (B, N, N) bool. Padding is in none."""
+    return (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
+
+
+def check_packing(model: nn.Module) -> None:
+    """Check once per model that it keeps documents apart.
+
+    Args:
+        model: Any language model.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if model not in _problems:
+        _problems[model] = packing_problem(model)
+    if (problem := _problems[model]) is not None:
+        raise ValueError(
+            f"`packing` must be false for {_name(model)}, but got true: {problem}. Set `packing: false`. Rows of similar "
+            "length are then padded together, which gives the same loss."
+        )
+
+
+@torch.no_grad()
+def packing_problem(model: nn.Module) -> str | None:
+    """Compare a few packed documents with each of them alone.
+
+    The check needs a few small forward passes. It finds recurrent states, and attention and positions that ignore where a
+    document starts.
+
+    Args:
+        model: Any language model. Its mode and the state of the random numbers do not change.
+
+    Returns:
+        Why its outputs for packed documents are wrong, or None if they are right.
+    """
+    if "documents" not in inspect.signature(model.forward).parameters:
+        return "its forward pass has no argument `documents`"
+    device = next(model.parameters()).device
+    size = vocabulary_size(model) or 2
+    width = max(sum(lengths) for lengths in _PROBED) + 2  # the last columns are padding
+    # Numbers that look random, without drawing any.
+    tokens = ((torch.arange(len(_PROBED) * width, device=device) * 7919 + 13) % 104729 % size).view(len(_PROBED), width)
+    documents = torch.full_like(tokens, -1)
+    alone, concatenated = [], []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with uncompiled(model):
+            number = 0
+            for row, lengths in enumerate(_PROBED):
+                start = 0
+                for length in lengths:
+                    documents[row, start : start + length] = number
+                    alone.append(_outputs(model, tokens[row : row + 1, start : start + length]))
+                    number, start = number + 1, start + length
+                concatenated.append(_outputs(model, tokens[row : row + 1, :start]))
+            try:
+                packed = _outputs(model, tokens, documents)[documents.flatten() >= 0]
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as raised:
+                return f"it raises {type(raised).__name__}: {str(raised)[:200]}"
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    expected = torch.cat(alone)
+    scale = float(expected.std().clamp(min=1e-6))
+    error = float((packed - expected).abs().max()) / scale
+    # How far a model is off that does not keep documents apart at all. In 16 bits this can be as small as the tolerance.
+    mixed = float((torch.cat(concatenated) - expected).abs().max()) / scale
+    if error <= TOLERANCE or (_is_half(model) and error <= min(HALF_TOLERANCE, mixed / 4)):
+        return None
+    return (
+        f"its outputs for a row change by {error:.1e} standard deviations if other rows come before it in the same sequence, "
+        "as with recurrent layers, or if positions do not start again"
+    )
+
+
+def _outputs(model: nn.Module, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Compute the (B * N, D) hidden states or logits in at least float32."""
+    if has_hidden(model):
+        out = model.hidden(tokens) if documents is None else model.hidden(tokens, documents=documents)
+    else:
+        out = logits_of(model, tokens, documents=documents)
+    return out.flatten(0, 1).to(torch.promote_types(out.dtype, torch.float32))
+
+
+def _is_half(model: nn.Module) -> bool:
+    """Return whether a model computes in 16 bits."""
+    parameter = next(model.parameters())
+    return parameter.dtype.itemsize < 4 or torch.is_autocast_enabled(parameter.device.type)
+
+
+def _name(model: nn.Module) -> str:
+    inner = getattr(model, "model", None)
+    return f"{type(model).__name__}({type(inner).__name__})" if isinstance(inner, nn.Module) else type(model).__name__
