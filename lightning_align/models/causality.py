@@ -49,10 +49,11 @@ def check_causal(model: nn.Module, *, remedy: str = "") -> None:
     first, second = _rows(model, torch.device("cpu") if weight is None else weight.device)
     if first is None:
         return  # a context of one token or a vocabulary of one token shows nothing
+    devices = [weight.device] if weight is not None and weight.is_cuda else []
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(enabled=True):
+        with torch.no_grad(), torch.random.fork_rng(devices):
             logits, changed = _logits(model, first), _logits(model, second)
             dtype = logits.dtype
             limit = TOLERANCE.get(dtype, COARSE) if weight is None else max(TOLERANCE.get(d, COARSE) for d in _dtypes(model))

@@ -93,7 +93,7 @@ class DropoutSwitch:
 
     def start(self, model: nn.Module) -> None:
         """Switch dropout off, if it is to be off; see `without_dropout`."""
-        self.end()  # an earlier step may have ended with an error
+        self.end()
         if self.off:
             self._stack.enter_context(without_dropout(model))
 

@@ -24,6 +24,7 @@ from lightning_align.models.pretrained_loading import (
     freeze_other_parts,
     is_composite,
     load_pretrained,
+    summary,
 )
 from lightning_align.models.routers import RouterRecord, find_routers
 from lightning_align.runtime.ranks import is_sharded
@@ -31,7 +32,10 @@ from lightning_align.runtime.ranks import is_sharded
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TOLERANCE = 1e-3
 """The largest difference of recomputed logits that counts as equal, in standard deviations of the logits."""
-SCALES, SOFTCAPS = ("logit_scale", "logits_scaling", "lm_head_multiplier"), ("final_logit_softcapping", "logits_soft_cap")
+SCALES, SOFTCAPS = (
+    ("logit_scale", "logits_scaling", "lm_head_multiplier"),
+    ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+)
 """The configuration fields that hold a factor or divisor of the logits, and those that hold their soft cap."""
 
 
@@ -90,6 +94,7 @@ class PretrainedLM(nn.Module):
         self.pretrained = name is not None
         """Whether building the model loads its weights. A checkpoint that contains only adapters can then be completed."""
         self._load_error: str | None = None
+        load_error: str | None = None
         options = {"dtype": dtype, "attn_implementation": attention}
         if name is None:
             self.model: Any = build_random(config, options)
@@ -101,7 +106,7 @@ class PretrainedLM(nn.Module):
                     raise
                 # A complete configuration with a name comes from a checkpoint. Its folder may be gone, but the checkpoint
                 # contains the weights, which are loaded after this.
-                self._load_error = str(error)
+                load_error = str(error)
                 self.model = build_random(config, options)
         self.composite = is_composite(self.model)
         """Whether the text model is one of several parts. The others, such as a vision tower, are frozen."""
@@ -135,10 +140,12 @@ class PretrainedLM(nn.Module):
         self._cache_checked: bool | None = None
         self._softcap: float | None = None
         self._scale = self._probe()
+        self.compile_backend: str | None = None
         self.known_causal = False
         check_causal(self, remedy=_causal_remedy(self.config))
         self.known_causal = True
         """That `check_causal` need not be repeated."""
+        self._load_error = load_error
         self.model.train()  # the initial mode of any module
         self.compile_backend = compile
         if compile is not None:
@@ -293,7 +300,13 @@ class PretrainedLM(nn.Module):
         if layer.weight.is_meta:
             return 1.0
         tokens = torch.arange(min(8, layer.weight.shape[0]), device=layer.weight.device)[None]
-        logits = self.model(input_ids=tokens, use_cache=False).logits.float()
+        try:
+            logits = self.model(input_ids=tokens, use_cache=False).logits.float()
+        except Exception as reason:  # models raise many types here
+            raise ValueError(
+                f"{type(self.model).__name__} must be a causal language model that needs only tokens, but it fails without "
+                f"other inputs, such as images ({summary(reason)}). Use a model of text."
+            ) from reason
         linear = F.linear(self.decoder(input_ids=tokens, use_cache=False).last_hidden_state, layer.weight, layer.bias).float()
         values = {key: float(value) for key, value in self.config.to_dict().items() if key in (*SCALES, *SOFTCAPS) and value}
         scale = 1.0 if layer.bias is not None else float((logits * linear).sum() / linear.square().sum().clamp(min=1e-30))

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_align.models.parallelize import uncompiled
+
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """The largest difference between cached and plain logits that counts as rounding, in standard deviations of the logits."""
 COARSE = 0.1
@@ -62,7 +64,7 @@ def cache_fault(model: Any) -> str | None:
     weight = model.model.get_output_embeddings().weight
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), uncompiled(model):
             return _compare(model, weight)
     except Exception as error:  # models raise many types here, and each of them means that the cache cannot be used
         summary = str(error).splitlines()[0][:120] if str(error) else ""

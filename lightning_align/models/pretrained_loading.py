@@ -30,10 +30,10 @@ def build_random(config: dict[str, Any] | None, options: dict[str, Any]) -> Any:
     try:
         found = AutoConfig.for_model(kind, **fields)
         return _class_for(found).from_config(found, **options)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # configurations and models raise many types here
         raise ValueError(
             f"PretrainedLM: `config` must describe a causal language model, but model_type {kind!r} does not give one "
-            f"({_summary(error)})."
+            f"({summary(error)})."
         ) from error
 
 
@@ -71,15 +71,15 @@ def load_pretrained(name: str, config: dict[str, Any] | None, options: dict[str,
     except OSError as error:
         if folder.is_dir():
             raise ValueError(
-                f"model {name!r} cannot be loaded ({_summary(error)}). Its weights must be safetensors, because loading other "
+                f"model {name!r} cannot be loaded ({summary(error)}). Its weights must be safetensors, because loading other "
                 "formats can run code. Convert them with `model.save_pretrained(folder)`."
             ) from error
         raise ValueError(
-            f"model {name!r} is not a local folder, and the Hugging Face hub did not provide it ({_summary(error)}). Without a "
+            f"model {name!r} is not a local folder, and the Hugging Face hub did not provide it ({summary(error)}). Without a "
             "network, pass the path of a folder with config.json and *.safetensors, such as ./my-model."
         ) from error
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise ValueError(f"model {name!r} cannot be built as a causal language model ({_summary(error)}).") from error
+    except Exception as error:  # configurations and models raise many types here
+        raise ValueError(f"model {name!r} cannot be built as a causal language model ({summary(error)}).") from error
 
 
 def _class_for(config: Any) -> Any:
@@ -143,6 +143,6 @@ def freeze_other_parts(model: Any, decoder: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def _summary(error: Exception) -> str:
+def summary(error: Exception) -> str:
     """Return the type of an error and the first line of its message, because the messages of transformers are long."""
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

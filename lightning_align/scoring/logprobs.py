@@ -28,6 +28,7 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
     rows, before, targets = select_targets(batch)
     tokens, mask = batch["tokens"], batch["mask"]
     check_ids(tokens, vocabulary_size(model))
+    announce_mask(model, mask)
     if not has_hidden(model):
         return _plain_logprobs(model, batch, rows, before, targets), rows
     if hasattr(model, "packed_hidden") and not tokens.is_cuda and not bool(mask.all()):
@@ -38,35 +39,35 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
     return target_logprobs(hidden, model.head, targets), rows
 
 
+def _groups(model: nn.Module, batch: TokenBatch) -> list[tuple[Tensor, int]]:
+    """Return the groups of rows that are computed together, or no groups if all rows are."""
+    # Groups leave out the tokens after the last target. The load of expert routers is that of all tokens.
+    return [] if getattr(model, "router_record", None) is not None else length_groups(batch)
+
+
 def _target_hidden(model: HiddenModel, batch: TokenBatch, rows: Tensor, before: Tensor) -> Tensor:
     """Compute the (T, D) hidden states before the targets, with a model that has no packed layout."""
-    tokens, mask = batch["tokens"], batch["mask"]
+    tokens = batch["tokens"]
     parts, places = [], []
-    for group, width in length_groups(batch):
+    for group, width in _groups(model, batch):
         within, chosen = targets_of(group, rows, len(tokens))
-        announce_mask(model, mask[group, :width])
         parts.append(model.hidden(tokens[group, :width])[within, before[chosen]])
         places.append(chosen)
-    if not parts:
-        announce_mask(model, mask)
-        return model.hidden(tokens)[rows, before]
-    return torch.cat(parts)[torch.cat(places).argsort()]
+    return torch.cat(parts)[torch.cat(places).argsort()] if parts else model.hidden(tokens)[rows, before]
 
 
 def _plain_logprobs(model: nn.Module, batch: TokenBatch, rows: Tensor, before: Tensor, targets: Tensor) -> Tensor:
     """Compute the (T,) log-probs with a model that returns only logits, which it does for every position."""
-    tokens, mask = batch["tokens"], batch["mask"]
+    tokens = batch["tokens"]
     parts, places = [], []
-    for group, width in length_groups(batch):
+    for group, width in _groups(model, batch):
         within, chosen = targets_of(group, rows, len(tokens))
-        announce_mask(model, mask[group, :width])
         logits = logits_of(model, tokens[group, :width])
         check_ids(tokens, logits.shape[-1])
         parts.append(logits_logprobs(logits, within, before[chosen], targets[chosen]))
         places.append(chosen)
         del logits  # Without gradients this frees them now, and not only after the next ones exist.
     if not parts:
-        announce_mask(model, mask)
         logits = logits_of(model, tokens)
         check_ids(tokens, logits.shape[-1])
         return logits_logprobs(logits, rows, before, targets)

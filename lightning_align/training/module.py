@@ -82,11 +82,10 @@ class AlignModule(L.LightningModule):
                 for SFT and RETRO, 1e-3 for CALM, 5e-6 for DPO and SPIN.
             lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
             generation: How `predict` and the sample logger decode.
-            dropout: Whether the policy and its adapters have dropout in training. Default is false for DPO and SPIN, so that
-                the policy starts equal to its reference, and true for other methods. No method has dropout in evaluation.
-            router_aux_loss_coef: The weight of the load-balancing loss of expert routers, for mixture-of-experts models of
-                transformers. It is computed per micro-batch. Default is the coefficient of the model's configuration if that
-                sets `output_router_logits`, otherwise 0.
+            dropout: Whether training has dropout, also in adapters. Default is false for DPO and SPIN, so that policy and
+                reference score alike, otherwise true.
+            router_aux_loss_coef: The weight of the load-balancing loss of expert routers, per micro-batch. Default is the one
+                of the model's configuration if that sets `output_router_logits`, otherwise 0.
 
         Raises:
             ValueError: If there is neither a backbone nor a checkpoint, or the coefficient is negative.
@@ -118,6 +117,7 @@ class AlignModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
+        self.dropout.end()  # an earlier run may have ended with an error in the middle of a step
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         for path in self.initial_weights():
@@ -193,7 +193,7 @@ class AlignModule(L.LightningModule):
     # -- one gradient per optimizer batch
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Switch dropout off, or seed it by the batch's position, so that a resumed run draws the same numbers on every rank."""
+        """Switch dropout off, or seed it by the batch's position in the run, so that a resumed run draws the same numbers."""
         count_epoch_as_begun(self.trainer)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         position = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)

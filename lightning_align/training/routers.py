@@ -54,7 +54,7 @@ class RouterLoss:
     def announce(self, policy: nn.Module) -> None:
         """Log the coefficient, or that the loss of the routers is left out."""
         routers: Routers | None = getattr(policy, "routers", None)
-        if routers is None:
+        if routers is None or self.given == 0:
             return
         kind = type(getattr(policy, "model", policy)).__name__
         if self.coefficient:

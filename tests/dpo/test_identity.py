@@ -75,7 +75,7 @@ class OtherWeights(DPOModule):
 
 
 FAULTS: list[tuple[str, Any, Any]] = [
-    ("dropout: ", lambda: DPOModule(tiny_palm(ff_dropout=0.3), optimizer=SGD), None),
+    ("dropout: ", lambda: DPOModule(tiny_palm(ff_dropout=0.3), dropout=True, optimizer=SGD), None),
     ("dtype: ", lambda: OtherDtype(tiny_palm(), optimizer=SGD), None),
     ("adapter: ", lambda: WarmAdapters(tiny_palm(), lora=LoRAConfig(rank=2), optimizer=SGD), None),
     ("reference file: ", lambda: OtherWeights(tiny_palm(), optimizer=SGD), None),
