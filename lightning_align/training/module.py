@@ -84,11 +84,10 @@ class AlignModule(L.LightningModule):
                 for SFT and RETRO, 1e-3 for CALM, 5e-6 for DPO and SPIN.
             lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
             generation: How `predict` and the sample logger decode.
-            dropout: Whether the policy and its adapters have dropout in training. Default is false for DPO and SPIN, so that
-                the policy starts equal to its reference, and true for other methods. No method has dropout in evaluation.
-            router_aux_loss_coef: The weight of the load-balancing loss of expert routers, for mixture-of-experts models of
-                transformers. It is computed per micro-batch. Default is the coefficient of the model's configuration if that
-                sets `output_router_logits`, otherwise 0.
+            dropout: Whether training has dropout, also in adapters. Default is false for DPO and SPIN, so that policy and
+                reference score alike, otherwise true.
+            router_aux_loss_coef: The weight of the load-balancing loss of expert routers, per micro-batch. Default is the one
+                of the model's configuration if that sets `output_router_logits`, otherwise 0.
 
         Raises:
             ValueError: If there is neither a backbone nor a checkpoint, or the coefficient is negative.

@@ -101,10 +101,10 @@ def test_rows_that_leave_at_different_times_are_decoded_as_without_a_cache(famil
 
 
 @EACH
-def test_a_step_of_dpo_starts_at_log_two(family: str) -> None:
+def test_a_step_of_dpo_starts_at_log_two(family: str, tmp_path: Path) -> None:
     model = build(family).train()
     before = whole_weights(model)
-    trainer = L.Trainer(**QUIET, log_every_n_steps=1)
+    trainer = L.Trainer(**QUIET, log_every_n_steps=1, default_root_dir=tmp_path)
     data: Any = DataLoader([preference_batch(2)], batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
     trainer.fit(DPOModule(model, optimizer=SGD), data)
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(math.log(2), abs=2e-4)
@@ -120,7 +120,7 @@ def test_an_iteration_of_spin_starts_at_log_two(family: str, tmp_path: Path) -> 
     rows = [{"prompt": f"{i}+1=", "response": f"it is {i + 1}"} for i in range(2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loop = SelfPlayGeneration(iterations=1, folder=str(tmp_path / "sets"))
-    trainer = L.Trainer(**{**QUIET, "max_epochs": -1}, log_every_n_steps=1, callbacks=[loop])
+    trainer = L.Trainer(**{**QUIET, "max_epochs": -1}, log_every_n_steps=1, callbacks=[loop], default_root_dir=tmp_path)
     module = SPINModule(build(family).train(), generation=GenerationConfig(max_new_tokens=6), optimizer=SGD)
     trainer.fit(
         module, SPINDataModule(str(tmp_path / "rows.jsonl"), batch_size=2, max_length=32, cache_dir=str(tmp_path / "c"))

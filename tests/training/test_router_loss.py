@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,14 @@ from tests.models.families import build
 from tests.toys import preference_batch, split, tiny_palm, token_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Self-play writes its sets to the working directory by default."""
+    monkeypatch.chdir(tmp_path)
+
+
 SGD = functools.partial(torch.optim.SGD, lr=1.0)
 SFT_BATCH = token_batch([2, 1, 3, 2], [5, 4, 1, 6])
 PAIRS = preference_batch(4)
