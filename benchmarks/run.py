@@ -37,6 +37,7 @@ TIMED = (
     ("sft/trl_step.py",),
     ("sft/trl_step.py", "--thp"),
     ("generation/sampling.py", "--peer-length", "160", "--rounds", "2"),
+    ("generation/continuous.py",),
     ("spin/step.py",),
     ("calm/step.py",),
     ("retrieval/chunks.py",),

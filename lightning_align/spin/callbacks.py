@@ -21,12 +21,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_align.data.store import TokenStore
 from lightning_align.generation.backend import GenerationBackend, NativeBackend
+from lightning_align.generation.handoff import Served
 from lightning_align.models.formats import whole_weights
 from lightning_align.models.weights import state_hash
 from lightning_align.runtime.files import publish
 from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.spin.generations import GeneratedSet, Pairs, Row, plan, statistics
-from lightning_align.spin.opponent import served_weights
+from lightning_align.spin.opponent import served_model, served_weights
 from lightning_align.spin.play import Play, real_ids
 
 SHOWN = 4
@@ -229,7 +230,12 @@ class SelfPlayGeneration(Callback):
             self._save_policy(weights)
         if not isinstance(self.backend, NativeBackend):
             # The native backend uses the player itself, so no copy of its weights is made.
-            self.backend.sync_weights(served_weights(module.opponent.player(module.policy)), iteration=iteration)
+            player = module.opponent.player(module.policy)
+            if sync := getattr(self.backend, "sync_model", None):
+                tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+                sync(Served(*served_model(player), tokenizer, module.ends(), module.generation), iteration=iteration)
+            else:
+                self.backend.sync_weights(served_weights(player), iteration=iteration)
 
     def _save_policy(self, weights: dict[str, Tensor]) -> None:
         """Save the policy that the iteration begins with, or check that the saved policy is the same."""
