@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_align.dpo.module import DPOModule
     from lightning_align.dpo.monitor import PreferenceMonitor
     from lightning_align.export.callback import ExportModel
+    from lightning_align.generation.ends import Ends
     from lightning_align.generation.sampler import GenerationConfig, generate
     from lightning_align.models.lora import (
         LoRAConfig,
@@ -52,8 +53,10 @@ if TYPE_CHECKING:
     from lightning_align.scoring.sums import response_logprobs
     from lightning_align.sft.datamodule import SFTDataModule
     from lightning_align.sft.module import SFTModule
+    from lightning_align.spin.batches import collate_ids
     from lightning_align.spin.callbacks import SelfPlayGeneration
     from lightning_align.spin.datamodule import SPINDataModule
+    from lightning_align.spin.loss import self_play_loss, spin_loss
     from lightning_align.spin.module import SPINModule
     from lightning_align.training.callbacks import SampleLogger, SolveRate
     from lightning_align.training.schedules import WarmupDecay
@@ -73,6 +76,7 @@ _HOME = {
     "ConnectionConfig": "calm.connections",
     "DPODataModule": "dpo.datamodule",
     "DPOModule": "dpo.module",
+    "Ends": "generation.ends",
     "ExportModel": "export.callback",
     "Facts": "data.tasks.facts",
     "FolderDocuments": "data.documents",
@@ -106,6 +110,7 @@ _HOME = {
     "add_documents": "retro.indexing",
     "add_lora": "models.lora",
     "build_database": "retro.indexing",
+    "collate_ids": "spin.batches",
     "delete_documents": "retro.indexing",
     "generate": "generation.sampler",
     "load_palm_rlhf": "models.palm_import",
@@ -114,6 +119,8 @@ _HOME = {
     "open_retriever": "retro.indexing",
     "remove_lora": "models.lora",
     "response_logprobs": "scoring.sums",
+    "self_play_loss": "spin.loss",
+    "spin_loss": "spin.loss",
     "unmerge_lora": "models.lora",
     "use_lora": "models.lora",
     "using_lora": "models.lora",
@@ -130,6 +137,7 @@ __all__ = [
     "ConnectionConfig",
     "DPODataModule",
     "DPOModule",
+    "Ends",
     "ExportModel",
     "Facts",
     "FolderDocuments",
@@ -163,6 +171,7 @@ __all__ = [
     "add_documents",
     "add_lora",
     "build_database",
+    "collate_ids",
     "delete_documents",
     "generate",
     "load_palm_rlhf",
@@ -171,6 +180,8 @@ __all__ = [
     "open_retriever",
     "remove_lora",
     "response_logprobs",
+    "self_play_loss",
+    "spin_loss",
     "unmerge_lora",
     "use_lora",
     "using_lora",

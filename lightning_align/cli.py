@@ -6,6 +6,7 @@ class names need no module path.
 
 import logging
 import os
+import signal
 import sys
 import warnings
 import zipfile
@@ -13,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import lightning as L
 from jsonargparse import DefaultHelpFormatter, Namespace, auto_cli
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_align
 from lightning_align.data.tasks.arithmetic import judge_file
@@ -28,6 +30,7 @@ from lightning_align.export.checkpoint import export_checkpoint
 from lightning_align.models.checkpoint import gather_command, read_checkpoint
 from lightning_align.runtime.lightning_internals import callbacks_of, is_fast_dev_run, last_saved_step, subcommand_actions
 from lightning_align.training.callbacks import PredictionWriter
+from lightning_align.training.interrupts import InterruptCheckpoint
 from lightning_align.training.module import AlignModule
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -83,8 +86,9 @@ class ResumeHint(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Print the last complete checkpoint. A checkpoint is incomplete if the disk was full."""
-        for name in ("last_model_path", "best_model_path"):
-            path = getattr(trainer.checkpoint_callback, name, "")
+        interrupted = [c.path for c in callbacks_of(trainer) if isinstance(c, InterruptCheckpoint)]
+        saved = [getattr(trainer.checkpoint_callback, name, "") for name in ("last_model_path", "best_model_path")]
+        for path in (*interrupted, *saved):
             if path and (zipfile.is_zipfile(path) or Path(path).is_dir()):
                 rank_zero_info(f"stopped at step {trainer.global_step}; to resume, repeat the command with --ckpt_path {path}")
                 return
@@ -136,6 +140,9 @@ class SaveConfig(SaveConfigCallback):
 
 class AlignCLI(LightningCLI):
     """The four Trainer commands, for any LightningModule and LightningDataModule."""
+
+    interrupts: ClassVar[InterruptCheckpoint | None] = None
+    """The callback of the running `fit`, which knows the signal that has come."""
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -196,8 +203,9 @@ class AlignCLI(LightningCLI):
             )
 
     def before_fit(self) -> None:
-        """Save the last step, and print how to resume if the run is stopped."""
-        callbacks_of(self.trainer).extend([LastCheckpoint(), ResumeHint()])
+        """Save the last step, also of a run that is stopped, and print how to resume."""
+        AlignCLI.interrupts = InterruptCheckpoint()
+        callbacks_of(self.trainer).extend([LastCheckpoint(), AlignCLI.interrupts, ResumeHint()])
 
     def before_predict(self) -> None:
         """Write predictions to the file that ``--output`` names."""
@@ -299,6 +307,13 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
             parser_class=AlignParser,
             args=None if args is None else arguments,
         )
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # Lightning's own status is 0, as if the run were complete
+    except RuntimeError:
+        # A worker of the data loader gets the signal too, and its death is an error of the data loader.
+        if AlignCLI.interrupts is not None and AlignCLI.interrupts.status:
+            sys.exit(AlignCLI.interrupts.status)
+        raise
     except ValueError as error:
         # A ValueError tells the user what to do. The traceback through the Trainer would hide it.
         if os.environ.get(TRACEBACK):

@@ -81,6 +81,7 @@ NAMES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "spin/arithmetic": (["spin/arithmetic"], rows("responses.jsonl") | {"trainer": LOOP}),
     "spin/markov": (["spin/markov"], rows(task("MarkovChain")) | {"trainer": LOOP}),
     "spin/jsonl": (["spin/jsonl"], rows("responses.jsonl") | {"trainer": LOOP}),
+    "spin/per_step": (["spin/per_step"], rows("responses.jsonl") | {"trainer": {**LOOP, "accumulate_grad_batches": 1}}),
     "calm/key_value_anchor": (["calm/key_value_anchor"], rows(task("KeyValue"))),
     "calm/key_value_augment": (["calm/key_value_augment"], rows(task("KeyValue"))),
     "calm/key_value": (["calm/key_value"], rows(task("KeyValue")) | {"model": COMPOSED}),

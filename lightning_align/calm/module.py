@@ -324,6 +324,7 @@ class CALMModule(AlignModule):
         A sharded strategy restores every weight from the checkpoint, so there the frozen weights stay in it.
         """
         checkpoint["frozen"] = dict(self.policy.identity)
+        self.clock.save(checkpoint, trainer_of(self))
         self.record_tokenizer(checkpoint)
         if not self.is_sharded:
             state = checkpoint["state_dict"]
@@ -344,6 +345,8 @@ class CALMModule(AlignModule):
             own = self.state_dict()
             checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(FROZEN)}
             super().on_load_checkpoint(checkpoint)
+        else:
+            self.clock.load(checkpoint, trainer)
 
 
 def _build(source: Any, name: str) -> nn.Module:

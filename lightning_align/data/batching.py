@@ -267,5 +267,6 @@ class ResumableLoader(DataLoader[Any]):
                 "checkpoint. Some rows would be repeated and others skipped. Resume with the same group_by_length, max_length, "
                 "truncation, tokenizer and file, or from a checkpoint at the end of an epoch."
             )
-        self._resume = (state["epoch"], state["num_yielded"])
+        # A run that was saved after all batches of an epoch, but before its end, gets no more batches in it.
+        self._resume = (state["epoch"], len(self) if state.get("ended") else state["num_yielded"])
         cast(LengthGroupedSampler, self.sampler).set_epoch(state["epoch"])

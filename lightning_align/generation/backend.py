@@ -22,8 +22,8 @@ class GenerationBackend(Protocol):
     """An engine that generates responses. It receives the weights of a model before it generates.
 
     A backend may also have ``sync_model(served, *, iteration)``, which then replaces `sync_weights`. It gets a `Served`: the
-    model with its weights, tokenizer, ends and settings. And it may have ``generate_parts``, which is used instead of
-    `generate` if `whole` is false. See `lightning_align.generation.sampler.generate_parts`.
+    model with its weights, tokenizer, ends and settings. If it has a true ``streams``, its ``generate_parts`` is used instead
+    of `generate`. See `lightning_align.generation.sampler.generate_parts`.
     """
 
     whole: bool
@@ -52,6 +52,17 @@ class NativeBackend:
     """The sampler of this package. It runs in this process."""
 
     whole = False
+
+    def __init__(self, *, continuous: bool = False) -> None:
+        """Set how batches follow each other.
+
+        Args:
+            continuous: Whether the prompts of the next batch start as soon as a row has ended. This is faster. But which rows
+                are decoded together then depends on where a run was stopped and on the number of processes. Logits are
+                rounded differently, so a resumed run may draw another token once in about a million. Default is false:
+                resumed runs are equal bit for bit.
+        """
+        self.streams = continuous
 
     def sync_weights(self, weights: Mapping[str, Tensor], *, iteration: int) -> None:
         """Do nothing, because `generate` uses the model itself."""

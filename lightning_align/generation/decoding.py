@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_align.generation.decoder import make_decoder
 from lightning_align.generation.ends import Ends, say_once
+from lightning_align.generation.filter_function import FilterSettings, filtered_by_function
 from lightning_align.generation.filters import Filters, choose, num_draws
 from lightning_align.generation.history import History, Repetition
 from lightning_align.generation.noise import uniforms
@@ -26,7 +27,7 @@ LEAVE_AT = 0.25
 JOIN_AT = 0.125
 
 
-class Settings(Filters, Repetition, Protocol):
+class Settings(Filters, Repetition, FilterSettings, Protocol):
     """The sampling settings that the loop reads. `GenerationConfig` has them."""
 
     num_samples: int
@@ -208,7 +209,7 @@ class _Batch:
         self.rows, self.noise = self.rows + new, torch.cat((own, noise[:, 1:]))
 
     def _choose(self, logits: Tensor, noise: Tensor, history: History) -> tuple[Tensor, Tensor]:
-        allowed = history.filtered(logits)
+        allowed = filtered_by_function(history.filtered(logits), self.config)
         if self.absent is not None:
             allowed = allowed.masked_fill(self.absent, -torch.inf)
         tokens, logps = choose(logits, noise, self.config, allowed=allowed)

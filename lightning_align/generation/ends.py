@@ -73,6 +73,11 @@ class Ends:
             raise ValueError(
                 f"`stop` is {list(texts)}, which needs a tokenizer. Give the data a `tokenizer`, or remove `stop`."
             )
+        if not ends and not texts:
+            say_once(
+                "No token is known to end a response, so only length limits end responses. Use data with a `tokenizer`, or set "
+                "`eos_token` of `generation` to its id."
+            )
         return cls(ends, StopTexts.of(texts, tokenizer, ends=ends, support=support) if texts else None, support)
 
     @classmethod
@@ -130,6 +135,10 @@ def end_ids(*, tokenizer: Any = None, model: nn.Module | None = None, eos_token:
         if missing := support.missing(declared):
             say_once(f"The model declares the end-of-sequence ids {missing}, which the tokenizer lacks. They are not used.")
         ids += [token for token in declared if token in support]
+        specials = getattr(tokenizer, "special_ids", None)
+        for token in () if specials is None else sorted({*declared} - specials - {*missing, *all_ends(tokenizer)}):
+            text = tokenizer.decode([token], skip_special=False)
+            say_once(f"The model declares the end-of-sequence id {token}, in the tokenizer the ordinary token {text!r}.")
     return tuple(dict.fromkeys([*ids, *_given(eos_token, tokenizer, support)]))
 
 
@@ -140,12 +149,10 @@ def _given(eos_token: Any, tokenizer: Any, support: Support) -> list[int]:
     for token in tokens:
         found = token if isinstance(token, int) else None if tokenizer is None else token_id(tokenizer, token)
         if found is None or found not in support:
-            has = (
-                "there is no tokenizer. Give its id"
-                if tokenizer is None
-                else "the tokenizer has no such token. Give another one"
-            )
-            raise ValueError(f"`eos_token` must be a token of the tokenizer, but got {token!r}: {has}, or remove it.")
+            why = "the tokenizer has no such token. Give another one"
+            if tokenizer is None:
+                why = "there is no tokenizer. Give its id"
+            raise ValueError(f"`eos_token` must be a token of the tokenizer, but got {token!r}: {why}, or remove it.")
         ids.append(found)
     return ids
 

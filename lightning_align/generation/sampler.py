@@ -7,14 +7,16 @@ position. The tokens are therefore the same for any batch size, order and number
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_align.generation.decoding import FinishReason as FinishReason
 from lightning_align.generation.decoding import Prompt, Row, decode_prompts
 from lightning_align.generation.ends import Ends
+from lightning_align.generation.filter_function import import_path
 from lightning_align.generation.packing import packed_linears
 from lightning_align.models.language_model import context_length
 from lightning_align.runtime.ranks import is_sharded
@@ -25,7 +27,7 @@ class GenerationConfig:
     """The sampling settings.
 
     The filters apply in the order of transformers: repetition penalty, no-repeat n-grams, temperature, top-k, top-p, min-p,
-    typical-p. At temperature 0, only the first two apply.
+    typical-p. At temperature 0, only the first two apply. A `filter_fn` applies between the first two and temperature.
 
     Args:
         max_new_tokens: The maximum length of a response in tokens, including its end-of-sequence token. Default is 128.
@@ -46,6 +48,9 @@ class GenerationConfig:
             ones (CTRL, Keskar et al. 2019, arXiv 1909.05858). Default is 1 (no penalty).
         no_repeat_ngram_size: Never repeat an n-gram of this many tokens of prompt and response (Paulus et al. 2017, arXiv
             1705.04304). Default is 0 (repeat any).
+        filter_fn: A filter of your own, as a function or by its import path, such as `my_package.keep_digits`. It gets the
+            logits (B, V) and returns them with -inf at removed tokens. Default is none.
+        filter_kwargs: Further arguments of `filter_fn`. Default is none.
     """
 
     max_new_tokens: int = 128
@@ -61,6 +66,8 @@ class GenerationConfig:
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    filter_fn: str | Callable[..., Tensor] | None = None
+    filter_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -81,10 +88,22 @@ class GenerationConfig:
             "typical_p": (0 < self.typical_p <= 1, "above 0 and at most 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
             "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "at least 0"),
+            "filter_kwargs": (self.filter_fn is not None or not self.filter_kwargs, "empty without `filter_fn`"),
         }
+        if self.filter_fn is not None:
+            self.filter_fn = import_path(self.filter_fn)
         for name, (right, expected) in checks.items():
             if not right:
                 raise ValueError(f"`{name}` of GenerationConfig must be {expected}, but got {getattr(self, name)}.")
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings for a record, which are compared when a run resumes.
+
+        Settings that version 0.1.0 did not have are left out at their default, so that its records stay equal.
+        """
+        later: dict[str, Any] = {"eos_token": None, "typical_p": 1.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        later |= {"filter_fn": None, "filter_kwargs": {}}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
 
 @dataclass
@@ -227,6 +246,11 @@ def generate_parts(
     config = config or GenerationConfig()
     if ends is None:
         ends = Ends.exactly(eos_id, config=config, model=model, decode=decode)
+    elif config.stop and ends.stop is None:
+        raise ValueError(
+            f"`stop` of `config` is {list(config.stop)}, but `ends` has no stop texts. Build it with "
+            "`Ends.of(config=config, ...)`."
+        )
     numbers = range(len(prompts)) if ids is None else ids
     most = _limits(model, prompts, numbers, config, limits)
     synchronized = is_sharded(model)

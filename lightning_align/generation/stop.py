@@ -12,6 +12,7 @@ from lightning_align.generation.support import Support
 
 Decode = Callable[[list[int]], str]
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_WRITABLE: dict[tuple[str, str], bool] = {}
 
 
 class StopTexts:
@@ -70,7 +71,7 @@ class StopTexts:
             ids = list(tokenizer.encode_batch([text])[0].ids)
             if any(token in ends for token in ids[:-1]):
                 raise _refused(text, "it goes on behind an end-of-sequence token, where a response is over")
-            if not stop._says(ids, text) and not stop._writable(text, support):
+            if not stop._says(ids, text) and not stop._remembered(text, support, getattr(tokenizer, "fingerprint", None)):
                 written = shown(ids)
                 raise _refused(text, f"the tokenizer has no tokens that say it (it writes {written!r} instead)")
         return stop
@@ -95,7 +96,9 @@ class StopTexts:
         width = self._needed
         while True:
             text = self._behind_anchor(decode, tokens[-width:])
-            if width >= len(tokens) or len(text.replace(UNKNOWN, "?").encode(errors="replace")) >= self._needed:
+            enough = len(text.replace(UNKNOWN, "?").encode(errors="replace")) >= self._needed
+            # Some decoders read bytes in a row all or none, so no character may be cut in front.
+            if width >= len(tokens) or (enough and not text.startswith(UNKNOWN)):
                 return text
             width *= 2
 
@@ -117,6 +120,14 @@ class StopTexts:
 
     def _says(self, ids: list[int], text: str) -> bool:
         return any(text in self._behind_anchor(decode, ids) for decode in (self._decode, self._shown) if decode is not None)
+
+    def _remembered(self, text: str, support: Support, fingerprint: str | None) -> bool:
+        """Return `_writable`, computed once per tokenizer, because it reads the whole vocabulary."""
+        if fingerprint is None:
+            return self._writable(text, support)
+        if (fingerprint, text) not in _WRITABLE:
+            _WRITABLE[fingerprint, text] = self._writable(text, support)
+        return _WRITABLE[fingerprint, text]
 
     def _writable(self, text: str, support: Support) -> bool:
         """Return whether any tokens, one behind the other, say the text. It may begin and end inside a token."""

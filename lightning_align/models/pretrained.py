@@ -44,7 +44,7 @@ class PretrainedLM(nn.Module):
         gradient_checkpointing: bool = False,
         compile: str | None = None,
         adapter: str | dict[str, Any] | None = None,
-        eos_token_id: list[int] | None = None,
+        eos_token_id: int | list[int] | None = None,
     ) -> None:
         """Load a model, or build one with random weights.
 
@@ -108,7 +108,7 @@ class PretrainedLM(nn.Module):
         if eos_token_id is None:
             given = name is not None or "eos_token_id" in (config or {})
             eos_token_id = list(declared_ends(self.model)) if given else []
-        self.eos_ids: tuple[int, ...] = tuple(eos_token_id)
+        self.eos_ids: tuple[int, ...] = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
         """The end-of-sequence ids that the model declares, whatever the tokenizer."""
         described = json.loads(self.config.to_json_string(use_diff=True))
         self.init_args: dict[str, Any] = {

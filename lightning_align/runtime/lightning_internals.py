@@ -5,13 +5,15 @@ use. A test checks that each of them exists in the installed release, and that n
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 CHECKED_ON = "2.6.6"
 """The release of Lightning that every entry of ``INTERNALS`` was checked on."""
@@ -51,11 +53,32 @@ INTERNALS = (
         "a run resumed at the end of an epoch would skip batches of an epoch of another length",
     ),
     Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.restarted_on_train_batch_end", "as above"),
+    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop._batches_that_stepped", "the place of a checkpoint holds it"),
+    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.scheduler_progress", "tells whether a step is complete"),
+    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.automatic_optimization.optim_progress", "as above"),
+    Internal(
+        "lightning.pytorch.Trainer().fit_loop.epoch_loop._should_check_val_fx",
+        "a checkpoint says whether the validation after its batch is still to come",
+    ),
+    Internal("lightning.pytorch.Trainer()._val_check_time_interval", "validations by the clock are not tied to a batch"),
+    Internal("lightning.pytorch.Trainer().fit_loop._data_fetcher", "an argument of `_should_check_val_fx`"),
+    Internal("lightning.pytorch.Trainer().fit_loop._restarting", "a resumed run that validates updates plateau schedules"),
+    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.restarting", "a run resumed between epochs begins an epoch"),
+    Internal("lightning.pytorch.LightningModule()._current_fx_name", "the hook that runs while a checkpoint is taken"),
+    Internal(
+        "lightning.pytorch.Trainer()._accelerator_connector.cluster_environment",
+        "the signal with which SLURM announces that it requeues the job",
+    ),
     Internal("lightning.pytorch.Trainer().lr_scheduler_configs", "self-play restarts the schedule with each iteration"),
     Internal(
         "lightning.pytorch.callbacks.ModelCheckpoint()._last_global_step_saved",
         "the end of a run is saved only if it is not saved yet",
     ),
+    Internal(
+        "lightning.pytorch.callbacks.ModelCheckpoint()._last_checkpoint_saved",
+        "`save_last: link` links to it, and self-play saves a checkpoint of its own between iterations",
+    ),
+    Internal("lightning.pytorch.callbacks.ModelCheckpoint._link_checkpoint", "as above"),
     Internal(
         "lightning.pytorch.loggers.TensorBoardLogger.experiment",
         "its SummaryWriter's `_get_file_writer` takes the summaries of the HPARAMS tab without a point in a curve",
@@ -161,6 +184,82 @@ def skip_no_batches(trainer: L.Trainer, *, enough: int) -> None:
         loop.batch_progress.current.completed = enough
 
 
+# -- the place of a checkpoint
+
+
+def batch_counts(trainer: L.Trainer) -> tuple[int, int]:
+    """Return the micro-batches that the run has begun, and the steps that its loggers count."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return int(loop.batch_progress.total.ready), int(loop._batches_that_stepped)
+
+
+def epochs_processed(trainer: L.Trainer) -> int:
+    """Return the epochs whose batches are over. It is greater than `current_epoch` in the hooks at the end of an epoch."""
+    progress: Any = trainer.fit_loop.epoch_progress
+    return int(progress.current.processed)
+
+
+def running_hook(trainer: L.Trainer) -> str | None:
+    """Return the name of the hook that is running."""
+    untyped: Any = trainer.lightning_module
+    name: str | None = untyped._current_fx_name
+    return name
+
+
+def inside_update(trainer: L.Trainer) -> bool:
+    """Return whether the optimizer or its schedule is taking a step, given that the gradient is complete."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    step, batch = loop.automatic_optimization.optim_progress.optimizer.step.total, loop.batch_progress.current
+    schedule = loop.scheduler_progress.total
+    return bool(step.ready != step.completed or batch.processed != batch.ready or schedule.ready != schedule.completed)
+
+
+def validation_pending(trainer: L.Trainer) -> bool:
+    """Return whether the validation after the current batch is due and has not ended."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    batch, untyped = loop.batch_progress.current, cast(Any, trainer)
+    if trainer.state.fn != TrainerFn.FITTING or untyped._val_check_time_interval is not None:
+        return False
+    if trainer.validating:
+        return running_hook(trainer) != "on_validation_end"
+    if batch.completed >= batch.ready or trainer.fit_loop._data_fetcher is None:
+        return False  # it ran before the batch was counted as completed
+    # A run that is told to stop validates before it ends. The resumed run goes on.
+    stops, trainer.should_stop = trainer.should_stop, False
+    try:
+        return bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+    finally:
+        trainer.should_stop = stops
+
+
+def begin_resumed(trainer: L.Trainer, *, due: bool) -> None:
+    """Correct the loops of a run at its start, after Lightning restored them.
+
+    Args:
+        trainer: The Trainer, at the start of the training.
+        due: Whether the run resumes at a validation that is due.
+    """
+    loop: Any = trainer.fit_loop
+    if loop.epoch_progress.current.ready == loop.epoch_progress.current.processed:
+        # Between epochs. With `max_steps`, Lightning would go on in the epoch that is over.
+        loop.epoch_loop.restarting = False
+    if due:
+        loop._restarting = False  # otherwise a schedule that monitors this validation would not see it
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            # It does this at the start of an epoch, where a resumed run was not.
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+
+
+def requeue_signal(trainer: L.Trainer) -> int | None:
+    """Return the signal at which Lightning saves a checkpoint and has SLURM requeue the job, or None."""
+    untyped: Any = trainer
+    environment = untyped._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return None
+    return None if environment.requeue_signal is None else int(environment.requeue_signal)
+
+
 def new_loaders(trainer: L.Trainer) -> list[Iterable[Any]]:
     """Make the training loaders, and the validation loaders if the run validates, apart from the Trainer's own."""
     loops: Any = trainer.fit_loop
@@ -179,6 +278,12 @@ def replace_schedule(trainer: L.Trainer, number: int, scheduler: Callable[[], An
 def last_saved_step(callback: ModelCheckpoint) -> int:
     """Return the optimizer step of the last checkpoint that a callback saved."""
     return callback._last_global_step_saved
+
+
+def link_last(trainer: L.Trainer, callback: ModelCheckpoint, path: str) -> None:
+    """Link the `last.ckpt` of a callback to a checkpoint that it did not save."""
+    callback._last_checkpoint_saved = path
+    callback._link_checkpoint(trainer, path, callback.last_model_path)
 
 
 def add_summary(logger: TensorBoardLogger, summary: Any) -> None:

@@ -33,6 +33,8 @@ LossName = Literal[
     "simpo",
     "cpo",
     "orpo",
+    "exponential",
+    "correlation",
 ]
 
 
@@ -203,6 +205,24 @@ def orpo_loss(ratios: Ratios, *, beta: float, label_smoothing: float = 0.0) -> T
     return -beta * F.logsigmoid(_log_odds(ratios.chosen_mean) - _log_odds(ratios.rejected_mean))
 
 
+def exponential_loss(ratios: Ratios, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Compute exp(-b d).
+
+    SPIN, Chen et al. 2024, arXiv 2401.01335, section 4, with l(t) = exp(-t). Exponents are cut at 80, because exp(88) is near
+    the largest float32 number. A pair beyond that has no gradient.
+    """
+    return (-beta * ratios.delta).clamp(max=80).exp()
+
+
+def correlation_loss(ratios: Ratios, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Compute 1 - b d.
+
+    SPIN, Chen et al. 2024, arXiv 2401.01335, section 4, with l(t) = 1 - t. Every pair has the same slope, however well the
+    policy ranks it, so nothing bounds the loss. The first step equals that of the hinge loss.
+    """
+    return 1 - beta * ratios.delta
+
+
 def _log_odds(logp: Tensor) -> Tensor:
     """Compute log(p / (1 - p)). The log-prob is clamped to -eps, so that p = 1 has finite odds."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
@@ -228,12 +248,14 @@ LOSSES: dict[LossName, PairwiseLoss] = {
     "simpo": simpo_loss,
     "cpo": cpo_loss,
     "orpo": orpo_loss,
+    "exponential": exponential_loss,
+    "correlation": correlation_loss,
 }
 SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "dpop", "simpo", "cpo")
 REFERENCE_FREE = ("simpo", "cpo", "orpo")
 SORTED = ("aot", "aot_unpaired")
 """Losses with values that belong to quantiles and not to pairs."""
-IN_DELTA = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop")
+IN_DELTA = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop", "exponential", "correlation")
 """Losses that depend only on the difference of the two scores of a pair. Divergences and margins are defined for these."""
 
 

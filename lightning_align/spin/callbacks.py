@@ -1,37 +1,30 @@
 """The callback that runs self-play: it begins iterations, generates their pairs, and stops the run."""
 
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_align.data.store import TokenStore
 from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.generation.handoff import Served
-from lightning_align.models.formats import whole_weights
-from lightning_align.models.weights import state_hash
-from lightning_align.runtime.files import publish
 from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
-from lightning_align.spin.generations import GeneratedSet, Pairs, Row, plan, statistics
+from lightning_align.runtime.ranks import is_sharded
+from lightning_align.spin.boundary import START, Boundary, save_boundary, save_checkpoint
+from lightning_align.spin.generations import GeneratedSet, Pairs, plan, statistics
 from lightning_align.spin.opponent import served_model, served_weights
+from lightning_align.spin.own_rows import LoaderRows, OwnLoaders
 from lightning_align.spin.play import Play, real_ids
-
-SHOWN = 4
-"""The number of prompts per iteration that TensorBoard shows."""
+from lightning_align.spin.report import log_iteration
+from lightning_align.spin.set_files import read_identity
+from lightning_align.spin.stored import POLICY, put_weights, read_weights
 
 
 class SelfPlayGeneration(Callback):
@@ -109,12 +102,15 @@ class SelfPlayGeneration(Callback):
         self.iteration = -1
         """The iteration that began last, counted from 0. It is -1 before the first iteration."""
         self._step, self._hash, self._announced = 0, "", -1
+        self._run = ""
         self._history: dict[int, float] = {}
         self._folder: str | None = None
         # State that is not saved.
         self._cache: dict[str, tuple[int, Pairs, dict[str, float]]] = {}
+        self.own = OwnLoaders(self)
+        """The pairs of loaders of the user."""
         self._speed: float | None = None
-        self._restored = False
+        self._restored, self._synced = False, -1
 
     # -- the trainer's hooks
 
@@ -141,6 +137,11 @@ class SelfPlayGeneration(Callback):
                     f"`backend` of SelfPlayGeneration is {name}, but `generate` of SPINModule is 'per_step', which never uses "
                     "it. Remove `backend`, or set `generate: per_iteration`."
                 )
+            if module.generation.filter_fn is not None:
+                raise ValueError(
+                    f"`backend` of SelfPlayGeneration is {name}, which cannot call the `filter_fn` of `generation`, "
+                    f"{module.generation.filter_fn}. Remove one of them."
+                )
             if module.opponent_kind == "mixture":
                 raise ValueError(
                     f"`backend` of SelfPlayGeneration is {name}, but `opponent` of SPINModule is 'mixture'. Other engines "
@@ -161,19 +162,41 @@ class SelfPlayGeneration(Callback):
         an epoch.
         """
         self.begin(trainer)
+        self.own.prepare(trainer, batch)
         if self._announced < self.iteration:
             self._announced = self.iteration
             self._prepare_optimizer(trainer)
-            self._report(trainer, pl_module)
+            played = {stage: values for stage, (number, _, values) in self._cache.items() if number == self.iteration}
+            log_iteration(trainer, pl_module, played, iteration=self.iteration, folder=self._root, speed=self._speed)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Generate the pairs of a loader of the user before the first batch is validated within `fit`."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.begin(trainer)
+            self.own.prepare(trainer, batch)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the monitored metric after the last epoch of an iteration, and stop the run if it did not improve.
+        """End an iteration: check the monitored metric, and save a checkpoint before the next iteration begins.
 
         Raises:
             ValueError: If the metric was not logged.
         """
-        if self.monitor is None or trainer.current_epoch + 1 != self._starts[self.iteration + 1]:
+        if trainer.current_epoch + 1 != self._starts[self.iteration + 1]:
             return
+        last = self.iteration == self.iterations - 1
+        if self.monitor is not None and self._declined(trainer, last=last):
+            trainer.should_stop = True
+        elif not last:
+            if self.reset_optimizer and not is_sharded(pl_module):
+                # The next iteration does this anyway, and the checkpoint is smaller.
+                for optimizer in trainer.optimizers:
+                    optimizer.state.clear()
+            save_boundary(trainer, self._root_of(self.iteration + 1), force_last=self.monitor is not None)
+
+    def _declined(self, trainer: L.Trainer, *, last: bool) -> bool:
+        """Return whether the run ends because the metric did not improve. The best weights are then restored."""
         if self.monitor not in trainer.callback_metrics:
             raise ValueError(
                 f"`monitor` of SelfPlayGeneration is {self.monitor!r}, but no such metric was logged. The logged metrics are "
@@ -181,19 +204,18 @@ class SelfPlayGeneration(Callback):
             )
         self._history[self.iteration] = float(trainer.callback_metrics[self.monitor])
         best = (max if self.mode == "max" else min)(self._history, key=lambda t: self._history[t])
-        last = self.iteration == self.iterations - 1
         if best == self.iteration or (not last and self.iteration - best <= self.patience):
-            return
+            return False
         rank_zero_info(
             f"Iteration {self.iteration} ends with {self.monitor} at {self._history[self.iteration]:.4g}, but iteration {best} "
             f"had {self._history[best]:.4g}. The run ends with the weights of iteration {best}."
         )
         self._roll_back(trainer, best + 1)
-        trainer.should_stop = True
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the current iteration, what it began with, and the folder of its sets."""
-        names = ("iteration", "_step", "_hash", "_announced", "_history", "_folder")
+        names = ("iteration", "_step", "_hash", "_announced", "_history", "_folder", "_run")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -218,46 +240,36 @@ class SelfPlayGeneration(Callback):
             self._folder = str((self.folder or default).resolve())
         if iteration <= self.iteration:
             return
-        self.iteration, self._step = iteration, trainer.global_step
+        run = trainer.strategy.broadcast(uuid4().hex) if self.iteration < 0 else self._run
         skip_no_batches(trainer, enough=sys.maxsize // 2)
         module.begin_iteration(iteration)
-        weights = whole_weights(module.policy)
-        # The hash also covers the other weights of the opponent: an average and a base.
-        average = {} if module.opponent.moving is None else whole_weights(module.opponent.moving.average)
-        digest = state_hash({**weights, **{f"average.{name}": value for name, value in average.items()}})
-        self._hash = trainer.strategy.broadcast(digest if module.base_hash is None else f"{digest[:32]}{module.base_hash[:32]}")
-        if trainer.is_global_zero and (module.generate_mode == "per_iteration" or self.monitor is not None):
-            self._save_policy(weights)
-        if not isinstance(self.backend, NativeBackend):
-            # The native backend uses the player itself, so no copy of its weights is made.
+        boundary = Boundary(trainer, module, self._root_of(iteration), run=run)
+        if module.generate_mode == "per_iteration" or self.monitor is not None:
+            boundary.settle()
+        self._sync(module, iteration)
+        # Set together and last, because a signal may save a checkpoint at any moment.
+        self._run, self._hash, self._step, self.iteration = run, boundary.digest, trainer.global_step, iteration
+
+    def _sync(self, module: Any, iteration: int) -> None:
+        """Give another engine the weights of the opponent, unless this process did. The native one uses the player itself."""
+        if not isinstance(self.backend, NativeBackend) and self._synced != iteration:
             player = module.opponent.player(module.policy)
             if sync := getattr(self.backend, "sync_model", None):
-                tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-                sync(Served(*served_model(player), tokenizer, module.ends(), module.generation), iteration=iteration)
+                served = Served(*served_model(player), module.data_tokenizer, module.ends(), module.generation)
+                sync(served, iteration=iteration)
             else:
                 self.backend.sync_weights(served_weights(player), iteration=iteration)
-
-    def _save_policy(self, weights: dict[str, Tensor]) -> None:
-        """Save the policy that the iteration begins with, or check that the saved policy is the same."""
-        path = self._root / "policy.safetensors"
-        if not path.exists():
-            publish(path, lambda temporary: save_file(weights, temporary, metadata={"sha256": self._hash}))
-            return
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("sha256", "")
-        if found != self._hash:
-            raise ValueError(
-                f"{self._root} holds an iteration that began with other weights ({found[:12]}) than this run "
-                f"({self._hash[:12]}). Give SelfPlayGeneration another `folder`, remove this one, or resume from a checkpoint "
-                "of the run that wrote it."
-            )
+            self._synced = iteration
 
     @property
     def _root(self) -> Path:
-        assert self._folder is not None
-        return Path(self._folder) / f"iteration_{self.iteration}"
+        return self._root_of(self.iteration)
 
-    def pairs(self, trainer: L.Trainer, data: Any, stage: str, store: TokenStore) -> Pairs | None:
+    def _root_of(self, iteration: int) -> Path:
+        assert self._folder is not None
+        return Path(self._folder) / f"iteration_{iteration}"
+
+    def pairs(self, trainer: L.Trainer, data: Any, stage: str, store: TokenStore | LoaderRows) -> Pairs | None:
         """Return the pairs of the current iteration, and generate those that are missing. Every rank must call this.
 
         Args:
@@ -279,7 +291,11 @@ class SelfPlayGeneration(Callback):
         if stage in self._cache and self._cache[stage][0] == self.iteration:
             return self._cache[stage][1]
         num_prompts = self.num_prompts if stage == "train" else None
-        parts = plan(store, num_prompts=num_prompts, size=module.generation.batch_size)
+        settings = module.generation.recorded()
+        # The parts of an existing set keep their size. Another machine may generate the missing ones with other batches.
+        found = read_identity(self._root / stage).get("generation") or {}
+        settings["batch_size"] = found.get("batch_size", settings["batch_size"])
+        parts = plan(store, num_prompts=num_prompts, size=settings["batch_size"])
         identity = {
             "iteration": self.iteration,
             "weights": self._hash,
@@ -289,24 +305,42 @@ class SelfPlayGeneration(Callback):
             "opponent": module.opponent_kind,
             "base_weight": module.base_weight if module.opponent_kind == "mixture" else None,
             "replay": self.replay,
-            "generation": dataclasses.asdict(module.generation),
+            "generation": settings,
         }
         generated = GeneratedSet(self._root / stage, identity, parts)
         generated.open(write=trainer.is_global_zero)
         missing: list[int] = trainer.strategy.broadcast(generated.missing())
         if missing:
             if trainer.global_step != self._step:
+                start = self._root / START
                 raise ValueError(
                     f"{generated.path(missing[0])} is missing. It cannot be generated again, because the policy has trained "
-                    f"since iteration {self.iteration} began. Resume from the checkpoint at the end of the previous iteration."
+                    f"since iteration {self.iteration} began. Resume from "
+                    f"{start if start.exists() else 'the checkpoint at the end of the previous iteration'}."
                 )
-            previous = GeneratedSet(self._root.parent / f"iteration_{self.iteration - 1}" / stage, {}, parts)
-            Play(trainer, data, store, generated, previous, self).run(missing)
+            generated.check_manifest()
+            trainer.strategy.barrier("self-play checked")
+            if trainer.is_global_zero:
+                generated.drop_manifest()
+            trainer.strategy.barrier("self-play opened")
+            self._sync(module, self.iteration)
+            before = self._root_of(self.iteration - 1) / stage
+            size = (read_identity(before).get("generation") or {}).get("batch_size", settings["batch_size"])
+            previous = GeneratedSet(before, {}, plan(store, num_prompts=num_prompts, size=size))
+            try:
+                Play(trainer, data, store, generated, previous, self).run(missing)
+            except (KeyboardInterrupt, SystemExit):
+                done = len(parts) - len(generated.missing())
+                rank_zero_info(
+                    f"Stopped with {done} of {len(parts)} parts in {generated.folder}. Start the same run again to go on."
+                )
+                raise
         trainer.strategy.barrier("self-play")
+        rows = list(generated.rows())
+        trainer.strategy.barrier("self-play read")
         if trainer.is_global_zero:
             generated.close()
         trainer.strategy.barrier("self-play closed")
-        rows = list(generated.rows())
         eos_id = data.tokenizer.eos_id
         real = {row["row"]: real_ids(store, row["row"]) for row in rows}
         values = statistics(rows, iteration=self.iteration, eos_id=eos_id, real=real)
@@ -333,46 +367,12 @@ class SelfPlayGeneration(Callback):
             if self.reset_optimizer and module.make_schedule is not None:
                 replace_schedule(trainer, number, partial(module.make_schedule, optimizer))
 
-    def _report(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        played = {stage: values for stage, (iteration, _, values) in self._cache.items() if iteration == self.iteration}
-        numbers = {f"{stage}/{name}": value for stage, values in played.items() for name, value in values.items()}
-        numbers["iteration"] = float(self.iteration)
-        if self._speed is not None:
-            numbers["generation_tokens_per_second"] = self._speed * trainer.world_size
-        for name, value in numbers.items():
-            module.log(f"spin/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        if not trainer.is_global_zero or not played:
-            return
-        stage = "validation" if "validation" in played else "train"
-        with (self._root / stage / "part-00000.jsonl").open(encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in islice(lines, SHOWN)]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("spin/generations", _table(rows), self.iteration)
-
     def _roll_back(self, trainer: L.Trainer, iteration: int) -> None:
         """Load the weights that an iteration began with. Save them as `best.ckpt` and as the last checkpoint."""
         module: Any = trainer.lightning_module
-        weights = load_file(self._root.parent / f"iteration_{iteration}" / "policy.safetensors")
-        with torch.no_grad():
-            for name, own in module.policy.state_dict().items():
-                value = weights[name].to(own.device)
-                own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
-        trainer.save_checkpoint(self._root.parent / "best.ckpt")
+        path = self._root_of(iteration) / POLICY
+        put_weights(module.policy, read_weights(path), path)
+        save_checkpoint(trainer, self._root.parent / "best.ckpt")
         # Last checkpoints that exist already hold the old weights. A checkpoint after the epoch gets the new ones anyway.
         for written in sorted({getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks} - {""}):
-            if trainer.is_global_zero and Path(written).is_symlink():
-                Path(written).unlink()  # otherwise the checkpoint behind the link would be overwritten
-            trainer.strategy.barrier("self-play rolled back")
-            trainer.save_checkpoint(written)
-
-
-def _table(rows: list[Row]) -> str:
-    """Format prompts, real responses and generated responses as a Markdown table."""
-
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", "<br>") or "(nothing)"
-
-    lines = ["| prompt | real | generated |", "| --- | --- | --- |"]
-    lines += [f"| {cell(row['prompt'])} | {cell(row['real'])} | {cell(row['generated'][0]['text'])} |" for row in rows]
-    return "\n".join(lines)
+            save_checkpoint(trainer, written)

@@ -20,18 +20,18 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_align.data.store import StoredRow, TokenStore
+from lightning_align.data.store import StoredRow
 from lightning_align.runtime.files import publish_text
+from lightning_align.spin.set_files import Row, checked_row, read_identity, read_json, short
 from lightning_align.types import SelfPlayBatch, TokenBatch
 
-Row = dict[str, Any]
 Array = np.ndarray[Any, Any]
 
 
@@ -59,13 +59,18 @@ class GeneratedSet:
         path = self.folder / "identity.json"
         if not path.exists():
             if write:
+                if any(self.folder.glob("part-*.jsonl")):
+                    raise ValueError(
+                        f"{path} is missing, so the settings of the responses in its folder are not known. Remove "
+                        f"{self.folder} to generate the set again."
+                    )
                 publish_text(path, json.dumps(self.identity, indent=2))
             return
-        found = _read_json(path)
+        found = read_identity(self.folder)
         differences = [name for name in self.identity if found.get(name) != self.identity[name]]
         if differences:
             changes = ", ".join(
-                f"`{name}` was {_short(found.get(name))} and is now {_short(self.identity[name])}" for name in differences
+                f"`{name}` was {short(found.get(name))} and is now {short(self.identity[name])}" for name in differences
             )
             raise ValueError(
                 f"{self.folder} was generated with other settings: {changes}. Give SelfPlayGeneration another `folder`, remove "
@@ -98,24 +103,50 @@ class GeneratedSet:
             ValueError: If the file is missing, or if a row is missing or was changed.
         """
         path, manifest = self.path(part), self.folder / "manifest.json"
-        remedy = "Remove the file and resume from the checkpoint at the end of the previous iteration. This generates it again."
-        if not path.exists():
-            raise ValueError(f"{path} is missing. {remedy}")
-        if manifest.exists() and _read_json(manifest)["sha256"].get(path.name) != _digest(path):
+        remedy = f"Remove the file and resume from {self._start()}. This generates it again."
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise ValueError(f"{path} is missing. {remedy}") from error
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror or error}). {remedy}") from error
+        if manifest.exists() and self._hashes().get(path.name) != hashlib.sha256(data).hexdigest():
             raise ValueError(f"{path} was changed after it was written: its SHA-256 differs from {manifest.name}. {remedy}")
         rows: list[Row] = []
-        with path.open(encoding="utf-8") as lines:  # not `splitlines`, which also splits at U+2028 and similar
-            for number, line in enumerate(lines, start=1):
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number} is not valid JSON ({error}). {remedy}") from error
-        found, expected = [row.get("row") for row in rows], self.parts[part]
+        # Not `splitlines`, which also splits at U+2028 and similar.
+        for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], start=1):
+            try:
+                rows.append(checked_row(json.loads(line.decode())))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is not a row of a generated set ({error}). {remedy}") from error
+        found, expected = [row["row"] for row in rows], self.parts[part]
         if found != expected:
             missing = [row for row in expected if row not in found][:3]
             which = f" Row {missing[0]} is missing." if missing else ""
             raise ValueError(f"{path} has {len(rows)} rows, but {len(expected)} were expected.{which} {remedy}")
         return rows
+
+    def check_manifest(self) -> None:
+        """Check the parts that are left of a complete set that lacks some. Its manifest is no longer needed then."""
+        if (self.folder / "manifest.json").exists():
+            for part in set(range(len(self.parts))) - set(self.missing()):
+                self.read(part)
+
+    def drop_manifest(self) -> None:
+        """Remove the manifest, so that missing parts can be written."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+
+    def _hashes(self) -> dict[str, str]:
+        path = self.folder / "manifest.json"
+        hashes = read_json(path).get("sha256")
+        if not isinstance(hashes, dict):
+            raise ValueError(f"{path} has no hashes. Remove the file, if you trust the responses beside it.")
+        return hashes
+
+    def _start(self) -> str:
+        """Return which checkpoint to resume from to generate parts of this set again."""
+        start = self.folder.parent / "start.ckpt"
+        return str(start) if start.exists() else "the checkpoint at the end of the previous iteration"
 
     def rows(self) -> Iterator[Row]:
         """Yield all rows, part by part."""
@@ -123,7 +154,7 @@ class GeneratedSet:
             yield from self.read(part)
 
 
-def plan(store: TokenStore, *, num_prompts: int | None, size: int) -> list[list[int]]:
+def plan(store: Any, *, num_prompts: int | None, size: int) -> list[list[int]]:
     """Split the first `num_prompts` rows of a store into parts of prompts of similar length.
 
     Args:
@@ -224,7 +255,7 @@ class Pairs:
         eos_id: The end-of-sequence id of responses of earlier versions, which do not store theirs.
     """
 
-    def __init__(self, store: TokenStore, rows: Sequence[Row], *, eos_id: int | None = None) -> None:
+    def __init__(self, store: Any, rows: Sequence[Row], *, eos_id: int | None = None) -> None:
         self._store = store
         self._pairs = [
             (row["row"], np.array(answer_ids(answer, eos_id), np.int32), (row["real_logprob"], answer["logprob"]))
@@ -235,6 +266,10 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def rows(self) -> list[int]:
+        """Return the number of the row of each pair."""
+        return [row for row, *_ in self._pairs]
 
     def __getitem__(self, index: int) -> Pair:
         row, response, opponent = self._pairs[index]
@@ -294,18 +329,5 @@ def join_rows(rows: Sequence[Tensor], targets: Sequence[Tensor], *, pad_id: int)
     }
 
 
-def _read_json(path: Path) -> Row:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"Cannot read {path} ({error}). Remove its folder to generate the set again.") from error
-    return cast(Row, content)
-
-
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:24]}…"

@@ -14,19 +14,24 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_align.generation.ends import say_once
 from lightning_align.generation.sampler import generate
 from lightning_align.models.building import Backbone
 from lightning_align.models.weights import weights_hash
 from lightning_align.references.frozen import frozen_copy
 from lightning_align.references.moving import moving_reference
-from lightning_align.runtime.lightning_internals import callbacks_of
+from lightning_align.references.protocol import MovingReference
+from lightning_align.references.update import ReferenceUpdate
+from lightning_align.runtime.lightning_internals import callbacks_of, datamodule_of
 from lightning_align.scoring.losses import LOSSES, LossName, check_loss
 from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
+from lightning_align.spin.batches import content_number, is_paired, real_rows, split_rows
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
@@ -72,8 +77,8 @@ class SPINModule(AlignModule):
 
         Args:
             backbone: The language model; see `AlignModule`. Not needed with `init_from`.
-            loss: The loss of a pair: `sigmoid` (SPIN), `sigmoid_norm` (on mean log-probs), `hinge`, `ipo` or `robust`. Default
-                is `sigmoid`.
+            loss: The loss of a pair: `sigmoid`, `hinge`, `exponential` or `correlation` (the four of the SPIN paper),
+                `sigmoid_norm` (on mean log-probs), `ipo` or `robust`. Default is `sigmoid`.
             beta: The strength of the KL penalty (lambda in the paper). A smaller value takes larger steps away from the
                 opponent. A list has one value per iteration. Default is 0.1.
             label_smoothing: The label smoothing of `sigmoid`, `sigmoid_norm` and `robust`. Default is 0.
@@ -82,7 +87,8 @@ class SPINModule(AlignModule):
             opponent: The opponent: `iterate` (the policy at the start of the iteration), `ema` (a moving average of the
                 policy), `base` (the policy at the start of the run), or `mixture` (the geometric mean of iterate and base).
                 Default is `iterate`.
-            ema_decay: The decay per optimizer step of the opponent `ema`. Default is 0.99.
+            ema_decay: The decay per optimizer step of the opponent `ema`. The callback `ReferenceUpdate` replaces it by
+                another rule: only every few steps, only after some steps, or with a warm-up. Default is 0.99.
             base_weight: The weight of the base in the opponent `mixture`. Default is 0.5.
             generate: When to generate. With `per_iteration`, the opponent generates all responses at the start of an
                 iteration, as in the paper. With `per_step`, the current policy generates the responses of each batch and the
@@ -165,6 +171,11 @@ class SPINModule(AlignModule):
             self.opponent_kind, moving=moving, base=base, scoped=self.lora is not None, weight=self.base_weight
         )
 
+    @property
+    def reference(self) -> MovingReference | None:
+        """The moving average that is the opponent `ema`, which `ReferenceUpdate` updates. None for other opponents."""
+        return self.opponent.moving if self.opponent_kind == "ema" else None
+
     def check_weights_loaded(self) -> None:
         """Do what `AlignModule.check_weights_loaded` does, and restore the opponent."""
         super().check_weights_loaded()
@@ -188,7 +199,8 @@ class SPINModule(AlignModule):
         for group in optimizer.param_groups:
             group.setdefault("base_lr", group.get("initial_lr", group["lr"]))
         moving = self.opponent.moving
-        if self.opponent_kind == "ema" and moving is not None:
+        own_rule = not any(isinstance(callback, ReferenceUpdate) for callback in callbacks_of(self.trainer))
+        if self.opponent_kind == "ema" and moving is not None and own_rule:
 
             def follow(*_: Any) -> None:
                 if not self._stepping:
@@ -213,7 +225,7 @@ class SPINModule(AlignModule):
 
     def training_step(self, batch: SelfPlayBatch | TokenBatch, batch_idx: int) -> Tensor:
         """Return the sum of the losses of all pairs except ties. It is later divided by their number in the optimizer batch."""
-        both: SelfPlayBatch = batch if "pairs" in batch else self.play(batch)  # type: ignore[assignment]
+        both = self.paired(batch, "train")
         policy, ratios, ties = self.score(both)
         losses = self.pair_losses(policy, ratios)
         self.count_tokens(both["pairs"])
@@ -246,43 +258,64 @@ class SPINModule(AlignModule):
         values = (losses.detach(), real, generated, real - generated, (real > generated).float())
         return dict(zip(METRICS, (*values, logps_real, logps_generated, ties.float()), strict=True))
 
-    def play(self, batch: TokenBatch) -> SelfPlayBatch:
-        """Generate responses of the policy to a batch of real rows, and score both responses under the opponent."""
-        tokenizer = self.data_tokenizer
-        lengths, prompts = batch["mask"].sum(1).tolist(), batch["targets"].int().argmax(1).tolist()
-        rows = [row[:length] for row, length in zip(batch["tokens"], lengths, strict=True)]
-        most = getattr(getattr(self.trainer, "datamodule", None), "max_length", max(lengths))
-        ids = batch["rows"].tolist() if "rows" in batch else range(len(rows))
+    def paired(self, batch: Any, stage: str) -> SelfPlayBatch:
+        """Return a batch with generated responses: its own, or those of its iteration, or new ones.
+
+        Args:
+            batch: A `SelfPlayBatch`, or real rows; see `lightning_align.spin.batches.real_rows`.
+            stage: The stage, `train` or `validation`.
+        """
+        if is_paired(batch):
+            return cast(SelfPlayBatch, batch)
+        rows = real_rows(batch)
+        if self.generate_mode == "per_step":
+            # All validations use the same random numbers, so that they can be compared.
+            return self.play(rows, iteration=self.trainer.global_step if stage == "train" else 0)
+        loop = next(callback for callback in callbacks_of(self.trainer) if isinstance(callback, SelfPlayGeneration))
+        return loop.own.attach(self.trainer, rows, stage)
+
+    def play(self, batch: TokenBatch, *, iteration: int) -> SelfPlayBatch:
+        """Generate responses of the policy to a batch of real rows, and score both responses under the opponent.
+
+        Args:
+            batch: Real rows.
+            iteration: A number that selects the random numbers.
+        """
+        tokenizer, ends = self.data_tokenizer, self.ends()
+        if not ends.ids and ends.stop is None:
+            say_once("No token ends a response, because there is no tokenizer. Set `eos_token` in `generation`.")
+        rows, targets, prompts = split_rows(batch)
+        most = getattr(datamodule_of(self.trainer), "max_length", None)
         answers = generate(
             self.policy,
             [row[:n].tolist() for row, n in zip(rows, prompts, strict=True)],
             self.generation,
-            ends=self.ends(),
-            ids=ids,
-            iteration=self.trainer.global_step,
-            limits=[most - n for n in prompts],
+            ends=ends,
+            ids=batch["rows"].tolist() if "rows" in batch else [content_number(row) for row in rows],
+            iteration=iteration,
+            limits=None if most is None else [most - n for n in prompts],
         )
         generated = [
             torch.cat((row[:n], row.new_tensor(answer_ids(vars(answer)))))
             for row, n, (answer, *_) in zip(rows, prompts, answers, strict=True)
         ]
-        targets = [target[:length] for target, length in zip(batch["targets"], lengths, strict=True)]
         pairs = join_pairs(rows, targets, generated, prompts, pad_id=0 if tokenizer is None else tokenizer.pad_id)
         return {"pairs": pairs, "opponent": score(self.opponent.player(self.policy), pairs)}
 
     # -- evaluation
 
-    def _evaluate(self, means: PairMeans, nll: TokenNLL, batch: SelfPlayBatch | TokenBatch) -> None:
-        if "pairs" not in batch:
-            nll.update(*response_logprobs(self.policy, batch), batch.get("num_bytes"))
+    def _evaluate(self, means: PairMeans, nll: TokenNLL, batch: Any) -> None:
+        if not is_paired(batch) and self.trainer.state.fn != TrainerFn.FITTING:
+            rows = real_rows(batch)
+            nll.update(*response_logprobs(self.policy, rows), rows.get("num_bytes"))
             return
-        policy, ratios, ties = self.score(cast(SelfPlayBatch, batch))
+        policy, ratios, ties = self.score(self.paired(batch, "validation"))
         means.update(self.metrics(self.pair_losses(policy, ratios), policy, ratios, ties))
         half = len(ratios.chosen)
         nll.update(policy.sums[:half], policy.counts[:half])
 
     def validation_step(self, batch: SelfPlayBatch | TokenBatch, batch_idx: int) -> None:
-        """Update ``val/nll`` of the real responses and, within `fit`, ``val/rewards/...``."""
+        """Update ``val/nll`` of the real responses and, within `fit`, ``val/loss`` and ``val/rewards/...``."""
         self._evaluate(self.val_means, self.val_nll, batch)
 
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:

@@ -1,7 +1,7 @@
 """The play of an iteration: the opponent answers the prompts of a set and scores both responses, part by part."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lightning_align.data.store import TokenStore
 from lightning_align.generation.sampler import Generation
 from lightning_align.runtime.ranks import is_sharded, largest, world
-from lightning_align.spin.generations import GeneratedSet, Row, answer_ids, join_rows
+from lightning_align.spin.generations import GeneratedSet, answer_ids, join_rows
 from lightning_align.spin.opponent import Opponent, score
+from lightning_align.spin.set_files import Row
 from lightning_align.types import TokenBatch
 
 
@@ -23,7 +23,7 @@ class Play:
     Args:
         trainer: The trainer, during `fit`.
         data: The data module.
-        store: The rows of demonstrations.
+        store: The rows of demonstrations, a `TokenStore` or the rows of a loader.
         generated: The set to complete.
         previous: The set of the previous iteration, which holds the responses to replay.
         loop: The `SelfPlayGeneration` callback.
@@ -33,7 +33,7 @@ class Play:
         self,
         trainer: L.Trainer,
         data: Any,
-        store: TokenStore,
+        store: Any,
         generated: GeneratedSet,
         previous: GeneratedSet,
         loop: Any,
@@ -52,6 +52,7 @@ class Play:
         base = opponent.base(module.policy)
         # With adapters the base needs no memory, but scoring with it takes time.
         self.base = base if self.module.monitor_kl else None
+        self._earlier: dict[int, list[Row]] | None = None
 
     def run(self, missing: list[int]) -> None:
         """Write the missing parts. Each rank writes its share. Every rank must call this with the same parts."""
@@ -61,54 +62,75 @@ class Play:
         # is generated twice is written once.
         extra = [missing[0]] * (-(-len(missing) // ranks) - len(mine))
         tokens, start = 0, time.perf_counter()
-        # Every rank requests all responses, because such a backend reads them from a file.
-        everything = (
-            self._generate([row for part in missing for row in self.set.parts[part]]) if self.loop.backend.whole else None
-        )
+        parts = [*mine, *extra]
         bar = tqdm(
-            [*mine, *extra],
+            total=len(parts),
             desc=f"Generating responses, iteration {self.loop.iteration}",
             unit="batch",
             leave=False,
             disable=None if rank == 0 else True,
         )
         with self.trainer.precision_plugin.forward_context(), bar:
-            for number, part in enumerate(bar):
-                indices = self.set.parts[part]
-                answers = self._generate(indices) if everything is None else {row: everything[row] for row in indices}
-                rows = self._rows(indices, answers, self._replayed(part))
+            for number, answers in self._answers(parts, missing):
+                part = parts[number]
+                rows = self._rows(self.set.parts[part], answers, self._replayed())
                 tokens += sum(len(answer.tokens) + 1 for responses in answers.values() for answer in responses)
                 if number < len(mine):
                     self.set.write(part, rows)
+                bar.update()
                 if rank == 0:
                     bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
         self.loop.record_speed(tokens, time.perf_counter() - start)
 
-    def _generate(self, indices: list[int]) -> dict[int, list[Generation]]:
+    def _answers(self, parts: list[int], missing: list[int]) -> Iterator[tuple[int, dict[int, list[Generation]]]]:
+        """Yield the responses to the rows of each part, with the place of the part in `parts`."""
+        backend = self.loop.backend
+        if backend.whole:
+            # Every rank requests all responses, because such a backend reads them from a file.
+            indices = [row for part in missing for row in self.set.parts[part]]
+            everything = dict(zip(indices, backend.generate(self.player, **self._request(indices)), strict=True))
+            yield from ((number, {row: everything[row] for row in self.set.parts[part]}) for number, part in enumerate(parts))
+        elif getattr(backend, "streams", False):
+            indices, places = [], []
+            for part in parts:
+                places.append(list(range(len(indices), len(indices) + len(self.set.parts[part]))))
+                indices += self.set.parts[part]
+            for number, answers in backend.generate_parts(self.player, parts=places, **self._request(indices)):
+                yield number, dict(zip(self.set.parts[parts[number]], answers, strict=True))
+        else:
+            for number, part in enumerate(parts):
+                indices = self.set.parts[part]
+                answers = backend.generate(self.player, **self._request(indices))
+                yield number, dict(zip(indices, answers, strict=True))
+
+    def _request(self, indices: list[int]) -> dict[str, Any]:
         prompts = [self._prompt(index) for index in indices]
-        answers = self.loop.backend.generate(
-            self.player,
-            prompts,
-            self.module.generation,
-            ends=self.module.ends(),
-            ids=indices,
-            iteration=self.loop.iteration,
-            limits=[self.data.max_length - len(prompt) for prompt in prompts],
-        )
-        return dict(zip(indices, answers, strict=True))
+        longest, most = self.data.max_length, self.module.generation.max_new_tokens
+        return {
+            "prompts": prompts,
+            "config": self.module.generation,
+            "ends": self.module.ends(),
+            "ids": indices,
+            "iteration": self.loop.iteration,
+            "limits": [most if longest is None else longest - len(prompt) for prompt in prompts],
+        }
 
     def _prompt(self, index: int) -> list[int]:
         stored = self.store[index]
         prompt: list[int] = stored.sides[0].tokens[: stored.num_prompt].tolist()
         return prompt
 
-    def _replayed(self, part: int) -> dict[int, list[Row]]:
+    def _replayed(self) -> dict[int, list[Row]]:
         """Return the responses of earlier iterations that are replayed, by row."""
         if not self.loop.replay or not self.loop.iteration:
             return {}
-        oldest = self.loop.iteration - self.loop.replay
-        rows = self.previous.read(part)
-        return {row["row"]: [answer for answer in row["generated"] if answer["iteration"] >= oldest] for row in rows}
+        if self._earlier is None:
+            oldest = self.loop.iteration - self.loop.replay
+            self._earlier = {
+                row["row"]: [answer for answer in row["generated"] if answer["iteration"] >= oldest]
+                for row in self.previous.rows()
+            }
+        return self._earlier
 
     def _rows(self, indices: list[int], answers: dict[int, list[Generation]], replayed: dict[int, list[Row]]) -> list[Row]:
         decode, eos_id = self.data.tokenizer.decode, self.data.tokenizer.eos_id
@@ -171,7 +193,7 @@ class Play:
         return join_rows(rows, targets, pad_id=self.data.tokenizer.pad_id)
 
 
-def real_ids(store: TokenStore, index: int) -> list[int]:
+def real_ids(store: Any, index: int) -> list[int]:
     """Return the ids of the real response of a row."""
     stored = store[index]
     ids: list[int] = stored.sides[0].tokens[stored.num_prompt :].tolist()

@@ -31,6 +31,7 @@ from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.training.checkpoints import drop_frozen, number_parameters, restore_frozen
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
 from lightning_align.training.optimizers import parameter_groups, schedule_config
+from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
 from lightning_align.training.prediction import prediction_rows
 from lightning_align.training.tensorboard import log_hyperparameters
@@ -101,11 +102,13 @@ class AlignModule(L.LightningModule):
         self.policy: nn.Module = cast(nn.Module, None)
         self.batch_mean = BatchMean()
         self.throughput = Throughput()
+        self.clock = Clock()
 
     # -- the policy
 
     def setup(self, stage: str) -> None:
         """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
+        self.clock.attach(self.trainer, stage)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         for path in self.initial_weights():
@@ -182,6 +185,7 @@ class AlignModule(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout by the batch's position in the run, so that a resumed run draws the same numbers on every rank."""
         count_epoch_as_begun(self.trainer)
+        self.clock.begin_batch(self.trainer, batch_idx)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         position = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
         torch.manual_seed(hash(position) % 2**63)
@@ -208,6 +212,7 @@ class AlignModule(L.LightningModule):
         )
         if self.logs_this_step:
             self.log_dict({"train/grad_norm": total_norm(gradients), "train/lr": optimizer.param_groups[0]["lr"]})
+        self.clock.begin_update()
 
     def configure_gradient_clipping(
         self,
@@ -231,7 +236,8 @@ class AlignModule(L.LightningModule):
     # -- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the checkpoint independent of ``init_from``, and leave out frozen base models."""
+        """Write the run's place, make the checkpoint independent of ``init_from``, and leave out frozen base models."""
+        self.clock.save(checkpoint, trainer_of(self))
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
             checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
@@ -259,6 +265,7 @@ class AlignModule(L.LightningModule):
         self.source.awaits_weights = False
         trainer = trainer_of(self)
         path = (None if trainer is None else trainer.ckpt_path) or "that was given"
+        self.clock.load(checkpoint, trainer)
         check_tokenizer(checkpoint.get(TOKENIZER), datamodule_of(trainer), source=f"checkpoint {path}")
         if self.is_sharded:
             if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
@@ -308,6 +315,7 @@ class AlignModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Check the weights, start counting, and register the run in TensorBoard under its validation loss."""
         self.check_weights_loaded()
+        self.clock.begin_run(self.trainer)
         self.batch_mean.reset()  # an earlier fit may have been stopped in the middle of an optimizer batch
         self.throughput.stop()
         if self.trainer.is_global_zero:
@@ -318,7 +326,8 @@ class AlignModule(L.LightningModule):
         self.throughput.restart(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the throughput since the last logged step."""
+        """Log the throughput since the last logged step, and save the checkpoint that a requeue signal has asked for."""
+        self.clock.end_batch(self.trainer)
         step, every = self.trainer.global_step, log_interval(self.trainer)
         if every and step % every == 0:
             values = self.throughput.report(step, world_size=self.trainer.world_size, device=self.device)

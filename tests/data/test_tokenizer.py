@@ -2,6 +2,7 @@ import json
 import pickle
 
 import pytest
+import tokenizers
 
 from lightning_align.data.tokenizer import (
     ByteTokenizer,
@@ -127,3 +128,17 @@ def test_plain_template():
     assert [(segment.text, segment.eos) for segment in segments if segment.trained] == [("yo", True)]
     with pytest.raises(ValueError, match="message 2"):
         ByteTokenizer().render([messages[0], {"role": "user"}], add_generation_prompt=False)
+
+
+def test_ids_and_texts_of_tokens_are_known(tmp_path):
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "a": 2, "b": 5}, unk_token="<eos>"))
+    model.add_special_tokens(["<eos>"])
+    model.add_tokens(["added"])
+    model.save(str(tmp_path / "holes.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "holes.json"))
+    ids = model.get_vocab(with_added_tokens=True)
+    assert tokenizer.vocab_size == 1 + max(ids.values())
+    assert tokenizer.holes == set(range(tokenizer.vocab_size)) - set(ids.values()) and {1, 4} <= tokenizer.holes
+    assert tokenizer.special_ids == {0}
+    assert (tokenizer.token_id("b"), tokenizer.token_id("added"), tokenizer.token_id("c")) == (5, ids["added"], None)
+    assert [ByteTokenizer().token_id(text) for text in ("<eos>", "a", "é", "ab")] == [2, 100, None, None]

@@ -4,9 +4,9 @@ from contextlib import nullcontext
 import pytest
 import tokenizers
 
-from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.data.tokenizer import all_ends, load_tokenizer
 from lightning_align.sft.datamodule import SFTDataModule
-from tests.data.helpers import encode, small_bpe, spell, write_jsonl
+from tests.data.helpers import chat_tokenizer, encode, small_bpe, spell, write_jsonl
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
@@ -32,7 +32,8 @@ def test_missing_transformers_gives_the_install_command(monkeypatch):
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     transformers = pytest.importorskip("transformers", reason="needs the extra hf")
     small_bpe(tmp_path)
 
@@ -69,6 +70,41 @@ def test_a_template_with_bos_and_without_eos(make):
     assert text == "<bos>[user]the dog[assistant]a fox[user]the[assistant]dog<eos>"
     assert trained == "dog<eos>"
     assert ledger.notes["double_bos"] == 0
+
+
+def test_a_template_with_an_end_of_its_own_ends_targets_with_it(tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    template = CHATML.replace("<eos>", "<|im_end|>")
+    tokenizer = chat_tokenizer(template, tmp_path / "own", eos="<eos>")
+    assert [tokenizer.decode([i], skip_special=False) for i in all_ends(tokenizer)] == ["<eos>", "<|im_end|>"]
+    (row,), ledger = encode({"messages": CHAT}, tokenizer=tokenizer, mask_turns="assistant_only")
+    assert spell(tokenizer, row)[1] == "a fox<|im_end|>dog<|im_end|>"
+    assert row.sides[0].num_bytes == len("a fox" + "dog") and not ledger.notes
+    # A template that writes the end-of-sequence token behind each turn has no other end, whatever stands in front of it.
+    other = chat_tokenizer(template.replace("<|im_end|>", "<|im_end|><eos>"), tmp_path / "other", eos="<eos>")
+    assert all_ends(other) == (other.eos_id,)
+    (row,), _ = encode({"messages": CHAT}, tokenizer=other)
+    assert spell(other, row)[1] == "dog<|im_end|><eos>"
+    # Rows of strings have no template, so they end with the end-of-sequence token.
+    (row,), _ = encode({"prompt": "the dog", "response": "a fox"}, tokenizer=tokenizer)
+    assert spell(tokenizer, row)[1] == "a fox<eos>"
+    assert tokenizer.fingerprint != chat_tokenizer(template, tmp_path / "same", eos="<|im_end|>").fingerprint
+
+
+def test_a_base_model_without_an_end_token_gets_one_by_its_text(make):
+    with pytest.raises(ValueError, match=r"has no end-of-sequence token\. Give its text, such as .*saved\?eos_token="):
+        make("", eos_token=None)
+    with pytest.raises(ValueError, match=r"`eos_token` must be a token of tokenizer .*saved', but got '<nope>'"):
+        load_tokenizer("saved?eos_token=<nope>")
+    tokenizer = load_tokenizer("saved?eos_token=<eos>&pad_token=<bos>")
+    assert tokenizer.decode([tokenizer.eos_id, tokenizer.pad_id], skip_special=False) == "<eos><bos>"
+    assert tokenizer.decode([tokenizer.eos_id]) == ""
+    (row,), _ = encode({"prompt": "the dog", "response": "a fox"}, tokenizer=tokenizer)
+    assert spell(tokenizer, row)[1] == "a fox<eos>"
+    tokenizer.save("written")
+    assert load_tokenizer("written").eos_id == tokenizer.eos_id
+    with pytest.raises(ValueError, match="Remove the options after 'bytes'"):
+        load_tokenizer("bytes?eos_token=x")
 
 
 @pytest.mark.parametrize(

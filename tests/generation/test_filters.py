@@ -59,6 +59,24 @@ def test_each_filter_acts_on_the_result_of_the_previous_filter() -> None:
     assert kept(filter_logits(LOGITS, temperature=0.5, min_p=0.3)) == [[1, 3]]
 
 
+# Information -log P: 2.30, 0.92, 3.00, 1.39, 1.61. The entropy is 1.4150, so the distances are .89, .50, 1.58, .03, .19.
+@pytest.mark.parametrize(
+    ("typical_p", "expected"),
+    [(0.2, [3]), (0.26, [3, 4]), (0.44, [3, 4]), (0.46, [1, 3, 4]), (0.84, [1, 3, 4]), (0.86, [0, 1, 3, 4])],
+)
+def test_typical_p_keeps_tokens_whose_information_is_near_the_entropy(typical_p: float, expected: list[int]) -> None:
+    assert kept(filter_logits(LOGITS, typical_p=typical_p)) == [expected]
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.6}, {"top_k": 40}, {"top_p": 0.9, "min_p": 0.01}])
+@pytest.mark.parametrize("typical_p", [0.1, 0.5, 0.9, 0.99])
+def test_typical_p_equals_that_of_transformers_behind_the_other_filters(filters: dict[str, float], typical_p: float) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    logits = 3 * torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
+    theirs = transformers.TypicalLogitsWarper(typical_p)(None, filter_logits(logits, **filters))
+    torch.testing.assert_close(filter_logits(logits, **filters, typical_p=typical_p), theirs, rtol=0, atol=0)
+
+
 def test_rows_are_filtered_one_by_one() -> None:
     two = torch.cat([LOGITS, LOGITS.flip(1)])
     assert kept(filter_logits(two, top_p=0.64)) == [[1, 3], [1, 3]]
@@ -99,6 +117,8 @@ FILTERS = [
     {"top_p": 0.05},
     {"top_k": 3, "top_p": 0.7},
     {"min_p": 0.3},
+    {"typical_p": 0.5},
+    {"temperature": 0.8, "top_k": 4, "typical_p": 0.6},
     {"temperature": 0.5, "top_k": 4, "top_p": 0.95, "min_p": 0.1},
 ]
 
@@ -109,7 +129,7 @@ def test_chosen_tokens_follow_the_filtered_distribution(filters: dict[str, float
     config = GenerationConfig(**filters)
     noise = uniforms([(7,)], positions=20_000, draws=num_draws(config))[0]
     tokens, logprobs = choose(LOGITS.expand(20_000, -1), noise, config)
-    names = ("temperature", "top_k", "top_p", "min_p")
+    names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
     expected = 20_000 * filter_logits(LOGITS, **{n: getattr(config, n) for n in names}).softmax(1)[0]
     counts = tokens.bincount(minlength=5)
     assert bool((counts[expected == 0] == 0).all())

@@ -159,6 +159,9 @@ def test_an_empty_prompt_raises() -> None:
         ({"top_p": 0.0}, "`top_p` .*got 0.0"),
         ({"top_p": 1.1}, "`top_p` .*got 1.1"),
         ({"min_p": 1.0}, "`min_p` .*got 1.0"),
+        ({"typical_p": 0.0}, "`typical_p` .*got 0.0"),
+        ({"repetition_penalty": 0.0}, "`repetition_penalty` .*got 0.0"),
+        ({"no_repeat_ngram_size": -1}, "`no_repeat_ngram_size` .*got -1"),
         ({"num_samples": 0}, "`num_samples` .*got 0"),
         ({"batch_size": 0}, "`batch_size` .*got 0"),
     ],
@@ -166,3 +169,11 @@ def test_an_empty_prompt_raises() -> None:
 def test_invalid_values_raise(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GenerationConfig(**values)
+
+
+def test_records_of_settings_that_the_first_version_had_are_as_it_wrote_them() -> None:
+    first = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "num_samples", "batch_size", "seed", "stop"}
+    assert GenerationConfig(stop="x").recorded() == {name: getattr(GenerationConfig(stop=["x"]), name) for name in first}
+    for name, value in (("eos_token", [3]), ("typical_p", 0.9), ("repetition_penalty", 1.1), ("no_repeat_ngram_size", 2)):
+        assert GenerationConfig(**{name: value}).recorded() == {**GenerationConfig().recorded(), name: value}
+    assert GenerationConfig(**GenerationConfig(top_k=3).recorded()) == GenerationConfig(top_k=3)

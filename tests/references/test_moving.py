@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from ema_pytorch import EMA
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -184,6 +185,71 @@ def test_it_follows_optimizer_steps(lora: bool, alpha: float, every: int, accumu
     assert not any(p.requires_grad for p in model.reference_average.parameters())
     trainable = {id(p) for group in model.trainer.optimizers[0].param_groups for p in group["params"]}
     assert trainable == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+RULES: list[dict[str, Any]] = [
+    {"alpha": 0.1, "every": 1, "inv_gamma": 1.0},
+    {"alpha": 0.3, "every": 1, "update_after_step": 3, "inv_gamma": 2.0, "power": 0.75, "min_value": 0.2},
+    {"alpha": 0.3, "every": 2, "update_after_step": 5, "inv_gamma": 0.5},
+    {"alpha": 0.2, "every": 3, "update_after_step": 4},
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_options_of_ema_pytorch(rule: dict[str, Any], tmp_path: Path) -> None:
+    """The decays as ema-pytorch documents them, in float64, and the average of ema-pytorch itself."""
+    model, seen = module(optimizer=ADAMW), Policies(lora=False)
+    update = ReferenceUpdate(**rule)
+    trainer(tmp_path, seen, update, max_epochs=5).fit(model, loader())
+    after, gamma = rule.get("update_after_step", 0), rule.get("inv_gamma")
+    expected = {name: value.double() for name, value in seen.states[0].items()}
+    for step, state in enumerate(seen.states[1:], start=1):
+        if step % rule["every"]:
+            continue
+        decay = 1 - rule["alpha"]
+        if step <= after:
+            decay = 0.0
+        elif gamma is not None:
+            grown = 1 - (1 + (step - after - 1) / gamma) ** -rule.get("power", 2 / 3)
+            decay = min(max(grown, rule.get("min_value", 0.0)), decay) if step > after + 1 else 0.0
+        expected = {name: decay * expected[name] + (1 - decay) * state[name].double() for name in expected}
+    assert largest_difference(average(model), expected) < 1e-6
+    assert len(seen.states) == 21
+    if rule["every"] == 1:  # with other intervals, ema-pytorch updates after the first step, the callback after the last
+        online = tiny_palm()
+        given = {
+            name: value for name, value in rule.items() if name in ("update_after_step", "inv_gamma", "power", "min_value")
+        }
+        ema = EMA(online, beta=1 - rule["alpha"], update_every=1, **{"update_after_step": 0, **given})
+        for state in seen.states[1:]:
+            online.load_state_dict(state)
+            ema.update()
+        assert largest_difference(average(model), state_of(ema.ema_model)) < 1e-6
+
+
+def test_the_names_of_ema_pytorch() -> None:
+    given = {"beta": 0.9, "update_every": 1, "update_after_step": 5, "inv_gamma": 2.0, "power": 0.75, "min_value": 0.3}
+    update = ReferenceUpdate(**given)
+    ema = EMA(nn.Linear(1, 1), **given)
+    for step in range(1, 60):
+        ema.update()  # counts the step first
+        assert update.alpha_at(step) == pytest.approx(1 - ema.get_current_decay(), abs=1e-6), step
+    assert update.every == 1 and ReferenceUpdate().every == 512
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"update_after_step": -1}, "`update_after_step` must be at least 0, but got -1"),
+        ({"inv_gamma": 0.0}, "`inv_gamma` must be above 0, or null for no warm-up, but got 0.0"),
+        ({"beta": 1.0}, "`beta` must be at least 0 and below 1, but got 1.0. With 1 the average would never move"),
+        ({"power": 0.0}, "`power` must be above 0, but got 0.0"),
+        ({"alpha": 0.6, "min_value": 0.5}, "`min_value` must be from 0 to the final decay 1 - `alpha` = 0.4, but got 0.5"),
+    ],
+)
+def test_options_out_of_range_raise(rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReferenceUpdate(**rule)
 
 
 @pytest.mark.parametrize("lora", [False, True])

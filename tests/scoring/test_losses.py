@@ -60,6 +60,9 @@ BY_HAND: list[tuple[LossName, float, float, float]] = [
     # 2 * 1.75 - 1 = 2.5: log(1 + e^-2.5).
     ("simpo", 2.0, 0.0, 0.078889),
     ("cpo", 0.5, 0.0, 0.126928),
+    ("exponential", 0.5, 0.0, 0.135335),
+    ("correlation", 0.5, 0.0, -1.0),
+    ("correlation", 0.1, 0.0, 0.6),
 ]
 
 
@@ -118,6 +121,10 @@ def slow(loss: str, w: float, l: float, nw: int, nl: int, b: float, e: float) ->
             d -= 50 * max(0.0, -w)
         case "simpo":
             d -= 1 / b
+        case "exponential":
+            return math.exp(min(80.0, -b * d))
+        case "correlation":
+            return 1 - b * d
         case "orpo":
             odds = [x / n - math.log(-math.expm1(x / n)) for x, n in ((w, nw), (l, nl))]
             return b * nls(odds[0] - odds[1])
@@ -170,6 +177,8 @@ def test_aot_compares_quantiles() -> None:
         ("apo_down", 0.0, 1.0),
         ("discopop", 0.0, 0.5 * math.log(2) + 0.5),
         ("dpop", 0.0, math.log(2)),
+        ("exponential", 0.0, 1.0),
+        ("correlation", 0.0, 1.0),
     ],
 )
 def test_at_the_reference(loss: LossName, smoothing: float, expected: float) -> None:
@@ -204,6 +213,29 @@ def test_sigmoid_gradient_is_that_of_the_paper() -> None:
         LOSSES["sigmoid"](Ratios(chosen, torch.zeros(1), one, one), beta=0.2, label_smoothing=0.0).sum().backward()
         assert chosen.grad is not None
         assert float(chosen.grad) == pytest.approx(-0.2 / (1 + math.exp(0.2 * delta)), rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "exponential", "correlation"])
+def test_losses_of_the_self_play_paper_are_convex_and_decreasing(loss: LossName) -> None:
+    """Assumption 5.1 of arXiv 2401.01335, under which self-play stops exactly at the data, and l'(0) < 0."""
+    t = torch.linspace(-6, 6, 241, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(241, dtype=torch.float64)
+    one = torch.ones(241, dtype=torch.long)
+    values = LOSSES[loss](Ratios(t, zero, one, one), beta=0.7, label_smoothing=0.0)
+    (slopes,) = torch.autograd.grad(values.sum(), t)
+    assert bool((values.diff() <= 0).all()) and bool((slopes <= 0).all())
+    assert bool((slopes.diff() >= -1e-12).all())  # convex: the slope never falls
+    # At the opponent: -1/2 for the logistic loss, -1 for the others, times b.
+    at_zero = {"sigmoid": -0.5}.get(loss, -1.0)
+    assert float(slopes[120]) == pytest.approx(0.7 * at_zero, rel=1e-9)
+
+
+def test_the_exponential_loss_at_its_cut() -> None:
+    r = Ratios(torch.tensor([-79.0, -1e4], requires_grad=True), torch.zeros(2), *torch.ones(2, 2, dtype=torch.long))
+    values = LOSSES["exponential"](r, beta=1.0, label_smoothing=0.0)
+    (slopes,) = torch.autograd.grad(values.sum(), r.chosen)
+    assert values.tolist() == pytest.approx([math.exp(79), math.exp(80)], rel=1e-5)
+    assert slopes.tolist() == pytest.approx([-math.exp(79), 0.0], rel=1e-5)
 
 
 def test_sums_and_means_agree_at_equal_lengths() -> None:

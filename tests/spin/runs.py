@@ -6,18 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.datamodule import SPINDataModule
+from lightning_align.spin.generations import GeneratedSet
 from lightning_align.spin.module import SPINModule
 from tests.toys import tiny_palm
 
 ROWS = 10
 ADAM = functools.partial(torch.optim.AdamW, lr=1e-2)
 GENERATION = GenerationConfig(max_new_tokens=5, batch_size=4, seed=3)
+
+
+class Interrupted(RuntimeError):
+    """Simulates the end of the process."""
+
+
+class InterruptAfter(Callback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            raise Interrupted
 
 
 def exact_palm() -> Any:
@@ -70,3 +85,43 @@ def finish(folder: Path, *callbacks: Callback, resume: bool = False, **options: 
 def set_rows(folder: Path, iteration: int, stage: str = "train") -> list[dict[str, Any]]:
     parts = sorted((folder / "sets" / f"iteration_{iteration}" / stage).glob("part-*.jsonl"))
     return [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+
+
+class Noise(Callback):
+    """Rounds like another machine: each step ends with a relative error of this size."""
+
+    def __init__(self, size: float = 1e-7) -> None:
+        self.size = size
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        generator = torch.Generator().manual_seed(trainer.global_step)
+        with torch.no_grad():
+            for weight in pl_module.policy.parameters():
+                weight.mul_(1 + self.size * torch.randn(weight.shape, generator=generator))
+
+
+def interrupt_writes(monkeypatch: pytest.MonkeyPatch, number: int) -> list[Path]:
+    """Interrupt the run when it writes a part after this many. Returns the parts that were written, also later ones."""
+    written: list[Path] = []
+    write = GeneratedSet.write
+
+    def counted(self: GeneratedSet, part: int, rows: Any) -> None:
+        if len(written) == number:
+            written.append(Path("interrupted"))
+            raise Interrupted
+        written.append(self.path(part))
+        write(self, part, rows)
+
+    monkeypatch.setattr(GeneratedSet, "write", counted)
+    return written
+
+
+class Keep(Callback):
+    """Saves a checkpoint after step 2, within iteration 0."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "within.ckpt"
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)

@@ -15,7 +15,7 @@ from lightning_align.generation.sampler import generate
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.spin.generations import GeneratedSet, answer_ids
 from lightning_align.training.schedules import WarmupDecay
-from tests.spin.runs import ADAM, GENERATION, ROWS, exact_palm, finish, set_rows, start
+from tests.spin.runs import ADAM, GENERATION, ROWS, InterruptAfter, Interrupted, exact_palm, finish, set_rows, start
 from tests.toys import largest_difference, slow_logprobs, state_of, tiny_palm
 
 
@@ -60,19 +60,6 @@ def test_each_iteration_plays_against_its_initial_policy(tmp_path: Path) -> None
                 assert (ids[-1:] == [2]) == (answered["reason"] == "eos")
     assert all(largest_difference(a, b) > 1e-4 for a, b in zip(states, [*states[1:], state_of(module.policy)], strict=True))
     assert {"spin/train/tie_rate", "spin/validation/eos_rate", "val/rewards/margins"} <= trainer.callback_metrics.keys()
-
-
-class Interrupted(RuntimeError):
-    """Simulates the end of the process."""
-
-
-class InterruptAfter(Callback):
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == self.steps:
-            raise Interrupted
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,27 @@ def test_the_configurations_train_and_resume(name: str, folder: Path) -> None:
     assert len(Path("texts.jsonl").read_text().splitlines()) == 12
 
 
+def test_the_form_of_the_published_trainer_trains() -> None:
+    callbacks = [
+        {"class_path": "SelfPlayGeneration", "init_args": {"iterations": 1, "epochs": 2}},
+        {"class_path": "ReferenceUpdate", "init_args": {"alpha": 0.5, "every": 1, "update_after_step": 1, "inv_gamma": 2.0}},
+    ]
+    small = {
+        "model": {"init_args": {"backbone": BACKBONE, "generation": {"max_new_tokens": 4, "batch_size": 5}}},
+        "data": {"init_args": {"train": "rows.jsonl", "validation": "rows.jsonl", "batch_size": 2, "max_length": 32}},
+        "trainer": {**TRAINER, "callbacks": callbacks, "logger": False},
+    }
+    Path("small.yaml").write_text(yaml.safe_dump(small))
+    cli = run(["fit", "--config", str(ROOT / "configs/spin/per_step.yaml"), "--config", "small.yaml"])
+    assert cli is not None
+    assert cli.trainer.global_step == 2 * 6 / 2
+    module = cli.model
+    assert isinstance(module, SPINModule)
+    assert (module.generation.top_p, module.generation.temperature, module.loss) == (0.9, 0.7, "sigmoid_norm")
+    assert {"val/loss", "val/rewards/margins", "val/rewards/accuracies"} <= cli.trainer.callback_metrics.keys()
+    assert not list(Path.cwd().rglob("part-*.jsonl"))
+
+
 def test_a_checkpoint_of_another_shape_raises(folder: Path) -> None:
     torch.save({"state_dict": {"policy.token_emb.weight": torch.zeros(3, 3)}}, "other.ckpt")
     backbone = {"class_path": "SPINModule", "init_args": {"backbone": BACKBONE, "init_from": "other.ckpt"}}

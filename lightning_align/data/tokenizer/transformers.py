@@ -67,7 +67,7 @@ class TransformersTokenizer(FileTokenizer):
             )
         self._set_model(tokenizers.Tokenizer.from_str(source.backend_tokenizer.to_str()))
         self._source = source
-        self._name = name
+        self._name = f"{name}?{'&'.join(f'{role}={text}' for role, text in given.items())}".removesuffix("?")
         adds_bos = source.bos_token_id is not None and source("a")["input_ids"][:1] == [source.bos_token_id]
         self.bos_id = int(source.bos_token_id) if adds_bos else None
         self.eos_id = int(source.eos_token_id)
