@@ -38,6 +38,7 @@ TIMED = (
     ("sft/trl_step.py", "--thp"),
     ("sft/packing.py",),
     ("generation/sampling.py", "--peer-length", "160", "--rounds", "2"),
+    ("generation/continuous.py",),
     ("spin/step.py",),
     ("calm/step.py",),
     ("retrieval/chunks.py",),

@@ -1,26 +1,30 @@
-"""Generation backends: the native sampler, and engines in other processes that read prompts and weights from files."""
+"""Generation backends: the native sampler, and an engine in another process that reads and writes files."""
 
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_align.generation.answers import close_answer
 from lightning_align.generation.ends import Ends
-from lightning_align.generation.sampler import Generation, GenerationConfig, generate
-from lightning_align.models.weights import state_hash
-from lightning_align.runtime.files import publish, publish_text
+from lightning_align.generation.handoff import Served, write_served, write_settings
+from lightning_align.generation.responses import IncompleteError, read_responses
+from lightning_align.generation.sampler import Generation, GenerationConfig, generate, generate_parts
+from lightning_align.models.language_model import vocabulary_size
+from lightning_align.runtime.files import publish_text
 from lightning_align.runtime.ranks import world
 
 
 class GenerationBackend(Protocol):
-    """An engine that generates responses. It receives the weights of a model before it generates."""
+    """An engine that generates responses. It receives the weights of a model before it generates.
+
+    A backend may also have ``sync_model(served, *, iteration)``, which then replaces `sync_weights`. It gets a `Served`: the
+    model with its weights, tokenizer, ends and settings. If it has a true ``streams``, its ``generate_parts`` is used instead
+    of `generate`. See `lightning_align.generation.sampler.generate_parts`.
+    """
 
     whole: bool
     """Whether one call of `generate` gets all prompts of an iteration. If false, each call gets one batch."""
@@ -49,6 +53,17 @@ class NativeBackend:
 
     whole = False
 
+    def __init__(self, *, continuous: bool = False) -> None:
+        """Set how batches follow each other.
+
+        Args:
+            continuous: Whether the prompts of the next batch start as soon as a row has ended. This is faster. But which rows
+                are decoded together then depends on where a run was stopped and on the number of processes. Logits are
+                rounded differently, so a resumed run may draw another token once in about a million. Default is false:
+                resumed runs are equal bit for bit.
+        """
+        self.streams = continuous
+
     def sync_weights(self, weights: Mapping[str, Tensor], *, iteration: int) -> None:
         """Do nothing, because `generate` uses the model itself."""
 
@@ -56,24 +71,31 @@ class NativeBackend:
         """Generate responses. See `lightning_align.generation.sampler.generate`."""
         return generate(model, prompts, config, **options)
 
+    def generate_parts(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], config: GenerationConfig, **options: Any
+    ) -> Iterator[tuple[int, list[list[Generation]]]]:
+        """Generate responses part by part. See `lightning_align.generation.sampler.generate_parts`."""
+        return generate_parts(model, prompts, config, **options)
+
 
 class FileBackend:
-    """Another engine (vLLM, SGLang) that exchanges files with this process.
+    """Another engine (vLLM, SGLang) that exchanges files with this process. See ``examples/vllm_generate.py``.
 
-    For iteration t, the backend writes two files:
+    For iteration t, the backend writes:
 
-    - ``iteration_t/weights.safetensors`` holds the weights to generate with.
-    - ``iteration_t/prompts-<hash>.jsonl`` holds rows of ``{"id", "prompt", "max_tokens", "num_samples"}``. The prompt is a
-      list of token ids.
+    - ``iteration_t/model/``: the model with its tokenizer. A model of transformers opens in the engine as it is.
+    - ``iteration_t/generation.json``: the sampling settings under the names of vLLM (``sampling``), the end-of-sequence ids
+      and stop texts (``ends``), and the iteration.
+    - ``iteration_t/prompts-<hash>.jsonl``: rows of ``{"id", "prompt", "max_tokens", "num_samples"}``. The prompt is a list of
+      token ids. This file is written last.
 
     The engine must then write ``iteration_t/responses-<hash>.jsonl``, with rows of
-    ``{"id", "responses": [{"tokens", "reason"}]}``. The tokens may include the end-of-sequence token. The reason is ``eos``,
-    ``stop`` or ``length``. `close_answer` brings them into the form of our own sampler. A response may also have
-    ``"logprobs"``, with the log-prob of each token. The log then shows how much the log-probs of the engine differ from ours
-    (``engine_gap``).
+    ``{"id", "responses": [{"tokens", "reason"}]}``. The reason is ``eos``, ``stop`` or ``length``. The tokens may end with the
+    end-of-sequence id. A response may also have ``"logprobs"``, with the log-prob of each token and of the end-of-sequence
+    token. The log then shows how much the log-probs of the engine differ from ours (``engine_gap``). Each row is checked.
 
-    If the responses are missing, the backend waits for `wait_seconds` and then raises an error that names the file. Write the
-    file and start the same run again to continue.
+    If responses are missing, the backend waits for `wait_seconds` and then raises an error that names the file. Write the
+    file and start the same run again to continue. Prompts that were asked before are not asked again.
     """
 
     whole = True
@@ -88,24 +110,16 @@ class FileBackend:
         self.folder, self.wait_seconds = Path(folder), wait_seconds
 
     def sync_weights(self, weights: Mapping[str, Tensor], *, iteration: int) -> None:
-        """Write the weights, unless the file exists already.
+        """Do nothing. `sync_model` replaces this method."""
+
+    def sync_model(self, served: Served, *, iteration: int) -> None:
+        """Write the model, unless it exists already.
 
         Raises:
-            ValueError: If the existing file has other weights. The responses in its folder would come from another model.
+            ValueError: If the existing folder has other weights. The responses in it would come from another model.
         """
-        if world()[0] != 0:
-            return
-        path, own = self.folder / f"iteration_{iteration}" / "weights.safetensors", state_hash(dict(weights))
-        if not path.exists():
-            publish(path, lambda temporary: save_file(dict(weights), temporary, metadata={"sha256": own}))
-            return
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("sha256", "")
-        if found != own:
-            raise ValueError(
-                f"{path} has other weights ({found[:12]}) than iteration {iteration} of this run ({own[:12]}). The responses "
-                f"in this folder come from another run. Give FileBackend another `folder`, or remove {path.parent}."
-            )
+        if world()[0] == 0:
+            write_served(self.folder / f"iteration_{iteration}" / "model", served, iteration=iteration)
 
     def generate(
         self,
@@ -118,10 +132,11 @@ class FileBackend:
         iteration: int,
         limits: Sequence[int],
     ) -> list[list[Generation]]:
-        """Write the prompts and read the responses.
+        """Write the settings and the prompts, and read the responses.
 
         Raises:
-            ValueError: If the responses are not written in time, or do not match the prompts.
+            ValueError: If the settings differ from those of the existing files, or if the responses are not written in time
+                or do not match the prompts.
         """
         requests = [
             {
@@ -132,47 +147,42 @@ class FileBackend:
             }
             for number, prompt, limit in zip(ids, prompts, limits, strict=True)
         ]
-        text = "".join(json.dumps(request) + "\n" for request in requests)
-        name = f"{_digest(text)}.jsonl"
         folder = self.folder / f"iteration_{iteration}"
-        if world()[0] == 0 and not (folder / f"prompts-{name}").exists():
-            publish_text(folder / f"prompts-{name}", text)
-        path = folder / f"responses-{name}"
+        asked, known = _asked(folder, requests)
+        if world()[0] == 0:
+            write_settings(folder / "generation.json", config, ends, iteration=iteration)
+            if not asked.exists():
+                publish_text(asked, "".join(json.dumps(request) + "\n" for request in requests))
+        path = asked.with_name(asked.name.replace("prompts-", "responses-", 1))
         deadline = time.monotonic() + self.wait_seconds
-        while not path.is_file():
-            if time.monotonic() >= deadline:
+        while True:
+            late = time.monotonic() >= deadline
+            if path.is_file():
+                try:
+                    return read_responses(path, requests, known, ends, vocabulary=vocabulary_size(model))
+                except IncompleteError:
+                    if late:
+                        raise
+            elif late:
                 raise ValueError(
-                    f"{path} does not exist yet. Generate it from {folder / f'prompts-{name}'} and from the weights in the "
-                    "same folder. Then start the same run again (with --ckpt_path if it has a checkpoint)."
+                    f"{path} does not exist yet. Generate it from {asked}, from the model in the same folder and with "
+                    "generation.json (examples/vllm_generate.py does). Then start the same run again (with --ckpt_path if it "
+                    "has a checkpoint)."
                 )
-            time.sleep(1.0)
-        return _read_responses(path, requests, ends)
+            time.sleep(min(1.0, max(0.01, deadline - time.monotonic())))
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _asked(folder: Path, requests: list[dict[str, Any]]) -> tuple[Path, list[int]]:
+    """Return the prompts file that asks these requests, and the ids of all of its prompts.
 
-
-def _read_responses(path: Path, requests: list[dict[str, Any]], ends: Ends) -> list[list[Generation]]:
-    found: dict[int, list[Generation]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
-        try:
-            row = json.loads(line)
-            answers = [
-                close_answer(a["tokens"], a["reason"], ends, logprobs=a.get("logprobs", ()), end=a.get("end"))
-                for a in row["responses"]
-            ]
-            found[int(row["id"])] = answers
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}:{number} is not a valid row ({error}). Expected {{"id", "responses": [{{"tokens", "reason"}}]}}. The '
-                "reason must be eos, stop or length."
-            ) from error
-    for request in requests:
-        samples = found.get(request["id"], [])
-        if len(samples) != request["num_samples"] or any(len(s.tokens) > request["max_tokens"] for s in samples):
-            raise ValueError(
-                f"{path} has {len(samples)} responses to prompt {request['id']}. Expected {request['num_samples']} responses "
-                f"of at most {request['max_tokens']} tokens each."
-            )
-    return [found[request["id"]] for request in requests]
+    It is an existing one that has all of them, because a run that was killed asks only for what it has not stored. Otherwise
+    it is a new one, named by its content.
+    """
+    for path in sorted(folder.glob("prompts-*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        known = {row["id"]: row for row in rows}
+        if all(known.get(request["id"]) == request for request in requests):
+            return path, list(known)
+    text = "".join(json.dumps(request) + "\n" for request in requests)
+    name = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return folder / f"prompts-{name}.jsonl", [request["id"] for request in requests]

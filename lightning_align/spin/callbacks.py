@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align.data.store import TokenStore
 from lightning_align.generation.backend import GenerationBackend, NativeBackend
+from lightning_align.generation.handoff import Served
 from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.runtime.ranks import is_sharded
 from lightning_align.spin.boundary import START, Boundary, save_boundary, save_checkpoint
 from lightning_align.spin.generations import GeneratedSet, Pairs, plan, statistics
-from lightning_align.spin.opponent import served_weights
+from lightning_align.spin.opponent import served_model, served_weights
 from lightning_align.spin.own_rows import LoaderRows, OwnLoaders
 from lightning_align.spin.play import Play, real_ids
 from lightning_align.spin.report import log_iteration
@@ -252,7 +253,12 @@ class SelfPlayGeneration(Callback):
     def _sync(self, module: Any, iteration: int) -> None:
         """Give another engine the weights of the opponent, unless this process did. The native one uses the player itself."""
         if not isinstance(self.backend, NativeBackend) and self._synced != iteration:
-            self.backend.sync_weights(served_weights(module.opponent.player(module.policy)), iteration=iteration)
+            player = module.opponent.player(module.policy)
+            if sync := getattr(self.backend, "sync_model", None):
+                served = Served(*served_model(player), module.data_tokenizer, module.ends(), module.generation)
+                sync(served, iteration=iteration)
+            else:
+                self.backend.sync_weights(served_weights(player), iteration=iteration)
             self._synced = iteration
 
     @property

@@ -222,8 +222,8 @@ class Opponent:
         return iterate
 
 
-def served_weights(player: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of a player for another engine: gathered, with merged adapters, under the names of an export.
+def served_model(player: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the model of a player, and its weights for another engine: gathered, and with merged adapters.
 
     For a sharded model, every rank must call this function.
 
@@ -232,5 +232,10 @@ def served_weights(player: nn.Module) -> dict[str, Tensor]:
     """
     model, scopes = (player.model, player.scopes) if isinstance(player, Scoped) else (player, None)
     with nullcontext() if scopes is None else using_lora(model, *scopes):
-        weights = merged_weights(model, whole_weights(model))
+        return model, merged_weights(model, whole_weights(model))
+
+
+def served_weights(player: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of `served_model` under the names of an export."""
+    model, weights = served_model(player)
     return transformers_weights(model, weights)[1] if isinstance(model, PretrainedLM) else weights

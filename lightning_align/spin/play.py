@@ -1,7 +1,7 @@
 """The play of an iteration: the opponent answers the prompts of a set and scores both responses, part by part."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -62,42 +62,58 @@ class Play:
         # is generated twice is written once.
         extra = [missing[0]] * (-(-len(missing) // ranks) - len(mine))
         tokens, start = 0, time.perf_counter()
-        # Every rank requests all responses, because such a backend reads them from a file.
-        everything = (
-            self._generate([row for part in missing for row in self.set.parts[part]]) if self.loop.backend.whole else None
-        )
+        parts = [*mine, *extra]
         bar = tqdm(
-            [*mine, *extra],
+            total=len(parts),
             desc=f"Generating responses, iteration {self.loop.iteration}",
             unit="batch",
             leave=False,
             disable=None if rank == 0 else True,
         )
         with self.trainer.precision_plugin.forward_context(), bar:
-            for number, part in enumerate(bar):
-                indices = self.set.parts[part]
-                answers = self._generate(indices) if everything is None else {row: everything[row] for row in indices}
-                rows = self._rows(indices, answers, self._replayed())
+            for number, answers in self._answers(parts, missing):
+                part = parts[number]
+                rows = self._rows(self.set.parts[part], answers, self._replayed())
                 tokens += sum(len(answer.tokens) + 1 for responses in answers.values() for answer in responses)
                 if number < len(mine):
                     self.set.write(part, rows)
+                bar.update()
                 if rank == 0:
                     bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
         self.loop.record_speed(tokens, time.perf_counter() - start)
 
-    def _generate(self, indices: list[int]) -> dict[int, list[Generation]]:
+    def _answers(self, parts: list[int], missing: list[int]) -> Iterator[tuple[int, dict[int, list[Generation]]]]:
+        """Yield the responses to the rows of each part, with the place of the part in `parts`."""
+        backend = self.loop.backend
+        if backend.whole:
+            # Every rank requests all responses, because such a backend reads them from a file.
+            indices = [row for part in missing for row in self.set.parts[part]]
+            everything = dict(zip(indices, backend.generate(self.player, **self._request(indices)), strict=True))
+            yield from ((number, {row: everything[row] for row in self.set.parts[part]}) for number, part in enumerate(parts))
+        elif getattr(backend, "streams", False):
+            indices, places = [], []
+            for part in parts:
+                places.append(list(range(len(indices), len(indices) + len(self.set.parts[part]))))
+                indices += self.set.parts[part]
+            for number, answers in backend.generate_parts(self.player, parts=places, **self._request(indices)):
+                yield number, dict(zip(self.set.parts[parts[number]], answers, strict=True))
+        else:
+            for number, part in enumerate(parts):
+                indices = self.set.parts[part]
+                answers = backend.generate(self.player, **self._request(indices))
+                yield number, dict(zip(indices, answers, strict=True))
+
+    def _request(self, indices: list[int]) -> dict[str, Any]:
         prompts = [self._prompt(index) for index in indices]
         longest, most = self.data.max_length, self.module.generation.max_new_tokens
-        answers = self.loop.backend.generate(
-            self.player,
-            prompts,
-            self.module.generation,
-            ends=self.module.ends(),
-            ids=indices,
-            iteration=self.loop.iteration,
-            limits=[most if longest is None else longest - len(prompt) for prompt in prompts],
-        )
-        return dict(zip(indices, answers, strict=True))
+        return {
+            "prompts": prompts,
+            "config": self.module.generation,
+            "ends": self.module.ends(),
+            "ids": indices,
+            "iteration": self.loop.iteration,
+            "limits": [most if longest is None else longest - len(prompt) for prompt in prompts],
+        }
 
     def _prompt(self, index: int) -> list[int]:
         stored = self.store[index]

@@ -172,20 +172,20 @@ def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
             finish(tmp_path, loop=loop)
         (prompts,) = (tmp_path / "engine" / "iteration_0").glob("prompts-*.jsonl")
         requests = [json.loads(line) for line in prompts.read_text().splitlines()]
-    assert (tmp_path / "engine" / "iteration_0" / "weights.safetensors").is_file()
+    assert (tmp_path / "engine" / "iteration_0" / "model" / "config.json").is_file()
     answers = {row["row"]: row["generated"][0] for row in set_rows(tmp_path / "native", 0)}
     responses = prompts.with_name(prompts.name.replace("prompts", "responses"))
 
     def answer(row: dict[str, Any]) -> dict[str, Any]:
         own = answers[row["id"]]
-        told = {"logprobs": [own["sampled_logprob"] + 3.0] + [0.0] * (len(own["tokens"]) - 1)} if row["id"] == 0 else {}
+        told = {"logprobs": [own["sampled_logprob"] - 3.0] + [0.0] * (len(own["tokens"]) - 1)} if row["id"] == 0 else {}
         return {"id": row["id"], "responses": [{"tokens": own["tokens"], "reason": own["reason"], **told}]}
 
     good = [json.dumps(answer(row)) + "\n" for row in requests]
     for text, message in (
-        ("".join(good[1:]), "has 0 responses to prompt .* Expected 1 responses"),
+        ("".join(good[1:]), "has no row for 1 of 10 prompts, such as prompt 0"),
         ("oops\n" + "".join(good), ":1 is not a valid row"),
-        ("".join(good).replace('"length"', '"done"').replace('"eos"', '"done"'), "reason must be eos, stop or length"),
+        ("".join(good).replace('"length"', '"done"').replace('"eos"', '"done"'), "`reason` must be eos, stop or length"),
     ):
         responses.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -194,7 +194,7 @@ def test_another_engine_serves_an_iteration(tmp_path: Path) -> None:
     trainer, module = finish(tmp_path, loop=loop)
     assert largest_difference(state_of(module.policy), state_of(native.policy)) < 1e-6
     assert float(trainer.callback_metrics["spin/train/engine_gap"]) == pytest.approx(3, abs=1e-3)
-    with pytest.raises(ValueError, match=r"weights.safetensors has other weights .*than iteration 0 of this run"):
+    with pytest.raises(ValueError, match=r"model has other weights .*than iteration 0 of this run"):
         finish(tmp_path / "other", loop=loop, backbone=tiny_palm(num_tokens=259, seed=1))
 
 
