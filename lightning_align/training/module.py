@@ -84,10 +84,9 @@ class AlignModule(L.LightningModule):
                 for SFT and RETRO, 1e-3 for CALM, 5e-6 for DPO and SPIN.
             lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
             generation: How `predict` and the sample logger decode.
-            dropout: Whether training has dropout, also in adapters. Default is false for DPO and SPIN, so that policy and
-                reference score alike, otherwise true.
+            dropout: Whether to train with dropout. Default is false for DPO and SPIN, so that policy and reference score alike.
             router_aux_loss_coef: The weight of the load-balancing loss of expert routers, per micro-batch. Default is the one
-                of the model's configuration if that sets `output_router_logits`, otherwise 0.
+                of the configuration if that sets `output_router_logits`.
 
         Raises:
             ValueError: If there is neither a backbone nor a checkpoint, or the coefficient is negative.
