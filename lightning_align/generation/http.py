@@ -58,16 +58,26 @@ class Client:
         """
         return self.send(path, json.dumps(body).encode())
 
-    def send(self, path: str, body: bytes | None = None) -> dict[str, Any]:
-        """Send a request with a body (POST) or without one (GET). See `post`."""
+    def send(
+        self, path: str, body: bytes | None = None, *, attempts: int | None = None, any_answer: bool = False
+    ) -> dict[str, Any]:
+        """Send a request with a body (POST) or without one (GET). See `post`.
+
+        Args:
+            path: The path behind the base URL, or a whole URL.
+            body: The body.
+            attempts: The number of attempts. Default is `retries` plus 1.
+            any_answer: Whether the answer may be anything. If not, it must be a JSON object.
+        """
         url = path if "://" in path else f"{self.url}{path}"
         last = ""
-        for attempt in range(self.retries + 1):
+        attempts = self.retries + 1 if attempts is None else attempts
+        for attempt in range(attempts):
             wait = min(60.0, self.backoff * 2**attempt) * random.uniform(0.75, 1.25)
             try:
                 with self._opener.open(urllib.request.Request(url, body, self.headers), timeout=self.timeout) as answer:
                     text = answer.read().decode("utf-8", errors="replace")
-                content = json.loads(text)
+                content = {} if any_answer else json.loads(text)
                 if isinstance(content, dict):
                     return content
                 last = f"the answer is no JSON object, but {text[:200]!r}"
@@ -87,6 +97,6 @@ class Client:
                 last = f"{reason}. Check that the server runs and that `url` is right"
                 if isinstance(reason, TimeoutError):
                     last = f"no answer within {self.timeout:g} seconds. Raise `timeout`, or lower `workers`"
-            if attempt < self.retries:
+            if attempt < attempts - 1:
                 time.sleep(wait)
-        raise ValueError(f"{url} failed {self.retries + 1} times. The last time: {last}.")
+        raise ValueError(f"{url} failed {attempts} times. The last time: {last}.")
