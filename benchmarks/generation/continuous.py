@@ -10,6 +10,7 @@ prompts start when the whole batch has ended. With continuous batching, they sta
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def report(rows: Rows, source: str, batch_sizes: Sequence[int], mean: int, round
                     "background load": common.load(timings["fixed"] + timings["continuous"]),
                 }
             )
+            print(table[-1], file=sys.stderr, flush=True)
             if ends:
                 claims.append(common.claim(f"{name}, batch {batch_size}: speed", "≥ 1.5x", f"{speed:.2f}x", speed >= 1.5))
     print(common.table(table))

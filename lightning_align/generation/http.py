@@ -14,7 +14,7 @@ RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 
 
 class HTTPStatusError(ValueError):
-    """The server answered with an error that a retry does not change.
+    """The server answered with an error, and a retry did not change it.
 
     Args:
         message: The message.
@@ -70,7 +70,7 @@ class Client:
             any_answer: Whether the answer may be anything. If not, it must be a JSON object.
         """
         url = path if "://" in path else f"{self.url}{path}"
-        last = ""
+        last, status, said = "", 0, ""
         attempts = self.retries + 1 if attempts is None else attempts
         for attempt in range(attempts):
             wait = min(60.0, self.backoff * 2**attempt) * random.uniform(0.75, 1.25)
@@ -83,7 +83,7 @@ class Client:
                 last = f"the answer is no JSON object, but {text[:200]!r}"
             except urllib.error.HTTPError as error:
                 said = error.read().decode("utf-8", errors="replace").strip()
-                last = f"HTTP {error.code}: {said[:500]}"
+                last, status = f"HTTP {error.code}: {said[:500]}", error.code
                 if error.code not in RETRIED:
                     raise HTTPStatusError(f"{url} answered with {last}", error.code, said) from error
                 after = error.headers.get("Retry-After", "")
@@ -99,4 +99,5 @@ class Client:
                     last = f"no answer within {self.timeout:g} seconds. Raise `timeout`, or lower `workers`"
             if attempt < attempts - 1:
                 time.sleep(wait)
-        raise ValueError(f"{url} failed {attempts} times. The last time: {last}.")
+        message = f"{url} failed {attempts} times. The last time: {last}."
+        raise HTTPStatusError(message, status, said) if last.startswith("HTTP ") else ValueError(message)

@@ -227,9 +227,9 @@ class ServerBackend:
             try:
                 self._client.send("/models", attempts=1)
                 return
-            except HTTPStatusError:
-                return  # it answers, though it has no list of models
             except ValueError as error:
+                if isinstance(error, HTTPStatusError) and error.status != 503:
+                    return  # it answers, though it has no list of models
                 if time.monotonic() >= deadline:
                     raise ValueError(
                         f"The server does not answer after {self.wait_seconds:g} seconds. Start it, or correct `url` of "
