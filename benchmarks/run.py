@@ -23,6 +23,7 @@ ROOT = HERE.parent
 # Each entry is a section of RESULTS.md: a script and its options. Benchmarks measure time or memory and need a quiet machine.
 TIMED = (
     ("scoring/logprobs.py",),
+    ("data/prepare.py", "--rows", "10000", "100000", "1000000"),
     ("dpo/step.py",),
     ("dpo/step.py", "--thp"),
     ("dpo/stored_step.py",),
@@ -61,7 +62,7 @@ STUDIES = (
 )
 SECTIONS = TIMED + STUDIES
 
-OF_PAIRS = ("dpo/step.py", "dpo/trl_step.py", "sft/trl_step.py")
+OF_PAIRS = ("data/prepare.py", "dpo/step.py", "dpo/trl_step.py", "sft/trl_step.py")
 
 
 def machine() -> str:

@@ -87,6 +87,41 @@ def test_the_order_depends_on_seed_and_epoch():
     assert order(0, 1) != order(1, 0)
 
 
+def slow_order(lengths, batch_size, seed, epoch):
+    """The order of an epoch, batch by batch. Checkpoints of earlier releases rely on it."""
+    numbers = np.random.default_rng([seed, epoch])
+    rows = numbers.permutation(len(lengths)).tolist()
+    num_whole = len(rows) // batch_size * batch_size
+    batches = []
+    for start in range(0, num_whole, 64 * batch_size):
+        group = sorted(rows[start : min(start + 64 * batch_size, num_whole)], key=lambda row: -lengths[row])
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    batches = [batches[i] for i in numbers.permutation(len(batches))]
+    return batches + ([rows[num_whole:]] if num_whole < len(rows) else [])
+
+
+@pytest.mark.parametrize("num_rows", [5, 192, 1000, 1537])
+def test_the_order_is_that_of_a_slow_version(num_rows):
+    lengths = np.random.default_rng(1).integers(1, 30, num_rows)  # many are equal
+    sampler = LengthGroupedSampler(lengths, num_rows=num_rows, batch_size=3, seed=4)
+    for epoch in (0, 3):
+        sampler.set_epoch(epoch)
+        batches = slow_order(lengths.tolist(), 3, 4, epoch)
+        assert list(sampler) == batches
+        assert len(sampler) == len(batches)
+        found = sampler.global_batches()
+        assert [batch.tolist() for batch in found] == batches
+        assert [batch.tolist() for batch in found[2:]] == batches[2:]
+        assert found[-1].tolist() == batches[-1]
+    assert isinstance(found.whole_BN, np.ndarray)
+
+
+def test_lengths_that_leave_no_room_for_positions_are_refused():
+    lengths = np.array([1, 2**60, 3])
+    with pytest.raises(ValueError, match="`lengths` must be below"):
+        list(LengthGroupedSampler(lengths, num_rows=3, batch_size=1))
+
+
 def test_grouping_reduces_padding():
     lengths = np.random.default_rng(0).integers(3, 400, 2000)
 

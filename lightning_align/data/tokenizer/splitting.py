@@ -28,12 +28,12 @@ def splits_at_spaces(model: tokenizers.Tokenizer) -> bool:
         if flags or re.search(r"\s", token["content"]):
             return False
     before = content["pre_tokenizer"] or {}
-    steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
-    return _is_byte_level(steps[-1], use_regex=len(steps) == 1) and all(map(_is_known, steps[:-1])) and len(steps) <= 2
-
-
-def _is_byte_level(step: dict[str, Any], *, use_regex: bool) -> bool:
-    return step.get("type") == "ByteLevel" and not step["add_prefix_space"] and step["use_regex"] is use_regex
+    *steps, last = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
+    # Digits are split from what is beside them, which is never a part of a word with a space inside.
+    words = [step for step in steps if step.get("type") != "Digits"]
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(words) > 1:
+        return False
+    return bool(last["use_regex"]) if not words else _is_known(words[0]) and not last["use_regex"]
 
 
 def _is_known(step: dict[str, Any]) -> bool:
