@@ -98,7 +98,8 @@ class RowLists(Dataset[list[StoredRow]]):
     def __getitem__(self, index: Sequence[int] | int) -> list[StoredRow]:
         if isinstance(index, int):
             assert self.batches is not None
-            return [self.store[int(row)] for row in self.batches[index]]
+            # The batches of packed sequences hold an array of rows for each sequence.
+            return [self.store[int(row) if np.ndim(row) == 0 else row] for row in self.batches[index]]
         return [self.store[row] for row in index]
 
 

@@ -181,7 +181,8 @@ class RetrievalIndexing(Callback):
         """Rebuild the database with the current policy every `refresh_every_n_epochs` epochs, except after the last epoch."""
         every = self.refresh_every_n_epochs
         last = trainer.current_epoch + 1 == trainer.max_epochs
-        if every and (trainer.current_epoch + 1) % every == 0 and not last:
+        # Lightning also calls this at a stop in the middle of an epoch. The resumed run goes on with the old neighbors.
+        if every and (trainer.current_epoch + 1) % every == 0 and not last and trainer.is_last_batch:
             self._refresh(trainer, pl_module, trainer.current_epoch + 1)
 
     def _refresh(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:

@@ -183,8 +183,8 @@ class SelfPlayGeneration(Callback):
         Raises:
             ValueError: If the metric was not logged.
         """
-        if trainer.current_epoch + 1 != self._starts[self.iteration + 1]:
-            return
+        if trainer.current_epoch + 1 != self._starts[self.iteration + 1] or not trainer.is_last_batch:
+            return  # also at a stop in the middle of an epoch, after which the iteration goes on in a resumed run
         last = self.iteration == self.iterations - 1
         if self.monitor is not None and self._declined(trainer, last=last):
             trainer.should_stop = True

@@ -119,7 +119,11 @@ def test_it_is_set_in_a_configuration(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-align"])
     Path("rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1=", "response": str(i)}) + "\n" for i in range(4)))
-    backbone = {"class_path": "PaLM", "init_args": {"num_tokens": 259, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8}}
+    # The full name, because another package that tests import has a PaLM, too.
+    backbone = {
+        "class_path": "lightning_align.PaLM",
+        "init_args": {"num_tokens": 259, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8},
+    }
     generation = {"max_new_tokens": 3, "filter_fn": f"{__name__}.keep_multiples", "filter_kwargs": {"of": 4}}
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings = {
