@@ -62,7 +62,7 @@ def quartiles(values: Sequence[int]) -> str:
     return " / ".join(f"{value:.0f}" for value in (min(values), *statistics.quantiles(values, n=4), max(values)))
 
 
-def report(rows: Rows, source: str, batch_sizes: Sequence[int], mean: int, rounds: int) -> None:
+def report(rows: Rows, source: str, kinds: Sequence[str], batch_sizes: Sequence[int], mean: int, rounds: int) -> None:
     """Print the section."""
     torch.manual_seed(0)
     model = PaLM(num_tokens=VOCABULARY, dim=WIDTH, depth=DEPTH, heads=HEADS, dim_head=64).eval()
@@ -76,7 +76,8 @@ def report(rows: Rows, source: str, batch_sizes: Sequence[int], mean: int, round
     )
     table: list[dict[str, Any]] = []
     claims = []
-    for name, ends in (("ends at random", VOCABULARY // mean), ("lengths of the rows", 0)):
+    for kind in kinds:
+        name, ends = {"random": ("ends at random", VOCABULARY // mean), "rows": ("lengths of the rows", 0)}[kind]
         for batch_size in batch_sizes:
             config = GenerationConfig(max_new_tokens=512, batch_size=batch_size)
             answers: dict[str, list[list[Generation]]] = {}
@@ -115,6 +116,7 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help="a file of rows with `prompt` and `response`, such as GSM8K. Default is random rows")
+    parser.add_argument("--lengths", nargs="+", choices=["random", "rows"], default=["random", "rows"], help="kinds of lengths")
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--mean", type=int, default=64, help="mean length of responses that end at random, in tokens")
@@ -124,7 +126,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = make_rows(arguments.prompts) if arguments.rows is None else read_rows(arguments.rows, arguments.prompts)
     source = "random ids" if arguments.rows is None else Path(arguments.rows).parent.name
-    report(rows, source, arguments.batch_sizes, arguments.mean, arguments.rounds)
+    report(rows, source, arguments.lengths, arguments.batch_sizes, arguments.mean, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ class NativeBackend:
         Args:
             continuous: Whether the prompts of the next batch start as soon as a row has ended. This is faster. But which rows
                 are decoded together then depends on where a run was stopped and on the number of processes. Logits are
-                rounded differently, so a resumed run may draw another token once in about a million. Default is false:
-                resumed runs are equal bit for bit.
+                rounded differently, so a resumed run may rarely draw another token. Default is false: resumed runs are equal
+                bit for bit.
         """
         self.streams = continuous
 
