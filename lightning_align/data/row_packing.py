@@ -148,6 +148,10 @@ class PackedSampler(LengthGroupedSampler):
             for batch in self.global_batches()[self.start :]
         )
 
+    def rank_batches(self) -> Any:
+        """Return the batches of this rank, each as a list of sequences, each an array of row indices."""
+        return list(self)
+
     def epoch_rows(self) -> Indices:
         """Return the rows of all sequences in the current epoch, (rows,), one sequence after the other."""
         num_rows = len(self.row_lengths)

@@ -108,7 +108,13 @@ class ServerBackend:
             )
         else:
             command = [_fill(word, names) for word in shlex.split(self.reload)]
-            ran = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            try:
+                ran = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            except OSError as error:
+                raise ValueError(
+                    f"`reload` of ServerBackend cannot be run ({error}): {shlex.join(command)}. Give a command that this "
+                    "machine has, or a URL."
+                ) from error
             if ran.returncode:
                 raise ValueError(
                     f"`reload` of ServerBackend ended with status {ran.returncode}: {shlex.join(command)}\n{ran.stdout[-1000:]}"

@@ -1,5 +1,7 @@
 """The data module of supervised fine-tuning."""
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -13,6 +15,12 @@ from lightning_align.data.row_packing import PackedSampler, Sequences, collate_p
 from lightning_align.data.rows import read_rows
 from lightning_align.data.store import StoredRow, TokenStore, read_forms
 from lightning_align.training.datamodule import AlignDataModule, Stage
+
+
+def _with_arguments_of(base: Callable[..., None], own: Callable[..., None]) -> inspect.Signature:
+    """Return a signature with the arguments of a base class in the place of ``*args`` and ``**kwargs``, for editors."""
+    added = [p for p in inspect.signature(own).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return inspect.Signature([*inspect.signature(base).parameters.values(), *added])
 
 
 class SFTDataModule(AlignDataModule):
@@ -50,6 +58,8 @@ class SFTDataModule(AlignDataModule):
             )
         self.packing = packing
         self.packed_length = self.max_length if packed_length is None else packed_length
+
+    __init__.__signature__ = _with_arguments_of(AlignDataModule.__init__, __init__)  # type: ignore[attr-defined]
 
     def train_dataloader(self) -> DataLoader[list[StoredRow]]:
         """Return training batches, in a new order for each epoch. A resumed run continues at the next batch."""

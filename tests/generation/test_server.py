@@ -1,6 +1,7 @@
 """The server backend, against a small server of the standard library that misbehaves on purpose."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -222,12 +223,16 @@ def test_the_server_is_told_to_load_each_model(tmp_path: Path) -> None:
         folder = str(tmp_path / "iteration_3" / "model")
         assert [(request["path"], request["where"]) for request in seen] == [("/v1/load/3", folder)]
         note = tmp_path / "note"
-        backend(url, tmp_path, reload=f"python -c \"open('{note}','w').write(r'{{folder}}')\"").sync_model(
+        backend(url, tmp_path, reload=f"{sys.executable} -c \"open('{note}','w').write(r'{{folder}}')\"").sync_model(
             served(), iteration=3
         )
         assert note.read_text() == folder
         with pytest.raises(ValueError, match=r"`reload` of ServerBackend ended with status 3: .*\nno memory"):
-            backend(url, tmp_path, reload="python -c \"print('no memory'); exit(3)\"").sync_model(served(), iteration=3)
+            backend(url, tmp_path, reload=f"{sys.executable} -c \"print('no memory'); exit(3)\"").sync_model(
+                served(), iteration=3
+            )
+        with pytest.raises(ValueError, match=r"`reload` of ServerBackend cannot be run \(.*no-such-command"):
+            backend(url, tmp_path, reload="no-such-command {folder}").sync_model(served(), iteration=3)
 
 
 def test_a_server_with_our_model_gives_our_logprobs(tmp_path: Path) -> None:
