@@ -65,6 +65,11 @@ SECTIONS = TIMED + STUDIES
 OF_PAIRS = ("data/prepare.py", "dpo/step.py", "dpo/trl_step.py", "sft/trl_step.py")
 
 
+def pairs_options(script: str, pairs: str | None) -> list[str]:
+    """Return the options that hand a file of pairs to a script, if it takes one."""
+    return ["--pairs", pairs] if script in OF_PAIRS and pairs else []
+
+
 def machine() -> str:
     """The machine that runs this."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
@@ -144,7 +149,7 @@ def record(todo: list[tuple[str, ...]], pairs: str | None, output: Path) -> list
     others = [section for section in kept.values() if section not in done.values()]
     failed = []
     for number, (script, *options) in enumerate(todo, 1):
-        extra = ["--pairs", pairs] if script in OF_PAIRS and pairs else []
+        extra = pairs_options(script, pairs)
         print(f"[{number}/{len(todo)}] {shlex.join([script, *options, *extra])}", file=sys.stderr, flush=True)
         ran = start(script, *options, *extra, capture=True)
         print(ran.stdout, flush=True)
@@ -190,7 +195,7 @@ def main() -> None:
     if options:
         if len(scripts) != 1:
             parser.error(f"{shlex.join(options)}: options of a script follow the name of that one script")
-        sys.exit(start(scripts[0], *options).returncode)
+        sys.exit(start(scripts[0], *options, *pairs_options(scripts[0], arguments.pairs)).returncode)
     todo = [section for section in SECTIONS if section[0] in scripts] or list(STUDIES if arguments.studies else TIMED)
     if failed := record(todo, arguments.pairs, arguments.output):
         sys.exit(f"failed: {', '.join(failed)}; see the messages above")

@@ -135,6 +135,9 @@ def test_a_script_with_its_own_options_prints_and_records_nothing(
     with pytest.raises(SystemExit, match=r"^0$"):
         run(monkeypatch, "--output", str(small), "dpo/step.py", "--seeds", "0", "1")
     assert "## Given\n\n['--seeds', '0', '1']" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match=r"^0$"):
+        run(monkeypatch, "--pairs", "rows.jsonl", "dpo/step.py", "--seeds", "0")
+    assert "## Given\n\n['--seeds', '0', '--pairs', 'rows.jsonl']" in capfd.readouterr().out
     assert small.read_text() == before
 
 
