@@ -29,6 +29,7 @@ from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.logits import logits_logprobs
 from lightning_align.scoring.sums import sum_logprobs
 from lightning_align.scoring.targets import select_targets
+from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.training.tokenizer import add_record
@@ -254,28 +255,30 @@ class CALMModule(AlignModule):
 
     # -- evaluation
 
-    def _evaluate(self, metric: TokenNLL, batch: CALMBatch) -> None:
+    def _evaluate(self, metric: TokenNLL, batch: CALMBatch, loader: int) -> None:
         # `num_bytes` counts only the bytes of the responses.
         num_bytes = batch.get("num_bytes") if self.loss_on == "response" else None
-        metric.update(*composed_logprobs(self.policy, self._targeted(batch), self._inputs(batch)), num_bytes)
+        logprobs = composed_logprobs(self.policy, self._targeted(batch), self._inputs(batch))
+        for each in metrics_of(metric, self.trainer, loader):
+            each.update(*logprobs, num_bytes)
 
-    def validation_step(self, batch: CALMBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: CALMBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update ``val/loss``, ``val/perplexity`` and ``val/bits_per_byte`` with a batch."""
-        if self.attention_maps and batch_idx == 0 and not self.trainer.sanity_checking:
+        if self.attention_maps and batch_idx == dataloader_idx == 0 and not self.trainer.sanity_checking:
             self._show_attention(batch)
-        self._evaluate(self.val_nll, batch)
+        self._evaluate(self.val_nll, batch, dataloader_idx)
 
-    def test_step(self, batch: CALMBatch, batch_idx: int) -> None:
+    def test_step(self, batch: CALMBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update ``test/loss``, ``test/perplexity`` and ``test/bits_per_byte`` with a batch."""
-        self._evaluate(self.test_nll, batch)
+        self._evaluate(self.test_nll, batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log what the epoch's sums and counts give."""
-        self.log_evaluation("val", self.val_nll.compute_and_reset())
+        log_metric(self, "val", self.val_nll)
 
     def on_test_epoch_end(self) -> None:
         """Log what the epoch's sums and counts give."""
-        self.log_evaluation("test", self.test_nll.compute_and_reset())
+        log_metric(self, "test", self.test_nll)
 
     def _show_attention(self, batch: CALMBatch) -> None:
         with self.policy.tracing(maps=True) as traces:

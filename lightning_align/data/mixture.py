@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +84,32 @@ def parts_of(source: Source | Path | Sequence[SourcePart]) -> list[SourcePart]:
             + ", ".join(f"{p.name} (weight {p.weight})" if isinstance(p, SourcePart) else str(p) for p in source)
         )
     return parts
+
+
+def named_sources(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sources by stage, with one entry ``stage/name`` for each of several named sources of a stage.
+
+    Args:
+        given: A source, a dictionary of sources, or None for each stage.
+
+    Raises:
+        ValueError: If a dictionary is empty, has a bad name, or is a part of a mixture outside of a list.
+    """
+    sources: dict[str, Any] = {}
+    for stage, source in given.items():
+        if not isinstance(source, Mapping):
+            sources |= {} if source is None else {stage: source}
+            continue
+        if "source" in source or "class_path" in source or not source:
+            raise ValueError(
+                f"`{stage}` must be a source, or several sources by name, but got {dict(source)}. A mixture is a list: "
+                f"[{{source: a.jsonl, weight: 2}}, {{source: b.jsonl, weight: 1}}]."
+            )
+        for name, each in source.items():
+            if not name or "/" in str(name):
+                raise ValueError(f"the names of the sources in `{stage}` must be words without a slash, but got {name!r}.")
+            sources[f"{stage}/{name}"] = each
+    return sources
 
 
 def describe(source: Source | Path | Sequence[SourcePart]) -> str:

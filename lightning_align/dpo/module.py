@@ -23,6 +23,7 @@ from lightning_align.scoring.objective import Divergence, Objective
 from lightning_align.scoring.ratios import Ratios, confidence_weights, log_ratios, pair_metrics, tail_weights
 from lightning_align.scoring.sums import sum_logprobs
 from lightning_align.training.arguments import PolicyArguments, Unpack
+from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import PairMeans
 from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs, PreferenceBatch, PromptBatch, TokenBatch
@@ -261,25 +262,26 @@ class DPOModule(AlignModule):
         self.log_training(means, progress_bar="loss", batch_size=len(losses))
         return {"loss": self.weighted(loss, len(losses)), **detached(policy, ratios)}
 
-    def _evaluate(self, means: PairMeans, batch: PreferenceBatch) -> dict[str, Any]:
+    def _evaluate(self, means: PairMeans, batch: PreferenceBatch, loader: int) -> dict[str, Any]:
         policy, ratios = self.score(batch)
         values = {"loss": self.pair_losses(batch, policy, ratios), **pair_metrics(policy, ratios, beta=self.beta)}
-        means.update(values)
+        for each in metrics_of(means, self.trainer, loader):
+            each.update(values)
         return {"margins": values["rewards/margins"], **detached(policy, ratios)}
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Add a batch to ``val/loss``, ``val/rewards/...`` and ``val/logps/...``, and return what `score` returned."""
-        outputs = self._evaluate(self.val_means, batch)
+        outputs = self._evaluate(self.val_means, batch, dataloader_idx)
         self.val_margins.update(outputs["margins"])
         return outputs
 
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+    def test_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the same metrics under ``test/``."""
-        self._evaluate(self.test_means, batch)
+        self._evaluate(self.test_means, batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all pairs, and the margins as a histogram."""
-        self.log_evaluation("val", self.val_means.compute_and_reset(), progress_bar=PROGRESS_BAR)
+        log_metric(self, "val", self.val_means, progress_bar=PROGRESS_BAR)
         margins = self.val_margins.compute().reshape(-1)  # a single margin has no dimension
         self.val_margins.reset()
         finite = margins[margins.isfinite()]
@@ -298,7 +300,7 @@ class DPOModule(AlignModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the means over all pairs."""
-        self.log_evaluation("test", self.test_means.compute_and_reset(), progress_bar=PROGRESS_BAR)
+        log_metric(self, "test", self.test_means, progress_bar=PROGRESS_BAR)
 
     def predict_step(self, batch: PromptBatch | PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Generate responses to prompts, or score pairs.

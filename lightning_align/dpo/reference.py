@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -12,8 +12,9 @@ from lightning_align.references.frozen import AdaptersOff, FrozenCopy, frozen_co
 from lightning_align.references.moving import moving_reference
 from lightning_align.references.protocol import MovingReference, Reference
 from lightning_align.references.stored import Source, StoredLogProbs
-from lightning_align.runtime.lightning_internals import new_loaders, trainer_of
+from lightning_align.runtime.lightning_internals import trainer_of
 from lightning_align.training.module import AlignModule
+from lightning_align.training.passes import passes_of
 
 ReferenceKind = Literal["frozen", "stored", "moving"]
 
@@ -122,7 +123,10 @@ class InitialPolicy:
             self.reference.rest()
 
     def fill(self, module: Any) -> None:
-        """Score all rows of the run under a stored reference, and free the model.
+        """Score the rows of the run under a stored reference, and free the model.
+
+        The limits of the Trainer hold. If they leave rows to later epochs, or a loader has no length, the model stays, and
+        scores the other rows when they come.
 
         Args:
             module: Attached to a Trainer, with a method ``join`` from a batch of pairs to a batch of rows.
@@ -131,10 +135,10 @@ class InitialPolicy:
         assert isinstance(stored, StoredLogProbs)
         with isolate_rng(), module.trainer.precision_plugin.forward_context():
             # New loaders: a data module's loaders split the rows over the ranks, and each row is in one of the parts.
-            loaders = CombinedLoader(new_loaders(module.trainer), "sequential")
-            batches = (module.join(batch) for batch, _, _ in iter(loaders))
+            passes = passes_of(module.trainer)
+            batches = (module.join(batch) for each in passes for batch in each.batches())
             stored.fill(batches, module.policy, module.device, in_step=module.is_sharded)
-        stored.finish()
+        stored.finish(is_complete=all(each.is_complete for each in passes))
 
     def check_resumed(self, module: AlignModule, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint was trained against this reference.

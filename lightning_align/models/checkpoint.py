@@ -82,7 +82,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return {"state_dict": load_file(path)}
         # Files in the format before torch 1.6 are no zip files and cannot be memory-mapped.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if is_zip := zipfile.is_zipfile(path):
+            _check_sums(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch and safetensors raise many types here
         # Quote only the first sentence. The rest is long and explains how to turn off torch's checks.
         reason = f"{type(error).__name__}: {str(error).splitlines()[0].partition('. ')[0] if str(error) else 'empty'}"
@@ -96,6 +98,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "run, or a state dict."
         )
     return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the content of a checkpoint with the checksums in it, which torch does not do when it maps a file.
+
+    Raises:
+        ValueError: If they differ, because the file was damaged.
+    """
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} in it is wrong, so the file is damaged")
 
 
 def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any] | None = None) -> nn.Module:

@@ -59,6 +59,7 @@ class StoredLogProbs:
         self.stage = "fit"
         """The running command, for messages."""
         self._again, self._is_again = again, False
+        self._is_partial, self._in_step = False, False
         self.shard_rows = shard_rows
         content = {"format": _FORMAT, "weights": weights, "precision": precision}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -81,10 +82,15 @@ class StoredLogProbs:
         Raises:
             ValueError: If a row is missing and the model was freed and cannot be made again.
         """
-        found = self.find(batch)
+        found, device = self.find(batch), batch["tokens"].device
+        if self._is_partial and self._in_step and not everyone(found is not None, device):
+            found = None  # a sharded model needs all ranks
         if found is not None:
-            return LogProbs(*(part.to(batch["tokens"].device) for part in found))
-        return self._model()(policy, batch)
+            return LogProbs(*(part.to(device) for part in found))
+        scores = self._model()(policy, batch)
+        if self._is_partial:
+            self._keep(row_keys(batch), scores)
+        return scores
 
     def _model(self) -> Source:
         if self.source is None and self._again is not None:
@@ -133,26 +139,35 @@ class StoredLogProbs:
                 continue
             rows = torch.tensor(missing)
             part: TokenBatch = {name: value[rows].to(device) for name, value in batch.items()}  # type: ignore[assignment]
-            sums, counts = self._model()(policy, part)
-            numbers = zip(sums.float().tolist(), counts.tolist(), strict=True)
-            scored = dict(zip((keys[row] for row in missing), numbers, strict=True))
-            self._new.update(scored)
-            self._known.update(scored)
+            self._keep([keys[row] for row in missing], self._model()(policy, part))
             done += len(missing)
-            if len(self._new) >= self.shard_rows:
-                self._write()
         self._write()
+        self._in_step = in_step
         return done
 
-    def finish(self) -> None:
-        """Wait for all ranks, read their shards, and free the model."""
+    def _keep(self, keys: list[bytes], scores: LogProbs) -> None:
+        scored = dict(zip(keys, zip(scores.sums.float().tolist(), scores.counts.tolist(), strict=True), strict=True))
+        self._new.update(scored)
+        self._known.update(scored)
+        if len(self._new) >= self.shard_rows:
+            self._write()
+
+    def finish(self, *, is_complete: bool = True) -> None:
+        """Wait for all ranks, read their shards, and free the model.
+
+        Args:
+            is_complete: Whether all rows of the run are stored. If not, the model stays, and rows are stored when they come.
+        """
         if world()[1] > 1:
             torch.distributed.barrier()
         self._read()
-        self.source = None
+        self._is_partial = not is_complete
+        if is_complete:
+            self.source = None
 
     def rest(self) -> None:
-        """Free the model if it was made again for a command that has ended."""
+        """Store the rows of a command that has ended, and free the model if it was made again for that command."""
+        self._write()
         if self._is_again:
             self.source, self._is_again = None, False
 

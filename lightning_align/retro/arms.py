@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torchmetrics import Metric
+
+from lightning_align.training.metrics import LoaderMetric
 
 ALPHAS = (0.125, 0.25, 0.5, 1.0)
 """Thresholds of the overlap (see `overlaps`) at which bits per byte are reported, as in figure 6 of the paper."""
@@ -19,7 +20,7 @@ RESAMPLES = 2000
 """The number of bootstrap samples of `interval`."""
 
 
-class RetrievalArms(Metric):
+class RetrievalArms(LoaderMetric):
     """Bits per byte of each arm, in total and over chunks of low overlap, and the gain of the first arm over each other arm.
 
     A metric of torchmetrics. It works across ranks.

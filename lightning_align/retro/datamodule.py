@@ -26,6 +26,8 @@ from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows
 from lightning_align.runtime.lightning_internals import overfits
 from lightning_align.types import PromptBatch
 
+Loader = DataLoader[RetrievalBatch]
+
 
 class RETRODataModule(L.LightningDataModule):
     """Data module of windows of consecutive chunks with the neighbors of each chunk, from a retrieval database.
@@ -38,8 +40,9 @@ class RETRODataModule(L.LightningDataModule):
             name of a transformers tokenizer.
         train: The query set of the database to train on. Default is to train on the documents of the database, without deleted
             documents.
-        validation: The query set of the database to validate on.
-        test: The query set of the database to test on.
+        validation: The query set of the database to validate on, or several. The metrics of each of several are logged as
+            `val/<query set>/loss`, beside those of all windows as `val/loss`.
+        test: The query set of the database to test on, or several.
         predict: Rows with a prompt to continue: any source or mixture that `AlignDataModule` accepts. A mixture is read part by
             part, each with its `columns` and `shape`.
         num_chunks: The number of chunks per window. Longer documents are cut into several windows.
@@ -65,8 +68,8 @@ class RETRODataModule(L.LightningDataModule):
         *,
         tokenizer: str = "bytes",
         train: str | None = None,
-        validation: str | None = "validation",
-        test: str | None = None,
+        validation: str | list[str] | None = "validation",
+        test: str | list[str] | None = None,
         predict: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
         num_chunks: int = 8,
         num_neighbors: int = 2,
@@ -95,8 +98,11 @@ class RETRODataModule(L.LightningDataModule):
             raise ValueError(f"`random_neighbors` must be a share from 0 to 1, but got {random_neighbors}.")
         if on_leak not in ("fail", "warn"):
             raise ValueError(f"`on_leak` must be fail or warn, but got {on_leak!r}.")
+        given = {"validation": validation, "test": test}
         self.folder, self.tokenizer_name = Path(database), tokenizer
-        self.sets = {"train": train, "validation": validation, "test": test}
+        self.train_set = train
+        self.sets = {stage: [name] if isinstance(name, str) else list(name or ()) for stage, name in given.items()}
+        """The query sets of the validation and the test."""
         self.prompts = predict
         self.num_chunks, self.num_neighbors, self.batch_size = num_chunks, num_neighbors, batch_size
         self.random_neighbors = random_neighbors
@@ -108,7 +114,7 @@ class RETRODataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Disable validation if there is no validation set. The database may not exist yet, so it is not opened here."""
         trainer = self.trainer
-        if stage == "fit" and trainer is not None and self.sets["validation"] is None:
+        if stage == "fit" and trainer is not None and not self.sets["validation"]:
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
     def teardown(self, stage: str) -> None:
@@ -165,9 +171,9 @@ class RETRODataModule(L.LightningDataModule):
 
     # -- batches
 
-    def train_dataloader(self) -> DataLoader[RetrievalBatch]:
+    def train_dataloader(self) -> Loader:
         """Make the loader of the training windows. Each epoch has its own order. The loader can resume from a checkpoint."""
-        database, name = self.database, self.sets["train"]
+        database, name = self.database, self.train_set
         documents = database if name is None else database.queries(name)
         rows = RetrievalWindows(
             documents.chunks,
@@ -181,13 +187,13 @@ class RETRODataModule(L.LightningDataModule):
         rank_zero_info(f"train: {_describe(documents.chunks)}, {len(rows)} windows")
         return self._loader(rows, self.batch_size, train=True)
 
-    def val_dataloader(self) -> DataLoader[RetrievalBatch]:
-        """Make the loader of the validation windows. Each window comes once."""
-        return self._eval_loader("validation")
+    def val_dataloader(self) -> Loader | dict[str, Loader]:
+        """Make the loader of the validation windows, or one for each of several query sets. Each window comes once."""
+        return self._eval_loaders("validation")
 
-    def test_dataloader(self) -> DataLoader[RetrievalBatch]:
-        """Make the loader of the test windows. Each window comes once."""
-        return self._eval_loader("test")
+    def test_dataloader(self) -> Loader | dict[str, Loader]:
+        """Make the loader of the test windows, or one for each of several query sets. Each window comes once."""
+        return self._eval_loaders("test")
 
     def predict_dataloader(self) -> DataLoader[PromptBatch]:
         """Make the loader of the prompts. Prompts start with the beginning-of-sequence token, if the tokenizer has one."""
@@ -224,12 +230,15 @@ class RETRODataModule(L.LightningDataModule):
         batches: list[PromptBatch] = [{"prompts": [prompts[i] for i in rows], "rows": torch.tensor(rows)} for rows in sampler]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list can be used as a dataset
 
-    def _eval_loader(self, stage: str) -> DataLoader[RetrievalBatch]:
-        name = self.sets[stage]
-        if name is None:
+    def _eval_loaders(self, stage: str) -> Loader | dict[str, Loader]:
+        names = self.sets[stage]
+        if not names:
             raise ValueError(
                 f"`{stage}` must be the name of a query set of the database, but got None. Use RETRODataModule({stage}=...)."
             )
+        return self._eval_loader(names[0]) if len(names) == 1 else {name: self._eval_loader(name) for name in names}
+
+    def _eval_loader(self, name: str) -> Loader:
         database = self.database
         queries = database.queries(name)
         if queries.leaks:
@@ -265,7 +274,7 @@ class RETRODataModule(L.LightningDataModule):
     def _overfits(self) -> bool:
         return overfits(self.trainer)
 
-    def _loader(self, rows: RetrievalWindows, batch_size: int, *, train: bool) -> DataLoader[RetrievalBatch]:
+    def _loader(self, rows: RetrievalWindows, batch_size: int, *, train: bool) -> Loader:
         sampler = LengthGroupedSampler(
             rows.windows.lengths,
             num_rows=len(rows),

@@ -21,8 +21,10 @@ from lightning_align.retro.model import RETRO, NeighborTokens
 from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.targets import select_targets
+from lightning_align.training.evaluation import log_values, metrics_of, parts_of
 from lightning_align.training.module import AlignModule
 
+_MOST_DOCUMENTS = 2**32
 FIT_ARMS = ("on", "off")
 """The arms of a validation within `fit`. Only `validate` and `test` use the others, which need one forward pass each."""
 
@@ -191,25 +193,27 @@ class RETROModule(AlignModule):
         """Reset the arms."""
         self.on_validation_epoch_start()
 
-    def validation_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: RetrievalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to each arm."""
         assert self.arms is not None
         nats = []
         for neighbors in self._arms(batch, self.arms.arms).values():
             dense = batch["targets"].new_zeros(batch["targets"].shape, dtype=torch.float32)
             nats.append(dense.masked_scatter(batch["targets"], -self.logprobs(batch, neighbors).float()))
-        self.arms.update(
-            torch.stack(nats),
-            batch["targets"],
-            batch["documents"],
-            batch["overlap"],
-            batch["chunk_bytes"],
-            self._retro.chunk_size,
-        )
+        for arms in metrics_of(self.arms, self.trainer, dataloader_idx):
+            arms.update(
+                torch.stack(nats),
+                batch["targets"],
+                # Each loader numbers its documents from 0.
+                batch["documents"] + dataloader_idx * _MOST_DOCUMENTS,
+                batch["overlap"],
+                batch["chunk_bytes"],
+                self._retro.chunk_size,
+            )
 
-    def test_step(self, batch: RetrievalBatch, batch_idx: int) -> None:
+    def test_step(self, batch: RetrievalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to each arm."""
-        self.validation_step(batch, batch_idx)
+        self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the arms."""
@@ -221,12 +225,12 @@ class RETROModule(AlignModule):
 
     def _log_arms(self, stage: str) -> None:
         assert self.arms is not None
-        values, self.arms = self.arms.compute(), None
-        if values:
-            self.log(f"{stage}/bits_per_byte", values["on/bits_per_byte"], prog_bar=True, sync_dist=True)
-        for name, value in values.items():
-            # The value is already the same on each rank. sync_dist tells Lightning so.
-            self.log(f"{stage}/{name}", value, sync_dist=True)
+        for loader, arms in [(None, self.arms), *enumerate(parts_of(self.arms, self.trainer))]:
+            values = arms.compute()
+            if values:
+                values["bits_per_byte"] = values["on/bits_per_byte"]
+            log_values(self, stage, values, loader=loader, progress_bar=("bits_per_byte",))
+        self.arms = None
 
     # -- prediction
 

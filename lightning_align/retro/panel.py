@@ -55,7 +55,7 @@ class NeighborPanel(Callback):
         Returns:
             The table.
         """
-        queries = database.queries(data.sets["validation"])
+        queries = database.queries(data.sets["validation"][0])
         decode = data.tokenizer.decode
         lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
         for chunk in np.linspace(0, len(queries.chunks) - 1, min(self.num_chunks, len(queries.chunks))).astype(int).tolist():

@@ -6,15 +6,14 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
 
 from lightning_align.data.forms import Form, first_form
 from lightning_align.data.ledger import Ledger
 from lightning_align.data.mixture import describe
 from lightning_align.data.row_packing import PackedSampler, Sequences, collate_packed
 from lightning_align.data.rows import read_rows
-from lightning_align.data.store import StoredRow, TokenStore, read_forms
-from lightning_align.training.datamodule import AlignDataModule, Stage
+from lightning_align.data.store import TokenStore, read_forms
+from lightning_align.training.datamodule import AlignDataModule, Loader
 
 
 def _with_arguments_of(base: Callable[..., None], own: Callable[..., None]) -> inspect.Signature:
@@ -61,35 +60,36 @@ class SFTDataModule(AlignDataModule):
 
     __init__.__signature__ = _with_arguments_of(AlignDataModule.__init__, __init__)  # type: ignore[attr-defined]
 
-    def train_dataloader(self) -> DataLoader[list[StoredRow]]:
+    def train_dataloader(self) -> Loader:
         """Return training batches, in a new order for each epoch. A resumed run continues at the next batch."""
         if not self.packing:
             return super().train_dataloader()
         return self._packed_loader("train", self.batch_size, shuffle=True)
 
-    def _eval_loader(self, stage: Stage) -> DataLoader[list[StoredRow]]:
-        if not self.packing or stage == "predict":
-            return super()._eval_loader(stage)
-        return self._packed_loader(stage, self.eval_batch_size, shuffle=False)
+    def _eval_loader(self, key: str) -> Loader:
+        if not self.packing or key == "predict":
+            return super()._eval_loader(key)
+        return self._packed_loader(key, self.eval_batch_size, shuffle=False)
 
-    def _packed_loader(self, stage: Stage, batch_size: int, *, shuffle: bool) -> DataLoader[list[StoredRow]]:
-        store = self._store(stage)
+    def _packed_loader(self, key: str, batch_size: int, *, shuffle: bool) -> Loader:
+        store = self._store(key)
         replicas: dict[str, Any] = {} if self._overfits else (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         sampler = PackedSampler(
             store.lengths(), capacity=self.packed_length, batch_size=batch_size, shuffle=shuffle, seed=self.seed, **replicas
         )
-        rank_zero_info(f"{stage}: {sampler.describe()}")
+        rank_zero_info(f"{key}: {sampler.describe()}")
         collate = cast(Any, partial(collate_packed, pad_id=self.tokenizer.pad_id))
         return self._loader(cast(TokenStore, Sequences(store)), sampler, collate, resumable=shuffle)
 
-    def _open(self, stage: Stage) -> list[tuple[TokenStore, Ledger]]:
-        if self.packing and stage != "predict":
-            for part in self._parts.get(stage, ()):
-                rows = read_forms(read_rows(part.rows, split=stage), recipe=self._recipe(stage, part))
+    def _open(self, key: str) -> list[tuple[TokenStore, Ledger]]:
+        if self.packing and key != "predict":
+            for part in self._parts.get(key, ()):
+                split = key.partition("/")[0]
+                rows = read_forms(read_rows(part.rows, split=split), recipe=self._recipe(key, part))
                 if first_form(rows, self.forms) == "text":
                     raise ValueError(
-                        f"`packing` must be false for rows of text, but got true, and {part.name} (`{stage}`) has such rows. "
+                        f"`packing` must be false for rows of text, but got true, and {part.name} (`{key}`) has such rows. "
                         "They are always packed, into blocks of `max_length` tokens. Set `packing: false`, or give rows of "
                         "prompt and response."
                     )
-        return super()._open(stage)
+        return super()._open(key)

@@ -5,6 +5,7 @@ from torch import Tensor
 from lightning_align.models.building import Backbone
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.training.arguments import PolicyArguments, Unpack
+from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.types import TokenBatch
@@ -37,21 +38,23 @@ class SFTModule(AlignModule):
         self.log_training(values, progress_bar="loss", batch_size=len(logprobs.counts))
         return self.weighted(loss, count)
 
-    def _evaluate(self, metric: TokenNLL, batch: TokenBatch) -> None:
-        metric.update(*response_logprobs(self.policy, batch), batch.get("num_bytes"))
+    def _evaluate(self, metric: TokenNLL, batch: TokenBatch, loader: int) -> None:
+        logprobs = response_logprobs(self.policy, batch)
+        for each in metrics_of(metric, self.trainer, loader):
+            each.update(*logprobs, batch.get("num_bytes"))
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to ``val/loss``, ``val/perplexity`` and ``val/bits_per_byte``."""
-        self._evaluate(self.val_nll, batch)
+        self._evaluate(self.val_nll, batch, dataloader_idx)
 
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
+    def test_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the same metrics under ``test/``."""
-        self._evaluate(self.test_nll, batch)
+        self._evaluate(self.test_nll, batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all rows."""
-        self.log_evaluation("val", self.val_nll.compute_and_reset())
+        log_metric(self, "val", self.val_nll)
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of all rows."""
-        self.log_evaluation("test", self.test_nll.compute_and_reset())
+        log_metric(self, "test", self.test_nll)

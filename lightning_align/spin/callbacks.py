@@ -269,6 +269,11 @@ class SelfPlayGeneration(Callback):
         assert self._folder is not None
         return Path(self._folder) / f"iteration_{iteration}"
 
+    def made_pairs(self, stage: str) -> Pairs | None:
+        """Return the pairs of the current iteration if this process has them. Within `fit`, use `pairs`."""
+        made = self._cache.get(stage)
+        return made[1] if made is not None and made[0] == self.iteration else None
+
     def pairs(self, trainer: L.Trainer, data: Any, stage: str, store: TokenStore | LoaderRows) -> Pairs | None:
         """Return the pairs of the current iteration, and generate those that are missing. Every rank must call this.
 
@@ -288,8 +293,8 @@ class SelfPlayGeneration(Callback):
         module: Any = trainer.lightning_module
         if module.generate_mode == "per_step":
             return None
-        if stage in self._cache and self._cache[stage][0] == self.iteration:
-            return self._cache[stage][1]
+        if (made := self.made_pairs(stage)) is not None:
+            return made
         num_prompts = self.num_prompts if stage == "train" else None
         settings = module.generation.recorded()
         # The parts of an existing set keep their size. Another machine may generate the missing ones with other batches.

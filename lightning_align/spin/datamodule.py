@@ -6,7 +6,6 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader
 
 from lightning_align.data.forms import Form
 from lightning_align.data.mixture import MixedStore
@@ -14,9 +13,7 @@ from lightning_align.data.store import StoredRow, TokenStore
 from lightning_align.runtime.lightning_internals import callbacks_of
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import Pairs, collate_self_play
-from lightning_align.training.datamodule import AlignDataModule, Stage
-
-Loader = DataLoader[list[StoredRow]]
+from lightning_align.training.datamodule import AlignDataModule, Loader
 
 
 class SPINDataModule(AlignDataModule):
@@ -34,28 +31,27 @@ class SPINDataModule(AlignDataModule):
         store = self._pairs("train")
         if store is None:
             return super().train_dataloader()
-        if "validation" in self.sources:
-            self._pairs("validation")  # now, while the policy is still the opponent of the iteration
+        for key in self._keys("validation"):
+            self._pairs(key)  # now, while the policy is still the opponent of the iteration
         sampler = self._sampler(store, self.batch_size, shuffle=True, grouped=self.group_by_length)
         return self._loader(store, sampler, self._collate_pairs(), resumable=True)
 
-    def val_dataloader(self) -> Loader:
-        """Return the loader of the iteration's pairs within `fit`. Outside of `fit`, it loads real rows only."""
-        store = self._pairs("validation")
+    def _eval_loader(self, key: str) -> Loader:
+        # The pairs of the iteration within `fit`, and after it in the same process. Otherwise real rows only.
+        store = None if key in ("test", "predict") else self._pairs(key)
         if store is None:
-            return super().val_dataloader()
+            return super()._eval_loader(key)
         sampler = self._sampler(store, self.eval_batch_size, shuffle=False)
         return self._loader(store, sampler, self._collate_pairs())
 
-    def _pairs(self, stage: Stage) -> TokenStore | None:
+    def _pairs(self, key: str) -> TokenStore | None:
         """Return the pairs of the iteration, or None if there are none. Sampler and loader use them like a `TokenStore`."""
         trainer = self.trainer
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        loops = [] if trainer is None else [c for c in callbacks_of(trainer) if isinstance(c, SelfPlayGeneration)]
+        if trainer is None or not loops:
             return None
-        loops = [c for c in callbacks_of(trainer) if isinstance(c, SelfPlayGeneration)]
-        if not loops:
-            return None
-        pairs = loops[0].pairs(trainer, self, str(stage), self._store(stage))
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        pairs = loops[0].pairs(trainer, self, key, self._store(key)) if fitting else loops[0].made_pairs(key)
         return cast("TokenStore | None", pairs)
 
     def _parts_of_rows(self, store: TokenStore) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
 from lightning_align.training.arguments import PolicyArguments, Unpack
+from lightning_align.training.evaluation import log_values, metrics_of, parts_of
 from lightning_align.training.metrics import PairMeans, TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.types import LogProbs, SelfPlayBatch, TokenBatch
@@ -307,23 +308,28 @@ class SPINModule(AlignModule):
 
     # -- evaluation
 
-    def _evaluate(self, means: PairMeans, nll: TokenNLL, batch: Any) -> None:
+    def _evaluate(self, means: PairMeans, nll: TokenNLL, batch: Any, loader: int) -> None:
+        nlls = metrics_of(nll, self.trainer, loader)
         if not is_paired(batch) and self.trainer.state.fn != TrainerFn.FITTING:
             rows = real_rows(batch)
-            nll.update(*response_logprobs(self.policy, rows), rows.get("num_bytes"))
+            logprobs = response_logprobs(self.policy, rows)
+            for each in nlls:
+                each.update(*logprobs, rows.get("num_bytes"))
             return
         policy, ratios, ties = self.score(self.paired(batch, "validation"))
-        means.update(self.metrics(self.pair_losses(policy, ratios), policy, ratios, ties))
+        values = self.metrics(self.pair_losses(policy, ratios), policy, ratios, ties)
         half = len(ratios.chosen)
-        nll.update(policy.sums[:half], policy.counts[:half])
+        for mean, each in zip(metrics_of(means, self.trainer, loader), nlls, strict=True):
+            mean.update(values)
+            each.update(policy.sums[:half], policy.counts[:half])
 
-    def validation_step(self, batch: SelfPlayBatch | TokenBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: SelfPlayBatch | TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update ``val/nll`` of the real responses and, within `fit`, ``val/loss`` and ``val/rewards/...``."""
-        self._evaluate(self.val_means, self.val_nll, batch)
+        self._evaluate(self.val_means, self.val_nll, batch, dataloader_idx)
 
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
+    def test_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update ``test/nll``."""
-        self._evaluate(self.test_means, self.test_nll, batch)
+        self._evaluate(self.test_means, self.test_nll, batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all pairs."""
@@ -333,14 +339,16 @@ class SPINModule(AlignModule):
         """Log the means over all rows."""
         self._log_means("test", self.test_means, self.test_nll)
 
-    def _log_means(self, stage: str, means: PairMeans, nll: TokenNLL) -> None:
-        values = means.compute() if means.update_called else {}
-        values |= {
-            "nll" if name == "loss" else name: value for name, value in (nll.compute() if nll.update_called else {}).items()
-        }
-        means.reset()
-        nll.reset()
-        self.log_evaluation(stage, values, progress_bar=("loss", "rewards/accuracies"))
+    def _log_means(self, stage: str, all_means: PairMeans, all_nll: TokenNLL) -> None:
+        parts = zip(parts_of(all_means, self.trainer), parts_of(all_nll, self.trainer), strict=True)
+        for loader, (means, nll) in [(None, (all_means, all_nll)), *enumerate(parts)]:
+            values = means.compute() if means.update_called else {}
+            values |= {
+                "nll" if name == "loss" else name: value for name, value in (nll.compute() if nll.update_called else {}).items()
+            }
+            means.reset()
+            nll.reset()
+            log_values(self, stage, values, loader=loader, progress_bar=("loss", "rewards/accuracies"))
 
 
 def tied(pairs: TokenBatch) -> Tensor:

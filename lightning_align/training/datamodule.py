@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -20,26 +19,28 @@ from lightning_align.data.batching import (
 )
 from lightning_align.data.conversations import MaskTurns
 from lightning_align.data.encode import Truncation
-from lightning_align.data.forms import Form, first_form, form_of, prompt_text, read_conversation, side_text
+from lightning_align.data.forms import Form, first_form
 from lightning_align.data.ledger import BadRow, Ledger, write_ledgers
 from lightning_align.data.mapping import RowMapping, map_rows
 from lightning_align.data.messages import check_template_kwargs
-from lightning_align.data.mixture import MixedStore, MixtureSampler, MixtureStop, SourcePart, parts_of
+from lightning_align.data.mixture import MixedStore, MixtureSampler, MixtureStop, SourcePart, named_sources, parts_of
 from lightning_align.data.recipe import Recipe
 from lightning_align.data.rows import Grader, RowTask, read_rows
 from lightning_align.data.shapes import RankedPairs, Shape
-from lightning_align.data.store import StoredRow, TokenStore, build_store, read_forms, store_path
+from lightning_align.data.store import StoredRow, TokenStore, build_store, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
+from lightning_align.training.prompts import first_prompts
 
 Stage = Literal["train", "validation", "test", "predict"]
+Loader = DataLoader[list[StoredRow]]
 _STAGES_OF: dict[str, tuple[Stage, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
     "test": ("test",),
     "predict": ("predict",),
 }
-_SPLITS: dict[Stage, str] = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
+_SPLITS: dict[str, str] = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
 
 
 class AlignDataModule(L.LightningDataModule):
@@ -55,8 +56,9 @@ class AlignDataModule(L.LightningDataModule):
 
     Args:
         train: The source of the training rows.
-        validation: The source of the validation rows.
-        test: The source of the test rows.
+        validation: The source of the validation rows, or several by name: `{easy: a.jsonl, hard: b.jsonl}`. The metrics of
+            each are logged as `val/easy/loss`, beside those of all rows as `val/loss`.
+        test: The source of the test rows, or several by name.
         predict: The source of the rows to respond to or to score.
         tokenizer: `bytes`, the path of a tokenizer.json, or the folder or hub name of a transformers tokenizer.
         batch_size: Rows per training batch, on each device.
@@ -105,8 +107,8 @@ class AlignDataModule(L.LightningDataModule):
         self,
         train: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
         *,
-        validation: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
-        test: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
+        validation: str | list[str] | list[SourcePart] | RowTask | dict[str, str | list[str]] | Path | None = None,
+        test: str | list[str] | list[SourcePart] | RowTask | dict[str, str | list[str]] | Path | None = None,
         predict: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
         tokenizer: str = "bytes",
         batch_size: int = 8,
@@ -149,8 +151,9 @@ class AlignDataModule(L.LightningDataModule):
             check_template_kwargs(chat_template_kwargs or {})
         except ValueError as error:
             raise ValueError(f"`chat_template_kwargs` is wrong: {error}.") from error
-        given = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.sources = {cast(Stage, stage): source for stage, source in given.items() if source is not None}
+        given: dict[str, Any] = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.sources = named_sources(given)
+        """The sources. The key is the stage, or `stage/name` for one of several."""
         self._parts = {stage: parts_of(source) for stage, source in self.sources.items()}
         self.tokenizer_name = tokenizer
         self.batch_size = batch_size
@@ -169,7 +172,7 @@ class AlignDataModule(L.LightningDataModule):
         self.seed = seed
         self.ledgers: dict[str, Ledger] = {}
         """Counts of kept, trimmed and dropped rows, per stage. The key of a part of a mixture is `stage/source`."""
-        self._stores: dict[Stage, TokenStore] = {}
+        self._stores: dict[str, TokenStore] = {}
         self._tokenizer: Tokenizer | None = None
         self._limit_val_batches: int | float | None = None
 
@@ -186,15 +189,15 @@ class AlignDataModule(L.LightningDataModule):
         """Tokenize the sources of the running command into the cache. The Trainer calls it in one process per node."""
         trainer = self.trainer
         function = None if trainer is None else trainer.state.fn
-        stages = tuple(self.sources) if function is None else _STAGES_OF[function.value]
+        stages = ("train", "validation", "test", "predict") if function is None else _STAGES_OF[function.value]
         if function is not None:
             self._require(stages[0])  # before other sources are tokenized and the model is built
-        for stage in stages:
-            self._open(stage)
+        for key in (key for stage in stages for key in self._keys(stage)):
+            self._open(key)
 
     def setup(self, stage: str) -> None:
         """Open the tokenized rows, print how many were kept, and write the counts to ``ledger.json`` in the run's folder."""
-        new = [name for name in _STAGES_OF[stage] if name in self.sources and name not in self._stores]
+        new = [key for each in _STAGES_OF[stage] for key in self._keys(each) if key not in self._stores]
         for name in new:
             opened = self._open(name)
             names = [part.name for part in self._parts[name]]
@@ -207,7 +210,7 @@ class AlignDataModule(L.LightningDataModule):
                 if advice := ledger.advice():
                     rank_zero_warn(f"{name} rows from {advice}")
         trainer = self.trainer
-        if stage == "fit" and trainer is not None and "validation" not in self.sources:
+        if stage == "fit" and trainer is not None and not self._keys("validation"):
             # A fit without validation rows does not validate. Lightning warns if there is no loader or an empty one.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         if trainer is not None and new and not is_fast_dev_run(trainer):
@@ -221,23 +224,27 @@ class AlignDataModule(L.LightningDataModule):
         if self.trainer is not None and self._limit_val_batches is not None:
             self.trainer.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
 
-    def _open(self, stage: Stage) -> list[tuple[TokenStore, Ledger]]:
-        """Open the store of each part of a stage, or build it."""
+    def _keys(self, stage: str) -> list[str]:
+        """Return the keys of the sources of a stage."""
+        return [key for key in self.sources if key.partition("/")[0] == stage]
+
+    def _open(self, key: str) -> list[tuple[TokenStore, Ledger]]:
+        """Open the store of each part of a source, or build it."""
         opened = []
-        split = _SPLITS[stage]
-        for part in self._parts.get(stage, ()):
-            options: Any = {"split": split, "recipe": self._recipe(stage, part), "tokenizer": self.tokenizer}
+        split = _SPLITS[key.partition("/")[0]]
+        for part in self._parts.get(key, ()):
+            options: Any = {"split": split, "recipe": self._recipe(key, part), "tokenizer": self.tokenizer}
             path = store_path(part.rows, cache_dir=self.cache_dir, **options)
             opened.append(build_store(path, source=part.rows, num_workers=self.preparation_workers, **options))
         return opened
 
-    def _recipe(self, stage: Stage, part: SourcePart) -> Recipe:
+    def _recipe(self, key: str, part: SourcePart) -> Recipe:
         mapping = part.mapping(self.mapping)
         accepted, prompts_only = self.forms, False
-        if stage == "predict":
+        if key == "predict":
             accepted = self.predict_forms
             if "pair" in accepted:
-                rows = map_rows(read_rows(part.rows, split=_SPLITS[stage]), mapping, accepted=accepted, prompts_only=True)
+                rows = map_rows(read_rows(part.rows, split=_SPLITS[key]), mapping, accepted=accepted, prompts_only=True)
                 pairs = first_form(rows, accepted) == "pair"
                 accepted = ("pair",) if pairs else tuple(form for form in accepted if form != "pair")
             prompts_only = "pair" not in accepted
@@ -255,27 +262,32 @@ class AlignDataModule(L.LightningDataModule):
 
     # -- batches
 
-    def train_dataloader(self) -> DataLoader[list[StoredRow]]:
+    def train_dataloader(self) -> Loader:
         """Return training batches, in a new order for each epoch. A resumed run continues at the next batch."""
         store = self._store("train")
         sampler = self._sampler(store, self.batch_size, shuffle=True, grouped=self.group_by_length)
         return self._loader(store, sampler, self._collate(store), resumable=True)
 
-    def val_dataloader(self) -> DataLoader[list[StoredRow]]:
-        """Return batches of every row once."""
-        return self._eval_loader("validation")
+    def val_dataloader(self) -> Loader | dict[str, Loader]:
+        """Return batches of every row once. With several sources by name, a loader for each."""
+        return self._eval_loaders("validation")
 
-    def test_dataloader(self) -> DataLoader[list[StoredRow]]:
-        """Return batches of every row once."""
-        return self._eval_loader("test")
+    def test_dataloader(self) -> Loader | dict[str, Loader]:
+        """Return batches of every row once. With several sources by name, a loader for each."""
+        return self._eval_loaders("test")
 
-    def predict_dataloader(self) -> DataLoader[list[StoredRow]]:
+    def predict_dataloader(self) -> Loader:
         """Return prompts or pairs, every row once and in the order of the source."""
         return self._eval_loader("predict")
 
-    def _eval_loader(self, stage: Stage) -> DataLoader[list[StoredRow]]:
-        store = self._store(stage)
-        in_order = stage == "predict"
+    def _eval_loaders(self, stage: Stage) -> Loader | dict[str, Loader]:
+        self._require(stage)
+        keys = self._keys(stage)
+        return self._eval_loader(stage) if keys == [stage] else {k.partition("/")[2]: self._eval_loader(k) for k in keys}
+
+    def _eval_loader(self, key: str) -> Loader:
+        store = self._store(key)
+        in_order = key == "predict"
         sampler = self._sampler(store, self.eval_batch_size, shuffle=False, grouped=not in_order)
         collate = self._collate(store) if not in_order or store.num_sides == 2 else collate_prompts
         return self._loader(store, sampler, collate)
@@ -313,7 +325,7 @@ class AlignDataModule(L.LightningDataModule):
         collate: Callable[[Sequence[StoredRow]], Any],
         *,
         resumable: bool = False,
-    ) -> DataLoader[list[StoredRow]]:
+    ) -> Loader:
         # The sampler yields whole batches. As a `batch_sampler`, Lightning would replace it with its own.
         options: dict[str, Any] = {
             "batch_size": None,
@@ -331,15 +343,15 @@ class AlignDataModule(L.LightningDataModule):
     def _overfits(self) -> bool:
         return overfits(self.trainer)
 
-    def _store(self, stage: Stage) -> TokenStore:
-        self._require(stage)
-        if stage not in self._stores:
+    def _store(self, key: str) -> TokenStore:
+        self._require(key)
+        if key not in self._stores:
             raise ValueError("The rows are not open yet. Call prepare_data() and setup() first, as the Trainer does.")
         self._check_vocabulary()
-        return self._stores[stage]
+        return self._stores[key]
 
-    def _require(self, stage: Stage) -> None:
-        if stage not in self.sources:
+    def _require(self, stage: str) -> None:
+        if stage not in self.sources and not self._keys(stage):
             raise ValueError(
                 f"There is no source of {stage} rows. Give `{stage}` to {type(self).__name__}, on the command line "
                 f"--data.{stage}: a file that is not empty, a hub dataset or a task."
@@ -359,8 +371,8 @@ class AlignDataModule(L.LightningDataModule):
     @property
     def grader(self) -> Grader | None:
         """The task that grades responses: the source of the validation rows or of the training rows, or None."""
-        for stage in ("validation", "train"):
-            source = self.sources.get(stage)
+        for key in (*self._keys("validation"), "train"):
+            source = self.sources.get(key)
             if isinstance(source, RowTask) and isinstance(source, Grader):
                 return source
         return None
@@ -375,24 +387,8 @@ class AlignDataModule(L.LightningDataModule):
             For each prompt its token ids, its text, and the response of the row (of a pair, the chosen response). Empty if
             there are no validation rows, or if they are plain texts without prompts.
         """
-        store = self._stores.get("validation")
-        if store is None:
+        key = next((key for key in self._keys("validation") if key in self._stores), None)
+        if key is None:
             return []
-        stored = [store[i] for i in range(min(limit, len(store)))]
-        wanted = {row.row: row for row in stored if row.num_prompt > 0}
-        starts = store.starts if isinstance(store, MixedStore) else [0]
-        prompts = []
-        for start, part in zip(starts, self._parts["validation"], strict=False):
-            recipe = self._recipe("validation", part)
-            rows = read_forms(read_rows(part.rows, split=_SPLITS["validation"]), recipe=recipe)
-            for index, row in islice(enumerate(rows, start), max(0, max(wanted, default=-1) + 1 - start)):
-                if index not in wanted:
-                    continue
-                forms = [form for form in self.forms if form != "text"]
-                form = form_of(row.fields, accepted=forms)
-                options: Any = {"tokenizer": self.tokenizer, "chat_template_kwargs": self.chat_template_kwargs}
-                conversation = read_conversation(row.fields, form=form, mask_turns=self.mask_turns, **options)
-                found = wanted.pop(index)
-                ids = found.sides[0].tokens[: found.num_prompt].tolist()
-                prompts.append((ids, prompt_text(conversation), side_text(conversation)))
-        return prompts
+        sources = [(part.rows, self._recipe(key, part)) for part in self._parts[key]]
+        return first_prompts(self._stores[key], sources, split=_SPLITS["validation"], tokenizer=self.tokenizer, limit=limit)

@@ -2,14 +2,36 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 
-class _ExactMetric(Metric):
+class LoaderMetric(Metric):
+    """A metric over all rows of an evaluation that has a part over the rows of each loader, if there are several."""
+
+    def __init__(self) -> None:
+        """Start at zero, without parts."""
+        super().__init__()
+        self._parts: dict[int, Self] = {}
+
+    def part(self, loader: int) -> Self:
+        """Return the metric over the rows of a loader.
+
+        Args:
+            loader: The number of the loader, from 0.
+        """
+        if loader not in self._parts:
+            # A clone has the parts of the original.
+            part = self._parts[loader] = cast("Self", self.clone())
+            part._parts = {}
+            part.reset()
+        return self._parts[loader].to(self.device)
+
+
+class _ExactMetric(LoaderMetric):
     """Keeps its float64 states when the module around it is converted, as with `precision: bf16-true`.
 
     Updates are not in place. A state that was reset in inference mode, by `Trainer.validate`, could not be updated in place

@@ -108,6 +108,8 @@ class AlignModule(L.LightningModule):
             self.hparams["generation"] = None if generation is None else dataclasses.asdict(generation)
         self.init_from, self.lora, self.generation = init_from, lora, generation or GenerationConfig()
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
+        self.learning_rate: float | None = None
+        """Replaces the learning rate of the optimizer if it is set. `Tuner.lr_find` sets it."""
         self.policy: nn.Module = cast(nn.Module, None)
         self.dropout = DropoutSwitch(dropout, default=self.default_dropout)
         self.router_loss = RouterLoss(router_aux_loss_coef)
@@ -239,7 +241,8 @@ class AlignModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer of the parameters that train, and the schedule."""
-        return build_optimizer(self.policy.parameters(), self.make_optimizer, self.make_schedule, lr=self.default_lr)
+        made_by = self.make_optimizer, self.make_schedule
+        return build_optimizer(self.policy.parameters(), *made_by, lr=self.default_lr, found_lr=self.learning_rate)
 
     # -- checkpoints
 
@@ -298,18 +301,6 @@ class AlignModule(L.LightningModule):
         """
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name == progress_bar, batch_size=batch_size)
-
-    def log_evaluation(self, stage: str, values: Mapping[str, Tensor], *, progress_bar: Sequence[str] = ("loss",)) -> None:
-        """Log the values of a whole validation or test as ``<stage>/<name>``.
-
-        Args:
-            stage: ``val`` or ``test``.
-            values: Scalars by name, of metrics that were reduced over ranks.
-            progress_bar: The names of the values that the progress bar shows.
-        """
-        for name, value in values.items():
-            # The value is the same on every rank. sync_dist only tells Lightning so.
-            self.log(f"{stage}/{name}", value, prog_bar=name in progress_bar, sync_dist=True)
 
     def count_tokens(self, batch: TokenBatch) -> None:
         """Count a batch for the throughput and the padding share."""

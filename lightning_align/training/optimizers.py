@@ -36,6 +36,7 @@ def build_optimizer(
     make_schedule: LRSchedulerCallable | None,
     *,
     lr: float,
+    found_lr: float | None = None,
 ) -> OptimizerLRScheduler:
     """Make the optimizer of the parameters that train, and the schedule.
 
@@ -44,9 +45,14 @@ def build_optimizer(
         make_optimizer: A factory that gets the parameter groups. None makes AdamW.
         make_schedule: A factory that gets the optimizer. None makes no schedule.
         lr: The learning rate of AdamW.
+        found_lr: A learning rate that replaces the one of the factory, in all groups.
     """
     groups = parameter_groups(parameters)
     optimizer = torch.optim.AdamW(groups, lr=lr) if make_optimizer is None else make_optimizer(groups)
+    if found_lr is not None:
+        # Before the schedule is made, which is relative to it.
+        for group in optimizer.param_groups:
+            group["lr"] = found_lr
     if make_schedule is None:
         return optimizer
     return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule_config(make_schedule(optimizer))})

@@ -1,6 +1,7 @@
 """What one rank of a distributed test does: train a method under a strategy, and write what came of it."""
 
 import functools
+import os
 import sys
 import warnings
 from datetime import timedelta
@@ -22,21 +23,29 @@ from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.references.update import ReferenceUpdate
+from lightning_align.sft.datamodule import SFTDataModule
 from lightning_align.sft.module import SFTModule
+from tests.data.helpers import write_jsonl
 from tests.toys import preference_batch, split, tiny_palm, token_batch
 
 SFT_BATCH = token_batch([2, 1, 3, 2, 1, 2, 3, 1], [9, 8, 1, 7, 1, 1, 2, 1])
 DPO_BATCH = preference_batch(8)
 for side in (DPO_BATCH["chosen"], DPO_BATCH["rejected"]):
     side["rows"] = torch.arange(8)
+# Responses of 1 to 18 characters, of which several are packed into one sequence.
+ROWS = [{"prompt": "p" * (1 + i % 4), "response": chr(97 + i % 26) * (1 + i * i % 19)} for i in range(40)]
 # With momentum: Lightning cannot restore an optimizer without state under FSDP2.
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
 def build(case: str, folder: Path) -> Any:
-    """The module of a case, and its eight rows."""
+    """The module of a case, and its eight rows or its data module."""
     if case == "sft":
         return SFTModule(tiny_palm(), optimizer=SGD), SFT_BATCH
+    if case == "packed":
+        rows = write_jsonl(folder / f"rows-{os.getpid()}.jsonl", ROWS)
+        options = {"packing": True, "packed_length": 48, "max_length": 32, "cache_dir": str(folder / "cache")}
+        return SFTModule(tiny_palm(num_tokens=259), optimizer=SGD), SFTDataModule(rows, rows, **options)
     if case == "dpo":
         return DPOModule(tiny_palm(tie_embeddings=False), sft_weight=0.3, optimizer=SGD), DPO_BATCH
     if case == "moving":
@@ -109,15 +118,20 @@ def run(
     module, batch = build(case, folder)
     whole_run = trainer(1 if resumed else 2)
     # Two micro-batches an optimizer step, whose tokens differ between ranks and between micro-batches.
-    parts = split(batch, 4 // devices)[whole_run.global_rank :: devices]
-    loader: DataLoader[Any] = DataLoader(parts, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
-    whole_run.fit(module, loader, loader, ckpt_path=opened)
+    if isinstance(batch, L.LightningDataModule):
+        batch.batch_size = batch.eval_batch_size = 4 // devices
+        data: dict[str, Any] = {"datamodule": batch}
+    else:
+        parts = split(batch, 4 // devices)[whole_run.global_rank :: devices]
+        loader: DataLoader[Any] = DataLoader(parts, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        data = {"train_dataloaders": loader, "val_dataloaders": loader}
+    whole_run.fit(module, **data, ckpt_path=opened)
     if resumed:
         path = checkpoint_of(case, folder, devices)
         whole_run.save_checkpoint(path)
         module, _ = build(case, folder)
         whole_run = trainer(2)
-        whole_run.fit(module, loader, loader, ckpt_path=path)
+        whole_run.fit(module, **data, ckpt_path=path)
     metrics = {n: float(v) for n, v in whole_run.callback_metrics.items() if n.startswith(("val/", "train/grad"))}
     state = full(module.policy)  # this leaves the weights sharded, as the first generation of a run finds them
     config = GenerationConfig(max_new_tokens=12, temperature=0)
@@ -179,7 +193,7 @@ def export(strategy: Any, devices: int, folder: Path) -> dict[str, Tensor]:
     return full(module.policy)
 
 
-CASES = ("sft", "dpo", "pretrained", "lora", "peft", "stored", "moving", "moving_lora")
+CASES = ("sft", "packed", "dpo", "pretrained", "lora", "peft", "stored", "moving", "moving_lora")
 RESUMED = ("dpo", "pretrained", "lora", "peft", "moving", "moving_lora")
 LIMIT = timedelta(seconds=300)
 STRATEGIES: dict[str, Any] = {
