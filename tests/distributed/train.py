@@ -45,7 +45,10 @@ def build(case: str, folder: Path) -> Any:
     if case == "packed":
         rows = write_jsonl(folder / f"rows-{os.getpid()}.jsonl", ROWS)
         options = {"packing": True, "packed_length": 48, "max_length": 32, "cache_dir": str(folder / "cache")}
-        return SFTModule(tiny_palm(num_tokens=259), optimizer=SGD), SFTDataModule(rows, rows, **options)
+        few = write_jsonl(folder / f"few-{os.getpid()}.jsonl", ROWS[:5])
+        return SFTModule(tiny_palm(num_tokens=259), optimizer=SGD), SFTDataModule(
+            rows, validation={"all": rows, "few": few}, **options
+        )
     if case == "dpo":
         return DPOModule(tiny_palm(tie_embeddings=False), sft_weight=0.3, optimizer=SGD), DPO_BATCH
     if case == "moving":

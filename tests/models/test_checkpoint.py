@@ -1,6 +1,7 @@
 """Policies are read back from checkpoints as they were written, and errors name what does not fit."""
 
 import functools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,30 @@ def test_a_sharded_model_is_described_by_its_own_class() -> None:
     model.__class__ = type("FSDPPaLM", (FSDPModule, PaLM), {})  # as FSDP2 does
     described = backbone_spec(model)
     assert described is not None and described["class_path"] == "lightning_align.models.palm.PaLM"
+
+
+@pytest.mark.parametrize("kind", ["module", "bare"])
+def test_a_changed_byte_never_gives_other_weights(kind: str, tmp_path: Path) -> None:
+    """A flipped bit at 60 places, 20 cuts: the file is refused, or has the weights that were saved."""
+    model = tiny_palm()
+    path = tmp_path / "a.ckpt"
+    if kind == "module":
+        save(model, path, backbone=backbone_spec(model))
+    else:
+        torch.save(model.state_dict(), path)
+    content, draw = path.read_bytes(), random.Random(0)
+    refused = 0
+    for number in range(80):
+        place = draw.randrange(len(content))
+        damaged = content[:place] if number >= 60 else bytearray(content)
+        if isinstance(damaged, bytearray):
+            damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = load_policy(path, tiny_palm(seed=1))
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert weights_hash(loaded) == weights_hash(model)
+    assert refused > 60
