@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_align.models.building import backbone_spec, build_backbone
-from lightning_align.models.folders import check_folder, replaced_folder, write_tokenizer
+from lightning_align.models.folders import CARD, check_folder, replaced_folder, write_tokenizer
 from lightning_align.models.lora import (
     LoRAConfig,
     LoRALayer,
@@ -39,6 +39,7 @@ def write_adapter(
     *,
     scope: str = "default",
     tokenizer: Any = None,
+    card: Callable[[str | None], str] | None = None,
     expected: Expected | None = None,
 ) -> None:
     """Write one scope of adapters in the format of PEFT, for `PeftModel.from_pretrained` and for servers that load LoRA.
@@ -52,6 +53,7 @@ def write_adapter(
         folder: The folder to write. It is created with its parents. It must be empty or contain an earlier adapter.
         scope: The scope to write. Ignored if the adapters are those of PEFT.
         tokenizer: As for `write_model`. Default is none, because the base model has one.
+        card: A function that returns the text of the model card. It gets the base model that the adapters name, or None.
         expected: What the model computes, from `expected_adapter_logits`. Needed only if the model is sharded.
 
     Raises:
@@ -78,6 +80,8 @@ def write_adapter(
         write_tokenizer(tokenizer, partial)
         if base is None:
             _forget_base(partial)
+        if card is not None:
+            publish_text(partial / CARD, card(None if base is None else str(base.init_args["name"])))
         read = base if base is not None else _base_in_memory(model, weights)
         if read is not None:
             if of_peft:
@@ -123,7 +127,7 @@ def check_separable(model: nn.Module) -> None:
         )
 
 
-def _named_base(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module | None:
+def _named_base(model: nn.Module, weights: Mapping[str, Tensor]) -> PretrainedLM | None:
     """Load the base model by the name that adapters give to it, or return None if it is another model or has no name."""
     if not isinstance(model, PretrainedLM) or model.init_args["name"] is None:
         return None
@@ -209,12 +213,11 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
                 "(safetensors)."
             )
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    unknown = [key for key in ("use_dora", "layer_replication", "modules_to_save") if config.get(key)]
-    unknown += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-    if config.get("peft_type") != "LORA" or unknown or config.get("bias", "none") != "none":
+    others, kind = beyond_plain_lora(config), str(config.get("peft_type"))
+    if others or kind != "LORA":
         raise ValueError(
-            f"adapter {folder} must be plain LoRA, but is {config.get('peft_type')} with {', '.join(unknown) or 'biases'}. "
-            "Merge such adapters into their base with PEFT's merge_and_unload."
+            f"adapter {folder} must be plain LoRA, but is {kind}{' with ' if others else ''}{', '.join(others)}. "
+            f"{_other_way(model, folder)}"
         )
     wrapper = "model." if isinstance(model, PretrainedLM) else ""
     halves: dict[str, dict[str, Tensor]] = {}
@@ -222,8 +225,7 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
             raise ValueError(
-                f"adapter {folder} must contain only adapters of linear layers, but contains {key}. Merge such adapters into "
-                "their base with PEFT's merge_and_unload."
+                f"adapter {folder} must contain only adapters of linear layers, but contains {key}. {_other_way(model, folder)}"
             )
         halves.setdefault(wrapper + match[1], {})[match[2]] = value
     linears = linear_layers(model)
@@ -253,3 +255,39 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
             adapter.A.copy_(halves[name]["A"].T)
             adapter.B.copy_(halves[name]["B"].T)
     return names
+
+
+PLAIN = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "task_type"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "qalora_group_size", "megatron_core", "ensure_weight_tying", "runtime_config"),
+    *("loftq_config", "eva_config"),
+}
+"""The settings of PEFT's LoRA that do not change what adapters compute, given the layers and values in the file."""
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""Starts of LoRA that change the weights of the base model, so that the adapters are not of the base model alone."""
+
+
+def beyond_plain_lora(config: Mapping[str, Any]) -> list[str]:
+    """Return the settings in a configuration of PEFT that the adapters of this package do not have.
+
+    Settings of later versions of PEFT count among them, because they may change what the adapters compute.
+
+    Args:
+        config: The content of adapter_config.json.
+    """
+    if config.get("peft_type") != "LORA":
+        return []
+    found = [key for key, value in config.items() if key not in {*PLAIN, "bias", "init_lora_weights"} and value not in NOTHING]
+    start = str(config.get("init_lora_weights", True)).lower()
+    found += [f"init_lora_weights: {start}"] if start.startswith(MOVES_BASE) else []
+    return found + ([f"bias: {config['bias']}"] if config.get("bias", "none") != "none" else [])
+
+
+NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
+
+
+def _other_way(model: nn.Module, folder: Path) -> str:
+    if isinstance(model, PretrainedLM):
+        return f"PEFT reads it: `PretrainedLM(name, adapter={str(folder)!r})`."
+    return "Merge such adapters into their base with PEFT's merge_and_unload."
