@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_align.models.building import backbone_spec, build_backbone
+from lightning_align.models.embeddings import trains_rows_whole
 from lightning_align.models.folders import CARD, check_folder, replaced_folder, write_tokenizer
 from lightning_align.models.lora import (
     LoRAConfig,
@@ -69,12 +70,8 @@ def write_adapter(
     base = _named_base(model, weights)
     with replaced_folder(folder, ADAPTER_CONFIG) as partial:
         if of_peft:
-            inner: Any = model.model
-            state = {name.removeprefix("model."): value for name, value in weights.items()}
-            with warnings.catch_warnings():
-                # PEFT then also writes the embeddings, which is right for adapters on them.
-                warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-                inner.save_pretrained(partial, state_dict=state)
+            assert isinstance(model, PretrainedLM)
+            _write_peft(model, weights, partial)
         else:
             _write_lora(model, layers, weights, partial, scope=scope)
         write_tokenizer(tokenizer, partial)
@@ -159,6 +156,26 @@ def _base_in_memory(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Modul
 def _forget_base(folder: Path) -> None:
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     publish_text(folder / ADAPTER_CONFIG, json.dumps({**config, "base_model_name_or_path": None}, indent=2) + "\n")
+
+
+def _write_peft(model: PretrainedLM, weights: Mapping[str, Tensor], folder: Path) -> None:
+    inner: Any = model.model
+    state = {name.removeprefix("model."): value for name, value in weights.items()}
+    with warnings.catch_warnings():
+        # PEFT then also writes the embeddings, which is right for adapters on them.
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        if not trains_rows_whole(inner) or not model.num_new_tokens:
+            inner.save_pretrained(folder, state_dict=state)
+            return
+    # PEFT would also write the embeddings because they were resized, and could not read them back: their rows that train are
+    # in the adapters already.
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(inner, state_dict=state, save_embedding_layers=False)
+    found = {f"{PREFIX}{name}": value.contiguous() for name, value in found.items()}
+    publish(folder / ADAPTER_WEIGHTS, lambda path: save_file(found, path, metadata={"format": "pt"}))
+    (config,) = inner.peft_config.values()
+    config.save_pretrained(folder)
 
 
 def _write_lora(

@@ -121,6 +121,17 @@ def with_new_tokens(model: Any, adapter: dict[str, Any], new: int) -> dict[str, 
     return {**adapter, "trainable_token_indices": {name: indices for name in names}}
 
 
+def trains_rows_whole(model: Any) -> bool:
+    """Return whether rows of the embedding train as they are beside adapters of PEFT, and not by a product of two factors.
+
+    Args:
+        model: The model of transformers, with its adapters.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(model.get_input_embeddings(), AuxiliaryTrainingWrapper)
+
+
 def layer_names(model: Any) -> list[str]:
     """Return the last parts of the names of the embedding and, if it is not tied to it, of the output layer."""
     first, head = model.get_input_embeddings(), model.get_output_embeddings()
