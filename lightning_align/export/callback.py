@@ -72,7 +72,11 @@ class ExportModel(Callback):
             if not self.adapter_only:
                 with tempfile.TemporaryDirectory() as temporary:
                     write_tokenizer(self._tokenizer(trainer), Path(temporary))
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            return (
+                f"`folder` must be a folder that can be written, but {folder} is not ({error.strerror or error}). Pass another."
+            )
+        except ValueError as error:
             return str(error)
         return None
 

@@ -116,9 +116,13 @@ def with_new_tokens(model: Any, adapter: dict[str, Any], new: int) -> dict[str, 
     mentioned = any(name in (value if isinstance(value, list) else [value]) for value in told for name in names)
     if not new or mentioned or adapter.get("trainable_token_indices") or str(adapter.get("peft_type", "LORA")) != "LORA":
         return adapter
-    size = len(model.get_output_embeddings().weight)
-    indices = list(range(size - new, size))
-    return {**adapter, "trainable_token_indices": {name: indices for name in names}}
+    head = model.get_output_embeddings()
+    indices = list(range(len(head.weight) - new, len(head.weight)))
+    if getattr(head, "bias", None) is None:
+        return {**adapter, "trainable_token_indices": {name: indices for name in names}}
+    # PEFT leaves out the bias of an output layer of which it trains some rows.
+    told = adapter.get("modules_to_save") or []
+    return {**adapter, "modules_to_save": [*told, names[-1]], "trainable_token_indices": {names[0]: indices}}
 
 
 def trains_rows_whole(model: Any) -> bool:
@@ -151,6 +155,12 @@ def check_new_rows_train(model: Any, new: int) -> None:
         ValueError: If a layer with new rows is frozen.
     """
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    if new and getattr(getattr(layers[1], "token_adapter", None), "base_layer", None) is not None:
+        if getattr(layers[1].token_adapter.base_layer, "bias", None) is not None:
+            raise ValueError(
+                "`trainable_token_indices` cannot train rows of this output layer, because PEFT leaves out its bias. Name the "
+                "layer in `modules_to_save` instead."
+            )
     frozen = [layer for layer in layers if not any(parameter.requires_grad for parameter in layer.parameters())]
     if new and frozen:
         raise ValueError(

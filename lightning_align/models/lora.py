@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_align.models.language_model import Head
+from lightning_align.models.language_model import Head, logits_of
 from lightning_align.models.ties import untie
 
 
@@ -31,7 +31,8 @@ class LoRAConfig:
         alpha: The scale of the adapters. Their output is multiplied by alpha / rank (or alpha / sqrt(rank) with `rslora`).
         dropout: The dropout probability on the input of the adapters.
         targets: The linear layers that get an adapter, as shell patterns. A pattern matches the last part of the dotted name or
-            the whole name. `*` excludes the output layer, which must be named to get an adapter.
+            the whole name. `*` excludes the output layer, which must be named to get an adapter, and the parts of a model of
+            images and text that text does not reach.
         rslora: Whether to scale by alpha / sqrt(rank) instead of alpha / rank (rank-stabilized LoRA).
         scope: The name of this set of adapters.
     """
@@ -134,6 +135,19 @@ def _lora_class(kind: type[nn.Module]) -> type[LoRALayer] | None:
     """Return the class with adapters for a class of layers, or None if there is none."""
     if kind in _CLASSES:
         return _CLASSES[kind]
+    if kind.__name__ == "FalconLinear" and issubclass(kind, nn.Linear):
+
+        class LoRAFalconLinear(LoRALayer, kind):  # type: ignore[misc, valid-type]  # known at run time only
+            """The linear layer of Falcon with adapters. It rounds in 16 bits in its own way."""
+
+            plain = kind
+
+            def apply_weight(self, x: Tensor) -> Tensor:
+                y: Tensor = kind.forward(self, x)
+                return y
+
+        _CLASSES[kind] = LoRAFalconLinear
+        return LoRAFalconLinear
     if kind.__name__ != "Conv1D" or kind.__module__ != "transformers.pytorch_utils":
         return None
 
@@ -192,6 +206,15 @@ def _scope_layers(model: nn.Module, scope: str) -> list[LoRALayer]:
     return layers
 
 
+def _other_parts(model: nn.Module) -> set[int]:
+    """Return the ids of the layers of a model of images and text that text does not reach, such as those of a vision tower."""
+    if not getattr(model, "composite", False):
+        return set()
+    inner: Any = model.model
+    used = {id(module) for part in (model.decoder, inner.get_output_embeddings()) for module in part.modules()}  # type: ignore[union-attr]
+    return {id(module) for module in model.modules()} - used
+
+
 def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> list[str]:
     """Add a scope of adapters to the linear layers that match ``config.targets``.
 
@@ -213,6 +236,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> li
     # Log-probs are computed in chunks from the weight of the output layer, which is not possible with an adapter on it. So
     # `*` excludes the output layer.
     named, head = [pattern for pattern in config.targets if pattern != "*"], getattr(model, "head", None)
+    frozen = _other_parts(model)
+    names = [name for name in names if id(linears[name]) not in frozen or _matches(name, named)]
     if isinstance(head, Head):
         names = [name for name in names if linears[name].weight is not head.weight or _matches(name, named)]
     if not names:
@@ -242,6 +267,38 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> li
         if active:
             layer.active = (*layer.active, config.scope)
     return names
+
+
+@torch.no_grad()
+def check_layers_called(model: nn.Module, scope: str, tokens: Tensor) -> None:
+    """Check that a model calls the layers that have adapters, and does not only read their weights, as Mamba does.
+
+    Args:
+        model: The model.
+        scope: The scope of the adapters.
+        tokens: (B, N) int64 token ids to compute.
+
+    Raises:
+        ValueError: If the adapter of a layer would have no effect, because the model reads the weight of the layer.
+    """
+    called: set[str] = set()
+    layers = lora_layers(model, scope)
+    hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers]
+    before = logits_of(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    for name, layer in layers:
+        if name in called:
+            continue
+        kept = layer.weight.detach().clone()
+        layer.weight.add_(kept.std() + 0.1)
+        changed = not torch.equal(logits_of(model, tokens), before)
+        layer.weight.copy_(kept)
+        if changed:
+            raise ValueError(
+                f"LoRA: {name} cannot have an adapter, because the model reads its weight and does not call the layer. Leave "
+                "it out of `targets`."
+            )
 
 
 def use_lora(model: nn.Module, *scopes: str) -> None:

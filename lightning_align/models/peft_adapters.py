@@ -231,7 +231,9 @@ def unload_peft(model: Any, *, merge: bool = True) -> None:
         elif isinstance(layer, BaseTunerLayer):
             if merge:
                 _untie(model, layer.get_base_layer())
-                _merge(layer)
+                for inner in layer.modules():  # several, where the weights of one module of experts have an adapter each
+                    if isinstance(inner, BaseTunerLayer):
+                        _merge(inner)
             plain = layer.get_base_layer()
         else:
             continue
