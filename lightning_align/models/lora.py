@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_align.models.language_model import Head, logits_of
+from lightning_align.models.language_model import Head
 from lightning_align.models.ties import untie
 
 
@@ -267,38 +267,6 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> li
         if active:
             layer.active = (*layer.active, config.scope)
     return names
-
-
-@torch.no_grad()
-def check_layers_called(model: nn.Module, scope: str, tokens: Tensor) -> None:
-    """Check that a model calls the layers that have adapters, and does not only read their weights, as Mamba does.
-
-    Args:
-        model: The model.
-        scope: The scope of the adapters.
-        tokens: (B, N) int64 token ids to compute.
-
-    Raises:
-        ValueError: If the adapter of a layer would have no effect, because the model reads the weight of the layer.
-    """
-    called: set[str] = set()
-    layers = lora_layers(model, scope)
-    hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers]
-    before = logits_of(model, tokens)
-    for hook in hooks:
-        hook.remove()
-    for name, layer in layers:
-        if name in called:
-            continue
-        kept = layer.weight.detach().clone()
-        layer.weight.add_(kept.std() + 0.1)
-        changed = not torch.equal(logits_of(model, tokens), before)
-        layer.weight.copy_(kept)
-        if changed:
-            raise ValueError(
-                f"LoRA: {name} cannot have an adapter, because the model reads its weight and does not call the layer. Leave "
-                "it out of `targets`."
-            )
 
 
 def use_lora(model: nn.Module, *scopes: str) -> None:
