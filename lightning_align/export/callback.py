@@ -1,22 +1,27 @@
 """The callback that exports the model at the end of a fit."""
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
-from lightning_align.data.mixture import describe
 from lightning_align.export.card import is_peft, model_card
+from lightning_align.export.facts import describe_run, describe_sources, final_metrics, method_of
+from lightning_align.export.usage import AdapterUse
 from lightning_align.generation.ends import end_ids
 from lightning_align.models.adapter_files import check_separable, expected_adapter_logits
-from lightning_align.models.building import backbone_spec
-from lightning_align.models.folders import check_folder
+from lightning_align.models.folders import check_folder, check_writable, write_tokenizer
 from lightning_align.models.formats import CONFIG, merged_weights, whole_weights, write_adapter, write_model
 from lightning_align.models.language_model import policy_of
 from lightning_align.models.peft_adapters import ADAPTER_CONFIG, check_mergeable
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.proof import expected_logits
+from lightning_align.models.rehearsal import check_formats, check_rebuildable, export_bytes
 
 
 class ExportModel(Callback):
@@ -33,11 +38,12 @@ class ExportModel(Callback):
         self.folder, self.adapter_only, self.max_shard_size = folder, adapter_only, max_shard_size
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check before training that the policy can be exported.
+        """Check before training that the policy can be exported: what the end of the run would refuse is refused now.
 
         Raises:
-            ValueError: If `adapter_only` is set and no adapters train or they cannot be written alone, if the policy does not
-                say how it is built, if the folder contains other files, or if the module has no `policy`.
+            ValueError: If `adapter_only` is set and no adapters train or they cannot be written alone, if the policy cannot be
+                rebuilt from its `init_args` or is quantized, if the folder contains other files or cannot be written, if the
+                tokenizer cannot be saved, or if the module has no `policy`.
         """
         policy = policy_of(pl_module)
         if self.adapter_only:
@@ -46,16 +52,59 @@ class ExportModel(Callback):
                     "ExportModel: `adapter_only` is true, but no adapters train. Set `lora`, or remove `adapter_only`."
                 )
             check_separable(policy)
-        elif is_peft(policy):
-            check_mergeable(policy)
-        elif backbone_spec(policy) is None:
-            raise ValueError(
-                "ExportModel: the policy must have `init_args`, from which it can be rebuilt, but is a "
-                f"{type(policy).__name__} without them. Remove the callback and save its `state_dict()`, or give the class a "
-                "dictionary `init_args`."
+        else:
+            check_formats(policy, max_shard_size=self.max_shard_size)
+            check_rebuildable(policy)
+            if is_peft(policy):
+                check_mergeable(policy)
+        folder = self._folder(trainer)
+        self._card(trainer, pl_module, policy, folder)
+        self._end_ids(trainer, pl_module, policy)
+        fault = self._folder_fault(trainer, policy, folder) if trainer.is_global_zero else None
+        if fault := trainer.strategy.broadcast(fault):  # on every rank, because only one has tried to write
+            raise ValueError(fault)
+
+    def _folder_fault(self, trainer: L.Trainer, policy: nn.Module, folder: Path) -> str | None:
+        try:
+            check_folder(folder, ADAPTER_CONFIG if self.adapter_only else CONFIG)
+            check_not_base(policy, folder)
+            check_writable(folder, export_bytes(policy, adapter_only=self.adapter_only))
+            if not self.adapter_only:
+                with tempfile.TemporaryDirectory() as temporary:
+                    write_tokenizer(self._tokenizer(trainer), Path(temporary))
+        except OSError as error:
+            return (
+                f"`folder` must be a folder that can be written, but {folder} is not ({error.strerror or error}). Pass another."
             )
-        if self.folder is not None:
-            check_folder(self.folder, ADAPTER_CONFIG if self.adapter_only else CONFIG)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _folder(self, trainer: L.Trainer) -> Path:
+        """Return the folder. All ranks must call this, because `log_dir` is a broadcast."""
+        return Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "export")
+
+    def _tokenizer(self, trainer: L.Trainer) -> Any:
+        return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+
+    def _end_ids(self, trainer: L.Trainer, pl_module: L.LightningModule, policy: nn.Module) -> tuple[int, ...]:
+        eos_token = getattr(getattr(pl_module, "generation", None), "eos_token", None)
+        return end_ids(tokenizer=self._tokenizer(trainer), model=policy, eos_token=eos_token)
+
+    def _card(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, policy: nn.Module, folder: Path, base: str | None = None
+    ) -> str:
+        hparams = dict(pl_module.hparams)
+        return model_card(
+            policy,
+            method_of(pl_module),
+            hparams,
+            describe_sources(getattr(trainer, "datamodule", None)),
+            final_metrics(trainer),
+            settings=describe_run(trainer),
+            tokenizer=None if self.adapter_only else self._tokenizer(trainer),
+            adapter=AdapterUse(base, hparams.get("init_from"), folder) if self.adapter_only else None,
+        )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gather the weights on every rank, and write them on one."""
@@ -63,29 +112,49 @@ class ExportModel(Callback):
         scope = "default" if lora is None else lora.scope
         weights = whole_weights(policy)
         expected = expected_adapter_logits(policy, scope) if self.adapter_only else expected_logits(policy)
-        # On every rank, because `log_dir` is a broadcast.
-        folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "export")
+        folder = self._folder(trainer)
         if not trainer.is_global_zero:
             return
         if self.adapter_only:
-            write_adapter(policy, weights, folder, scope=scope, expected=expected)
+            write_adapter(
+                policy,
+                weights,
+                folder,
+                scope=scope,
+                card=lambda base: self._card(trainer, pl_module, policy, folder, base),
+                expected=expected,
+            )
         else:
-            data: Any = getattr(trainer, "datamodule", None)
-            tokenizer = getattr(data, "tokenizer", None)
-            eos_token = getattr(getattr(pl_module, "generation", None), "eos_token", None)
-            given = getattr(data, "sources", {})
-            sources = {name: describe(source) for name, source in given.items()}
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            tokenizer = self._tokenizer(trainer)
             write_model(
                 policy,
                 merged_weights(policy, weights),
                 folder,
                 tokenizer=tokenizer,
-                eos_ids=end_ids(tokenizer=tokenizer, model=policy, eos_token=eos_token),
-                card=model_card(policy, type(pl_module).__name__, dict(pl_module.hparams), sources, metrics),
+                eos_ids=self._end_ids(trainer, pl_module, policy),
+                card=self._card(trainer, pl_module, policy, folder),
                 max_shard_size=self.max_shard_size,
                 expected=expected,
             )
-            if getattr(data, "tokenizer", None) is None:
+            if tokenizer is None:
                 rank_zero_info("exporting the model without a tokenizer, because the data module has none")
         rank_zero_info(f"exported the {'adapters' if self.adapter_only else 'model'} to {folder}")
+
+
+def check_not_base(policy: nn.Module, folder: Path) -> None:
+    """Check that an export would not replace the model that the run began with.
+
+    Args:
+        policy: The policy.
+        folder: The folder of the export.
+
+    Raises:
+        ValueError: If the folder is that of a base model.
+    """
+    for part in policy.modules():
+        base = part.init_args["name"] if isinstance(part, PretrainedLM) else None
+        if base is not None and folder.is_dir() and Path(base).is_dir() and os.path.samefile(base, folder):
+            raise ValueError(
+                f"`folder` must not be the model that the run begins with, but got {folder}, which the export would replace. "
+                "Pass another path."
+            )

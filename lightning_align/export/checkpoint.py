@@ -5,7 +5,9 @@ from typing import Any
 
 from lightning_align.data.tokenizer.record import KEY
 from lightning_align.export.card import is_peft, model_card
+from lightning_align.export.facts import metrics_of_checkpoint, run_of_checkpoint, sources_of_checkpoint
 from lightning_align.export.tokenizer import NONE, tokenizer_of
+from lightning_align.export.usage import AdapterUse
 from lightning_align.generation.ends import end_ids
 from lightning_align.models.checkpoint import SHARDS_META, build_policy, gather_checkpoint, read_checkpoint
 from lightning_align.models.formats import whole_weights, write_adapter, write_model
@@ -45,16 +47,35 @@ def export_checkpoint(
     given = NONE if adapter_only and tokenizer is None else tokenizer
     reader = tokenizer_of(checkpoint, record, given=given, force=force_tokenizer)
     weights = whole_weights(policy)
+
+    def card(adapter: AdapterUse | None) -> str:
+        return model_card(
+            policy,
+            str(hparams.get("_class_path", "")).rpartition(".")[2],
+            hparams,
+            sources_of_checkpoint(checkpoint),
+            metrics_of_checkpoint(saved),
+            settings=run_of_checkpoint(saved),
+            tokenizer=reader,
+            adapter=adapter,
+        )
+
     if adapter_only:
-        scope = LoRAConfig(**dict(lora)).scope if lora else "default"
-        write_adapter(policy, weights, output, scope=scope, tokenizer=reader)
+        scope, start = LoRAConfig(**dict(lora)).scope if lora else "default", hparams.get("init_from")
+        write_adapter(
+            policy,
+            weights,
+            output,
+            scope=scope,
+            tokenizer=reader,
+            card=lambda base: card(AdapterUse(base, start, output)),
+        )
     else:
-        card = model_card(policy, str(hparams.get("_class_path", "")).rpartition(".")[2], hparams, {}, {})
         eos_token = dict(hparams.get("generation") or {}).get("eos_token")
         # A text is no id without a tokenizer, and `write_model` then keeps what the model declares.
         eos_token = eos_token if reader is not None or not isinstance(eos_token, str) else None
         eos_ids = end_ids(tokenizer=reader, model=policy, eos_token=eos_token)
-        write_model(policy, weights, output, tokenizer=reader, eos_ids=eos_ids, card=card, max_shard_size=max_shard_size)
+        write_model(policy, weights, output, tokenizer=reader, eos_ids=eos_ids, card=card(None), max_shard_size=max_shard_size)
     print(f"exported the {'adapters' if adapter_only else 'model'} to {output}")
     if reader is None and given is None:
         print("without a tokenizer, because the checkpoint names none. Give --tokenizer to write one.")

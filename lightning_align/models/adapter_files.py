@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_align.models.building import backbone_spec, build_backbone
-from lightning_align.models.folders import check_folder, replaced_folder, write_tokenizer
+from lightning_align.models.embeddings import trains_rows_whole
+from lightning_align.models.folders import CARD, check_folder, replaced_folder, write_tokenizer
 from lightning_align.models.lora import (
     LoRAConfig,
     LoRALayer,
@@ -39,6 +40,7 @@ def write_adapter(
     *,
     scope: str = "default",
     tokenizer: Any = None,
+    card: Callable[[str | None], str] | None = None,
     expected: Expected | None = None,
 ) -> None:
     """Write one scope of adapters in the format of PEFT, for `PeftModel.from_pretrained` and for servers that load LoRA.
@@ -52,6 +54,7 @@ def write_adapter(
         folder: The folder to write. It is created with its parents. It must be empty or contain an earlier adapter.
         scope: The scope to write. Ignored if the adapters are those of PEFT.
         tokenizer: As for `write_model`. Default is none, because the base model has one.
+        card: A function that returns the text of the model card. It gets the base model that the adapters name, or None.
         expected: What the model computes, from `expected_adapter_logits`. Needed only if the model is sharded.
 
     Raises:
@@ -67,17 +70,15 @@ def write_adapter(
     base = _named_base(model, weights)
     with replaced_folder(folder, ADAPTER_CONFIG) as partial:
         if of_peft:
-            inner: Any = model.model
-            state = {name.removeprefix("model."): value for name, value in weights.items()}
-            with warnings.catch_warnings():
-                # PEFT then also writes the embeddings, which is right for adapters on them.
-                warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-                inner.save_pretrained(partial, state_dict=state)
+            assert isinstance(model, PretrainedLM)
+            _write_peft(model, weights, partial)
         else:
             _write_lora(model, layers, weights, partial, scope=scope)
         write_tokenizer(tokenizer, partial)
         if base is None:
             _forget_base(partial)
+        if card is not None:
+            publish_text(partial / CARD, card(None if base is None else str(base.init_args["name"])))
         read = base if base is not None else _base_in_memory(model, weights)
         if read is not None:
             if of_peft:
@@ -123,7 +124,7 @@ def check_separable(model: nn.Module) -> None:
         )
 
 
-def _named_base(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module | None:
+def _named_base(model: nn.Module, weights: Mapping[str, Tensor]) -> PretrainedLM | None:
     """Load the base model by the name that adapters give to it, or return None if it is another model or has no name."""
     if not isinstance(model, PretrainedLM) or model.init_args["name"] is None:
         return None
@@ -155,6 +156,26 @@ def _base_in_memory(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Modul
 def _forget_base(folder: Path) -> None:
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     publish_text(folder / ADAPTER_CONFIG, json.dumps({**config, "base_model_name_or_path": None}, indent=2) + "\n")
+
+
+def _write_peft(model: PretrainedLM, weights: Mapping[str, Tensor], folder: Path) -> None:
+    inner: Any = model.model
+    state = {name.removeprefix("model."): value for name, value in weights.items()}
+    with warnings.catch_warnings():
+        # PEFT then also writes the embeddings, which is right for adapters on them.
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        if not trains_rows_whole(inner) or not model.num_new_tokens:
+            inner.save_pretrained(folder, state_dict=state)
+            return
+    # PEFT would also write the embeddings because they were resized, and could not read them back: their rows that train are
+    # in the adapters already.
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(inner, state_dict=state, save_embedding_layers=False)
+    found = {f"{PREFIX}{name}": value.contiguous() for name, value in found.items()}
+    publish(folder / ADAPTER_WEIGHTS, lambda path: save_file(found, path, metadata={"format": "pt"}))
+    (config,) = inner.peft_config.values()
+    config.save_pretrained(folder)
 
 
 def _write_lora(
@@ -209,12 +230,11 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
                 "(safetensors)."
             )
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    unknown = [key for key in ("use_dora", "layer_replication", "modules_to_save") if config.get(key)]
-    unknown += [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-    if config.get("peft_type") != "LORA" or unknown or config.get("bias", "none") != "none":
+    others, kind = beyond_plain_lora(config), str(config.get("peft_type"))
+    if others or kind != "LORA":
         raise ValueError(
-            f"adapter {folder} must be plain LoRA, but is {config.get('peft_type')} with {', '.join(unknown) or 'biases'}. "
-            "Merge such adapters into their base with PEFT's merge_and_unload."
+            f"adapter {folder} must be plain LoRA, but is {kind}{' with ' if others else ''}{', '.join(others)}. "
+            f"{_other_way(model, folder)}"
         )
     wrapper = "model." if isinstance(model, PretrainedLM) else ""
     halves: dict[str, dict[str, Tensor]] = {}
@@ -222,8 +242,7 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
             raise ValueError(
-                f"adapter {folder} must contain only adapters of linear layers, but contains {key}. Merge such adapters into "
-                "their base with PEFT's merge_and_unload."
+                f"adapter {folder} must contain only adapters of linear layers, but contains {key}. {_other_way(model, folder)}"
             )
         halves.setdefault(wrapper + match[1], {})[match[2]] = value
     linears = linear_layers(model)
@@ -253,3 +272,39 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
             adapter.A.copy_(halves[name]["A"].T)
             adapter.B.copy_(halves[name]["B"].T)
     return names
+
+
+PLAIN = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "task_type"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "qalora_group_size", "megatron_core", "ensure_weight_tying", "runtime_config"),
+    *("loftq_config", "eva_config"),
+}
+"""The settings of PEFT's LoRA that do not change what adapters compute, given the layers and values in the file."""
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""Starts of LoRA that change the weights of the base model, so that the adapters are not of the base model alone."""
+
+
+def beyond_plain_lora(config: Mapping[str, Any]) -> list[str]:
+    """Return the settings in a configuration of PEFT that the adapters of this package do not have.
+
+    Settings of later versions of PEFT count among them, because they may change what the adapters compute.
+
+    Args:
+        config: The content of adapter_config.json.
+    """
+    if config.get("peft_type") != "LORA":
+        return []
+    found = [key for key, value in config.items() if key not in {*PLAIN, "bias", "init_lora_weights"} and value not in NOTHING]
+    start = str(config.get("init_lora_weights", True)).lower()
+    found += [f"init_lora_weights: {start}"] if start.startswith(MOVES_BASE) else []
+    return found + ([f"bias: {config['bias']}"] if config.get("bias", "none") != "none" else [])
+
+
+NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
+
+
+def _other_way(model: nn.Module, folder: Path) -> str:
+    if isinstance(model, PretrainedLM):
+        return f"PEFT reads it: `PretrainedLM(name, adapter={str(folder)!r})`."
+    return "Merge such adapters into their base with PEFT's merge_and_unload."

@@ -2,15 +2,18 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CARD = "README.md"
+"""The model card."""
 PARTIAL = ".export-partial"
 """The folder inside of an export's folder where the next export is written and checked."""
 OWNED = (
-    *("config.json", "generation_config.json", "adapter_config.json", "README.md"),
+    *("config.json", "generation_config.json", "adapter_config.json", CARD),
     *(
         "model*.safetensors",
         "model.safetensors.index.json",
@@ -42,6 +45,37 @@ def check_folder(folder: str | Path, mark: str) -> None:
         raise ValueError(
             f"`folder` must be empty or contain an earlier export, but {folder} contains other files and no {mark}. "
             "Pass another path."
+        )
+
+
+def check_writable(folder: str | Path, needed: int) -> None:
+    """Check that a folder can be created and written, and that its disk has room. Nothing stays behind.
+
+    Args:
+        folder: The folder.
+        needed: The number of bytes that will be written.
+
+    Raises:
+        ValueError: If it cannot be written, or the disk is too full.
+    """
+    folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ValueError(
+            f"`folder` must be a folder that can be written, but {folder} is not ({error.strerror or error}). Pass another."
+        ) from error
+    finally:
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+    if free < needed:
+        raise ValueError(
+            f"`folder` must have room for the export, which takes {needed / 2**30:.3g} GiB, but the disk of {folder} has "
+            f"{free / 2**30:.3g} GiB. Free space, or pass another path."
         )
 
 

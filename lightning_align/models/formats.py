@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_align.models.adapter_files import read_adapter, write_adapter
 from lightning_align.models.building import backbone_spec, build_backbone
-from lightning_align.models.folders import check_folder, replaced_folder, write_tokenizer
+from lightning_align.models.folders import CARD, check_folder, replaced_folder, write_tokenizer
 from lightning_align.models.merging import embedding_names, merged_weights, transformers_weights, whole_weights
 from lightning_align.models.palm import PaLM
 from lightning_align.models.pretrained import PretrainedLM
@@ -30,7 +30,7 @@ __all__ = [
     "write_adapter",
     "write_model",
 ]
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def write_model(

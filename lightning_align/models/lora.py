@@ -31,7 +31,8 @@ class LoRAConfig:
         alpha: The scale of the adapters. Their output is multiplied by alpha / rank (or alpha / sqrt(rank) with `rslora`).
         dropout: The dropout probability on the input of the adapters.
         targets: The linear layers that get an adapter, as shell patterns. A pattern matches the last part of the dotted name or
-            the whole name. `*` excludes the output layer, which must be named to get an adapter.
+            the whole name. `*` excludes the output layer, which must be named to get an adapter, and the parts of a model of
+            images and text that text does not reach.
         rslora: Whether to scale by alpha / sqrt(rank) instead of alpha / rank (rank-stabilized LoRA).
         scope: The name of this set of adapters.
     """
@@ -134,6 +135,19 @@ def _lora_class(kind: type[nn.Module]) -> type[LoRALayer] | None:
     """Return the class with adapters for a class of layers, or None if there is none."""
     if kind in _CLASSES:
         return _CLASSES[kind]
+    if kind.__name__ == "FalconLinear" and issubclass(kind, nn.Linear):
+
+        class LoRAFalconLinear(LoRALayer, kind):  # type: ignore[misc, valid-type]  # known at run time only
+            """The linear layer of Falcon with adapters. It rounds in 16 bits in its own way."""
+
+            plain = kind
+
+            def apply_weight(self, x: Tensor) -> Tensor:
+                y: Tensor = kind.forward(self, x)
+                return y
+
+        _CLASSES[kind] = LoRAFalconLinear
+        return LoRAFalconLinear
     if kind.__name__ != "Conv1D" or kind.__module__ != "transformers.pytorch_utils":
         return None
 
@@ -192,6 +206,15 @@ def _scope_layers(model: nn.Module, scope: str) -> list[LoRALayer]:
     return layers
 
 
+def _other_parts(model: nn.Module) -> set[int]:
+    """Return the ids of the layers of a model of images and text that text does not reach, such as those of a vision tower."""
+    if not getattr(model, "composite", False):
+        return set()
+    inner: Any = model.model
+    used = {id(module) for part in (model.decoder, inner.get_output_embeddings()) for module in part.modules()}  # type: ignore[union-attr]
+    return {id(module) for module in model.modules()} - used
+
+
 def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> list[str]:
     """Add a scope of adapters to the linear layers that match ``config.targets``.
 
@@ -213,6 +236,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, *, active: bool = True) -> li
     # Log-probs are computed in chunks from the weight of the output layer, which is not possible with an adapter on it. So
     # `*` excludes the output layer.
     named, head = [pattern for pattern in config.targets if pattern != "*"], getattr(model, "head", None)
+    frozen = _other_parts(model)
+    names = [name for name in names if id(linears[name]) not in frozen or _matches(name, named)]
     if isinstance(head, Head):
         names = [name for name in names if linears[name].weight is not head.weight or _matches(name, named)]
     if not names:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_align.models.ties import untie
+from lightning_align.models.peft_starts import prepared_start
+from lightning_align.models.ties import tie_again, untie
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED = "inference_mode"
@@ -46,8 +47,8 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
         try:
             config = peft.get_peft_config(dict(described))
             config.inference_mode = False  # a configuration of trained adapters, as in a checkpoint, has True
-            _inject(model, config)
-        except (ValueError, TypeError, KeyError) as error:
+            _inject(model, config, trained=bool(adapter.get(TRAINED)))
+        except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
             raise ValueError(
                 f"PretrainedLM: `adapter` must be a configuration of PEFT, but {adapter} is not valid ({error})."
             ) from error
@@ -64,7 +65,7 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
-        _inject(model, config)
+        _inject(model, config, trained=True)
         found = peft.set_peft_model_state_dict(model, weights)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
@@ -81,8 +82,8 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
     return content | {TRAINED: True}
 
 
-def _inject(model: Any, config: Any) -> None:
-    with warnings.catch_warnings():
+def _inject(model: Any, config: Any, *, trained: bool) -> None:
+    with warnings.catch_warnings(), prepared_start(model, config, trained=trained):
         # Merging gives a tied layer with an adapter its own weight (see `unload_peft`).
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         model.add_adapter(config)
@@ -216,6 +217,7 @@ def unload_peft(model: Any, *, merge: bool = True) -> None:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     replaced: list[str] = []
+    tied = merge and bool(getattr(model.config, "tie_word_embeddings", False))
     for name, layer in list(model.named_modules()):
         if any(name.startswith(f"{outer}.") for outer in replaced):
             continue
@@ -229,7 +231,9 @@ def unload_peft(model: Any, *, merge: bool = True) -> None:
         elif isinstance(layer, BaseTunerLayer):
             if merge:
                 _untie(model, layer.get_base_layer())
-                _merge(layer)
+                for inner in layer.modules():  # several, where the weights of one module of experts have an adapter each
+                    if isinstance(inner, BaseTunerLayer):
+                        _merge(inner)
             plain = layer.get_base_layer()
         else:
             continue
@@ -238,6 +242,8 @@ def unload_peft(model: Any, *, merge: bool = True) -> None:
         replaced.append(name)
     model._hf_peft_config_loaded = False
     del model.peft_config
+    if tied:
+        tie_again(model, model.get_input_embeddings(), model.get_output_embeddings())
 
 
 def check_mergeable(model: nn.Module) -> None:

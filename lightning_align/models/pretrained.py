@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lightning_align.models.causality import check_causal
 from lightning_align.models.documents import document_positions
+from lightning_align.models.embeddings import check_new_rows_train, with_new_tokens
+from lightning_align.models.embeddings import resize_embeddings as resize
 from lightning_align.models.language_model import Head, declared_ends
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
@@ -21,6 +23,7 @@ from lightning_align.models.peft_adapters import TRAINED, AdapterStart, add_peft
 from lightning_align.models.pretrained_cache import PretrainedCache, cache_fault, has_selectable_layers
 from lightning_align.models.pretrained_loading import (
     build_random,
+    causal_remedy,
     find_decoder,
     freeze_other_parts,
     is_composite,
@@ -60,6 +63,7 @@ class PretrainedLM(nn.Module):
         compile: str | None = None,
         adapter: str | dict[str, Any] | None = None,
         eos_token_id: int | list[int] | None = None,
+        resize_embeddings: int | None = None,
     ) -> None:
         """Load a model, or build one with random weights.
 
@@ -81,6 +85,8 @@ class PretrainedLM(nn.Module):
                 can be the reference, which needs no extra memory.
             eos_token_id: The ids that end a response. Default is those in the generation settings of the model, which list
                 several for most instruct models. A model with random weights has only those that `config` gives.
+            resize_embeddings: The vocabulary size, for a tokenizer with more tokens than the model. The rows of new tokens
+                start at the mean of the others. Beside new LoRA adapters they train too.
 
         Raises:
             ValueError: If the model does not exist, has no linear output layer or has no safetensors weights, or if the
@@ -112,6 +118,9 @@ class PretrainedLM(nn.Module):
                 # contains the weights, which are loaded after this.
                 load_error = str(error)
                 self.model = build_random(config, options)
+        described = json.loads(self.model.config.to_json_string(use_diff=True))
+        self.num_new_tokens = 0 if resize_embeddings is None else resize(self.model, resize_embeddings)
+        """The number of tokens that `resize_embeddings` added."""
         self.composite = is_composite(self.model)
         """Whether the text model is one of several parts. The others, such as a vision tower, are frozen."""
         if self.composite:
@@ -121,8 +130,9 @@ class PretrainedLM(nn.Module):
         described_adapter: dict[str, Any] | None = None
         if isinstance(adapter, dict) and not adapter.get(TRAINED):
             with watch_start(self.model) as found:
-                described_adapter = add_peft(self.model, adapter)
+                described_adapter = add_peft(self.model, with_new_tokens(self.model, adapter, self.num_new_tokens))
             (self.start,) = found
+            check_new_rows_train(self.model, self.num_new_tokens)
         elif adapter is not None:
             described_adapter = add_peft(self.model, adapter)
         self.adapters_off = peft_disabled if self.start is not None and self.start.off_is_base else None
@@ -141,7 +151,6 @@ class PretrainedLM(nn.Module):
         """The expert routers, or None if the model has none."""
         self.router_record: RouterRecord | None = None
         """Where the next forward passes with gradients record their router logits; see `recording_routers`."""
-        described = json.loads(self.config.to_json_string(use_diff=True))
         self.init_args: dict[str, Any] = {
             "name": name,
             # Complete, so that a checkpoint can rebuild the model when the folder is gone.
@@ -151,6 +160,7 @@ class PretrainedLM(nn.Module):
             "revision": revision,
             "gradient_checkpointing": gradient_checkpointing,
             "eos_token_id": list(self.eos_ids),
+            "resize_embeddings": resize_embeddings,
             "adapter": described_adapter,  # not the folder, because a checkpoint contains the weights
         }
         self.model.eval()
@@ -159,7 +169,7 @@ class PretrainedLM(nn.Module):
         self._scale = self._probe()
         self.compile_backend: str | None = None
         self.known_causal = False
-        check_causal(self, remedy=_causal_remedy(self.config))
+        check_causal(self, remedy=causal_remedy(self.config))
         if self.start is not None:
             with stirred(self.model):
                 check_causal(self, remedy="Use another kind of adapter: this one mixes tokens, once its values are not 0.")
@@ -379,13 +389,6 @@ class PretrainedLM(nn.Module):
             "memory and time."
         )
         return None
-
-
-def _causal_remedy(config: Any) -> str:
-    """Return what makes a model of transformers causal."""
-    if getattr(config, "is_decoder", None) is False:
-        return "Set `config: {is_decoder: true}` to give it a causal mask, or use a model that was trained with one."
-    return ""
 
 
 def _clear_load_error(module: nn.Module, _: Any) -> None:

@@ -143,6 +143,13 @@ def freeze_other_parts(model: Any, decoder: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+def causal_remedy(config: Any) -> str:
+    """Return what makes a model of transformers causal."""
+    if getattr(config, "is_decoder", None) is False:
+        return "Set `config: {is_decoder: true}` to give it a causal mask, or use a model that was trained with one."
+    return ""
+
+
 def summary(error: Exception) -> str:
     """Return the type of an error and the first line of its message, because the messages of transformers are long."""
     return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

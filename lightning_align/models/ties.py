@@ -1,5 +1,6 @@
 """Tied layers: layers that share one weight, as the embedding and the output layer of many models do."""
 
+import torch
 from torch import nn
 
 
@@ -34,3 +35,19 @@ def _say_untied(model: nn.Module) -> None:
     described = getattr(model, "init_args", {}).get("config")
     if isinstance(described, dict) and described.get("tie_word_embeddings"):
         described["tie_word_embeddings"] = False
+
+
+def tie_again(model: nn.Module, embedding: nn.Module, head: nn.Module) -> None:
+    """Share the weight of two layers again that `untie` parted, if it is still the same.
+
+    Args:
+        model: The model of transformers that contains them. It is changed in place.
+        embedding: The embedding.
+        head: The output layer.
+    """
+    if torch.equal(embedding.weight, head.weight):  # type: ignore[arg-type]  # both have one
+        head.weight = embedding.weight
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "tie_word_embeddings", None) is False:
+                config.tie_word_embeddings = True  # type: ignore[union-attr]  # a configuration of transformers

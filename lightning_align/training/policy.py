@@ -10,6 +10,7 @@ from lightning_align.models.building import Backbone, backbone_spec, build_backb
 from lightning_align.models.causality import check_causal
 from lightning_align.models.checkpoint import load_policy, read_checkpoint
 from lightning_align.models.lora import LoRAConfig, add_lora, train_only
+from lightning_align.models.lora_calls import check_layers_called
 
 
 class PolicySource:
@@ -52,7 +53,7 @@ class PolicySource:
             # about to load one is not known yet: `check_weights` raises later if it did not.
             self.awaits_weights = True
             return build_backbone(self.backbone)
-        return load_policy(self.init_from, self.backbone)
+        return load_policy(self.init_from, self.backbone).train()  # an exported folder is read in evaluation mode
 
     def add_adapters(self, policy: nn.Module) -> None:
         """Add the adapters of ``lora``, if any, and freeze all other weights.
@@ -71,7 +72,14 @@ class PolicySource:
                 f"{self.owner}: `lora` trains adapters on a frozen base model, which is not saved in checkpoints. Give the "
                 "base model's weights as `init_from`, or use a backbone that loads its own weights."
             )
+        if self.init_from is None and (new := getattr(policy, "num_new_tokens", 0)):
+            raise ValueError(
+                f"{self.owner}: `lora` freezes the embeddings, so the {new} tokens of `resize_embeddings` would not train. "
+                f"Use `adapter: {{r: {self.lora.rank}, lora_alpha: {self.lora.alpha:g}}}` of the backbone instead of `lora`: "
+                "it trains them too. Or train all weights first, and give that checkpoint as `init_from`."
+            )
         add_lora(policy, self.lora)
+        check_layers_called(policy, self.lora.scope)
         train_only(policy, self.lora.scope)
 
     def check_weights(self) -> None:

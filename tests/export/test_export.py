@@ -98,7 +98,7 @@ def test_in_and_out_by_the_command_line(method: str, rows: str) -> None:
 
     assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
     card = (out / "README.md").read_text()
-    assert "base_model: ./base" in card and f"{method.upper()}Module" in card and rows in card and "val/loss" in card
+    assert "| base model | ./base |" in card and f"{method.upper()}Module" in card and rows in card and "val/loss" in card
     assert "library_name: transformers" in card and "AutoModelForCausalLM.from_pretrained" in card
 
     # The same from the checkpoint, where the folder that the run began from is gone.

@@ -45,5 +45,6 @@ def check_vocabulary(tokenizer: Tokenizer, *, num_tokens: int) -> None:
     if tokenizer.vocab_size > num_tokens:
         raise ValueError(
             f"the model has {num_tokens} tokens, but the tokenizer has {tokenizer.vocab_size}. Give the model at least"
-            f" {tokenizer.vocab_size} tokens, or use the tokenizer that the model was trained with."
+            f" {tokenizer.vocab_size} tokens (`resize_embeddings: {tokenizer.vocab_size}` of a PretrainedLM), or use the"
+            " tokenizer that the model was trained with."
         )
