@@ -255,7 +255,7 @@ class AlignModule(PrecisionHooks):
         self.source.awaits_weights = False
         trainer = trainer_of(self)
         if trainer is not None and trainer.training:
-            self.masters.load(checkpoint["state_dict"])
+            self.masters.load(checkpoint.get("state_dict", {}))  # a sharded checkpoint has none
         path = (None if trainer is None else trainer.ckpt_path) or "that was given"
         self.clock.load(checkpoint, trainer)
         check_tokenizer(checkpoint.get(TOKENIZER), datamodule_of(trainer), source=f"checkpoint {path}")
