@@ -7,6 +7,8 @@ Here the inputs may have 16 bits, but the sums and the result have at least floa
   float32.
 - Elsewhere the factors are converted to float32. A product of two 16-bit numbers is exact there. Callers pass tiles, so no
   large matrix is converted as a whole.
+- On a CPU with instructions for bfloat16, which are twice as fast and more, the products of the backward pass alone are rounded
+  to bfloat16, tile by tile. The gradients are then off by less than 1/256 of their norm, as those of the other layers.
 """
 
 import functools
@@ -37,9 +39,16 @@ def has_wide_products(device: str, dtype: torch.dtype) -> bool:
         return False
 
 
+@functools.cache
+def rounds_gradients(device: str, dtype: torch.dtype) -> bool:
+    """Return whether `add_product` adds products that are rounded to a dtype, because the device is much faster with it."""
+    return device == "cpu" and dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def factor_dtype(like: Tensor) -> torch.dtype:
-    """Return the dtype that factors of products should have: that of ``like`` if its device can read it, else float32."""
-    return like.dtype if has_wide_products(like.device.type, like.dtype) else accumulator_dtype(like.dtype)
+    """Return the dtype of the factors of `add_product`: that of ``like`` if its device multiplies it well, else float32."""
+    kind = like.device.type, like.dtype
+    return like.dtype if has_wide_products(*kind) or rounds_gradients(*kind) else accumulator_dtype(like.dtype)
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -69,5 +78,7 @@ def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
     dtype = factor_dtype(b)
     if dtype is into.dtype:
         into.addmm_(a.to(dtype), b.to(dtype))
-    else:
+    elif has_wide_products(b.device.type, dtype):
         into += torch.mm(a.to(dtype), b, out_dtype=into.dtype)
+    else:
+        into += torch.mm(a.to(dtype), b)

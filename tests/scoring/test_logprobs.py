@@ -187,7 +187,7 @@ def test_under_autocast_sums_are_in_float32(bias: bool, keep_bytes: int, monkeyp
     expected = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-5)
     result.sum().backward()
-    # Gradients have the dtype of the parameters. No rounding to bfloat16 is left but that of the inputs.
+    # Gradients have the dtype of the parameters. A CPU that is fast with bfloat16 rounds the factors and results of products.
     gradient = -logits.softmax(1)
     gradient[torch.arange(64), targets] += 1
     for got, want in (
@@ -195,7 +195,7 @@ def test_under_autocast_sums_are_in_float32(bias: bool, keep_bytes: int, monkeyp
         (weight.grad, gradient.T @ hidden.detach().bfloat16().double()),
     ):
         assert got is not None and got.dtype == torch.float32
-        assert float((got.double() - want).norm() / want.norm()) < 1e-5
+        assert float((got.double() - want).norm() / want.norm()) < 2**-8
 
 
 def test_ids_outside_of_the_vocabulary_are_rejected() -> None:

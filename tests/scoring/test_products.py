@@ -13,10 +13,11 @@ from lightning_align.scoring.head import head_logprobs
 ROWS, WIDTH, VOCABULARY = 96, 64, 1500
 
 
-@pytest.fixture(params=["converts", "wide"])
+@pytest.fixture(params=["converts", "rounds", "wide"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let the CPU behave as itself, or as a device whose `torch.mm` reads 16 bits and writes float32."""
+    """Let the CPU be slow or fast with bfloat16, or a device whose `torch.mm` reads 16 bits and writes float32."""
     kind: str = request.param
+    monkeypatch.setattr(products, "rounds_gradients", lambda device, dtype: kind == "rounds" and dtype is torch.bfloat16)
     if kind == "wide":
         real = torch.mm
 
@@ -67,7 +68,7 @@ def test_only_the_rounding_of_float32_is_left(
     exact.backward(upstream.double())
     result.backward(upstream)
     # A gradient is rounded once, to the dtype of its parameter. A device with wide products also rounds the probabilities and
-    # the scaled hidden states, which are factors of products.
+    # the scaled hidden states, which are factors of products. A fast CPU also rounds the products.
     eps = torch.finfo(dtype).eps
     for got, want in zip((hidden.grad, weight.grad, bias.grad), (x.grad for x in wide), strict=True):
         assert got is not None and want is not None and got.dtype is dtype
