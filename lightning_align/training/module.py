@@ -222,9 +222,13 @@ class AlignModule(PrecisionHooks):
         """Make the optimizer of the parameters that train, or of their float32 copies, and the schedule."""
         # Under FSDP2, torch saves the state of an optimizer by the names that its parameters have in the module.
         self.masters.create([] if self.is_sharded else self.named_parameters())
-        parameters = self.masters.substitute(self.policy.parameters())
         return build_optimizer(
-            parameters, self.make_optimizer, self.make_schedule, lr=self.default_lr, ready=self.masters.attach
+            self.masters.substitute(self.policy.parameters()),
+            self.make_optimizer,
+            self.make_schedule,
+            lr=self.default_lr,
+            scaled=self.mixed_dtype is torch.float16,
+            ready=self.masters.attach,
         )
 
     # -- checkpoints

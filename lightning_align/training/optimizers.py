@@ -31,9 +31,21 @@ def schedule_config(scheduler: LRScheduler | Any) -> dict[str, Any]:
     return {"scheduler": scheduler, "interval": "step"}
 
 
-def default_optimizer(groups: list[dict[str, Any]], *, lr: float) -> Optimizer:
-    """Make AdamW, fused if all parameters are on a CUDA device: one kernel per step instead of several per group of tensors."""
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+def on_cuda(groups: Iterable[dict[str, Any]]) -> bool:
+    """Return whether there are parameters and all of them are on CUDA devices."""
+    places = {parameter.device.type for group in groups for parameter in group["params"]}
+    return places == {"cuda"}
+
+
+def default_optimizer(groups: list[dict[str, Any]], *, lr: float, scaled: bool = False) -> Optimizer:
+    """Make AdamW, fused on CUDA devices: one kernel per step instead of several per group of tensors.
+
+    Args:
+        groups: The parameter groups.
+        lr: The learning rate.
+        scaled: Whether a gradient scaler unscales the gradients. A fused optimizer would do it itself, after they are clipped.
+    """
+    fused = on_cuda(groups) and not scaled
     return torch.optim.AdamW(groups, lr=lr, fused=True) if fused else torch.optim.AdamW(groups, lr=lr)
 
 
@@ -43,6 +55,7 @@ def build_optimizer(
     make_schedule: LRSchedulerCallable | None,
     *,
     lr: float,
+    scaled: bool = False,
     ready: Callable[[Optimizer], None] = lambda optimizer: None,
 ) -> OptimizerLRScheduler:
     """Make the optimizer of the parameters that train, and the schedule.
@@ -52,10 +65,11 @@ def build_optimizer(
         make_optimizer: A factory that gets the parameter groups. None makes AdamW.
         make_schedule: A factory that gets the optimizer. None makes no schedule.
         lr: The learning rate of AdamW.
+        scaled: See `default_optimizer`.
         ready: Called with the optimizer before the schedule is made.
     """
     groups = parameter_groups(parameters)
-    optimizer = default_optimizer(groups, lr=lr) if make_optimizer is None else make_optimizer(groups)
+    optimizer = default_optimizer(groups, lr=lr, scaled=scaled) if make_optimizer is None else make_optimizer(groups)
     ready(optimizer)
     if make_schedule is None:
         return optimizer
