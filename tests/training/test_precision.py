@@ -143,16 +143,21 @@ class Losses(Callback):
         self.values.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def fit(name: str, precision: str, folder: Path) -> tuple[L.LightningModule, list[float], dict[str, torch.Tensor]]:
-    """Train two steps. Returns the module, its losses and its first weights."""
+def fit_module(case: Case, precision: str, folder: Path, *callbacks: Callback, steps: int = 2) -> L.LightningModule:
+    """Train a few steps."""
     torch.manual_seed(0)
-    module, batches = CASES[name](folder)
-    seen = Losses()
-    callbacks = [seen, *([ReferenceUpdate(alpha=0.5, every=1)] if "moving" in name else [])]
+    module, batches = case(folder)
     # On a CPU the Trainer takes bf16-mixed for 16-mixed, unless it is given as a plugin.
     how = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if precision == "16-mixed" else {"precision": precision}
-    run = trainer(folder, max_steps=2, callbacks=callbacks, **how)
-    run.fit(module, loader(batches))
+    trainer(folder, max_steps=steps, max_epochs=-1, callbacks=list(callbacks), **how).fit(module, loader(batches))
+    return module
+
+
+def fit(name: str, precision: str, folder: Path) -> tuple[L.LightningModule, list[float], dict[str, torch.Tensor]]:
+    """Train two steps. Returns the module, its losses and its first weights."""
+    seen = Losses()
+    others = [ReferenceUpdate(alpha=0.5, every=1)] if "moving" in name else []
+    module = fit_module(CASES[name], precision, folder, seen, *others)
     return module, seen.values, seen.before
 
 
