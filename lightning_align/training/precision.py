@@ -96,13 +96,14 @@ class PrecisionHooks(L.LightningModule):
         Args:
             count: The number of tokens or pairs of the first micro-batch of the run.
         """
-        if self._scale_is_set:
+        trainer = trainer_of(self)
+        if self._scale_is_set or trainer is None:
             return
         self._scale_is_set = True
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             most = torch.as_tensor(count, dtype=torch.float32, device=self.device)
-            lower_scale(scaler, float(self.trainer.strategy.reduce(most, reduce_op="max")))
+            lower_scale(scaler, float(trainer.strategy.reduce(most, reduce_op="max")))
 
     def on_after_backward(self) -> None:
         """Add the gradients of narrow weights in float32. DDP must find those of all micro-batches in the weights."""
