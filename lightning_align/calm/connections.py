@@ -211,7 +211,7 @@ class Connection(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible.causal and mask is None)
         mixed = rearrange(mixed, "b h n k -> b n h k")
         if self.gate is not None:
-            mixed = mixed * self.gate(normed).sigmoid().unsqueeze(-1)
+            mixed = mixed * self._gates(normed).to(mixed.dtype)
         out: Tensor = self.to_out(mixed.flatten(-2))
         return out if blind is None else out.masked_fill(blind, 0.0)
 
@@ -236,6 +236,17 @@ class Connection(nn.Module):
             scores = scores.masked_fill(torch.ones(scores.shape[-2:], device=q.device).triu(1).bool(), -torch.inf)
         weights: Tensor = scores.float().softmax(dim=-1).nan_to_num()
         return weights
+
+    def _gates(self, normed: Tensor) -> Tensor:
+        """Compute the (B, N, H, 1) gates, in at least float32.
+
+        In bfloat16 sigmoid(10) is 1, where the derivative that is computed from it is 0, so an open gate would never move.
+        """
+        assert self.gate is not None
+        dtype = torch.promote_types(normed.dtype, torch.float32)
+        with torch.autocast(normed.device.type, enabled=False):
+            logits = F.linear(normed.to(dtype), self.gate.weight.to(dtype), self.gate.bias.to(dtype))
+        return logits.sigmoid().unsqueeze(-1)
 
     def _queries(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         normed = self.norm(hidden)

@@ -289,7 +289,7 @@ class CALM(nn.Module):
             seen = hidden if self.combine == "sum" else result
             added = self.connections[i](seen, at.k, at.v, at.positions, at.visible)
             if self._traces is not None:
-                ratio = (added.detach().norm() / seen.detach().norm()).float()
+                ratio = added.detach().float().norm() / seen.detach().float().norm()
                 connection: Any = self.connections[i]
                 weights = connection.attention(seen, at.k, at.positions, at.visible) if self._maps else None
                 self._traces.append(Trace(self._spots[i].name, ratio, weights))

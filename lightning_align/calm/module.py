@@ -335,6 +335,7 @@ class CALMModule(AlignModule):
         if not self.is_sharded:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(FROZEN)}
+            self.masters.save(checkpoint["state_dict"], self.named_parameters())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the hashes of the frozen models, and add their weights to the checkpoint so that loading stays strict.

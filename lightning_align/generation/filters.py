@@ -67,7 +67,8 @@ def filter_logits(
         threshold = ordered.masked_fill(gone, torch.inf).amin(dim=-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if min_p > 0:
-        logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + torch.tensor(min_p).log(), -torch.inf)
+        ratio = torch.tensor(min_p, dtype=torch.float32).log()
+        logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + ratio, -torch.inf)
     if typical_p < 1:
         logps = logits.log_softmax(dim=-1)
         entropy = -(logps.exp() * logps).nansum(dim=-1, keepdim=True)

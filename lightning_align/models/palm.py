@@ -86,7 +86,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension: (..., D) -> (..., D)."""
-        return F.layer_norm(x, self.weight.shape, self.weight)
+        weight: Tensor = self.weight
+        if weight.dtype.itemsize < x.dtype.itemsize:
+            weight = weight.to(x.dtype)  # gathered in 16 bits under FSDP2
+        return F.layer_norm(x, weight.shape, weight)
 
 
 class PaLMBlock(nn.Module):

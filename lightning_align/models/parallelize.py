@@ -1,14 +1,66 @@
 """Sharding and compilation of a model after it is built. The model classes themselves do not handle process groups."""
 
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+class GatherPolicy(MixedPrecisionPolicy):
+    """Gathers weights in the dtype of a mixed precision, and reduces gradients in float32 (of float64 weights in float64).
+
+    Autocast alone would gather float32 and keep a cast copy of each weight for the backward pass, so that each rank would hold
+    a whole model. The copies that FSDP2 gathers are freed after each block.
+
+    The inputs of a block are not cast: rotary tables must stay in float32. Under autocast its output, the residual stream, is
+    in float32, as it is without sharding. An ``nn.LayerNorm`` on a CPU does not take this beside a gain of 16 bits.
+    """
+
+    _device: str
+    _model: Callable[[], nn.Module | None]
+    _widens: bool
+    _dtype: torch.dtype | None
+
+    def __init__(self, device: str, model: nn.Module, *, dtype: torch.dtype | None) -> None:
+        """Set the policy.
+
+        Args:
+            device: The type of the device.
+            model: The model that will be sharded.
+            dtype: The dtype of the gathered weights. None takes that of autocast at the first forward pass, if it is on.
+        """
+        widens = device != "cpu" or not any(isinstance(module, nn.LayerNorm) for module in model.modules())
+        for name, value in {"device": device, "model": weakref.ref(model), "widens": widens, "dtype": dtype}.items():
+            object.__setattr__(self, f"_{name}", value)  # the class is frozen
+
+    def _autocast(self) -> torch.dtype | None:
+        return torch.get_autocast_dtype(self._device) if torch.is_autocast_enabled(self._device) else None
+
+    @property
+    def param_dtype(self) -> torch.dtype | None:
+        """The dtype of the gathered weights. None is their own."""
+        return self._dtype or self._autocast()
+
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        """The dtype in which gradients are reduced and accumulated. None is that of the gathered weights."""
+        model = self._model()
+        weight = None if model is None else next(model.parameters(), None)  # its precision may be converted after sharding
+        return None if weight is not None and weight.dtype is torch.float64 else torch.float32
+
+    @property
+    def output_dtype(self) -> torch.dtype | None:
+        """The dtype of the outputs of blocks. None leaves them as they are."""
+        return torch.float32 if self._widens and self._autocast() is not None else None
+
+    cast_forward_inputs = False
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> nn.Module:
     """Shard the parameters of a model over the ranks of a mesh with FSDP2.
 
     Each block is sharded separately, so that the forward pass gathers the parameters of one block at a time. The other
@@ -17,13 +69,16 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Args:
         model: The model, with its layers in ``blocks`` if it has them. It is changed in place.
         mesh: A one-dimensional device mesh.
+        dtype: The dtype of gathered weights under a mixed precision. Default is that of autocast at the first forward pass, or
+            that of the weights without autocast. The sharded weights keep their dtype.
 
     Returns:
         The model.
     """
+    policy = GatherPolicy(mesh.device_type, model, dtype=dtype)
     for block in getattr(model, "blocks", ()):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     for name in ("hidden", "packed_hidden"):
         if hasattr(model, name):
             # Without this, only `forward` gathers the sharded parameters.

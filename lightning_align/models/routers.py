@@ -69,7 +69,9 @@ class RouterRecord:
         if not self._passes or self.routers.function is None:
             return None
         layers = tuple(torch.cat(parts) for parts in zip(*self._passes, strict=True))
-        return self.routers.function(layers, self.routers.num_experts, self.routers.top_k)
+        layers = tuple(layer.to(torch.promote_types(layer.dtype, torch.float32)) for layer in layers)
+        with torch.autocast(layers[0].device.type, enabled=False):
+            return self.routers.function(layers, self.routers.num_experts, self.routers.top_k)
 
 
 def find_routers(model: Any) -> Routers | None:

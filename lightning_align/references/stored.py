@@ -110,7 +110,9 @@ class StoredLogProbs:
         known = [row for row in found if row is not None]
         if len(known) < len(found):
             return None
-        return LogProbs(torch.tensor([total for total, _ in known]), torch.tensor([count for _, count in known]))
+        # With bf16-true the default dtype is bfloat16 in here.
+        sums = torch.tensor([total for total, _ in known], dtype=torch.float32)
+        return LogProbs(sums, torch.tensor([count for _, count in known]))
 
     # -- scoring
 
@@ -178,7 +180,7 @@ class StoredLogProbs:
             return
         keys = torch.frombuffer(bytearray(b"".join(self._new)), dtype=torch.uint8).view(-1, KEY_BYTES)
         sums, counts = zip(*self._new.values(), strict=True)
-        content = save({"keys": keys, "sums": torch.tensor(sums), "counts": torch.tensor(counts)})
+        content = save({"keys": keys, "sums": torch.tensor(sums, dtype=torch.float32), "counts": torch.tensor(counts)})
         name = hashlib.sha256(content).hexdigest() + ".safetensors"
         publish(self.folder / name, lambda path: _write_bytes(path, content))
         manifest = json.dumps(self._content, indent=2)

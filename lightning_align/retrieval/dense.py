@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_align.retrieval.encoders import Encoder
+from lightning_align.retrieval.encoders import Encoder, in_precision
 from lightning_align.retrieval.exact import ExactSearch, append_to_rows
 from lightning_align.retrieval.faiss_seam import (
     flat_vectors,
@@ -169,12 +169,14 @@ class DenseQueries:
 
     Args:
         encoder: The encoder of the index.
+        precision: The precision of the Trainer that ran stage 2. None encodes in the precision of the caller.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: Encoder, *, precision: str | None = None) -> None:
+        self.encoder, self.precision = encoder, precision
 
     def __call__(self, queries: Sequence[ArrayLike]) -> Floats:
         """Encode n sequences of tokens to vectors (n, d)."""
         # Round to float16 like the vectors in the index, so that a chunk has distance 0 to itself.
-        return self.encoder.encode(queries).astype(np.float16).astype(np.float32)
+        with in_precision(self.encoder, self.precision):
+            return self.encoder.encode(queries).astype(np.float16).astype(np.float32)

@@ -1,7 +1,8 @@
 """Stage 2: encoders convert chunks to vectors. Chunks of similar content should have vectors that are close to each other."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,7 +96,7 @@ class LMEncoder(nn.Module):
             parts = [
                 self._pool([runs[i] for i in order[j : j + self.batch_size]]) for j in range(0, len(order), self.batch_size)
             ]
-            vectors = torch.empty(len(runs), parts[0].shape[1])
+            vectors = torch.empty(len(runs), parts[0].shape[1], dtype=torch.float32)  # not the default dtype of bf16-true
             vectors[order] = torch.cat(parts)
         finally:
             for module, training in modes.items():
@@ -161,9 +162,9 @@ class SentenceEncoder(nn.Module):
 class _Embedder(L.LightningModule):
     """Encodes blocks of chunks and writes them, as the prediction of a Trainer."""
 
-    def __init__(self, encoder: Encoder, table: ChunkTable, stage: Stage, bar: Any) -> None:
+    def __init__(self, encoder: Encoder, table: ChunkTable, stage: Stage, bar: Any, precision: str) -> None:
         super().__init__()
-        self.encoder, self.table, self.stage, self.bar = encoder, table, stage, bar
+        self.encoder, self.table, self.stage, self.bar, self.precision = encoder, table, stage, bar, precision
 
     def predict_step(self, batch: tuple[int, bool]) -> int:
         number, check = batch
@@ -179,7 +180,8 @@ class _Embedder(L.LightningModule):
 
     def _vectors(self, number: int) -> NDArray[np.float16]:
         chunks = range(number * BLOCK_CHUNKS, min((number + 1) * BLOCK_CHUNKS, len(self.table)))
-        vectors = self.encoder.encode([self.table.chunk(chunk) for chunk in chunks]).astype(np.float16)
+        with in_precision(self.encoder, self.precision):
+            vectors = self.encoder.encode([self.table.chunk(chunk) for chunk in chunks]).astype(np.float16)
         if not np.isfinite(vectors).all():
             raise ValueError(
                 f"Vectors must be finite and fit into float16 (at most 65,504), but those of {type(self.encoder).__name__} do "
@@ -233,16 +235,28 @@ def build_vectors(
             # Each rank's loader has the blocks of this rank only, an item per block, so the Trainer must not shard it again. A
             # rank without work gets an idle item, because the Trainer rejects an empty loader.
             loader: Any = DataLoader(work or [(IDLE, False)], batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
-            trainer().predict(_Embedder(encoder, table, stage, bar), loader, return_predictions=False)
+            run = trainer()
+            # Vectors are compared with each other, so new ones are encoded like those that are reused.
+            precision = (_precision_of(previous) if len(old) else None) or str(run.precision)
+            run.predict(_Embedder(encoder, table, stage, bar, precision), loader, return_predictions=False)
     with team.together():
         if team.rank == 0:
             dim = stage.read_block(0)["vectors"].shape[1]
             parts = (stage.read_block(number)["vectors"] for number in range(num_blocks))
             write_rows(stage.folder / "vectors.npy", parts, dtype=np.float16, shape=(len(table), dim))
             stage.finish(
-                table={"dim": dim, "encoder": encoder.fingerprint}, counts={"chunks": len(table)}, files=["vectors.npy"]
+                table={"dim": dim, "encoder": encoder.fingerprint, "precision": precision},
+                counts={"chunks": len(table)},
+                files=["vectors.npy"],
             )
     return stage
+
+
+def _precision_of(stage: Stage | None) -> str | None:
+    """Return the precision in which the vectors of a finished stage were encoded. None for those of earlier versions."""
+    manifest = None if stage is None else stage.manifest()
+    precision: str | None = None if manifest is None else manifest["table"].get("precision")
+    return precision
 
 
 def _old_blocks(stage: Stage, previous: Stage | None) -> list[NDArray[np.float16]]:
@@ -257,3 +271,27 @@ def read_vectors(stage: Stage) -> NDArray[np.float16]:
     """Open the vectors (C, d) of a finished stage, memory-mapped."""
     vectors: NDArray[np.float16] = np.load(stage.folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
     return vectors
+
+
+@contextmanager
+def in_precision(encoder: Encoder, precision: str | None) -> Iterator[None]:
+    """Run an encoder in the precision of a Trainer within a ``with`` block, for queries that are compared with its vectors.
+
+    Args:
+        encoder: The encoder. Its weights are converted to 16 bits for a ``true`` precision, unless it is a policy that trains.
+        precision: The precision, as the Trainer names it. None changes nothing.
+    """
+    if precision is None:
+        yield
+        return
+    bits, _, kind = precision.partition("-")
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(bits)
+    weight = next(encoder.model.parameters(), None) if isinstance(encoder, (LMEncoder, SentenceEncoder)) else None
+    if weight is None and isinstance(encoder, nn.Module):
+        weight = next(encoder.parameters(), None)
+    if dtype is not None and kind == "true" and isinstance(encoder, nn.Module):
+        encoder.to(dtype)  # a borrowed model is not reached
+    mixed = dtype is not None and kind == "mixed"
+    device = "cpu" if weight is None else weight.device.type
+    with torch.autocast(device, dtype=dtype if mixed else None, enabled=mixed):
+        yield

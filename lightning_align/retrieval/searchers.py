@@ -56,7 +56,9 @@ def make_retriever(root: Path, tools: Tools) -> DatabaseRetriever:
     parts, deleted = open_parts(root, head), np.array(head["deleted"], dtype=np.int64)
     kind: Kind = head["retriever"]
     searcher = make_searcher(parts, deleted, kind, tools.decode)
-    dense = None if tools.encoder is None else DenseQueries(tools.encoder)
+    stored = None if parts.vectors is None else parts.vectors.manifest()
+    precision = None if stored is None else stored["table"].get("precision")  # not in databases of earlier versions
+    dense = None if tools.encoder is None else DenseQueries(tools.encoder, precision=precision)
 
     def queries(runs: Sequence[Any]) -> Any:
         if isinstance(searcher, HybridSearcher):

@@ -63,6 +63,10 @@ INTERNALS = (
     Internal("lightning.pytorch.Trainer()._val_check_time_interval", "validations by the clock are not tied to a batch"),
     Internal("lightning.pytorch.Trainer().fit_loop._data_fetcher", "an argument of `_should_check_val_fx`"),
     Internal("lightning.pytorch.Trainer().fit_loop._restarting", "a resumed run that validates updates plateau schedules"),
+    Internal(
+        "lightning.pytorch.Trainer().fit_loop._should_accumulate",
+        "a sharded policy reduces its gradients after the last micro-batch only; Lightning blocks the reduction of DDP alone",
+    ),
     Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.restarting", "a run resumed between epochs begins an epoch"),
     Internal("lightning.pytorch.LightningModule()._current_fx_name", "the hook that runs while a checkpoint is taken"),
     Internal(
@@ -185,6 +189,12 @@ def skip_no_batches(trainer: L.Trainer, *, enough: int) -> None:
 
 
 # -- the place of a checkpoint
+
+
+def accumulates(trainer: L.Trainer) -> bool:
+    """Return whether the optimizer takes no step after the current micro-batch."""
+    untyped: Any = trainer.fit_loop
+    return bool(untyped._should_accumulate())
 
 
 def batch_counts(trainer: L.Trainer) -> tuple[int, int]:

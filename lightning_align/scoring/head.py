@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_align.models.language_model import Head
+from lightning_align.scoring.products import accumulator_dtype, add_product, factor_dtype, has_wide_products, product
 
 # Size of a tile of float32 logits. It is large enough for matrix products to run at full speed, and small enough to stay in
 # the last-level cache between two passes over it. Tiles are about square: a tile of few rows would read the weight and its
@@ -41,15 +42,20 @@ class _HeadLogProbs(torch.autograd.Function):
         tile: tuple[int, int],
         keep: bool,
         softcap: float | None,
+        dtype: torch.dtype,
     ) -> Tensor:
+        # The casts are in here, so that the gradients are rounded to the dtypes of hidden states and weight, not to this one.
+        ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
+        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
         total, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
         target_logits_T = hidden_TD.new_zeros(total, dtype=accumulator_dtype(hidden_TD.dtype))
         # The log-sum-exp of each row over each block of the vocabulary.
         parts = target_logits_T.new_empty(-(-vocabulary // tile[1]), total)
         kept = []
         buffer = None if keep else _buffer(hidden_TD, tile)
-        for rows, columns in _tiles(total, vocabulary, tile):
-            logits = _logits(hidden_TD[rows], weight_VD[columns], None if bias_V is None else bias_V[columns], buffer, softcap)
+        for rows, columns in tiles(total, vocabulary, tile):
+            bias = None if bias_V is None else bias_V[columns]
+            logits = tile_logits(hidden_TD[rows], weight_VD[columns], bias, buffer, softcap)
             index, inside = _inside(targets_T[rows], columns)
             target_logits_T[rows] += logits.gather(1, index).squeeze(1).where(inside, 0)
             # If all logits of a block are -inf (masked out), its maximum is too, and -inf - -inf would be NaN.
@@ -67,6 +73,11 @@ class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_T.device.type, enabled=False):
+            return _HeadLogProbs._gradients(ctx, grad_T)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V, targets_T, lses_T = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         total, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
@@ -74,18 +85,19 @@ class _HeadLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=lses_T.dtype) if needs_weight else None
         grad_bias = lses_T.new_zeros(vocabulary) if needs_bias else None
         scale_T = -grad_T
-        scaled_TD = (hidden_TD * scale_T[:, None]).to(hidden_TD.dtype)
+        factors = factor_dtype(hidden_TD)
+        scaled_TD = (hidden_TD * scale_T[:, None]).to(factors)
         # The kept tiles are overwritten below, so a second backward pass (retain_graph) computes them again.
         kept, ctx.kept = ctx.kept[::-1], []
         buffer = None if kept else _buffer(hidden_TD, ctx.tile)
-        for rows, columns in _tiles(total, vocabulary, ctx.tile):
+        for rows, columns in tiles(total, vocabulary, ctx.tile):
             slope = None
             if kept:
                 grad, maxima = kept.pop()
                 grad.mul_((maxima - lses_T[rows]).exp_()[:, None])
             else:
                 bias = None if bias_V is None else bias_V[columns]
-                grad = _logits(hidden_TD[rows], weight_VD[columns], bias, buffer, ctx.softcap)
+                grad = tile_logits(hidden_TD[rows], weight_VD[columns], bias, buffer, ctx.softcap)
                 if ctx.softcap is not None:
                     slope = (grad / ctx.softcap).square_().neg_().add_(1)
                 grad.sub_(lses_T[rows, None]).exp_()
@@ -95,23 +107,20 @@ class _HeadLogProbs(torch.autograd.Function):
                 grad.mul_(slope)
             if grad_bias is not None:
                 grad_bias[columns].addmv_(grad.t(), scale_T[rows])
-            grad = grad.to(hidden_TD.dtype)
+            grad = grad.to(factors)
             if grad_hidden is not None:
-                _add_product(grad_hidden[rows], grad, weight_VD[columns])
+                add_product(grad_hidden[rows], grad, weight_VD[columns])
             if grad_weight is not None:
-                _add_product(grad_weight[columns], grad.t(), scaled_TD[rows])
+                add_product(grad_weight[columns], grad.t(), scaled_TD[rows])
         return (
-            None if grad_hidden is None else grad_hidden.mul_(scale_T[:, None]).to(hidden_TD.dtype),
-            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
+            None if grad_hidden is None else grad_hidden.mul_(scale_T[:, None]).to(ctx.dtypes[0]),
+            None if grad_weight is None else grad_weight.to(ctx.dtypes[1]),
             None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 5,
         )
 
 
-def _tiles(total: int, vocabulary: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+def tiles(total: int, vocabulary: int, tile: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
     """Yield the tiles of a (total, vocabulary) matrix. Rows vary fastest, so a block of the weight stays in the cache."""
     for column in range(0, vocabulary, tile[1]):
         for row in range(0, total, tile[0]):
@@ -129,31 +138,49 @@ def _inside(targets_T: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 def _buffer(like: Tensor, tile: tuple[int, int]) -> Tensor | None:
     """Allocate a tile of float32 logits for reuse. A new tile each time would cost a page fault for every page."""
-    return like.new_empty(tile[0] * tile[1]) if like.dtype is accumulator_dtype(like.dtype) else None
+    if has_wide_products(like.device.type, like.dtype):
+        return None
+    return like.new_empty(tile[0] * tile[1], dtype=accumulator_dtype(like.dtype))
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype for sums: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+def tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None, softcap: float | None) -> Tensor:
+    """Compute the logits of a tile in at least float32. The caller may overwrite the result.
 
+    Args:
+        hidden: (R, D) hidden states.
+        weight: (C, D) rows of the weight of the output layer, of the same dtype.
+        bias: (C,) bias, or None.
+        buffer: Memory for the result, which may be used. None allocates it.
+        softcap: See `head_logprobs`.
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None, softcap: float | None) -> Tensor:
-    """Compute the logits of a tile in at least float32. The caller may overwrite the result."""
+    Returns:
+        (R, C) logits.
+    """
     shape = hidden.shape[0], weight.shape[0]
-    out = None if buffer is None else buffer[: shape[0] * shape[1]].view(shape)
-    logits = torch.mm(hidden, weight.t(), out=out)
-    logits = logits.to(accumulator_dtype(logits.dtype))
+    logits = product(hidden, weight.t(), out=None if buffer is None else buffer[: shape[0] * shape[1]].view(shape))
     if bias is not None:
         logits.add_(bias)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b in place, in the dtype of ``into``."""
-    if a.dtype is into.dtype:
-        into.addmm_(a, b)
-    else:
-        into += torch.mm(a, b)
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype that the factors of logits have: that of autocast if autocast is on, else that of the hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def tile_shape(total: int, vocabulary: int, chunk_bytes: int) -> tuple[int, int]:
+    """Return the numbers of rows and columns of a tile of logits.
+
+    Args:
+        total: The number of rows of the whole matrix.
+        vocabulary: Its number of columns.
+        chunk_bytes: The number of bytes of float32 logits per tile.
+    """
+    rows = max(1, min(total, TILE_ROWS, chunk_bytes // 4))
+    columns = max(1, chunk_bytes // (4 * rows))
+    # Rows of a tile that do not start on a cache line slow the matrix product down by an eighth.
+    return rows, min(vocabulary, columns - columns % 64 if columns > 64 else columns)
 
 
 def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
@@ -172,8 +199,8 @@ def head_logprobs(
 ) -> Tensor:
     """Compute the log-prob of each target under ``softmax(hidden @ weight.T + bias)``.
 
-    Matrix products use the autocast dtype if autocast is on. The softmax and all sums are in float32, or in float64 for float64
-    inputs.
+    The factors of matrix products have the autocast dtype if autocast is on. Logits, softmax and all sums are in float32, or in
+    float64 for float64 inputs. See `lightning_align.scoring.products`.
 
     Args:
         hidden: (T, D) hidden states, each from the position before its target.
@@ -186,19 +213,13 @@ def head_logprobs(
     Returns:
         (T,) log-probs in nats, at least float32.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    total, vocabulary = targets.shape[0], weight.shape[0]
-    rows = max(1, min(total, TILE_ROWS, chunk_bytes // 4))
-    columns = max(1, chunk_bytes // (4 * rows))
-    # Rows of a tile that do not start on a cache line slow the matrix product down by an eighth.
-    tile = rows, min(vocabulary, columns - columns % 64 if columns > 64 else columns)
+    dtype, total, vocabulary = product_dtype(hidden), targets.shape[0], weight.shape[0]
+    tile = tile_shape(total, vocabulary, chunk_bytes)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     # With a softcap the backward pass needs the capped logits too, not only the probabilities, so nothing is kept.
     keep = wanted and softcap is None and 4 * total * vocabulary <= KEEP_BYTES
-    with torch.autocast(device, enabled=False):
-        # The casts are outside of the function, so that autograd returns gradients in the dtype of the parameters.
+    with torch.autocast(hidden.device.type, enabled=False):
         logps: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
-            hidden.to(dtype), weight.to(dtype), bias, targets, tile, keep, softcap
+            hidden, weight, bias, targets, tile, keep, softcap, dtype
         )
     return logps

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_align.scoring.head import CHUNK_BYTES, accumulator_dtype
+from lightning_align.scoring.head import CHUNK_BYTES
+from lightning_align.scoring.products import accumulator_dtype
 
 
 class _LogitsLogProbs(torch.autograd.Function):

@@ -64,7 +64,8 @@ def tail_weights(targets: Tensor, alpha: float) -> Tensor:
     """
     counts = targets.sum(dim=1)
     shared = torch.minimum(*counts.chunk(2)).repeat(2)
-    return torch.where(targets.cumsum(dim=1) <= shared[:, None], 1.0, alpha)
+    weights = torch.ones(targets.shape, dtype=torch.float32, device=targets.device)
+    return weights.masked_fill_(targets.cumsum(dim=1) > shared[:, None], alpha)
 
 
 def confidence_weights(policy: LogProbs, collisions: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """One gradient per optimizer batch: the mean over its tokens or pairs, however the batch is split."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import lightning as L
@@ -9,6 +10,26 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+INITIAL_SCALE = 2.0**10
+"""The first loss scale of 16-mixed for a mean. GradScaler starts with 2^16, where float16 gradients often overflow."""
+
+
+def lower_scale(scaler: torch.amp.GradScaler, count: float) -> None:
+    """Lower the scale of a gradient scaler that has not taken a step, for a loss that is a sum.
+
+    The gradient of a sum over T tokens is T times that of their mean. GradScaler would skip about log2(T) steps until it fits
+    into float16. The new scale is a power of two, so the gradient is not rounded by it. GradScaler raises it in the course of
+    the run, and it is saved in checkpoints.
+
+    Args:
+        scaler: A scaler. A lower scale is kept.
+        count: The number of tokens or pairs in the sum.
+    """
+    state = scaler.state_dict()
+    if state:
+        scale = INITIAL_SCALE / 2.0 ** math.ceil(math.log2(max(count, 1.0)))
+        scaler.load_state_dict({**state, "scale": min(float(state["scale"]), scale)})
 
 
 class BatchMean:

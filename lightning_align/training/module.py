@@ -5,10 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,7 +17,6 @@ from lightning_align.models.building import Backbone, backbone_spec, has_own_wei
 from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
-from lightning_align.models.parallelize import shard
 from lightning_align.models.weights import check_weights, policy_state
 from lightning_align.runtime.lightning_internals import (
     built_from_config,
@@ -34,6 +31,7 @@ from lightning_align.training.gradient import BatchMean, clip_gradients, gradien
 from lightning_align.training.optimizers import build_optimizer
 from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
+from lightning_align.training.precision import PrecisionHooks
 from lightning_align.training.prediction import prediction_rows
 from lightning_align.training.routers import RouterLoss
 from lightning_align.training.tensorboard import log_hyperparameters
@@ -43,7 +41,7 @@ from lightning_align.training.tokenizer import add_record, check_tokenizer, reco
 from lightning_align.types import TokenBatch
 
 
-class AlignModule(L.LightningModule):
+class AlignModule(PrecisionHooks):
     """A LightningModule that trains one policy.
 
     The policy is built in ``configure_model``, where Lightning expects it for sharded strategies, as ``self.policy``.
@@ -121,6 +119,7 @@ class AlignModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
+        super().setup(stage)
         self.clock.attach(self.trainer, stage)
         self.dropout.end()  # an earlier run may have ended with an error in the middle of a step
         if self.trainer.strategy.root_device.type == "cpu":
@@ -137,7 +136,7 @@ class AlignModule(L.LightningModule):
         self.router_loss.prepare(policy)
         self.configure_reference(policy)
         if self.is_sharded:
-            shard(policy, self.data_mesh)
+            self.shard_policy(policy)
             # A checkpoint of adapters lacks the base model. `on_load_checkpoint` comes too late to add it under a sharded
             # strategy.
             self.strict_loading = self.lora is None
@@ -170,27 +169,6 @@ class AlignModule(L.LightningModule):
         """Check that the weights are loaded."""
         self.check_weights_loaded()
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the strategy shards the policy over ranks (FSDP2)."""
-        trainer = trainer_of(self)
-        return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
-
-    @property
-    def data_mesh(self) -> Any:
-        """The device mesh of the ranks that the policy is sharded over."""
-        assert self.device_mesh is not None
-        return self.device_mesh["data_parallel"]
-
-    def convert_like_policy(self, model: nn.Module) -> nn.Module:
-        """Convert a model that is not registered here to the precision that Lightning gives the policy."""
-        trainer = trainer_of(self)
-        return model if trainer is None else trainer.precision_plugin.convert_module(model)
-
-    def shard_like_policy(self, model: nn.Module) -> nn.Module:
-        """Shard a model by itself if the policy is sharded. Otherwise every rank would hold all of it."""
-        return shard(model.to(self.device), self.data_mesh) if self.is_sharded else model
-
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits of the policy, (B, N) -> (B, N, V)."""
         return logits_of(self.policy, tokens)
@@ -199,6 +177,7 @@ class AlignModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Switch dropout off, or seed it by the batch's position in the run, so that a resumed run draws the same numbers."""
+        super().on_train_batch_start(batch, batch_idx)
         count_epoch_as_begun(self.trainer)
         self.clock.begin_batch(self.trainer, batch_idx)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -213,11 +192,13 @@ class AlignModule(L.LightningModule):
             loss_sum: Scalar, the sum over the tokens or pairs of the micro-batch.
             count: How many tokens or pairs there were. The gradient is divided by their total over the optimizer batch.
         """
+        self.fit_scale(count)
         self.batch_mean.add(count)
         return loss_sum
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Average the gradient, after unscaling and before clipping."""
+        self.masters.prepare_step()
         gradients = gradients_of(optimizer)
         self.batch_mean.average(
             gradients,
@@ -240,9 +221,18 @@ class AlignModule(L.LightningModule):
         clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer of the parameters that train, and the schedule."""
-        made_by = self.make_optimizer, self.make_schedule
-        return build_optimizer(self.policy.parameters(), *made_by, lr=self.default_lr, found_lr=self.learning_rate)
+        """Make the optimizer of the parameters that train, or of their float32 copies, and the schedule."""
+        # Under FSDP2, torch saves the state of an optimizer by the names that its parameters have in the module.
+        self.masters.create([] if self.is_sharded else self.named_parameters())
+        return build_optimizer(
+            self.masters.substitute(self.policy.parameters()),
+            self.make_optimizer,
+            self.make_schedule,
+            lr=self.default_lr,
+            found_lr=self.learning_rate,
+            scaled=self.mixed_dtype is torch.float16,
+            ready=self.masters.attach,
+        )
 
     # -- checkpoints
 
@@ -260,7 +250,8 @@ class AlignModule(L.LightningModule):
             drop_frozen(checkpoint, self.policy)
         if states := checkpoint.get("optimizer_states"):
             for state, optimizer in zip(states, self.trainer.optimizers, strict=True):
-                number_parameters(state, optimizer, self.parameters())
+                number_parameters(state, optimizer, self.masters.substitute(self.parameters()))
+        self.masters.save(checkpoint["state_dict"], self.named_parameters())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint of adapters with the base model, so that it is loaded strictly.
@@ -270,6 +261,8 @@ class AlignModule(L.LightningModule):
         """
         self.source.awaits_weights = False
         trainer = trainer_of(self)
+        if trainer is not None and trainer.training:
+            self.masters.load(checkpoint.get("state_dict", {}))  # a sharded checkpoint has none
         path = (None if trainer is None else trainer.ckpt_path) or "that was given"
         self.clock.load(checkpoint, trainer)
         check_tokenizer(checkpoint.get(TOKENIZER), datamodule_of(trainer), source=f"checkpoint {path}")
@@ -309,6 +302,7 @@ class AlignModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Check the weights, start counting, and register the run in TensorBoard under its validation loss."""
         self.check_weights_loaded()
+        super().on_train_start()
         self.clock.begin_run(self.trainer)
         self.batch_mean.reset()  # an earlier fit may have been stopped in the middle of an optimizer batch
         self.throughput.stop()

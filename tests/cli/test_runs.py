@@ -120,7 +120,7 @@ def test_a_printed_configuration_parses_to_itself(folder: Path, capsys: pytest.C
         assert "Unable to serialize" not in printed[0]
 
 
-@pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp", "fsdp2"])
+@pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp", "fsdp2", "nodes"])
 def test_every_trainer_configuration_parses(folder: Path, trainer: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         paths = [str(ROOT / "configs" / path) for path in ("sft/arithmetic.yaml", f"trainer/{trainer}.yaml")]

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from lightning_align.generation.sampler import Generation
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.palm import PaLM
+from lightning_align.training import optimizers
 from lightning_align.training.checkpoints import drop_frozen, frozen_names, number_parameters, restore_frozen
 from lightning_align.training.gradient import BatchMean, gradients_of, total_norm
-from lightning_align.training.optimizers import parameter_groups, schedule_config
+from lightning_align.training.optimizers import build_optimizer, parameter_groups, schedule_config
 from lightning_align.training.policy import PolicySource
 from lightning_align.training.prediction import prediction_rows
 from lightning_align.training.schedules import WarmupDecay
@@ -166,6 +168,27 @@ def test_vectors_have_no_weight_decay_and_frozen_parameters_no_group() -> None:
     assert [id(p) for p in matrices["params"]] == [id(model[0].weight)] and "weight_decay" not in matrices
     assert len(vectors["params"]) == 3 and vectors["weight_decay"] == 0.0
     assert len(parameter_groups(model[2].parameters())) == 1
+
+
+@pytest.mark.parametrize(("cuda", "scaled", "fused"), [(True, False, True), (True, True, None), (False, False, None)])
+def test_the_default_optimizer_is_fused_on_cuda(
+    cuda: bool, scaled: bool, fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "on_cuda", lambda groups: cuda)
+    optimizer: Any = build_optimizer(nn.Linear(2, 2).parameters(), None, None, lr=0.1, scaled=scaled)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {group["fused"] for group in optimizer.param_groups} == {fused}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
+
+
+def test_only_parameters_on_cuda_are_on_cuda() -> None:
+    class Placed:
+        def __init__(self, kind: str) -> None:
+            self.device = torch.device(kind)
+
+    places = [[], ["cuda"], ["cuda", "cuda:1"], ["cuda", "cpu"], ["cpu"], ["xpu"]]
+    found = [optimizers.on_cuda([{"params": [Placed(kind) for kind in kinds]}]) for kinds in places]
+    assert found == [False, True, True, False, False, False]
 
 
 def test_a_scheduler_steps_with_the_optimizer_unless_it_waits_for_a_metric() -> None:

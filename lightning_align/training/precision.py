@@ -1,0 +1,122 @@
+"""How a module holds its weights: their dtype, and the ranks that they are sharded over."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_align.models.parallelize import shard
+from lightning_align.runtime.lightning_internals import accumulates, trainer_of
+from lightning_align.runtime.ranks import everyone
+from lightning_align.training.gradient import lower_scale
+from lightning_align.training.masters import MasterWeights, warn_of_lost_updates
+
+GRADIENT_SHARE = 1 / 8
+"""The share of a GPU's memory that the whole gradient may take. A larger one is sharded after each micro-batch."""
+
+
+class PrecisionHooks(L.LightningModule):
+    """The part of `AlignModule` that depends on the precision and on the sharding of the Trainer."""
+
+    policy: nn.Module
+
+    def __init__(self) -> None:
+        """Start without a Trainer."""
+        super().__init__()
+        self.masters = MasterWeights()
+        self._scale_is_set = False
+        self._syncs_once = False
+
+    def setup(self, stage: str) -> None:
+        """Keep the numbers of batches in their dtype.
+
+        ``bf16-true`` would round stored log-probs, which are sums of hundreds of nats, to 8 bits.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, HalfPrecision):
+            plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+
+    # -- sharding
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the strategy shards the policy over ranks (FSDP2)."""
+        trainer = trainer_of(self)
+        return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
+
+    @property
+    def data_mesh(self) -> Any:
+        """The device mesh of the ranks that the policy is sharded over."""
+        assert self.device_mesh is not None
+        return self.device_mesh["data_parallel"]
+
+    @property
+    def mixed_dtype(self) -> torch.dtype | None:
+        """The dtype of matrix products if the Trainer's precision is a mixed one, else None."""
+        trainer = trainer_of(self)
+        plugin = None if trainer is None else trainer.precision_plugin
+        if not isinstance(plugin, MixedPrecision):
+            return None
+        return torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.float16
+
+    def convert_like_policy(self, model: nn.Module) -> nn.Module:
+        """Convert a model that is not registered here to the precision that Lightning gives the policy."""
+        trainer = trainer_of(self)
+        return model if trainer is None else trainer.precision_plugin.convert_module(model)
+
+    def shard_policy(self, policy: nn.Module) -> nn.Module:
+        """Shard a model over the ranks, with gathers in the dtype of a mixed precision."""
+        return shard(policy, self.data_mesh, dtype=self.mixed_dtype)
+
+    def shard_like_policy(self, model: nn.Module) -> nn.Module:
+        """Shard a model by itself if the policy is sharded. Otherwise every rank would hold all of it."""
+        return self.shard_policy(model.to(self.device)) if self.is_sharded else model
+
+    # -- gradients
+
+    def on_train_start(self) -> None:
+        """Warn of weights that are too coarse to train, and choose how gradients are accumulated over micro-batches."""
+        warn_of_lost_updates(self.trainer.optimizers, sharded=self.is_sharded)
+        self._scale_is_set = self.trainer.global_step > 0
+        if self.is_sharded and self.trainer.world_size > 1:
+            self._syncs_once = everyone(gradient_fits(self.policy, self.device), self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Reduce the gradients of a sharded policy only after the last micro-batch of an optimizer batch."""
+        if self._syncs_once and isinstance(self.policy, FSDPModule):
+            self.policy.set_requires_gradient_sync(not accumulates(self.trainer))
+
+    def fit_scale(self, count: Tensor | int) -> None:
+        """Lower the first loss scale of ``16-mixed`` by the count that a summed loss is larger than its mean.
+
+        Args:
+            count: The number of tokens or pairs of the first micro-batch of the run.
+        """
+        trainer = trainer_of(self)
+        if self._scale_is_set or trainer is None:
+            return
+        self._scale_is_set = True
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            most = torch.as_tensor(count, dtype=torch.float32, device=self.device)
+            lower_scale(scaler, float(trainer.strategy.reduce(most, reduce_op="max")))
+
+    def on_after_backward(self) -> None:
+        """Add the gradients of narrow weights in float32. DDP must find those of all micro-batches in the weights."""
+        if self.trainer.world_size == 1:
+            self.masters.collect()
+
+
+def gradient_fits(policy: nn.Module, device: torch.device) -> bool:
+    """Return whether the device can hold the whole gradient of a sharded policy between micro-batches.
+
+    Without a reduction after each micro-batch, each rank accumulates the gradient of all trained weights, in float32.
+    """
+    if device.type != "cuda":
+        return True
+    needed = 4 * sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    return needed <= GRADIENT_SHARE * torch.cuda.get_device_properties(device).total_memory
