@@ -222,7 +222,10 @@ class CALMModule(AlignModule):
             return batch
         targets = batch["mask"].clone()
         targets[:, 0] = False
-        return {**batch, "targets": targets}
+        changed: CALMBatch = {**batch, "targets": targets}
+        if "num_tokens" in batch:
+            changed["num_targets"] = batch["num_tokens"]
+        return changed
 
     def training_step(self, batch: CALMBatch, batch_idx: int) -> Tensor:
         """Compute the sum of -log p(response) over the micro-batch, in nats.

@@ -167,7 +167,7 @@ class PreferenceMonitor(Callback):
         if stage not in self._sums:
             self._sums[stage] = _Sums(module.device)
         pairs, sums = len(ratios.chosen), self._sums[stage]
-        saturated = torch.zeros(pairs)
+        saturated = torch.zeros(pairs, device=module.device)
         if module.objective.needs_reference:
             saturated = module.objective.saturated(ratios, margins=batch.get("margins"))
         sums.means.update(
@@ -175,7 +175,7 @@ class PreferenceMonitor(Callback):
                 "ratios": ratios.chosen,
                 "logps": policy.sums[:pairs],
                 "tokens": ratios.chosen_lengths,
-                "saturated": saturated.to(module.device),
+                "saturated": saturated,
             }
         )
         sums.correlation.update(ratios.delta, ratios.chosen_lengths - ratios.rejected_lengths)

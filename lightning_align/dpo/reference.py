@@ -1,5 +1,6 @@
 """The reference of a DPO run: how it is made from the initial policy, scored in advance, and checked on resume."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from lightning_align.references.protocol import MovingReference, Reference
 from lightning_align.references.stored import Source, StoredLogProbs
 from lightning_align.runtime.lightning_internals import new_loaders, trainer_of
 from lightning_align.training.module import AlignModule
+from lightning_align.types import TokenBatch
 
 ReferenceKind = Literal["frozen", "stored", "moving"]
 
@@ -135,6 +137,19 @@ class InitialPolicy:
             batches = (module.join(batch) for batch, _, _ in iter(loaders))
             stored.fill(batches, module.policy, module.device, in_step=module.is_sharded)
         stored.finish()
+
+    def attach(self, batch: Any, join: Callable[[Any], TokenBatch]) -> Any:
+        """Return a batch of pairs with the log-probs of a stored reference, if all of its rows are stored.
+
+        Args:
+            batch: A batch of any kind, on the CPU.
+            join: Makes a batch of rows of a batch of pairs.
+        """
+        pairs = isinstance(batch, dict) and {"chosen", "rejected"} <= batch.keys() and "reference" not in batch
+        if not pairs or not isinstance(self.reference, StoredLogProbs):
+            return batch
+        found = self.reference.find(join(batch))
+        return batch if found is None else {**batch, "reference": found}
 
     def check_resumed(self, module: AlignModule, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint was trained against this reference.

@@ -308,7 +308,7 @@ class PaLM(nn.Module):
             (B, N, D) hidden states.
         """
         if documents is not None:
-            if self.causal and not tokens.is_cuda and self.compile_backend is None:
+            if self.causal and tokens.device.type == "cpu" and self.compile_backend is None:
                 return self._document_hidden(tokens, documents)
             mask, positions = document_mask(documents), document_positions(documents)
         past, new = (0 if cache is None else cache.length), tokens.shape[1]

@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -132,9 +133,11 @@ class StoredLogProbs:
             if not missing:
                 continue
             rows = torch.tensor(missing)
-            part: TokenBatch = {name: value[rows].to(device) for name, value in batch.items()}  # type: ignore[assignment]
-            sums, counts = self._model()(policy, part)
-            numbers = zip(sums.float().tolist(), counts.tolist(), strict=True)
+            part: Any = {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
+            counts = {"num_targets": int(part["targets"][:, 1:].sum())}
+            part = {name: value.to(device, non_blocking=True) for name, value in part.items()} | counts
+            scores = self._model()(policy, part)
+            numbers = zip(scores.sums.float().tolist(), scores.counts.tolist(), strict=True)
             scored = dict(zip((keys[row] for row in missing), numbers, strict=True))
             self._new.update(scored)
             self._known.update(scored)

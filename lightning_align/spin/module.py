@@ -233,7 +233,8 @@ class SPINModule(AlignModule):
         self.count_tokens(both["pairs"])
         values = self.metrics(losses, policy, ratios, ties)
         means = dict(zip(values, torch.stack(list(values.values())).mean(dim=1).unbind(), strict=True))
-        loss = self.router_loss.added(losses[~ties].sum(), (~ties).sum(), means)
+        # Not `losses[~ties]`: to find how many there are, the host would wait for a GPU, here and in the backward pass.
+        loss = self.router_loss.added(losses.masked_fill(ties, 0).sum(), (~ties).sum(), means)
         self.log_training(means, progress_bar="loss", batch_size=len(losses))
         return self.weighted(loss, (~ties).sum())
 

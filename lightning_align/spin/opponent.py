@@ -162,7 +162,7 @@ def score(model: nn.Module, pairs: TokenBatch) -> Tensor:
         The sum of the log-probs of each row in nats, (B,).
     """
     tokens = pairs["tokens"]
-    count = 1 if tokens.is_cuda or is_sharded(model) else -(-tokens.numel() // SCORED_TOKENS)
+    count = 1 if tokens.device.type != "cpu" or is_sharded(model) else -(-tokens.numel() // SCORED_TOKENS)
     parts = zip(*(part.chunk(count) for part in (tokens, pairs["mask"], pairs["targets"])), strict=True)
     with evaluating(model):
         sums = [response_logprobs(model, {"tokens": t, "mask": m, "targets": w}).sums for t, m, w in parts]
