@@ -218,15 +218,14 @@ class PreferenceMonitor(Callback):
 
     def _keep_prompts(self, side: TokenBatch, batch_idx: int) -> None:
         """Keep the prompts with the lowest row indices. Rows without an index are ordered by batch, position and rank."""
-        rank = world()[0]
-        for index in range(len(side["tokens"])):
-            key = (int(side["rows"][index]),) if "rows" in side else (batch_idx, index, rank)
-            if len(self._prompts) >= self.num_prompts and key > max(self._prompts):
-                continue
-            length = int(side["targets"][index].int().argmax())
-            self._prompts[key] = side["tokens"][index, :length].tolist()
-            if len(self._prompts) > self.num_prompts:
-                del self._prompts[max(self._prompts)]
+        rank, rows = world()[0], side["rows"].tolist() if "rows" in side else None
+        keys = [(batch_idx, index, rank) if rows is None else (rows[index],) for index in range(len(side["tokens"]))]
+        kept = sorted({*self._prompts, *keys})[: self.num_prompts]
+        if not set(kept) & set(keys):
+            return
+        tokens, lengths = side["tokens"].tolist(), side["targets"].int().argmax(dim=1).tolist()
+        new = {key: row[:length] for key, row, length in zip(keys, tokens, lengths, strict=True)}
+        self._prompts = {key: (self._prompts | new)[key] for key in kept}
 
     def _measure_kl(self, trainer: L.Trainer, module: Any) -> Tensor:
         """Compute the sum of log p - log q over all samples, divided by their total length. A collective."""

@@ -18,6 +18,7 @@ from lightning_align.models.attention import (
     KVCache,
     PackedAttention,
     PaddedAttention,
+    attention_dtype,
     attention_mask,
 )
 from lightning_align.models.documents import document_mask, document_positions
@@ -279,7 +280,7 @@ class PaLM(nn.Module):
         def allocate() -> list[Tensor]:
             # Not weight.new_empty, which would return a sharded tensor for a sharded weight.
             shape = (batch, length, self.dim_head)
-            return [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in self.blocks]
+            return [torch.empty(shape, dtype=attention_dtype(weight), device=weight.device) for _ in self.blocks]
 
         return KVCache(allocate(), allocate())
 

@@ -31,7 +31,7 @@ from lightning_align.runtime.lightning_internals import callbacks_of, datamodule
 from lightning_align.scoring.losses import LOSSES, LossName, check_loss
 from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
-from lightning_align.spin.batches import content_number, is_paired, real_rows, split_rows
+from lightning_align.spin.batches import content_number, is_paired, on_host, real_rows, sent, split_rows
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
@@ -288,14 +288,16 @@ class SPINModule(AlignModule):
         tokenizer, ends = self.data_tokenizer, self.ends()
         if not ends.ids and ends.stop is None:
             say_once("No token ends a response, because there is no tokenizer. Set `eos_token` in `generation`.")
-        rows, targets, prompts = split_rows(batch)
+        device = batch["tokens"].device
+        numbers = batch["rows"].tolist() if "rows" in batch else None
+        rows, targets, prompts = split_rows(on_host(batch))
         most = getattr(datamodule_of(self.trainer), "max_length", None)
         answers = generate(
             self.policy,
             [row[:n].tolist() for row, n in zip(rows, prompts, strict=True)],
             self.generation,
             ends=ends,
-            ids=batch["rows"].tolist() if "rows" in batch else [content_number(row) for row in rows],
+            ids=[content_number(row) for row in rows] if numbers is None else numbers,
             iteration=iteration,
             limits=None if most is None else [most - n for n in prompts],
         )
@@ -304,6 +306,7 @@ class SPINModule(AlignModule):
             for row, n, (answer, *_) in zip(rows, prompts, answers, strict=True)
         ]
         pairs = join_pairs(rows, targets, generated, prompts, pad_id=0 if tokenizer is None else tokenizer.pad_id)
+        pairs = sent(pairs, device)
         return {"pairs": pairs, "opponent": score(self.opponent.player(self.policy), pairs)}
 
     # -- evaluation
