@@ -14,6 +14,7 @@ from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.runtime.lightning_internals import log_interval
 from lightning_align.runtime.ranks import world
+from lightning_align.runtime.team import Team
 from lightning_align.scoring.ratios import Ratios
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.training.metrics import Correlation, PairMeans
@@ -103,6 +104,7 @@ class PreferenceMonitor(Callback):
         """Mean log-prob per token of chosen responses at the first measurement of each stage."""
         self._sums: dict[str, _Sums] = {}
         self._prompts: dict[tuple[int, ...], list[int]] = {}
+        self._team: Team | None = None
         self._logged_step = 0
         self._warned: set[str] = set()
 
@@ -124,6 +126,12 @@ class PreferenceMonitor(Callback):
                 f"`num_prompts` must be 0 with a stored reference, which cannot score new texts, but got {self.num_prompts}. "
                 "Set `reference: frozen` in the module, or leave `num_prompts` out."
             )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close the group of ranks that exchange prompts."""
+        if self._team is not None:
+            self._team.close()
+            self._team = None
 
     # -- pairs
 
@@ -232,9 +240,8 @@ class PreferenceMonitor(Callback):
         rank, ranks = world()
         found, self._prompts = self._prompts, {}
         if ranks > 1:
-            parts: list[Any] = [None] * ranks
-            torch.distributed.all_gather_object(parts, found)
-            found = {key: prompt for part in parts for key, prompt in part.items()}
+            self._team = self._team or Team()
+            found = {key: prompt for part in self._team.gather(found) for key, prompt in part.items()}
         prompts = [found[key] for key in sorted(found)[: self.num_prompts]]
         # The forward passes of a sharded model are collectives, so every rank must do the same number. Some ranks therefore
         # do one extra prompt, which is not counted.

@@ -14,6 +14,7 @@ from lightning_align.references.moving import moving_reference
 from lightning_align.references.protocol import MovingReference, Reference
 from lightning_align.references.stored import Source, StoredLogProbs
 from lightning_align.runtime.lightning_internals import new_loaders, trainer_of
+from lightning_align.runtime.team import Team
 from lightning_align.training.module import AlignModule
 from lightning_align.types import TokenBatch
 
@@ -135,7 +136,12 @@ class InitialPolicy:
             # New loaders: a data module's loaders split the rows over the ranks, and each row is in one of the parts.
             loaders = CombinedLoader(new_loaders(module.trainer), "sequential")
             batches = (module.join(batch) for batch, _, _ in iter(loaders))
-            stored.fill(batches, module.policy, module.device, in_step=module.is_sharded)
+            team = Team()
+            try:
+                with team.together():
+                    stored.fill(batches, module.policy, module.device, in_step=module.is_sharded)
+            finally:
+                team.close()
         stored.finish()
 
     def attach(self, batch: Any, join: Callable[[Any], TokenBatch]) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_align.runtime.files import publish
-from lightning_align.runtime.ranks import everyone, world
+from lightning_align.runtime.ranks import everyone
 from lightning_align.types import LogProbs, TokenBatch
 
 Source = Callable[[nn.Module, TokenBatch], LogProbs]
@@ -148,9 +148,7 @@ class StoredLogProbs:
         return done
 
     def finish(self) -> None:
-        """Wait for all ranks, read their shards, and free the model."""
-        if world()[1] > 1:
-            torch.distributed.barrier()
+        """Read the shards of all ranks, which must have written them, and free the model."""
         self._read()
         self.source = None
 

@@ -52,9 +52,8 @@ def sources(path: str, *stages: str) -> dict[str, Any]:
 
 
 def sft(folder: Path, *, packing: bool = False, **more: Any) -> Case:
-    data = la.SFTDataModule(
-        **sources(responses(folder), "train", "validation", "predict"), packing=packing, packed_length=32 if packing else None
-    )
+    packed = {"packing": True, "packed_length": 32, "max_length": 32} if packing else {}
+    data = la.SFTDataModule(**sources(responses(folder), "train", "validation", "predict"), **packed)
     return la.SFTModule(**{"backbone": palm(), "generation": GENERATION, **more}), data, []
 
 
