@@ -161,7 +161,8 @@ class RETRODataModule(L.LightningDataModule):
             if policy is not None and manifest["encoder"] is not None and manifest["made_with"]["encoder"] is None:
                 # A refresh built the database with the policy itself. `open_retriever` raises if this policy has other weights.
                 encoder = LMEncoder(policy, fingerprint=weights_hash(policy), borrowed=True)
-            self._retriever = manifest, open_retriever(self.folder, encoder=encoder)
+            device = None if self.trainer is None else self.trainer.strategy.root_device
+            self._retriever = manifest, open_retriever(self.folder, encoder=encoder, device=device)
         return self._retriever[1]
 
     # -- batches

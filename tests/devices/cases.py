@@ -119,13 +119,14 @@ class Waits(Callback):
         self.device.waits.clear()
 
 
-def run(case: Callable[[Path], Case], folder: Path, device: Any, *, precision: str) -> Waits:
+def run(case: Callable[[Path], Case], folder: Path, device: Any, *, precision: str, epochs: int = 1) -> Waits:
     """Fit for three steps with a validation, validate, and predict."""
     module, data, callbacks = case(folder)
     waits = Waits(device)
     trainer = pretended_trainer(
         precision=precision,
-        max_epochs=1,
+        max_epochs=epochs,
+        check_val_every_n_epoch=epochs,
         callbacks=[*callbacks, waits],
         default_root_dir=folder,
         limit_train_batches=STEPS,
