@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.calm.reading import Reader
-from lightning_align.calm.spec import AugmentInput
+from lightning_align.calm.spec import AugmentInput, check_realigned
 from lightning_align.runtime.files import publish_text
 from lightning_align.runtime.ranks import world
 
@@ -134,6 +134,8 @@ def attach_states(batch: Any, readers: Sequence[Reader], store_of: Callable[[int
     inputs = list(batch.get("augments", [None] * len(readers)))
     for index, reader in enumerate(readers):
         given = inputs[index]
+        if given is not None and given.ends is not None:
+            check_realigned(index, prefix=reader.prefix, own=reader.own)  # before a store is opened
         if reader.prefix or (given is not None and given.states is not None):
             continue
         tokens, mask = (batch["tokens"], batch["mask"]) if given is None else (given.tokens, given.mask)
