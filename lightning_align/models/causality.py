@@ -24,7 +24,8 @@ WIDTH = 12
 
 def _fork_rng(device: torch.device) -> AbstractContextManager[None]:
     """Keep the random number generators of the CPU and of a device as they are."""
-    if device.type in ("cpu", "mps"):  # MPS has a single generator, which `fork_rng` cannot address
+    # MPS has a single generator, which `fork_rng` cannot address. A runtime that has not begun has none yet.
+    if device.type in ("cpu", "mps") or not getattr(torch, device.type).is_initialized():
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
 
