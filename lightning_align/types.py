@@ -29,6 +29,11 @@ class TokenBatch(TypedDict):
     """(B,) int64 index of each row in its source, so that a result can be traced back to its line."""
     target_weights: NotRequired[Tensor]
     """(B, N) float32 weight of each target's log-prob in the sum of its row. Without this entry all weights are 1."""
+    num_targets: NotRequired[int]
+    """The number of targets of the batch. With it, the targets of a batch on a GPU are found without waiting for the GPU.
+    Remove it if you change ``targets``."""
+    num_tokens: NotRequired[int]
+    """The number of real tokens of the batch, without those of the first column, which are never targets."""
     document_ids: NotRequired[Tensor]
     """(B, N) int64. Only in a packed batch, whose rows are sequences of several documents: the number of the document that each
     token belongs to, from 0 and in ascending order over the whole batch, and -1 at padding. Attention stays within a document.

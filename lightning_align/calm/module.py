@@ -17,7 +17,7 @@ from lightning_align.calm.layers import Position
 from lightning_align.calm.model import CALM
 from lightning_align.calm.probe import check_frozen
 from lightning_align.calm.spec import Augment, AugmentInput, check_realigned
-from lightning_align.calm.states import StateStore
+from lightning_align.calm.states import StateStore, attach_states
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.models.building import Backbone, build_backbone
@@ -179,6 +179,8 @@ class CALMModule(AlignModule):
             ValueError: If a tokenizer does not fit its augment.
         """
         super().setup(stage)
+        # Lightning warns where a module and not its data module has this hook.
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         tokenizers = getattr(datamodule_of(self.trainer), "augment_tokenizers", ())
         if tokenizers and len(tokenizers) != len(self._augments):
             raise ValueError(
@@ -206,16 +208,26 @@ class CALMModule(AlignModule):
             if given is None and reader.prefix:
                 prompt = batch["mask"] & (batch["targets"].cumsum(dim=1) == 0)
                 inputs[index] = given = AugmentInput(batch["tokens"], prompt)
-            if stored and self.store_states is not None and not reader.prefix:
+            if stored and self.store_states is not None and not reader.prefix and (given is None or given.states is None):
                 tokens, mask = (batch["tokens"], batch["mask"]) if given is None else (given.tokens, given.mask)
-                if index not in self._stores:
-                    dtypes = sorted({str(parameter.dtype) for parameter in reader.model.parameters()})
-                    site = f"{reader.depths} {self._augments[index].position}"
-                    key = f"{self.policy.identity[f'augments.{index}']} {site} {dtypes} {self.trainer.precision}"
-                    self._stores[index] = StateStore(self.store_states, key)
-                states = self._stores[index].fetch(reader, tokens, torch.ones_like(tokens) > 0 if mask is None else mask)
+                states = self._store_of(index).fetch(reader, tokens, torch.ones_like(tokens) > 0 if mask is None else mask)
                 inputs[index] = (given or AugmentInput(tokens))._replace(states=states)
         return inputs
+
+    def _store_of(self, index: int) -> StateStore:
+        """Return the store of an augment's hidden states, opened on first use."""
+        if index not in self._stores:
+            reader = self.policy.readers[index]
+            dtypes = sorted({str(parameter.dtype) for parameter in reader.model.parameters()})
+            site = f"{reader.depths} {self._augments[index].position}"
+            key = f"{self.policy.identity[f'augments.{index}']} {site} {dtypes} {self.trainer.precision}"
+            self._stores[index] = StateStore(cast(str, self.store_states), key)
+        return self._stores[index]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Add the stored hidden states of a training batch while it is on the CPU."""
+        stored = self.store_states is not None and self.trainer.training
+        return attach_states(batch, self.policy.readers, self._store_of) if stored else batch
 
     def _targeted(self, batch: CALMBatch) -> CALMBatch:
         """Return the batch with the targets that `loss_on` selects."""
@@ -223,7 +235,10 @@ class CALMModule(AlignModule):
             return batch
         targets = batch["mask"].clone()
         targets[:, 0] = False
-        return {**batch, "targets": targets}
+        changed: CALMBatch = {**batch, "targets": targets}
+        if "num_tokens" in batch:
+            changed["num_targets"] = batch["num_tokens"]
+        return changed
 
     def training_step(self, batch: CALMBatch, batch_idx: int) -> Tensor:
         """Compute the sum of -log p(response) over the micro-batch, in nats.

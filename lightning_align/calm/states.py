@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_align.calm.reading import Reader
+from lightning_align.calm.spec import AugmentInput, check_realigned
 from lightning_align.runtime.files import publish_text
 from lightning_align.runtime.ranks import world
 
@@ -54,12 +57,20 @@ class StateStore:
         Raises:
             ValueError: If the states of new rows have another width or dtype than the stored states.
         """
-        lengths = mask.sum(dim=1).tolist()
-        rows = [row[:length] for row, length in zip(tokens.cpu(), lengths, strict=True)]
-        names = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in rows]
+        _, names = _names(tokens, mask)
         if missing := [i for i, name in enumerate(names) if name not in self._index]:
             self.misses += len(missing)
             self._append(reader, tokens[missing], mask[missing], [names[i] for i in missing])
+        return list(self._stacked(reader, tokens, names).to(tokens.device, non_blocking=True).unbind())
+
+    def find(self, reader: Reader, tokens: Tensor, mask: Tensor) -> list[Tensor] | None:
+        """Return the hidden states of a batch on the CPU, as `fetch`, or None if a row is not stored."""
+        _, names = _names(tokens, mask)
+        found = all(name in self._index for name in names)
+        return list(self._stacked(reader, tokens, names).unbind()) if found else None
+
+    def _stacked(self, reader: Reader, tokens: Tensor, names: list[str]) -> Tensor:
+        """Read the states of rows: (layers, B, M, A) on the CPU."""
         assert self._shape is not None
         width, dtype = self._shape[0], getattr(torch, self._shape[1])
         out = torch.zeros(len(reader.depths), *tokens.shape, width, dtype=dtype)
@@ -68,7 +79,7 @@ class StateStore:
             count = len(reader.depths) * length * width * dtype.itemsize
             data = torch.frombuffer(bytearray(os.pread(self._file.fileno(), count, start)), dtype=dtype)
             out[:, i, :length] = data.view(-1, length, width)
-        return list(out.to(tokens.device).unbind())
+        return out
 
     def _append(self, reader: Reader, tokens: Tensor, mask: Tensor, names: list[str]) -> None:
         states = reader.read(tokens, None if bool(mask.all()) else mask, None, None)
@@ -101,3 +112,34 @@ class StateStore:
         """Write the index file and close the data file."""
         self.flush()
         self._file.close()
+
+
+def _names(tokens: Tensor, mask: Tensor) -> tuple[list[int], list[str]]:
+    """Return the length and the name of each row."""
+    lengths = mask.sum(dim=1).tolist()
+    rows = [row[:length] for row, length in zip(tokens.cpu(), lengths, strict=True)]
+    return lengths, [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in rows]
+
+
+def attach_states(batch: Any, readers: Sequence[Reader], store_of: Callable[[int], StateStore]) -> Any:
+    """Return a batch of the CPU with the hidden states of each augment that has stored those of all rows.
+
+    Args:
+        batch: A batch of any kind.
+        readers: The reader of each augment.
+        store_of: A function that returns the store of an augment.
+    """
+    if not isinstance(batch, dict) or "tokens" not in batch:
+        return batch
+    inputs = list(batch.get("augments", [None] * len(readers)))
+    for index, reader in enumerate(readers):
+        given = inputs[index]
+        if given is not None and given.ends is not None:
+            check_realigned(index, prefix=reader.prefix, own=reader.own)  # before a store is opened
+        if reader.prefix or (given is not None and given.states is not None):
+            continue
+        tokens, mask = (batch["tokens"], batch["mask"]) if given is None else (given.tokens, given.mask)
+        states = store_of(index).find(reader, tokens, torch.ones_like(tokens) > 0 if mask is None else mask)
+        if states is not None:
+            inputs[index] = (given or AugmentInput(tokens))._replace(states=states)
+    return {**batch, "augments": inputs}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import pyarrow as pa
 
@@ -117,7 +118,7 @@ class Build:
                 return  # the other process has built the store
             suffix = _SUFFIXES[job.is_mapped]
             if not is_locked:
-                suffix += f".{socket.gethostname()}.{os.getpid()}"
+                suffix += f".{socket.gethostname()}.{os.getpid()}.{uuid4().hex[:16]}"
             else:
                 for file in self.path.parent.glob(f".{self.path.name}.*.tmp"):
                     file.unlink(missing_ok=True)  # of a process that was killed

@@ -19,7 +19,10 @@ def concatenate(batch: PreferenceBatch) -> TokenBatch:
         sides = cast(tuple[dict[str, Tensor], ...], (chosen, rejected))
         return torch.cat([F.pad(side[name], (0, width - side[name].shape[1])) for side in sides])
 
-    return {"tokens": join("tokens"), "mask": join("mask"), "targets": join("targets")}
+    both: TokenBatch = {"tokens": join("tokens"), "mask": join("mask"), "targets": join("targets")}
+    if "num_targets" in chosen and "num_targets" in rejected:
+        both["num_targets"] = chosen["num_targets"] + rejected["num_targets"]
+    return both
 
 
 def detached(policy: LogProbs, ratios: Ratios) -> dict[str, Any]:
@@ -35,9 +38,8 @@ def scored_rows(batch: PreferenceBatch, policy: LogProbs, ratios: Ratios, *, bet
     values = pair_metrics(policy, ratios, beta=beta)
     rows = batch["chosen"].get("rows", torch.arange(len(ratios.chosen)))
     names = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins")
-    columns = {name.replace("/", "_"): values[name].tolist() for name in names}
-    columns["tokens_chosen"], columns["tokens_rejected"] = ratios.chosen_lengths.tolist(), ratios.rejected_lengths.tolist()
-    return [
-        {"row": int(row), **dict(zip(columns, numbers, strict=True))}
-        for row, *numbers in zip(rows, *columns.values(), strict=True)
-    ]
+    # One copy for all floats and one for all integers: each makes the host wait for a GPU.
+    floats = torch.stack([values[name] for name in names]).tolist()
+    numbers = torch.stack([rows.to(ratios.chosen.device), ratios.chosen_lengths, ratios.rejected_lengths]).tolist()
+    columns = ("row", *(name.replace("/", "_") for name in names), "tokens_chosen", "tokens_rejected")
+    return [dict(zip(columns, line, strict=True)) for line in zip(numbers[0], *floats, *numbers[1:], strict=True)]

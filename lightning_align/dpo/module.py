@@ -1,5 +1,6 @@
 """Direct preference optimization: Rafailov et al. 2023, arXiv 2305.18290."""
 
+import warnings
 from typing import Any, get_args
 
 import torch
@@ -156,6 +157,8 @@ class DPOModule(AlignModule):
     def setup(self, stage: str) -> None:
         """Do what `AlignModule.setup` does, and tell a stored reference which command runs."""
         super().setup(stage)
+        # Lightning warns where a module and not its data module has this hook. Here the hook is the module's: see below.
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         self.initial_policy.begin_stage(stage)
 
     def teardown(self, stage: str) -> None:
@@ -191,6 +194,10 @@ class DPOModule(AlignModule):
         """Check that the checkpoint was trained against this reference; see `InitialPolicy.check_resumed`."""
         super().on_load_checkpoint(checkpoint)
         self.initial_policy.check_resumed(self, checkpoint)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Add stored log-probs to a batch of pairs while it is on the CPU, where its rows can be hashed."""
+        return self.initial_policy.attach(batch, self.join)
 
     # -- scores and losses
 

@@ -14,6 +14,7 @@ from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.runtime.lightning_internals import log_interval
 from lightning_align.runtime.ranks import world
+from lightning_align.runtime.team import Team
 from lightning_align.scoring.ratios import Ratios
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.training.metrics import Correlation, PairMeans
@@ -103,6 +104,7 @@ class PreferenceMonitor(Callback):
         """Mean log-prob per token of chosen responses at the first measurement of each stage."""
         self._sums: dict[str, _Sums] = {}
         self._prompts: dict[tuple[int, ...], list[int]] = {}
+        self._team: Team | None = None
         self._logged_step = 0
         self._warned: set[str] = set()
 
@@ -124,6 +126,12 @@ class PreferenceMonitor(Callback):
                 f"`num_prompts` must be 0 with a stored reference, which cannot score new texts, but got {self.num_prompts}. "
                 "Set `reference: frozen` in the module, or leave `num_prompts` out."
             )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close the group of ranks that exchange prompts."""
+        if self._team is not None:
+            self._team.close()
+            self._team = None
 
     # -- pairs
 
@@ -167,7 +175,7 @@ class PreferenceMonitor(Callback):
         if stage not in self._sums:
             self._sums[stage] = _Sums(module.device)
         pairs, sums = len(ratios.chosen), self._sums[stage]
-        saturated = torch.zeros(pairs)
+        saturated = torch.zeros(pairs, device=module.device)
         if module.objective.needs_reference:
             saturated = module.objective.saturated(ratios, margins=batch.get("margins"))
         sums.means.update(
@@ -175,7 +183,7 @@ class PreferenceMonitor(Callback):
                 "ratios": ratios.chosen,
                 "logps": policy.sums[:pairs],
                 "tokens": ratios.chosen_lengths,
-                "saturated": saturated.to(module.device),
+                "saturated": saturated,
             }
         )
         sums.correlation.update(ratios.delta, ratios.chosen_lengths - ratios.rejected_lengths)
@@ -218,24 +226,22 @@ class PreferenceMonitor(Callback):
 
     def _keep_prompts(self, side: TokenBatch, batch_idx: int) -> None:
         """Keep the prompts with the lowest row indices. Rows without an index are ordered by batch, position and rank."""
-        rank = world()[0]
-        for index in range(len(side["tokens"])):
-            key = (int(side["rows"][index]),) if "rows" in side else (batch_idx, index, rank)
-            if len(self._prompts) >= self.num_prompts and key > max(self._prompts):
-                continue
-            length = int(side["targets"][index].int().argmax())
-            self._prompts[key] = side["tokens"][index, :length].tolist()
-            if len(self._prompts) > self.num_prompts:
-                del self._prompts[max(self._prompts)]
+        rank, rows = world()[0], side["rows"].tolist() if "rows" in side else None
+        keys = [(batch_idx, index, rank) if rows is None else (rows[index],) for index in range(len(side["tokens"]))]
+        kept = sorted({*self._prompts, *keys})[: self.num_prompts]
+        if not set(kept) & set(keys):
+            return
+        tokens, lengths = side["tokens"].tolist(), side["targets"].int().argmax(dim=1).tolist()
+        new = {key: row[:length] for key, row, length in zip(keys, tokens, lengths, strict=True)}
+        self._prompts = {key: (self._prompts | new)[key] for key in kept}
 
     def _measure_kl(self, trainer: L.Trainer, module: Any) -> Tensor:
         """Compute the sum of log p - log q over all samples, divided by their total length. A collective."""
         rank, ranks = world()
         found, self._prompts = self._prompts, {}
         if ranks > 1:
-            parts: list[Any] = [None] * ranks
-            torch.distributed.all_gather_object(parts, found)
-            found = {key: prompt for part in parts for key, prompt in part.items()}
+            self._team = self._team or Team()
+            found = {key: prompt for part in self._team.gather(found) for key, prompt in part.items()}
         prompts = [found[key] for key in sorted(found)[: self.num_prompts]]
         # The forward passes of a sharded model are collectives, so every rank must do the same number. Some ranks therefore
         # do one extra prompt, which is not counted.

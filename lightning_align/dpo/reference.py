@@ -1,5 +1,6 @@
 """The reference of a DPO run: how it is made from the initial policy, scored in advance, and checked on resume."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +14,10 @@ from lightning_align.references.moving import moving_reference
 from lightning_align.references.protocol import MovingReference, Reference
 from lightning_align.references.stored import Source, StoredLogProbs
 from lightning_align.runtime.lightning_internals import trainer_of
+from lightning_align.runtime.team import Team
 from lightning_align.training.module import AlignModule
 from lightning_align.training.passes import passes_of
+from lightning_align.types import TokenBatch
 
 ReferenceKind = Literal["frozen", "stored", "moving"]
 
@@ -137,8 +140,26 @@ class InitialPolicy:
             # New loaders: a data module's loaders split the rows over the ranks, and each row is in one of the parts.
             passes = passes_of(module.trainer)
             batches = (module.join(batch) for each in passes for batch in each.batches())
-            stored.fill(batches, module.policy, module.device, in_step=module.is_sharded)
+            team = Team()
+            try:
+                with team.together():
+                    stored.fill(batches, module.policy, module.device, in_step=module.is_sharded)
+            finally:
+                team.close()
         stored.finish(is_complete=all(each.is_complete for each in passes))
+
+    def attach(self, batch: Any, join: Callable[[Any], TokenBatch]) -> Any:
+        """Return a batch of pairs with the log-probs of a stored reference, if all of its rows are stored.
+
+        Args:
+            batch: A batch of any kind, on the CPU.
+            join: Makes a batch of rows of a batch of pairs.
+        """
+        pairs = isinstance(batch, dict) and {"chosen", "rejected"} <= batch.keys() and "reference" not in batch
+        if not pairs or not isinstance(self.reference, StoredLogProbs) or self.reference.is_joint:
+            return batch
+        found = self.reference.find(join(batch))
+        return batch if found is None else {**batch, "reference": found}
 
     def check_resumed(self, module: AlignModule, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint was trained against this reference.

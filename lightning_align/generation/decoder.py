@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_align.generation.casting import fixed_head, to_device
 from lightning_align.generation.packing import pack
-from lightning_align.models.language_model import HiddenModel, context_length, has_cache, logits_of
+from lightning_align.models.language_model import Head, HiddenModel, context_length, has_cache, logits_of
 
 
 class Decoder(Protocol):
@@ -76,14 +77,17 @@ class _CachedDecoder:
         *,
         cache: Any = None,
         repeated: bool = False,
+        head: Head | None = None,
     ) -> None:
         self.model, self.device, self.repeated = model, device, repeated
         self.stop = max(map(len, prompts))
-        self.prompts = torch.tensor([[0] * (self.stop - len(p)) + p for p in prompts], device=device)
-        starts = torch.tensor([self.stop - len(p) for p in prompts], device=device)[:, None]
+        self.prompts = to_device([[0] * (self.stop - len(p)) + p for p in prompts], device)
+        starts = to_device([self.stop - len(p) for p in prompts], device)[:, None]
         self._lay_out(starts, self.stop + limit, padded=len(set(map(len, prompts))) > 1)
         self.cache = model.make_cache(len(prompts), self.stop + limit) if cache is None else cache
-        self.linear = pack(model.head.weight, model.head.bias)
+        self.head = fixed_head(model) if head is None else head
+        # The weight itself and not its cast: under autocast nothing is packed.
+        self.linear = None if self.head is None else pack(self.head.weight, self.head.bias)
 
     def _lay_out(self, starts: Tensor, width: int, *, padded: bool) -> None:
         """Compute the positions and the mask of all columns from the first column (B, 1) of each row."""
@@ -110,7 +114,7 @@ class _CachedDecoder:
         mask = None if self.exists is None else self.exists[:, : self.stop]
         positions = self.positions[:, start : self.stop]
         hidden = self.model.hidden(tokens, mask=mask, positions=positions, cache=self.cache)
-        head = self.model.head
+        head = self.head or self.model.head
         return head.logits(hidden[:, -1]) if self.linear is None else head.capped(self.linear(hidden[:, -1]))
 
     def select(self, rows: Tensor) -> bool:
@@ -126,7 +130,7 @@ class _CachedDecoder:
         return callable(getattr(self.cache, "join", None)) and hasattr(self.cache, "select")
 
     def join(self, prompts: list[list[int]], *, limit: int, copies: int) -> Tensor:
-        new = _CachedDecoder(self.model, prompts, 0, self.device)
+        new = _CachedDecoder(self.model, prompts, 0, self.device, head=self.head)
         new.linear = self.linear  # its weights are packed already
         logits = new.start(copies)
         # All rows end at the same column, so only the longest row needs its first column.
@@ -147,8 +151,8 @@ class _PlainDecoder:
         self.most = min(self.width + limit, context_length(model) or self.width + limit)
         self.tokens = torch.zeros(len(prompts), self.most, dtype=torch.long, device=device)
         for row, prompt in zip(self.tokens, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt, device=device)
-        self.places = torch.tensor([len(prompt) for prompt in prompts], device=device)
+            row[: len(prompt)] = to_device(prompt, device)
+        self.places = to_device([len(prompt) for prompt in prompts], device)
 
     def start(self, copies: int) -> Tensor:
         logits = self._forward()

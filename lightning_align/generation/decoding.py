@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_align.generation.casting import to_device
 from lightning_align.generation.decoder import make_decoder
 from lightning_align.generation.ends import Ends, say_once
 from lightning_align.generation.filter_function import FilterSettings, filtered_by_function
@@ -107,7 +108,7 @@ def decode_prompts(
     With a sharded model, every rank must call this. Each rank may have any number of prompts.
     """
     device, synchronized = next(model.parameters()).device, is_sharded(model)
-    every = CHECK_EVERY if device.type == "cuda" or synchronized else CHECK_EVERY_CPU
+    every = CHECK_EVERY if device.type != "cpu" or synchronized else CHECK_EVERY_CPU
     most = -(-len(waiting) // config.batch_size)
     for _ in range(largest(most, device) if synchronized else most):
         if not waiting and not synchronized:
@@ -134,6 +135,14 @@ def decode_prompts(
 
 def _take(waiting: deque[Prompt], count: int) -> list[Prompt]:
     return [waiting.popleft() for _ in range(min(count, len(waiting)))]
+
+
+def _read(tokens: Tensor, logprobs: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+    """Copy tokens and log-probs to the host. A device is waited for once: float64 holds both exactly."""
+    if tokens.device.type in ("cpu", "mps"):  # MPS has no float64
+        return tokens.tolist(), logprobs.tolist()
+    both = torch.stack((tokens.double(), logprobs.double())).cpu()
+    return both[0].long().tolist(), both[1].tolist()
 
 
 class _Batch:
@@ -186,7 +195,7 @@ class _Batch:
         """Drop the other rows, if the decoder can."""
         if len(rows) == len(self.rows):
             return
-        keep = torch.tensor(rows, device=self.device)
+        keep = to_device(rows, self.device)
         if self.decoder.select(keep):
             assert self.tokens is not None
             self.rows, self.tokens, self.noise = [self.rows[row] for row in rows], self.tokens[keep], self.noise[keep]
@@ -217,9 +226,9 @@ class _Batch:
         return tokens, logps
 
     def _extend(self, rows: list[Row], tokens: Tensor, logprobs: Tensor) -> None:
-        for row, new, values in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        for row, new, values in zip(rows, *_read(tokens, logprobs), strict=True):
             row.extend(new, values, self.ends)
 
     def _noise(self, rows: list[Row], positions: int) -> Tensor:
         draws = num_draws(self.config) if self.config.temperature > 0 else 0
-        return uniforms([row.key for row in rows], positions=positions, draws=draws).to(self.device)
+        return uniforms([row.key for row in rows], positions=positions, draws=draws).to(self.device, non_blocking=True)

@@ -141,7 +141,7 @@ def choose(logits: Tensor, uniforms: Tensor, filters: Filters, *, allowed: Tenso
     weights = (candidates - maxima[:, None]).div_(filters.temperature).exp_()
     if _draws_once(filters):
         tokens = draw(weights, uniforms[:, 0])
-    elif weights.is_cuda or filters.typical_p < 1:
+    elif weights.device.type != "cpu" or filters.typical_p < 1:
         tokens = draw(_filtered(weights, filters), uniforms[:, 0])
     else:
         tokens = _draw_within(weights, uniforms, filters)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from lightning_align.models.building import backbone_spec
 from lightning_align.models.formats import write_model
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.weights import state_hash
-from lightning_align.runtime.files import publish_text
+from lightning_align.runtime.files import publish_text, temporary_path
 
 RECORD = "handoff.json"
 """The file in the model folder that holds the hash of the weights."""
@@ -67,8 +66,7 @@ def write_served(folder: Path, served: Served, *, iteration: int) -> None:
                 f"this folder comes from another run. Give the backend another `folder`, or remove {folder.parent}."
             )
         return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_path(folder)
     if backbone_spec(served.model) is None and not isinstance(served.model, PretrainedLM):
         temporary.mkdir(parents=True)  # a model that nothing can rebuild is only weights
         save_file(dict(served.weights), temporary / "model.safetensors")

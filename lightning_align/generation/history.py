@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_align.generation.casting import to_device
+
 
 class Repetition(Protocol):
     """The settings of these filters. `GenerationConfig` has them."""
@@ -38,8 +40,8 @@ class History:
         self.tokens = torch.zeros(len(rows), max(map(len, rows)) + room, dtype=torch.long)
         for row, prompt in zip(self.tokens, rows, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
-        self.tokens = self.tokens.to(device)
-        self.lengths = torch.tensor([len(row) for row in rows], device=device)
+        self.tokens = self.tokens.to(device, non_blocking=True)
+        self.lengths = to_device([len(row) for row in rows], device)
 
     def append(self, tokens: Tensor) -> None:
         """Append a token (B,) to each row. Further tokens of a full row replace its last one, because it has ended."""

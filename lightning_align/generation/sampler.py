@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_align.generation.casting import casts_kept
 from lightning_align.generation.decoding import FinishReason as FinishReason
 from lightning_align.generation.decoding import Prompt, Row, decode_prompts
 from lightning_align.generation.ends import Ends
@@ -129,12 +130,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Disable gradients and set evaluation mode, then restore the mode of each submodule.
 
     Each submodule gets its own mode back, because some may be frozen in evaluation mode. The function uses `no_grad` and not
-    inference mode, because tensors that a model keeps from inference mode cannot be used in training.
+    inference mode, because tensors that a model keeps from inference mode cannot be used in training. Mixed precision casts the
+    weights once, see `casts_kept`.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), casts_kept(model):
             yield
     finally:
         for module, training in modes.items():

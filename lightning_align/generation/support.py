@@ -50,4 +50,4 @@ class Support:
         absent = torch.zeros(vocabulary, dtype=torch.bool)
         absent[self.size :] = True
         absent[[hole for hole in self.holes if hole < vocabulary]] = True
-        return absent.to(device)
+        return absent.to(device, non_blocking=True)

@@ -25,6 +25,13 @@ class Attend(Protocol):
         ...
 
 
+def attention_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of the products with a weight: that of autocast if it is on, or else that of the weight."""
+    device = weight.device.type
+    on = weight.dtype is torch.float32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else weight.dtype
+
+
 def attention_mask(mask: Tensor, num_queries: int, *, causal: bool) -> Tensor:
     """Build the mask of which query may attend to which key.
 
@@ -205,5 +212,9 @@ class CachedAttention:
             )
         keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
         keys[:, start:stop], values[:, start:stop] = k, v
-        keys, values = keys[:, :stop].to(q.dtype), values[:, :stop].to(q.dtype)
+        keys, values = keys[:, :stop], values[:, :stop]
+        if torch.is_autocast_enabled(q.device.type):
+            q = q.to(keys.dtype)  # casting the whole cache for each token would cost more than attention
+        else:
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
         return _mix(q, keys, values, mask=self.mask, causal=False, scale=scale, dropout=dropout)

@@ -1,6 +1,7 @@
 """The check that a language model is causal: the logits at a position do not depend on later tokens."""
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ COPIED = 2**27
 """Models with fewer bits than float32 and up to this many weights are checked as a float32 copy, which takes 0.5 GB."""
 WIDTH = 12
 """The number of tokens of the check."""
+
+
+def _fork_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Keep the random number generators of the CPU and of a device as they are."""
+    # MPS has a single generator, which `fork_rng` cannot address. A runtime that has not begun has none yet.
+    if device.type in ("cpu", "mps") or not getattr(torch, device.type).is_initialized():
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def check_causal(model: nn.Module, *, remedy: str = "") -> None:
@@ -49,11 +58,11 @@ def check_causal(model: nn.Module, *, remedy: str = "") -> None:
     first, second = _rows(model, torch.device("cpu") if weight is None else weight.device)
     if first is None:
         return  # a context of one token or a vocabulary of one token shows nothing
-    devices = [weight.device] if weight is not None and weight.is_cuda else []
+    device = torch.device("cpu") if weight is None else weight.device
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), _fork_rng(device):
             logits, changed = _logits(model, first), _logits(model, second)
             dtype = logits.dtype
             limit = TOLERANCE.get(dtype, COARSE) if weight is None else max(TOLERANCE.get(d, COARSE) for d in _dtypes(model))

@@ -18,6 +18,7 @@ from lightning_align.models.attention import (
     KVCache,
     PackedAttention,
     PaddedAttention,
+    attention_dtype,
     attention_mask,
 )
 from lightning_align.models.documents import document_mask, document_positions
@@ -282,7 +283,7 @@ class PaLM(nn.Module):
         def allocate() -> list[Tensor]:
             # Not weight.new_empty, which would return a sharded tensor for a sharded weight.
             shape = (batch, length, self.dim_head)
-            return [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in self.blocks]
+            return [torch.empty(shape, dtype=attention_dtype(weight), device=weight.device) for _ in self.blocks]
 
         return KVCache(allocate(), allocate())
 
@@ -311,7 +312,7 @@ class PaLM(nn.Module):
             (B, N, D) hidden states.
         """
         if documents is not None:
-            if self.causal and not tokens.is_cuda and self.compile_backend is None:
+            if self.causal and tokens.device.type == "cpu" and self.compile_backend is None:
                 return self._document_hidden(tokens, documents)
             mask, positions = document_mask(documents), document_positions(documents)
         past, new = (0 if cache is None else cache.length), tokens.shape[1]

@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_align.runtime.files import publish
-from lightning_align.runtime.ranks import everyone, world
+from lightning_align.runtime.ranks import everyone
 from lightning_align.types import LogProbs, TokenBatch
 
 Source = Callable[[nn.Module, TokenBatch], LogProbs]
@@ -83,14 +84,19 @@ class StoredLogProbs:
             ValueError: If a row is missing and the model was freed and cannot be made again.
         """
         found, device = self.find(batch), batch["tokens"].device
-        if self._is_partial and self._in_step and not everyone(found is not None, device):
-            found = None  # a sharded model needs all ranks
+        if self.is_joint and not everyone(found is not None, device):
+            found = None
         if found is not None:
             return LogProbs(*(part.to(device) for part in found))
         scores = self._model()(policy, batch)
         if self._is_partial:
             self._keep(row_keys(batch), scores)
         return scores
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether all ranks must score a batch if one of them has to, because the model is sharded and rows are missing."""
+        return self._is_partial and self._in_step
 
     def _model(self) -> Source:
         if self.source is None and self._again is not None:
@@ -140,7 +146,9 @@ class StoredLogProbs:
             if not missing:
                 continue
             rows = torch.tensor(missing)
-            part: TokenBatch = {name: value[rows].to(device) for name, value in batch.items()}  # type: ignore[assignment]
+            part: Any = {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
+            counts = {"num_targets": int(part["targets"][:, 1:].sum())}
+            part = {name: value.to(device, non_blocking=True) for name, value in part.items()} | counts
             self._keep([keys[row] for row in missing], self._model()(policy, part))
             done += len(missing)
         self._write()
@@ -155,13 +163,11 @@ class StoredLogProbs:
             self._write()
 
     def finish(self, *, is_complete: bool = True) -> None:
-        """Wait for all ranks, read their shards, and free the model.
+        """Read the shards of all ranks, which must have written them, and free the model.
 
         Args:
             is_complete: Whether all rows of the run are stored. If not, the model stays, and rows are stored when they come.
         """
-        if world()[1] > 1:
-            torch.distributed.barrier()
         self._read()
         self._is_partial = not is_complete
         if is_complete:

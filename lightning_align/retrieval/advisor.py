@@ -15,8 +15,6 @@ COMFORTABLE_POINTS = 64
 """Recommended number of training vectors per centroid."""
 CORE_FLOPS = 5e10
 """FLOP/s of one CPU core in float32 matrix products."""
-GPU_FLOPS = 2e13
-"""FLOP/s of one GPU."""
 
 
 class Advice(NamedTuple):
@@ -39,15 +37,14 @@ class Training(NamedTuple):
     """Recommended."""
 
 
-def advise(num: int, dim: int, *, memory: int | None = None, cores: int | None = None, num_gpus: int = 0) -> Advice:
-    """Choose an index.
+def advise(num: int, dim: int, *, memory: int | None = None, cores: int | None = None) -> Advice:
+    """Choose an index. The choice does not depend on GPUs, because indexes are searched on the CPU.
 
     Args:
         num: The number of vectors.
         dim: Dimensions per vector.
         memory: Bytes that the index may take. Default is half of the machine's memory.
         cores: CPU cores that build the index. Default is all cores of the machine.
-        num_gpus: GPUs that train the index.
 
     Raises:
         ValueError: If no index fits into the memory.
@@ -59,7 +56,7 @@ def advise(num: int, dim: int, *, memory: int | None = None, cores: int | None =
     lists = 65536 if num <= 10**7 else 262144 if num <= 10**8 else 1048576 if num <= 10**9 else 4194304
     small = 2 ** round(math.log2(max(1.0, 8 * math.sqrt(num))))
     coarse = f"IVF{small}" if num < POINTS_PER_CENTROID * 65536 else f"IVF{lists}_HNSW32"
-    if num <= 200_000 or (num_gpus and num <= 2_000_000):
+    if num <= 200_000:
         candidates = ["Flat", f"{coarse},SQ8", f"{reduced},{coarse},PQ{subs}"]
     elif num <= 2_000_000:
         candidates = [f"{coarse},SQ8", f"{reduced},{coarse},PQ{subs}"]
@@ -68,8 +65,7 @@ def advise(num: int, dim: int, *, memory: int | None = None, cores: int | None =
     for factory in candidates:
         size = index_bytes(factory, num, dim)
         if size <= memory:
-            flops = GPU_FLOPS * num_gpus or CORE_FLOPS * cores
-            return Advice(factory, size, _hours(factory, num, dim, flops))
+            return Advice(factory, size, _hours(factory, num, dim, CORE_FLOPS * cores))
     raise ValueError(
         f"`memory` must hold an index of {num:,} vectors of {dim} dimensions, but got {memory / 2**30:.1f} GiB. The smallest "
         f"index, {candidates[-1]}, takes {index_bytes(candidates[-1], num, dim) / 2**30:.1f} GiB. Pass this factory string to "

@@ -64,7 +64,12 @@ def build_index(root: Path, vectors: Stage, config: IndexConfig, *, team: Team, 
     load_faiss()
     data = read_vectors(vectors)
     num, dim = data.shape
-    factory = advise(num, dim, num_gpus=num_gpus()).factory if config.factory == "auto" else config.factory
+    factory = config.factory
+    if factory == "auto":
+        # The advice depends on the memory of the machine. On nodes that differ, ranks would look for different stages.
+        with team.together():
+            factory = advise(num, dim).factory if team.rank == 0 else factory
+        factory = team.share(factory)
     settings = {**asdict(config), "factory": factory}
     stage = Stage(root, "index", {"format": FORMAT, "vectors": vectors.key, "config": settings})
     with team.together():

@@ -13,66 +13,20 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from lightning_align.runtime.files import publish
-from lightning_align.runtime.ranks import world
+from lightning_align.runtime.team import Team as Team
 
 Arrays = Mapping[str, NDArray[Any]]
 MANIFEST = "manifest.json"
-
-
-class Team:
-    """The ranks that share the work. Create it on all ranks together. Outside of a process group it has one rank."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = world()
-        # A separate group with a long timeout. A stage can keep one rank busy for hours, and the group of the training times
-        # out after 30 minutes.
-        self._group = None if self.size == 1 else dist.new_group(backend="gloo", timeout=timedelta(days=30))
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Synchronize all ranks at the end of the ``with`` block. If a rank fails, all ranks raise.
-
-        Raises:
-            ValueError: On the ranks that did not fail, if another rank failed.
-        """
-        try:
-            yield
-        except BaseException as error:
-            if self.size > 1 and isinstance(error, Exception):
-                self._gather(f"{type(error).__name__}: {error}")
-            raise
-        if self.size > 1:
-            for rank, problem in enumerate(self._gather("")):
-                if problem:
-                    raise ValueError(f"Rank {rank} failed: {problem}. This rank stops too.")
-
-    def tell(self, flag: bool) -> bool:
-        """Return the flag of rank 0 on every rank."""
-        return flag if self.size == 1 else self._gather(str(flag))[0] == "True"
-
-    def close(self) -> None:
-        """Destroy the process group."""
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
-
-    def _gather(self, word: str) -> list[str]:
-        words = [""] * self.size
-        dist.all_gather_object(words, word, group=self._group)
-        return words
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,9 @@ class RetrievalArms(LoaderMetric):
         chunk = torch.arange(targets.shape[1], device=targets.device) // size
         per_chunk = nats.double().new_zeros(*nats.shape[:2], overlap.shape[1]).index_add_(2, chunk, nats.detach().double())
         values = torch.cat((chunk_bytes.double()[None], per_chunk))  # (1 + A, B, C)
-        edges = torch.tensor(ALPHAS[:-1], dtype=torch.float32, device=overlap.device)
-        bins = torch.bucketize(overlap.float(), edges)  # (B, C) index of the smallest alpha that is at least the overlap
+        # (B, C) index of the smallest alpha that is at least the overlap. Not `bucketize`: it needs a tensor of the alphas, and
+        # to copy that, the host would wait for a GPU.
+        bins = torch.stack([overlap.float() > alpha for alpha in ALPHAS[:-1]]).sum(0)
         summed = values.new_zeros(*values.shape[:2], len(ALPHAS)).scatter_add_(2, bins.expand_as(values).contiguous(), values)
         heads = torch.stack((documents.double(), targets.sum(1).double()), dim=1)
         self.rows.append(torch.cat((heads, summed.transpose(0, 1).flatten(1)), dim=1))

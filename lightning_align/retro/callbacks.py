@@ -244,9 +244,21 @@ def trainer_like(trainer: L.Trainer, *, precision: str | None = None) -> L.Train
     """
     return quiet_trainer(
         accelerator=type(trainer.accelerator)(),
-        devices=trainer.num_devices,
+        devices=_devices_of(trainer),
         num_nodes=trainer.num_nodes,
         # Encoders are small and frozen, so each rank holds a full copy, whatever the strategy of the training.
         strategy="ddp" if trainer.world_size > 1 else "auto",
         precision=precision or trainer.precision,
     )
+
+
+def _devices_of(trainer: L.Trainer) -> int | list[int]:
+    """Return which devices of this node a Trainer uses, as the argument `devices` of another one.
+
+    A number alone would take the first ones. On a shared node these can be the devices of others.
+    """
+    strategy: Any = trainer.strategy
+    devices = getattr(strategy, "parallel_devices", None) or [strategy.root_device]
+    # Not `trainer.device_ids`, which mistakes device 0 in second place for device 1.
+    indices = [index for device in devices if (index := getattr(device, "index", None)) is not None]
+    return indices if len(indices) == len(devices) and devices[0].type != "cpu" else trainer.num_devices

@@ -24,6 +24,7 @@ from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows
 from lightning_align.runtime.lightning_internals import overfits
+from lightning_align.training.loading import for_device
 from lightning_align.types import PromptBatch
 
 Loader = DataLoader[RetrievalBatch]
@@ -166,7 +167,8 @@ class RETRODataModule(L.LightningDataModule):
             if policy is not None and manifest["encoder"] is not None and manifest["made_with"]["encoder"] is None:
                 # A refresh built the database with the policy itself. `open_retriever` raises if this policy has other weights.
                 encoder = LMEncoder(policy, fingerprint=weights_hash(policy), borrowed=True)
-            self._retriever = manifest, open_retriever(self.folder, encoder=encoder)
+            device = None if self.trainer is None else self.trainer.strategy.root_device
+            self._retriever = manifest, open_retriever(self.folder, encoder=encoder, device=device)
         return self._retriever[1]
 
     # -- batches
@@ -284,11 +286,8 @@ class RETRODataModule(L.LightningDataModule):
             **self._replicas,
         )
         # The sampler yields whole batches. The Trainer would replace it if it were passed as the batch sampler.
-        options: dict[str, Any] = {
-            "batch_size": None,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-        }
+        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        options = for_device(self.trainer, {"batch_size": None, **workers})
         if self._overfits:
             # The Trainer then takes the first batches of a plain sampler and distributes them over the ranks itself.
             rows.batches = list(sampler)

@@ -5,9 +5,11 @@ values of each cross-attention layer, for the last full chunk of each row only. 
 searches and encodes the neighbors of that chunk. They replace the previous ones.
 """
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -36,6 +38,8 @@ class RetrievalCache:
     """(B, J R) bool, true at real tokens of these neighbors."""
     started: bool = False
     """Whether the prompts have been processed."""
+    lengths: list[int] = field(default_factory=list)
+    """The number of tokens that each row has, on the host, so that no step has to ask the device which chunks are complete."""
 
 
 class RetrievalDecoder(nn.Module):
@@ -160,8 +164,10 @@ class RetrievalDecoder(nn.Module):
                 self.found[query] = Found(found.ids[one], found.mask[one], found.distances[one], tokens)
         results = [self.found[query] for query in queries]
         return NeighborTokens(
-            torch.cat([torch.from_numpy(r.tokens.ids) for r in results]).to(chunks.device),
-            torch.cat([torch.from_numpy(r.tokens.mask & r.mask[..., None]) for r in results]).to(chunks.device),
+            *(
+                torch.from_numpy(np.concatenate(parts)).to(chunks.device, non_blocking=True)
+                for parts in ([r.tokens.ids for r in results], [r.tokens.mask & r.mask[..., None] for r in results])
+            )
         )
 
 
@@ -173,7 +179,8 @@ class _PromptReader:
         size = self.size = self.model.chunk_size
         self.columns = torch.arange(tokens.shape[1], device=tokens.device)
         self.starts = (tokens.shape[1] - lengths)[:, None]
-        self.chunks = int(lengths.max()) // size
+        cache.lengths = lengths.tolist()
+        self.chunks = max(cache.lengths) // size
         full = (lengths // size)[:, None] > torch.arange(self.chunks, device=tokens.device)
         self.rows, self.numbers = full.nonzero(as_tuple=True)
         left = self._align_left(tokens)
@@ -230,7 +237,10 @@ class _StepReader:
         # Query positions relative to the start of the neighbors: m - 1 at the last token of a chunk, up to 2 m - 2.
         self.reader = (positions + 1) % size + size - 1
         cache.chunk[self.every, self.place] = tokens
-        self.done = (self.place == size - 1).nonzero().squeeze(1)
+        most = owner.max_seq_len or sys.maxsize
+        cache.lengths = [min(length + 1, most) for length in cache.lengths]
+        done = [row for row, length in enumerate(cache.lengths) if length % size == 0]
+        self.done = torch.tensor(done, dtype=torch.long).to(tokens.device, non_blocking=True)
         if len(self.done):
             self.neighbors = owner.search(cache.chunk[self.done])
             cache.mask[self.done] = self.neighbors.mask.flatten(-2)

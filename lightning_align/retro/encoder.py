@@ -75,7 +75,7 @@ class NeighborEncoder(nn.Module):
         neighbors = tokens.shape[1]
         # Normalize the embedding vectors, because the decoder may scale them in any way.
         x = self.embed(self.embedding_norm(F.embedding(tokens.flatten(0, 1), embedding)))
-        whole = not tokens.is_cuda and bool(mask.all())
+        whole = tokens.device.type == "cpu" and bool(mask.all())
         attend = PaddedAttention(False, None if whole else attention_mask(mask.flatten(0, 1), x.shape[1], causal=False))
         places = torch.arange(x.shape[1], device=x.device)
         table = rotary(places, self.dim_head, xpos_scale_base=None)

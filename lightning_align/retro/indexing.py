@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from lightning_align.data.documents import DocumentSource, DocumentTokenizer, load_documents
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -124,13 +126,14 @@ def delete_documents(folder: str | Path, names: Sequence[str], *, encoder: Encod
         return builder.delete(names)
 
 
-def open_retriever(folder: str | Path, *, encoder: Encoder | None = None) -> Retriever:
+def open_retriever(folder: str | Path, *, encoder: Encoder | None = None, device: torch.device | None = None) -> Retriever:
     """Open a finished database for live retrieval, in the main process.
 
     Args:
         folder: The folder of the database.
         encoder: An encoder equal to the one of the build, if that was an object. Default is to load the encoder again by its
             name.
+        device: The device to encode queries on, in the precision of autocast if that is on. Default is where the encoder is.
 
     Returns:
         The retriever.
@@ -138,7 +141,10 @@ def open_retriever(folder: str | Path, *, encoder: Encoder | None = None) -> Ret
     Raises:
         ValueError: If there is no finished database, or if the encoder is not that of the database.
     """
-    return make_retriever(Path(folder), _tools_of(folder, encoder))
+    tools = _tools_of(folder, encoder)
+    if device is not None and isinstance(tools.encoder, nn.Module):
+        tools.encoder.to(device)  # a borrowed model stays where it is
+    return make_retriever(Path(folder), tools)
 
 
 def make_tools(

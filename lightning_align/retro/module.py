@@ -246,24 +246,24 @@ class RETROModule(AlignModule):
             response, the neighbors of each chunk that were used.
         """
         data: Any = datamodule_of(self.trainer)
-        tokenizer, table = data.tokenizer, data.database.chunks
+        tokenizer, table, rows = data.tokenizer, data.database.chunks, batch["rows"].tolist()
         decoder = RetrievalDecoder(self._retro, data.retriever, num_neighbors=self.num_neighbors)
         results = generate(
             decoder,
             batch["prompts"],
             self.generation,
             ends=self.ends(),
-            ids=batch["rows"].tolist(),
+            ids=rows,
         )
         return [
             {
-                "row": int(row),
+                "row": row,
                 "prompt": tokenizer.decode(prompt),
                 "responses": [tokenizer.decode(r.tokens) for r in responses],
                 "finished": [r.finished for r in responses],
                 "neighbors": [self._used_neighbors(decoder.found, [*prompt, *r.tokens], tokenizer, table) for r in responses],
             }
-            for row, prompt, responses in zip(batch["rows"], batch["prompts"], results, strict=True)
+            for row, prompt, responses in zip(rows, batch["prompts"], results, strict=True)
         ]
 
     def _used_neighbors(

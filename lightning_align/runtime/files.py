@@ -1,9 +1,16 @@
 """Files that are written whole or not at all."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
+
+
+def temporary_path(path: Path, suffix: str = "tmp") -> Path:
+    """Return a name beside a path that no other process uses, also not one with the same process id on another node."""
+    return path.with_name(f".{path.name[:100]}.{socket.gethostname()[:32]}.{os.getpid()}.{uuid4().hex[:16]}.{suffix}")
 
 
 def publish(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -17,7 +24,7 @@ def publish(path: str | Path, write: Callable[[Path], None]) -> None:
         ValueError: If the folder or the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -47,7 +54,7 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+        probe = temporary_path(path, "probe")
         probe.touch()
         probe.unlink()
     except OSError as error:

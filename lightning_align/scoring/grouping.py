@@ -41,7 +41,7 @@ def length_groups(batch: TokenBatch) -> list[tuple[Tensor, int]]:
         so the positions after them are not needed. Empty if the batch should not be split.
     """
     tokens, targets = batch["tokens"], batch["targets"]
-    if tokens.is_cuda or not tokens.numel() or world()[1] > 1:
+    if tokens.device.type != "cpu" or not tokens.numel() or world()[1] > 1:
         return []
     widths = (targets * torch.arange(tokens.shape[1])).amax(dim=1).clamp(min=1)
     groups = [(group, int(widths[group[-1]])) for group in widths.argsort(stable=True).chunk(LENGTH_GROUPS)]

@@ -37,7 +37,7 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
         return _document_logprobs(model, tokens, documents, rows, before, targets), documents[rows, before]
     if not has_hidden(model):
         return _plain_logprobs(model, batch, rows, before, targets), rows
-    if hasattr(model, "packed_hidden") and not tokens.is_cuda and not bool(mask.all()):
+    if hasattr(model, "packed_hidden") and tokens.device.type == "cpu" and not bool(mask.all()):
         place = mask.flatten().cumsum(0).view_as(mask) - 1
         hidden = model.packed_hidden(tokens, mask).index_select(0, place[rows, before])
     else:

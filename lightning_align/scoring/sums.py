@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.scoring.logprobs import token_logprobs
+from lightning_align.scoring.targets import first_true
 from lightning_align.types import LogProbs, TokenBatch
 
 
@@ -46,9 +47,16 @@ def sum_logprobs(
         (B,) or (R,) sums in nats in the dtype of ``logps``, and counts of targets. Weights do not change the counts.
     """
     if weights is not None:
-        logps = logps * weights[:, 1:][targets[:, 1:]]
+        logps = logps * _selected(weights[:, 1:], targets[:, 1:], len(logps))
     # Float32 sums of hundreds of terms would lose a digit that matters in the difference of two such sums. MPS has no float64.
     wide = logps if logps.device.type == "mps" else logps.double()
     size = targets.shape[0] if num_documents is None else num_documents
     counts = targets.sum(dim=1) if num_documents is None else rows.new_zeros(size).index_add(0, rows, torch.ones_like(rows))
     return LogProbs(wide.new_zeros(size).index_add(0, rows, wide).to(logps.dtype), counts)
+
+
+def _selected(values: Tensor, targets: Tensor, count: int) -> Tensor:
+    """Select the values (B, N) at the targets, row by row. Their number is known, so that a device need not be waited for."""
+    if targets.device.type == "cpu":
+        return values[targets]
+    return values.flatten().index_select(0, first_true(targets.flatten(), count))

@@ -1,5 +1,6 @@
 """The shift by one between positions and targets: which hidden state predicts which token."""
 
+import torch
 from torch import Tensor
 
 from lightning_align.models.documents import document_positions
@@ -17,11 +18,11 @@ def select_targets(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         predicts it (one before the target), and its (T,) token id.
 
     Raises:
-        ValueError: If the first token of a row or document is a target. No hidden state predicts it. Not checked on a GPU, to
-            avoid a synchronization.
+        ValueError: If the first token of a row or document is a target. No hidden state predicts it. Only checked on the CPU,
+            because a check makes the host wait for a GPU.
     """
     tokens, targets = batch["tokens"], batch["targets"]
-    if not tokens.is_cuda:
+    if tokens.device.type == "cpu":
         if bool(targets[:, 0].any()):
             raise ValueError(
                 "`targets[:, 0]` must be false in every row, but got true. No token precedes the first one, so it cannot be "
@@ -32,8 +33,34 @@ def select_targets(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
                 "`targets` must be false at the first token of every document and at padding, but got true. A token is not "
                 "predicted from the document before it. Start the targets at the second token of each document or later."
             )
-    rows, before = targets[:, 1:].nonzero(as_tuple=True)
+    rows, before = _places(targets[:, 1:], batch.get("num_targets"))
     return rows, before, tokens[rows, before + 1]
+
+
+def _places(targets: Tensor, num_targets: int | None) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns of true elements, row by row. With their number it does not wait for a device."""
+    if targets.device.type == "cpu" or num_targets is None:
+        rows, columns = targets.nonzero(as_tuple=True)
+        return rows, columns
+    flat = targets.flatten()
+    # A batch that was changed after its targets were counted must not train on other tokens without a word.
+    torch._assert_async(flat.sum() == num_targets)
+    where = first_true(flat, num_targets)
+    return where // targets.shape[1], where % targets.shape[1]
+
+
+def first_true(flags: Tensor, count: int) -> Tensor:
+    """Return the indices of true elements without waiting for the device, as `nonzero` would.
+
+    Args:
+        flags: (M,) bool.
+        count: The number of true elements.
+
+    Returns:
+        (count,) int64, in ascending order.
+    """
+    # A stable sort keeps the order of equal elements. Not every device can sort bool.
+    return flags.logical_not().to(torch.uint8).argsort(stable=True)[:count]
 
 
 def check_ids(tokens: Tensor, vocabulary: int | None) -> None:
@@ -44,10 +71,10 @@ def check_ids(tokens: Tensor, vocabulary: int | None) -> None:
         vocabulary: The number of entries of the vocabulary, or None if it is unknown.
 
     Raises:
-        ValueError: If a token id is outside of the vocabulary. Not checked on a GPU.
+        ValueError: If a token id is outside of the vocabulary. Only checked on the CPU.
     """
     # On a GPU the comparison would stall the queue at every step. There, only the data module checks the ids.
-    if vocabulary is not None and not tokens.is_cuda and tokens.numel() and int(tokens.max()) >= vocabulary:
+    if vocabulary is not None and tokens.device.type == "cpu" and tokens.numel() and int(tokens.max()) >= vocabulary:
         raise ValueError(
             f"Token ids must be below {vocabulary}, the vocabulary size of the model, but got {int(tokens.max())}. "
             "Give the backbone the vocabulary size of the tokenizer."

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from lightning_align.spin.generations import join_rows
+from lightning_align.training.loading import count_targets
 from lightning_align.types import TokenBatch
 
 
@@ -77,6 +79,21 @@ def real_rows(batch: Any) -> TokenBatch:
 def content_number(ids: Tensor) -> int:
     """Return a number of a row that depends only on its ids, to select its random numbers."""
     return int.from_bytes(hashlib.blake2b(ids.cpu().numpy().tobytes(), digest_size=4).digest(), "big")
+
+
+def on_host(batch: TokenBatch) -> TokenBatch:
+    """Return tokens, mask and targets of a batch on the CPU. A device is waited for once, and not for each of them."""
+    names = ("tokens", "mask", "targets")
+    if batch["tokens"].device.type == "cpu":
+        return batch
+    tokens, mask, targets = torch.stack([batch[name].long() for name in names]).cpu()  # type: ignore[literal-required]
+    return {"tokens": tokens, "mask": mask.bool(), "targets": targets.bool()}
+
+
+def sent(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    """Return a batch of the CPU on a device, without waiting for it and with the number of its targets."""
+    counted = batch if device.type == "cpu" else count_targets(batch)
+    return cast(TokenBatch, move_data_to_device(counted, device))
 
 
 def is_paired(batch: Any) -> bool:

@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_align.models.formats import whole_weights
 from lightning_align.models.weights import check_weights, state_hash
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, last_saved_step, link_last
+from lightning_align.runtime.ranks import is_sharded
 from lightning_align.spin.stored import (
     AVERAGE,
     POLICY,
@@ -42,15 +43,21 @@ class Boundary:
 
     def __init__(self, trainer: L.Trainer, module: Any, root: Path, *, run: str) -> None:
         self.trainer, self.module, self.root, self.run = trainer, module, root, run
-        self.weights = whole_weights(module.policy)
-        self.average: dict[str, Tensor] = {}
-        if module.opponent.moving is not None:
-            self.average = whole_weights(module.opponent.moving.average)
-        # The hash also covers the other weights of the opponent: an average and a base.
-        own = state_hash({**self.weights, **{f"average.{name}": value for name, value in self.average.items()}})
-        own = own if module.base_hash is None else f"{own[:32]}{module.base_hash[:32]}"
+        # Only rank 0 needs the weights: it stores and compares them. To gather sharded ones, all ranks must take part.
+        moving = module.opponent.moving
+        self.weights, self.average = self._whole(module.policy), {} if moving is None else self._whole(moving.average)
+        own = ""
+        if trainer.is_global_zero:
+            # The hash also covers the other weights of the opponent: an average and a base.
+            own = state_hash({**self.weights, **{f"average.{name}": value for name, value in self.average.items()}})
+            own = own if module.base_hash is None else f"{own[:32]}{module.base_hash[:32]}"
         self.digest: str = trainer.strategy.broadcast(own)
         """The hash of the weights that the iteration begins with."""
+
+    def _whole(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the whole weights of a model on rank 0, and nothing on the others."""
+        whole = whole_weights(model) if self.trainer.is_global_zero or is_sharded(model) else {}
+        return whole if self.trainer.is_global_zero else {}
 
     def settle(self) -> None:
         """Store the weights, or use the stored ones if the iteration has begun before. Every rank must call this.

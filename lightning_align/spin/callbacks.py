@@ -17,6 +17,7 @@ from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.generation.handoff import Served
 from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.runtime.ranks import is_sharded
+from lightning_align.runtime.team import Team
 from lightning_align.spin.boundary import START, Boundary, save_boundary, save_checkpoint
 from lightning_align.spin.generations import GeneratedSet, Pairs, plan, statistics
 from lightning_align.spin.opponent import served_model, served_weights
@@ -111,6 +112,7 @@ class SelfPlayGeneration(Callback):
         """The pairs of loaders of the user."""
         self._speed: float | None = None
         self._restored, self._synced = False, -1
+        self._team: Team | None = None
 
     # -- the trainer's hooks
 
@@ -127,6 +129,12 @@ class SelfPlayGeneration(Callback):
         self._check(pl_module)
         set_reload_interval(trainer, 1)
         limit_epochs(trainer, self._starts[-1])
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close the group in which the ranks wait for each other."""
+        if self._team is not None:
+            self._team.close()
+            self._team = None
 
     def _check(self, module: Any) -> None:
         """Raise if the settings conflict, before anything is generated."""
@@ -313,8 +321,11 @@ class SelfPlayGeneration(Callback):
             "generation": settings,
         }
         generated = GeneratedSet(self._root / stage, identity, parts)
-        generated.open(write=trainer.is_global_zero)
-        missing: list[int] = trainer.strategy.broadcast(generated.missing())
+        # If one rank finds a fault, all raise. The ranks generate for different times, so they wait in a group of their own.
+        team = self._team = self._team or Team()
+        with team.together():
+            generated.open(write=trainer.is_global_zero)
+        missing = team.share(generated.missing())
         if missing:
             if trainer.global_step != self._step:
                 start = self._root / START
@@ -323,29 +334,30 @@ class SelfPlayGeneration(Callback):
                     f"since iteration {self.iteration} began. Resume from "
                     f"{start if start.exists() else 'the checkpoint at the end of the previous iteration'}."
                 )
-            generated.check_manifest()
-            trainer.strategy.barrier("self-play checked")
-            if trainer.is_global_zero:
-                generated.drop_manifest()
-            trainer.strategy.barrier("self-play opened")
-            self._sync(module, self.iteration)
+            with team.together():
+                generated.check_manifest()
+            with team.together():
+                if trainer.is_global_zero:
+                    generated.drop_manifest()
+            with team.together():
+                self._sync(module, self.iteration)
             before = self._root_of(self.iteration - 1) / stage
             size = (read_identity(before).get("generation") or {}).get("batch_size", settings["batch_size"])
             previous = GeneratedSet(before, {}, plan(store, num_prompts=num_prompts, size=size))
             try:
-                Play(trainer, data, store, generated, previous, self).run(missing)
+                with team.together():
+                    Play(trainer, data, store, generated, previous, self).run(missing)
             except (KeyboardInterrupt, SystemExit):
                 done = len(parts) - len(generated.missing())
                 rank_zero_info(
                     f"Stopped with {done} of {len(parts)} parts in {generated.folder}. Start the same run again to go on."
                 )
                 raise
-        trainer.strategy.barrier("self-play")
-        rows = list(generated.rows())
-        trainer.strategy.barrier("self-play read")
-        if trainer.is_global_zero:
-            generated.close()
-        trainer.strategy.barrier("self-play closed")
+        with team.together():
+            rows = list(generated.rows())
+        with team.together():
+            if trainer.is_global_zero:
+                generated.close()
         eos_id = data.tokenizer.eos_id
         real = {row["row"]: real_ids(store, row["row"]) for row in rows}
         values = statistics(rows, iteration=self.iteration, eos_id=eos_id, real=real)

@@ -27,11 +27,11 @@ from lightning_align.references.frozen import frozen_copy
 from lightning_align.references.moving import moving_reference
 from lightning_align.references.protocol import MovingReference
 from lightning_align.references.update import ReferenceUpdate
-from lightning_align.runtime.lightning_internals import callbacks_of, datamodule_of
+from lightning_align.runtime.lightning_internals import callbacks_of, datamodule_of, trainer_of
 from lightning_align.scoring.losses import LOSSES, LossName, check_loss
 from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
-from lightning_align.spin.batches import content_number, is_paired, real_rows, split_rows
+from lightning_align.spin.batches import content_number, is_paired, on_host, real_rows, sent, split_rows
 from lightning_align.spin.callbacks import SelfPlayGeneration
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
@@ -167,11 +167,18 @@ class SPINModule(AlignModule):
                     f"but `init_from` is {self.init_from}, which is not a file. Give the checkpoint that the run started from."
                 )
             base = frozen_copy(policy).model
-            self.base_hash = weights_hash(base)
+            self.base_hash = self._hash_once(base)
             base = self.shard_like_policy(self.convert_like_policy(base))
         self.opponent = Opponent(
             self.opponent_kind, moving=moving, base=base, scoped=self.lora is not None, weight=self.base_weight
         )
+
+    def _hash_once(self, base: nn.Module) -> str:
+        """Hash the base on rank 0, and tell the others: all of them have the same."""
+        trainer = trainer_of(self)
+        if trainer is None or trainer.world_size == 1:
+            return weights_hash(base)
+        return str(trainer.strategy.broadcast(weights_hash(base) if trainer.is_global_zero else ""))
 
     @property
     def reference(self) -> MovingReference | None:
@@ -234,7 +241,8 @@ class SPINModule(AlignModule):
         self.count_tokens(both["pairs"])
         values = self.metrics(losses, policy, ratios, ties)
         means = dict(zip(values, torch.stack(list(values.values())).mean(dim=1).unbind(), strict=True))
-        loss = self.router_loss.added(losses[~ties].sum(), (~ties).sum(), means)
+        # Not `losses[~ties]`: to find how many there are, the host would wait for a GPU, here and in the backward pass.
+        loss = self.router_loss.added(losses.masked_fill(ties, 0).sum(), (~ties).sum(), means)
         self.log_training(means, progress_bar="loss", batch_size=len(losses))
         return self.weighted(loss, (~ties).sum())
 
@@ -288,14 +296,16 @@ class SPINModule(AlignModule):
         tokenizer, ends = self.data_tokenizer, self.ends()
         if not ends.ids and ends.stop is None:
             say_once("No token ends a response, because there is no tokenizer. Set `eos_token` in `generation`.")
-        rows, targets, prompts = split_rows(batch)
+        device = batch["tokens"].device
+        numbers = batch["rows"].tolist() if "rows" in batch else None
+        rows, targets, prompts = split_rows(on_host(batch))
         most = getattr(datamodule_of(self.trainer), "max_length", None)
         answers = generate(
             self.policy,
             [row[:n].tolist() for row, n in zip(rows, prompts, strict=True)],
             self.generation,
             ends=ends,
-            ids=batch["rows"].tolist() if "rows" in batch else [content_number(row) for row in rows],
+            ids=[content_number(row) for row in rows] if numbers is None else numbers,
             iteration=iteration,
             limits=None if most is None else [most - n for n in prompts],
         )
@@ -304,6 +314,7 @@ class SPINModule(AlignModule):
             for row, n, (answer, *_) in zip(rows, prompts, answers, strict=True)
         ]
         pairs = join_pairs(rows, targets, generated, prompts, pad_id=0 if tokenizer is None else tokenizer.pad_id)
+        pairs = sent(pairs, device)
         return {"pairs": pairs, "opponent": score(self.opponent.player(self.policy), pairs)}
 
     # -- evaluation

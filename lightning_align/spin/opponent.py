@@ -22,6 +22,7 @@ from lightning_align.models.formats import merged_weights, transformers_weights,
 from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of
 from lightning_align.models.lora import using_lora
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.references.frozen import move_to
 from lightning_align.references.moving import REFERENCE_SCOPE, MovingAdapters, MovingCopy
 from lightning_align.references.protocol import MovingReference
 from lightning_align.runtime.ranks import is_sharded
@@ -162,9 +163,11 @@ def score(model: nn.Module, pairs: TokenBatch) -> Tensor:
         The sum of the log-probs of each row in nats, (B,).
     """
     tokens = pairs["tokens"]
-    count = 1 if tokens.is_cuda or is_sharded(model) else -(-tokens.numel() // SCORED_TOKENS)
+    count = 1 if tokens.device.type != "cpu" or is_sharded(model) else -(-tokens.numel() // SCORED_TOKENS)
     parts = zip(*(part.chunk(count) for part in (tokens, pairs["mask"], pairs["targets"])), strict=True)
     with evaluating(model):
+        if count == 1:
+            return response_logprobs(model, pairs).sums
         sums = [response_logprobs(model, {"tokens": t, "mask": m, "targets": w}).sums for t, m, w in parts]
     return torch.cat(sums)
 
@@ -212,6 +215,8 @@ class Opponent:
             iterate = Scoped(policy, REFERENCE_SCOPE)
         elif isinstance(self.moving, MovingCopy):
             iterate = self.moving.model
+            # The average is registered. In less than 32 bits this is another model, which Lightning does not move.
+            move_to(iterate, next(policy.parameters()).device)
         base = self.base(policy)
         if self.kind == "base":
             assert base is not None

@@ -12,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_align.data.store import StoredRow, StoredTokens
 from lightning_align.runtime.lightning_internals import new_loaders
-from lightning_align.spin.batches import is_paired, real_rows, split_rows
+from lightning_align.spin.batches import is_paired, on_host, real_rows, sent, split_rows
 from lightning_align.spin.generations import Pairs, collate_self_play
 from lightning_align.types import SelfPlayBatch, TokenBatch
 
@@ -105,8 +104,8 @@ class OwnPairs:
             ValueError: If a row was not in the loader when the iteration began.
         """
         found = []
-        for ids, targets, _ in zip(*split_rows(batch), strict=True):
-            number = self.rows.index.get((ids.cpu().numpy().astype(np.int32).tobytes(), targets.cpu().numpy().tobytes()))
+        for ids, targets, _ in zip(*split_rows(on_host(batch)), strict=True):
+            number = self.rows.index.get((ids.numpy().astype(np.int32).tobytes(), targets.numpy().tobytes()))
             if number is None:
                 raise ValueError(
                     "A row of the batch has no generated response, because the loader did not yield it when its rows were "
@@ -116,8 +115,7 @@ class OwnPairs:
             found += [self.pairs[place] for place in self._of[number]]
         paired = collate_self_play(found, pad_id=self.pad_id)
         device = batch["tokens"].device
-        pairs: Any = {name: value.to(device) for name, value in paired["pairs"].items() if isinstance(value, Tensor)}
-        return {"pairs": pairs, "opponent": paired["opponent"].to(device)}
+        return {"pairs": sent(paired["pairs"], device), "opponent": paired["opponent"].to(device, non_blocking=True)}
 
 
 def read_rows(trainer: L.Trainer, stage: str) -> LoaderRows:

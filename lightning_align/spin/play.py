@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from lightning_align.generation.sampler import Generation
 from lightning_align.runtime.ranks import is_sharded, largest, world
+from lightning_align.spin.batches import sent
 from lightning_align.spin.generations import GeneratedSet, answer_ids, join_rows
 from lightning_align.spin.opponent import Opponent, score
 from lightning_align.spin.set_files import Row
@@ -183,14 +184,14 @@ class Play:
         rows, targets = [], []
         for index, ids in responses:
             stored = self.store[index]
-            row = torch.from_numpy(stored.sides[0].tokens.astype("int64")).to(self.module.device)
-            target = torch.from_numpy(stored.sides[0].targets.copy()).to(self.module.device)
+            row = torch.from_numpy(stored.sides[0].tokens.astype("int64"))
+            target = torch.from_numpy(stored.sides[0].targets.copy())
             if ids is not None:
                 row = torch.cat((row[: stored.num_prompt], row.new_tensor(ids)))
-                target = torch.arange(len(row), device=row.device) >= stored.num_prompt
+                target = torch.arange(len(row)) >= stored.num_prompt
             rows.append(row)
             targets.append(target)
-        return join_rows(rows, targets, pad_id=self.data.tokenizer.pad_id)
+        return sent(join_rows(rows, targets, pad_id=self.data.tokenizer.pad_id), self.module.device)
 
 
 def real_ids(store: Any, index: int) -> list[int]:

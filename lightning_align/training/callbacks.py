@@ -21,6 +21,7 @@ from lightning_align.models.language_model import policy_of
 from lightning_align.runtime.files import check_writable, publish_text
 from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.runtime.ranks import world
+from lightning_align.runtime.team import Team
 
 
 def _continue(
@@ -206,13 +207,34 @@ class PredictionWriter(Callback):
         self.rows.extend(outputs)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gather the rows of all ranks and write the file."""
+        """Write the file. Of several ranks, each writes its rows to a file of its own, and the first rank joins them."""
         rows, self.rows = self.rows, []
-        if world()[1] > 1:
-            gathered: list[list[dict[str, Any]]] = [[] for _ in range(world()[1])]
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = [row for part in gathered for row in part]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sorted(rows, key=lambda row: int(row["row"])))
-        if trainer.is_global_zero:
-            publish_text(self.path, lines)
-            rank_zero_info(f"{len(rows)} predictions in {self.path}")
+        team = Team()
+        try:
+            parts = [self.path.with_name(f".{self.path.name}.rank-{rank}") for rank in range(team.size)]
+            if team.size > 1:
+                with team.together():
+                    publish_text(parts[team.rank], _json_lines(rows))
+            with team.together():
+                if team.rank == 0:
+                    self._join(rows if team.size == 1 else None, parts)
+        finally:
+            team.close()
+
+    def _join(self, rows: list[dict[str, Any]] | None, parts: list[Path]) -> None:
+        if rows is None:
+            if missing := [part for part in parts if not part.is_file()]:
+                raise ValueError(
+                    f"{missing[0]} is missing. All nodes must share the folder of the predictions. Each node has the rows of "
+                    f"its own ranks, in {parts[0].name} and so on."
+                )
+            # Not `splitlines`, which also splits at U+2028 and similar.
+            rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
+        publish_text(self.path, _json_lines(sorted(rows, key=lambda row: int(row["row"]))))
+        for part in parts:
+            part.unlink(missing_ok=True)
+        rank_zero_info(f"{len(rows)} predictions in {self.path}")
+
+
+def _json_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -30,6 +30,7 @@ from lightning_align.data.shapes import RankedPairs, Shape
 from lightning_align.data.store import StoredRow, TokenStore, build_store, store_path
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
+from lightning_align.training.loading import for_device
 from lightning_align.training.prompts import first_prompts
 
 Stage = Literal["train", "validation", "test", "predict"]
@@ -327,12 +328,8 @@ class AlignDataModule(L.LightningDataModule):
         resumable: bool = False,
     ) -> Loader:
         # The sampler yields whole batches. As a `batch_sampler`, Lightning would replace it with its own.
-        options: dict[str, Any] = {
-            "batch_size": None,
-            "collate_fn": collate,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-        }
+        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        options = for_device(self.trainer, {"batch_size": None, "collate_fn": collate, **workers})
         if self._overfits:
             # Lightning then takes the first batches of a plain sampler and splits them over the ranks itself.
             return DataLoader(RowLists(store, sampler.rank_batches()), **options)

@@ -70,7 +70,9 @@ class BatchMean:
             total: Sums a scalar over the ranks; called only if there are several.
             device: Where the gradients are.
         """
-        count = torch.as_tensor(self.count, dtype=torch.float32, device=device)
+        # Filling a tensor does not make the host wait for a GPU. Copying a number to it does.
+        known = self.count if isinstance(self.count, Tensor) else torch.full((), self.count, dtype=torch.float32, device=device)
+        count = known.to(device, torch.float32)
         self.reset()
         if world_size > 1:
             count = total(count)

@@ -289,11 +289,15 @@ class AlignModule(PrecisionHooks):
 
         Args:
             values: Scalars by name.
-            progress_bar: The name of the value that the progress bar shows.
+            progress_bar: The name of the value that the progress bar shows. On a GPU it changes where the step is logged.
             batch_size: Rows of the micro-batch.
         """
+        # In every step, Lightning reads the values of the progress bar, for which the host waits for a GPU.
+        each_step = self.device.type == "cpu"
         for name, value in values.items():
-            self.log(f"train/{name}", value, prog_bar=name == progress_bar, batch_size=batch_size)
+            self.log(f"train/{name}", value, prog_bar=each_step and name == progress_bar, batch_size=batch_size)
+        if not each_step and (self.logs_this_step or self.trainer.global_step == 0):
+            self.trainer.progress_bar_metrics[f"train/{progress_bar}"] = float(values[progress_bar])
 
     def count_tokens(self, batch: TokenBatch) -> None:
         """Count a batch for the throughput and the padding share."""
@@ -365,6 +369,7 @@ class AlignModule(PrecisionHooks):
         Returns:
             See `prediction_rows`. Responses are text if the data module has a tokenizer, otherwise token ids.
         """
+        batch = {**batch, "rows": batch["rows"].cpu()}
         results = self.continue_prompts(batch["prompts"], self.generation, ids=batch["rows"].tolist())
         return prediction_rows(batch, results, self.data_tokenizer)
 

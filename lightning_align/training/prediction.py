@@ -24,10 +24,10 @@ def prediction_rows(batch: PromptBatch, results: Sequence[Sequence[Generation]],
 
     return [
         {
-            "row": int(row),
+            "row": row,
             "prompt": text(prompt),
             "responses": [text(response.tokens) for response in responses],
             "finished": [response.finished for response in responses],
         }
-        for row, prompt, responses in zip(batch["rows"], batch["prompts"], results, strict=True)
+        for row, prompt, responses in zip(batch["rows"].tolist(), batch["prompts"], results, strict=True)
     ]

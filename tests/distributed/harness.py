@@ -16,7 +16,14 @@ from unittest import mock
 ROOT = Path(__file__).parent.parent.parent
 # Imports take a rank longer than all else, so one process does them, and ranks are forks of it. It runs nothing itself.
 CONTEXT = multiprocessing.get_context("forkserver")
-SCRIPTS = ("distributed.train", "distributed.spin", "distributed.index", "retro.train", "calm.train_distributed")
+SCRIPTS = (
+    "distributed.train",
+    "distributed.spin",
+    "distributed.index",
+    "distributed.team",
+    "retro.train",
+    "calm.train_distributed",
+)
 CONTEXT.set_forkserver_preload([*(f"tests.{name}" for name in SCRIPTS), "transformers", "peft"])
 
 
