@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_align.models.language_model import context_length, logits_of, vocabulary_size
+from lightning_align.runtime.modes import evaluating
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """The largest change of earlier logits that counts as rounding, in standard deviations of the logits. The rounding of a causal
@@ -50,10 +51,8 @@ def check_causal(model: nn.Module, *, remedy: str = "") -> None:
     if first is None:
         return  # a context of one token or a vocabulary of one token shows nothing
     devices = [weight.device] if weight is not None and weight.is_cuda else []
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with evaluating(model), torch.random.fork_rng(devices):
             logits, changed = _logits(model, first), _logits(model, second)
             dtype = logits.dtype
             limit = TOLERANCE.get(dtype, COARSE) if weight is None else max(TOLERANCE.get(d, COARSE) for d in _dtypes(model))
@@ -65,9 +64,6 @@ def check_causal(model: nn.Module, *, remedy: str = "") -> None:
         summary = str(error).splitlines()[0][:200] if str(error) else ""
         rank_zero_info(f"{name}: Whether it is causal was not checked, because it failed on {WIDTH} tokens ({summary}).")
         return
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if repeated > change / 10:
         rank_zero_info(
             f"{name}: Whether it is causal was not checked, because its logits in evaluation mode differ from call to call by "
