@@ -109,6 +109,24 @@ def test_decoding_with_a_cache_is_not_affected(kind: str) -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised by dynamo, not by this code
+@pytest.mark.parametrize("part", ["layers", "anchor", "whole"])
+def test_compiled_layers_are_computed_again(part: str) -> None:
+    torch._dynamo.reset()
+    sizes: dict[str, Any] = {"depth": 2, "dim": 24, "dtype": torch.float64}
+    want, _ = gradients(compose(tiny_palm(**sizes), False))
+    anchor = tiny_palm(**sizes, compile="eager" if part == "layers" else None)
+    model = compose(anchor, True)
+    if part != "layers":
+        (anchor if part == "anchor" else model).compile(backend="eager")
+    runs: list[int] = []
+    anchor.blocks[1].norm.register_forward_pre_hook(lambda *_: runs.append(1))  # type: ignore[union-attr]
+    model(TOKENS).log_softmax(dim=-1)[..., 3].sum().backward()
+    got = [p.grad for p in model.connections.parameters() if p.grad is not None]
+    assert max(gap(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
+    assert len(runs) == 2
+
+
 def test_copies_and_errors_leave_the_layers_as_they_are() -> None:
     model = compose(palms()[0], True)
     other = copy.deepcopy(model)
