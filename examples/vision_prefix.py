@@ -141,7 +141,7 @@ def answers(model: Any, image: Tensor) -> tuple[str, str]:
 def main(steps: int = 300, held_out: int = 100) -> dict[str, float]:
     """Train the three parts and return the share of right answers to pictures that were not seen in training."""
     L.seed_everything(0, verbose=False)
-    anchor, vision = language_model(steps), vision_model(steps)
+    anchor, vision = language_model(steps // 2), vision_model(steps)
     module = compose(anchor, vision)
     trainer(steps).fit(module, batches(steps, seed=3))
     images, colors, shapes = pictures(held_out, seed=4_000_000)
