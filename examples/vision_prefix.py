@@ -5,8 +5,12 @@ python examples/vision_prefix.py
 A language model learns to answer "color? " and "shape? " with some color or shape, and a small vision transformer learns to
 tell pictures apart. Both are then frozen. The vision model encodes a picture once, every position of the language model attends
 to all of its patches, and only the connections are trained.
+
+With 300 steps each, under a minute of processor time, half of the colors and 60 % of the shapes of new pictures are right.
+Guessing gives 25 % and 33 %.
 """
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -125,7 +129,8 @@ def vision_model(steps: int) -> VisionTransformer:
 def compose(anchor: nn.Module, vision: nn.Module) -> CALMModule:
     """Connect three layers of the vision model with the language model."""
     augment = Augment(vision, alignment="prefix", input_shape=[3, SIZE, SIZE], num_connections=3)
-    return CALMModule(anchor, [augment], connection=ConnectionConfig(heads=4, dim_head=16))
+    connection = ConnectionConfig(heads=4, dim_head=16)
+    return CALMModule(anchor, [augment], connection=connection, optimizer=partial(torch.optim.AdamW, lr=4e-3))
 
 
 @torch.no_grad()
