@@ -7,6 +7,8 @@ from types import ModuleType
 
 import lightning as L
 import pytest
+import torch
+import torch.nn.functional as F
 
 from lightning_align import ExportModel
 from lightning_align.models.formats import read_model
@@ -75,6 +77,33 @@ def test_our_callbacks_on_a_module_of_somebody_else() -> None:
     module = L.LightningModule()
     with pytest.raises(ValueError, match="LightningModule has no model as `policy`"):
         ExportModel().on_fit_start(trainer, module)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:enable_nested_tensor is True")
+def test_a_language_model_that_sees_pictures() -> None:
+    example = load("vision_prefix")
+    batch = example.batch_of(6, seed=5)
+    (given,) = batch["augments"]
+    assert given.tokens.shape == (6, 3, 16, 16)
+    assert batch["tokens"].shape == batch["targets"].shape
+    assert bytes(batch["tokens"][0][batch["targets"][0]].sub(3)[:-1].tolist()).decode() in {*example.COLORS, *example.SHAPES}
+    module = example.compose(example.language_model(2), example.vision_model(2))
+    module.configure_model()
+    model = module.policy
+    model.zero_grad()  # the frozen models still have the gradients of their own training
+    with torch.no_grad():
+        assert torch.equal(model(batch["tokens"], inputs=[given]), model.anchor(batch["tokens"]))
+    for connection in model.connections:
+        torch.nn.init.normal_(connection.to_out.weight)
+    logits = model(batch["tokens"], inputs=[given])
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["tokens"][:, 1:].flatten())
+    loss.backward()
+    assert bool(loss.isfinite())
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().max() > 0)}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith("connections.")}
+    other = model(batch["tokens"], inputs=[given._replace(tokens=given.tokens.flip(0))])
+    assert (other - logits).abs().amax(dim=(1, 2)).min() > 0, "each row sees its own picture"
+    assert set(example.main(steps=2, held_out=2)) == {"color", "shape"}
 
 
 def test_preferences_of_a_model_of_litgpt() -> None:

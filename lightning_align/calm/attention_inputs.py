@@ -129,7 +129,7 @@ def _prefix_input(
         given = AugmentInput(tokens, mask)  # in generation, the first columns are the prompt, and the prompt is the prefix
     if given is None:
         raise ValueError(f"`inputs[{index}]` must be an AugmentInput, because augment {index} reads a prefix, but got None.")
-    if given.mask is not None and given.states is None:
+    if given.mask is not None and given.states is None and given.tokens.shape[:2] == given.mask.shape:
         # Generation pads on the left. A model with learned positions would count the pads, so they are moved to the right.
         # The order in which a prefix is seen makes no difference, because its keys have no positions.
         order = (~given.mask).int().argsort(dim=1, stable=True)

@@ -55,7 +55,7 @@ def check_pairs(pairs: Sequence[Sequence[int]], num_augment: int, num_anchor: in
     """
     checked: list[tuple[int, int]] = []
     for pair in pairs:
-        if len(pair) != 2:
+        if len(pair) != 2 or not all(isinstance(layer, int) for layer in pair):
             raise ValueError(
                 f"`connections` must contain pairs [augment layer, anchor layer], counted from 1, but got {list(pair)}."
             )
@@ -83,6 +83,8 @@ class ConnectionConfig:
         gate: Whether to scale each head's output by a sigmoid gate that is computed from the anchor's hidden state.
         rotary: Whether to apply rotary position embeddings, so that the attention knows the distance between two positions.
             The paper does not specify this. It has no effect for an augment that reads a prefix.
+        qk_norm: Whether to apply RMSNorm with a learned gain to the queries and keys of each head, which bounds the scores.
+        attn_dropout: The dropout probability of the attention weights, in training only.
     """
 
     heads: int = 8
@@ -91,6 +93,8 @@ class ConnectionConfig:
     norm: bool = True
     gate: bool = False
     rotary: bool = True
+    qk_norm: bool = False
+    attn_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -99,6 +103,8 @@ class ConnectionConfig:
                 "connection: `heads` and `dim_head` must be at least 1, "
                 f"but got heads={self.heads} and dim_head={self.dim_head}."
             )
+        if not 0 <= self.attn_dropout < 1:
+            raise ValueError(f"connection: `attn_dropout` must be at least 0 and below 1, but got {self.attn_dropout}.")
 
 
 class Visible(NamedTuple):
@@ -144,7 +150,7 @@ class Connection(nn.Module):
                 f"connection: `dim_head` must be even for rotary embeddings, but got {dim_head}. "
                 "Change it, or set `rotary: false`."
             )
-        self.heads, self.dim_head = heads, dim_head
+        self.heads, self.dim_head, self.attn_dropout = heads, dim_head, config.attn_dropout
         inner, width = heads * dim_head, dim if config.project else dim_augment
         self.norm = nn.RMSNorm(dim, eps=1e-6) if config.norm else nn.Identity()
         self.norm_augment = nn.RMSNorm(dim_augment, eps=1e-6) if config.norm else nn.Identity()
@@ -153,6 +159,8 @@ class Connection(nn.Module):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
         self.gate = nn.Linear(dim, heads) if config.gate else None
+        self.q_norm = nn.RMSNorm(dim_head, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim_head, eps=1e-6) if config.qk_norm else nn.Identity()
         if self.rotary:
             # Without these biases, no part of a score could depend on the distance alone, independent of the hidden states.
             self.q_bias = nn.Parameter(torch.empty(heads, dim_head))
@@ -185,6 +193,7 @@ class Connection(nn.Module):
             Keys and values, each (B, H, M, K).
         """
         k, v = rearrange(self.to_kv(self.proj(self.norm_augment(states))), "b m (t h k) -> t b m h k", t=2, h=self.heads)
+        k = self.k_norm(k)
         if self.rotary:
             k = self._rotate(k + self.k_bias, positions)
         return k.transpose(1, 2), v.transpose(1, 2)
@@ -208,7 +217,9 @@ class Connection(nn.Module):
         if mask is not None and blind is not None:
             # A softmax over no keys is NaN. Positions that see nothing attend to all keys here, and their output is set to 0.
             mask = mask | blind.unsqueeze(1)  # (B, 1, N or 1, M)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=visible.causal and mask is None)
+        dropout = self.attn_dropout if self.training else 0.0
+        causal = visible.causal and mask is None
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         mixed = rearrange(mixed, "b h n k -> b n h k")
         if self.gate is not None:
             mixed = mixed * self._gates(normed).to(mixed.dtype)
@@ -251,6 +262,7 @@ class Connection(nn.Module):
     def _queries(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         normed = self.norm(hidden)
         q = rearrange(self.to_q(normed), "b n (h k) -> b n h k", h=self.heads)
+        q = self.q_norm(q)
         if self.rotary:
             q = self._rotate(q + self.q_bias, positions)
         return normed, q.transpose(1, 2)

@@ -5,18 +5,20 @@ forward pass, because a model that ``torch.compile`` has compiled does not see h
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_align.calm.streams import stream_argument, stream_of, with_stream
+
 Position = Literal["input", "output"]
 Visit = Callable[[Tensor], Tensor | None]
 """A function that gets a hidden state (B, N, D). If it returns a tensor, that tensor replaces the hidden state."""
-
-_STREAM_NAMES = ("hidden_states", "x", "hidden", "inputs_embeds")
+LayerChoice = str | Sequence[Any] | Callable[[nn.Module], Sequence[Any]]
+"""How to choose layers: names, a list of names or modules, or a function from the model to such a list."""
 
 
 class Site(NamedTuple):
@@ -31,13 +33,19 @@ class Layer(NamedTuple):
 
     before: Site
     after: Site
+    parts: tuple[nn.Module, ...] = ()
+    """The modules that compute the layer, of which none contains a site."""
 
     def site(self, at: Position) -> Site:
         """Return the site at the layer's input or output."""
         return self.before if at == "input" else self.after
 
 
-def find_layers(model: nn.Module, pattern: str | None = None) -> list[Layer]:
+def _whole(module: nn.Module) -> Layer:
+    return Layer(Site(module, "input"), Site(module, "output"), (module,))
+
+
+def find_layers(model: nn.Module, pattern: LayerChoice | None = None) -> list[Layer]:
     """Find the layers of a model, first to last.
 
     Without a pattern, these are the layers of x-transformers' ``AttentionLayers`` if the model has one. Otherwise they are the
@@ -47,15 +55,19 @@ def find_layers(model: nn.Module, pattern: str | None = None) -> list[Layer]:
     Args:
         model: Any module.
         pattern: The names of the layers, as in ``named_modules``, with ``*`` for one part of a name: ``transformer.h.*``. The
-            empty string means the whole model as a single layer.
+            empty string means the whole model as a single layer. Or a list of such names or of modules of the model, first to
+            last, or a function that gets the model and returns such a list.
 
     Returns:
         The layers in order.
 
     Raises:
-        ValueError: If the pattern matches no module, or the layers cannot be determined without a pattern.
+        ValueError: If the pattern matches no module, a module is not in the model or given twice, or the layers cannot be
+            determined without a pattern.
     """
     name = type(model).__name__
+    if pattern is not None and not isinstance(pattern, str):
+        return [_whole(module) for module in _chosen(model, pattern)]
     if pattern is not None:
         expression = re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
         found = [module for path, module in model.named_modules() if expression.fullmatch(path)]
@@ -65,7 +77,7 @@ def find_layers(model: nn.Module, pattern: str | None = None) -> list[Layer]:
                 f"`layers` must match modules of the {name}, but {pattern!r} matches none. "
                 f"Its modules are {', '.join(parts[:12])}."
             )
-        return [Layer(Site(module, "input"), Site(module, "output")) for module in found]
+        return [_whole(module) for module in found]
     for module in model.modules():
         if isinstance(getattr(module, "layer_types", None), tuple) and isinstance(
             getattr(module, "layers", None), nn.ModuleList
@@ -81,7 +93,21 @@ def find_layers(model: nn.Module, pattern: str | None = None) -> list[Layer]:
             "'model.layers.*'."
         )
     blocks = dict(outer)[sizes[0][1]]
-    return [Layer(Site(block, "input"), Site(block, "output")) for block in blocks]
+    return [_whole(block) for block in blocks]
+
+
+def _chosen(model: nn.Module, choice: Sequence[Any] | Callable[[nn.Module], Sequence[Any]]) -> list[nn.Module]:
+    """Return the modules of a list of names or modules, or of a function that returns one."""
+    listed: Any = choice if isinstance(choice, nn.Module) or not callable(choice) else choice(model)
+    found: list[nn.Module] = []
+    for entry in listed:
+        found += [layer.after.module for layer in find_layers(model, entry)] if isinstance(entry, str) else [entry]
+    known = set(model.modules())
+    wrong = next((module for module in found if module not in known or found.count(module) > 1), None)
+    if wrong is not None or not found:
+        fault = "none" if wrong is None else f"a {type(wrong).__name__} that is {'twice' if wrong in known else 'not in it'}"
+        raise ValueError(f"`layers` must list different modules of the {type(model).__name__}, but got {fault}.")
+    return found
 
 
 def _x_transformers_layers(stack: Any) -> Iterator[Layer]:
@@ -90,7 +116,7 @@ def _x_transformers_layers(stack: Any) -> Iterator[Layer]:
     before = Site(stack, "input")
     for stop in range(size, len(stack.layers) + 1, size):
         after = Site(stack.layers[stop - 1][2], "output")
-        yield Layer(before, after)
+        yield Layer(before, after, tuple(part[1] for part in stack.layers[stop - size : stop]))
         before = after
 
 
@@ -123,10 +149,8 @@ class Tap:
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.visit is None:
             return None
-        if isinstance(output, Tensor):
-            return self._call_visit(output)
-        changed = self._call_visit(output[0])
-        return None if changed is None else (changed, *output[1:])
+        changed = self._call_visit(stream_of(output))
+        return None if changed is None else with_stream(output, changed)
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,13 +159,13 @@ class Tap:
         if args:
             changed = self._call_visit(args[0])
             return None if changed is None else ((changed, *args[1:]), kwargs)
-        name = next(name for name in _STREAM_NAMES if name in kwargs)
+        name = stream_argument(kwargs)
         changed = self._call_visit(kwargs[name])
         return None if changed is None else (args, {**kwargs, name: changed})
 
 
 @contextmanager
-def visiting(visits: dict[Tap, Visit]) -> Iterator[None]:
+def visiting(visits: Mapping[Tap, Visit]) -> Iterator[None]:
     """Set the `visit` functions of taps inside a ``with`` block, and count their calls in `visits`."""
     for tap, visit in visits.items():
         tap.visit, tap.visits = visit, 0

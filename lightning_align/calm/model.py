@@ -19,10 +19,12 @@ from lightning_align.calm.attention_inputs import attention_inputs
 from lightning_align.calm.cache import Attended, CALMCache
 from lightning_align.calm.connection_file import read_connections, write_connections
 from lightning_align.calm.connections import Connection, ConnectionConfig
-from lightning_align.calm.layers import Position, Tap, find_layers, visiting
+from lightning_align.calm.layers import Layer, LayerChoice, Position, Tap, find_layers, visiting
 from lightning_align.calm.probe import check_finite, probe_width
+from lightning_align.calm.readers import anchor_places, build_reader
 from lightning_align.calm.reading import Reader
-from lightning_align.calm.spec import Augment, Inputs, Spot, augment_model, pairs_of
+from lightning_align.calm.recompute import recomputed_layers, recomputing
+from lightning_align.calm.spec import Augment, Inputs, Spot, augment_model
 from lightning_align.models.language_model import (
     Head,
     context_length,
@@ -59,8 +61,9 @@ class CALM(nn.Module):
         *,
         connection: ConnectionConfig | None = None,
         combine: Literal["sequence", "sum"] = "sequence",
-        anchor_layers: str | None = None,
+        anchor_layers: LayerChoice | None = None,
         anchor_position: Position = "output",
+        gradient_checkpointing: bool | None = None,
         check: bool = True,
     ) -> None:
         """Compose the models.
@@ -71,8 +74,10 @@ class CALM(nn.Module):
             connection: The architecture of the connections.
             combine: How to combine several connections that end at the same layer. With `sequence`, each sees the output of the
                 one before it. With `sum`, all see the layer's own hidden state.
-            anchor_layers: The names of the anchor's layers, such as `model.layers.*`. By default they are found automatically.
+            anchor_layers: The anchor's layers, given as `layers` of an `Augment`. By default they are found automatically.
             anchor_position: Whether to add connections to a layer's input or to its output.
+            gradient_checkpointing: Whether the backward pass computes the anchor's layers again, which saves memory. By default
+                it does if the anchor was built with gradient checkpointing.
             check: Whether to check the values of hidden states on a few tokens: they must be finite and, except for a prefix,
                 causal. Shapes are always checked.
 
@@ -93,6 +98,7 @@ class CALM(nn.Module):
         self._trainable_before = [p for p in self.parameters() if p.requires_grad]
         self.requires_grad_(False)
         self._spots: list[Spot] = []
+        self._places: list[tuple[int, Position]] = []
         self._taps: list[tuple[Tap, list[int]]] = []
         self.readers: list[Reader] = []
         """The reader of each augment."""
@@ -102,10 +108,11 @@ class CALM(nn.Module):
             check_finite(anchor, "the anchor")
             dim = probe_width(anchor, layers, what="the anchor", causal=True, check=check)
             for index, (spec, model) in enumerate(zip(specs, self.augments, strict=True)):
-                self._connect(index, spec, model, len(layers), dim, config, check)
-            for layer in sorted({spot.anchor_layer for spot in self._spots}):
-                indices = [i for i, spot in enumerate(self._spots) if spot.anchor_layer == layer]
-                self._taps.append((Tap(layers[layer - 1].site(anchor_position)), indices))
+                self._connect(index, spec, model, layers, dim, config, check)
+            self._recomputed = recomputed_layers(anchor, layers, self._places, gradient_checkpointing)
+            for layer, at in sorted(set(self._places)):
+                indices = [i for i, place in enumerate(self._places) if place == (layer, at)]
+                self._taps.append((Tap(layers[layer - 1].site(at)), indices))
         except ValueError:
             self.release()
             raise
@@ -117,13 +124,12 @@ class CALM(nn.Module):
         self._maps = False
 
     def _connect(
-        self, index: int, spec: Augment, model: nn.Module, num_anchor: int, dim: int, config: ConnectionConfig, check: bool
+        self, index: int, spec: Augment, model: nn.Module, layers: list[Layer], dim: int, config: ConnectionConfig, check: bool
     ) -> None:
         """Build the reader and the connections of one augment."""
         what = f"augment {index}"
         check_finite(model, what)
         prefix = spec.alignment == "prefix"
-        own = spec.tokens == "own"
         sizes = vocabulary_size(self.anchor), vocabulary_size(model)
         if not prefix and spec.tokens is None and None not in sizes and sizes[0] != sizes[1]:
             raise ValueError(
@@ -131,14 +137,10 @@ class CALM(nn.Module):
                 "tokenizer, set `tokens: shared`. If the augment has its own tokenizer, set `tokens: own` and pass its "
                 "tokenizer as `augment_tokenizers` of a CALMDataModule, or the character ends as `AugmentInput.ends`."
             )
-        layers = find_layers(model, spec.layers)
-        pairs = pairs_of(spec, len(layers), num_anchor, what)
-        width = spec.dim
-        if width is None:
-            width = probe_width(model, layers, what=what, causal=not prefix, check=check)
-        reader = Reader(model, layers, sorted({augment for augment, _ in pairs}), spec.position, prefix=prefix, own=own)
+        reader, pairs, widths = build_reader(spec, model, layers, what, check=check)
         self.readers.append(reader)
-        for augment_layer, anchor_layer in pairs:
+        self._places += anchor_places(spec, pairs, self.anchor_position, what)
+        for (augment_layer, anchor_layer), width in zip(pairs, widths, strict=True):
             self._spots.append(Spot(index, augment_layer, anchor_layer))
             self.connections.append(Connection(dim, width, config, rotates=not prefix))
 
@@ -235,7 +237,7 @@ class CALM(nn.Module):
         None if the anchor or an aligned augment has no cache, or an augment has its own tokenizer.
         """
         aligned = [reader for reader in self.readers if not reader.prefix]
-        if not has_cache(self.anchor) or any(reader.own or not has_cache(reader.model) for reader in aligned):
+        if not has_cache(self.anchor) or any(reader.own or not reader.has_cache for reader in aligned):
             return None
         return self._make_cache
 
@@ -272,7 +274,8 @@ class CALM(nn.Module):
         def adder(indices: list[int]) -> Callable[[Tensor], Tensor]:
             return lambda hidden: self._add(hidden, indices, attended)
 
-        with visiting({tap: adder(indices) for tap, indices in self._taps}):
+        visits = {tap: adder(indices) for tap, indices in self._taps}
+        with visiting(visits), recomputing(self._recomputed if cache is None else ()):
             yield
         for tap, indices in self._taps:
             if tap.visits != 1:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_align.calm.connections import ConnectionConfig
 from lightning_align.calm.datamodule import CALMBatch
-from lightning_align.calm.layers import Position
+from lightning_align.calm.layers import LayerChoice, Position
 from lightning_align.calm.model import CALM
 from lightning_align.calm.probe import check_frozen
-from lightning_align.calm.spec import Augment, AugmentInput, check_realigned
+from lightning_align.calm.spec import Augment, AugmentInput, check_realigned, described_augment, storable
 from lightning_align.calm.states import StateStore, attach_states
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig
@@ -66,7 +66,7 @@ class CALMModule(AlignModule):
     """
 
     policy: CALM
-    object_arguments = (*AlignModule.object_arguments, "anchor", "augments", "connection")
+    object_arguments = (*AlignModule.object_arguments, "anchor", "augments", "connection", "anchor_layers")
 
     def __init__(
         self,
@@ -75,8 +75,9 @@ class CALMModule(AlignModule):
         *,
         connection: ConnectionConfig | None = None,
         combine: Literal["sequence", "sum"] = "sequence",
-        anchor_layers: str | None = None,
+        anchor_layers: LayerChoice | None = None,
         anchor_position: Position = "output",
+        gradient_checkpointing: bool | None = None,
         loss_on: Literal["response", "all"] = "response",
         connections_from: str | None = None,
         store_states: str | None = None,
@@ -94,8 +95,10 @@ class CALMModule(AlignModule):
             connection: The architecture of the connections.
             combine: How to combine several connections that end at the same layer. With `sequence`, each sees the output of the
                 one before it. With `sum`, all see the layer's own hidden state.
-            anchor_layers: The names of the anchor's layers, such as `model.layers.*`. By default they are found automatically.
+            anchor_layers: The anchor's layers, given as `layers` of an `Augment`. By default they are found automatically.
             anchor_position: Whether to add connections to a layer's input or to its output.
+            gradient_checkpointing: Whether the backward pass computes the anchor's layers again, which saves memory. By default
+                it does if the anchor was built with gradient checkpointing.
             loss_on: Whether to train on the `response` or on `all` tokens. `all` is not allowed if an augment reads the prompt
                 as a prefix, because every position of the prompt would see the tokens that it predicts.
             connections_from: A safetensors file of connections to start from, written by `CALM.save_connections`.
@@ -132,13 +135,12 @@ class CALMModule(AlignModule):
         if not given:
             self.hparams.pop("backbone", None)
             self.hparams["anchor"] = _described(anchor)
-            self.hparams["augments"] = [
-                {**{f.name: getattr(a, f.name) for f in dataclasses.fields(a)}, "model": _described(a.model)}
-                for a in self._augments
-            ]
+            self.hparams["anchor_layers"] = storable(anchor_layers, anchor)
+            self.hparams["augments"] = [{**described_augment(a), "model": _described(a.model)} for a in self._augments]
             self.hparams["connection"] = None if self.connection is None else dataclasses.asdict(self.connection)
         self.combine, self.anchor_layers, self.anchor_position = combine, anchor_layers, anchor_position
         self.loss_on, self.connections_from = loss_on, connections_from
+        self.gradient_checkpointing = gradient_checkpointing
         self.store_states, self.attention_maps = store_states, attention_maps
         self._stores: dict[int, StateStore] = {}
         self.val_nll, self.test_nll = TokenNLL(), TokenNLL()
@@ -162,6 +164,7 @@ class CALMModule(AlignModule):
             combine=self.combine,
             anchor_layers=self.anchor_layers,
             anchor_position=self.anchor_position,
+            gradient_checkpointing=self.gradient_checkpointing,
         )
         if self.connections_from is not None:
             policy.load_connections(self.connections_from)
@@ -219,8 +222,7 @@ class CALMModule(AlignModule):
         if index not in self._stores:
             reader = self.policy.readers[index]
             dtypes = sorted({str(parameter.dtype) for parameter in reader.model.parameters()})
-            site = f"{reader.depths} {self._augments[index].position}"
-            key = f"{self.policy.identity[f'augments.{index}']} {site} {dtypes} {self.trainer.precision}"
+            key = f"{self.policy.identity[f'augments.{index}']} {reader.site} {dtypes} {self.trainer.precision}"
             self._stores[index] = StateStore(cast(str, self.store_states), key)
         return self._stores[index]
 

@@ -77,17 +77,27 @@ def probe_width(model: nn.Module, layers: Sequence[Layer], *, what: str, causal:
             f"shape {tuple(tokens.shape)}."
         )
     if check and not tokens.is_meta:
-        _check_values(seen, name, causal=causal)
+        check_values(seen, name, causal=causal)
     return seen[-1].shape[-1]
 
 
-def _check_values(seen: Sequence[Tensor], name: str, *, causal: bool) -> None:
+def check_values(seen: Sequence[Tensor], name: str, *, causal: bool) -> None:
+    """Check that hidden states are finite and, if ``causal``, that the last token changes only those of its own position.
+
+    Args:
+        seen: (2, M, A) hidden states of two rows that differ only in the last token, by layer.
+        name: The name of the model in errors.
+        causal: Whether the model must be causal.
+
+    Raises:
+        ValueError: If a hidden state is not as it should be.
+    """
     for depth, hidden in enumerate(seen):
         if not bool(hidden.isfinite().all()):
             raise ValueError(
                 f"{name} must have finite hidden states, but they are NaN or infinite after layer {depth}. Check its weights."
             )
-        change = (hidden[0, :2] - hidden[1, :2]).abs().max()
+        change = (hidden[0, :2] - hidden[-1, :2]).abs().max()
         # The same sums in another order differ by rounding errors only.
         if causal and bool(change > 64 * torch.finfo(hidden.dtype).eps * hidden.abs().max()):
             raise ValueError(

@@ -4,14 +4,14 @@ It computes no gradients, keeps only the requested layers, and runs no layer abo
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_align.calm.layers import Layer, Position, Tap, visiting
-from lightning_align.models.language_model import has_hidden
+from lightning_align.models.language_model import has_cache, has_hidden
 from lightning_align.runtime.ranks import is_sharded
 
 
@@ -25,17 +25,42 @@ class Reader:
     Args:
         model: The augment.
         layers: All layers of the augment.
-        depths: The layers to read, counted from 1, in ascending order.
-        position: Whether to read the inputs or the outputs of these layers.
+        places: The layers to read, counted from 1, and whether to read their inputs or their outputs.
         prefix: Whether the augment reads a separate input once, all of which is visible to every position of the anchor.
         own: Whether the augment has its own tokenizer.
+        mask_kwarg: The name of the argument with which the model takes its mask. None to find it.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], depths: list[int], position: Position, *, prefix: bool, own: bool
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        places: Mapping[int, Position],
+        *,
+        prefix: bool,
+        own: bool,
+        mask_kwarg: str | None = None,
     ) -> None:
-        self.model, self.depths, self.prefix, self.own = model, depths, prefix, own
-        self.taps = {depth: Tap(layers[depth - 1].site(position)) for depth in depths}
+        self.model, self.prefix, self.own, self.mask_kwarg = model, prefix, own, mask_kwarg
+        self.places = dict(sorted(places.items()))
+        self.depths = list(self.places)
+        self.named: list[str] | None = None
+        """The names of the modules that are read, if the user chose them."""
+        self.has_cache = has_cache(model)
+        """Whether the hidden states of new tokens can be computed from those and a cache."""
+        self.taps = {depth: Tap(layers[depth - 1].site(at)) for depth, at in self.places.items()}
+
+    @property
+    def site(self) -> str:
+        """What is read of the model, as a text that tells stored hidden states apart."""
+        positions = list(dict.fromkeys(self.places.values()))
+        where = f"{self.depths} {positions[0] if len(positions) == 1 else list(self.places.values())}"
+        return where if self.named is None else f"{where} {self.named}"
+
+    def input_mask(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return the mask that the model gets: none if it is over hidden states and not over the model's input."""
+        over_states = mask is not None and self.prefix and self.mask_kwarg is None and mask.shape != tokens.shape[:2]
+        return None if over_states else mask
 
     def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[int, Tensor]:
         """Run the model up to the last layer that is read.
@@ -68,7 +93,8 @@ class Reader:
         past: int = 0 if cache is None else cache.length
         with torch.no_grad(), visiting({tap: keep(depth) for depth, tap in self.taps.items()}):
             try:
-                run_model(self.model, tokens, mask=mask, positions=positions, cache=cache)
+                mask = self.input_mask(tokens, mask)
+                run_model(self.model, tokens, mask=mask, positions=positions, cache=cache, mask_kwarg=self.mask_kwarg)
             except _StopReading:
                 if cache is not None:
                     cache.length = past + tokens.shape[1]
@@ -81,7 +107,13 @@ class Reader:
 
 
 def run_model(
-    model: nn.Module, tokens: Tensor, *, mask: Tensor | None = None, positions: Tensor | None = None, cache: Any = None
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    mask: Tensor | None = None,
+    positions: Tensor | None = None,
+    cache: Any = None,
+    mask_kwarg: str | None = None,
 ) -> Any:
     """Call a model with those of mask, positions and cache that it accepts.
 
@@ -91,6 +123,8 @@ def run_model(
         mask: (B, M) bool, true at real tokens. None if all are real.
         positions: (M,) or (B, M) int64. Only models with the method `hidden` get them.
         cache: The model's cache. Only models with the method `hidden` get it.
+        mask_kwarg: The name of the argument with which the model takes its mask. None to find it. Only for models without the
+            method `hidden`.
 
     Returns:
         The output of the model. For a model with the method `hidden`, these are the hidden states.
@@ -100,16 +134,33 @@ def run_model(
     """
     if has_hidden(model):
         return model.hidden(tokens, mask=mask, positions=positions, cache=cache)
+    return model(tokens, **mask_argument(model, mask, mask_kwarg))
+
+
+def mask_argument(model: nn.Module, mask: Tensor | None, mask_kwarg: str | None = None) -> dict[str, Tensor]:
+    """Return the mask as the argument with which a model takes it, or nothing if all tokens are real and it takes none.
+
+    Args:
+        model: The model.
+        mask: (B, M) bool, true at real tokens. None if all are real.
+        mask_kwarg: The name of the argument. None to find it. Masks that end with ``key_padding_mask`` are true at pads, as in
+            torch.
+
+    Raises:
+        ValueError: If the input contains padding and the model accepts no mask.
+    """
     if mask is None:
-        return model(tokens)
+        return {}
+    if mask_kwarg is not None:
+        return {mask_kwarg: ~mask if mask_kwarg.endswith("key_padding_mask") else mask}
     accepted = inspect.signature(model.forward).parameters
     if "attention_mask" in accepted:
-        return model(tokens, attention_mask=mask.long())
+        return {"attention_mask": mask.long()}
     if "mask" in accepted:
-        return model(tokens, mask=mask)
+        return {"mask": mask}
     if not bool(mask.all()):
         raise ValueError(
-            f"{type(model).__name__} accepts no mask, but its input contains padding. Pass rows of equal length, or add a "
-            "`mask` argument to its forward method."
+            f"{type(model).__name__} accepts no mask, but its input contains padding. Pass rows of equal length, add a "
+            "`mask` argument to its forward method, or name its argument with `mask_kwarg`."
         )
-    return model(tokens)
+    return {}

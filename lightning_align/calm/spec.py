@@ -1,13 +1,13 @@
 """The description of a composition: the augments, how each is connected, and what it reads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_align.calm.connections import check_pairs, even_pairs
-from lightning_align.calm.layers import Position
+from lightning_align.calm.layers import LayerChoice, Position
 from lightning_align.models.building import Backbone
 
 LAYERS_PER_CONNECTION = 4
@@ -20,29 +20,41 @@ class Augment:
 
     Args:
         model: The model. In code, a module or a factory. In YAML, `class_path` and `init_args`, or the path of a checkpoint.
-        connections: Pairs [layer of this model, layer of the anchor], counted from 1.
+        connections: Pairs [layer of this model, layer of the anchor], counted from 1. In code, also modules.
         num_connections: The number of connections, evenly spaced over both models, including their last layers.
         every: The number of layers of this model per connection. The connections are evenly spaced over both models. Default is
             4, or a single connection if the model has fewer than 4 layers.
-        position: Whether to read a layer's input or its output.
-        layers: The names of the model's layers, such as `transformer.h.*`. By default they are found automatically.
+        position: Whether to read a layer's input or its output, or a list with one of them per connection.
+        layers: The names of the model's layers, such as `transformer.h.*`, or a list of names. In code, also a list of modules,
+            or a function of the model that returns one. By default they are found automatically.
         alignment: With `aligned`, both models read the same text. With `prefix`, this model reads a separate input once, and
             every position of the anchor sees all of it.
         tokens: With `shared`, the model reads the anchor's token ids. With `own`, it has its own tokenizer and is aligned by
             characters. By default, it reads the anchor's token ids, and both vocabularies must have the same size. Set
             `shared` to allow different sizes.
-        dim: The width of the model's hidden states. Required only if the model does not read tokens.
+        dim: The width of the model's hidden states. A model that does not read tokens needs this or `input_shape`.
+        input_shape: The shape of one input of a model that does not read tokens, without the batch, such as [3, 32, 32].
+        anchor_position: Whether to add to an anchor layer's input or to its output, or a list with one of them per connection.
+            Default is the setting of the composition.
+        mask_kwarg: The name of the argument with which the model takes the mask of its input, true at real positions. The
+            argument `key_padding_mask` of torch is true at pads. By default `attention_mask` or `mask`, if the model has it.
+        return_hiddens: Whether to read the hidden states that the model returns: a list of them, or `hidden_states` of what it
+            returns, as in transformers. Its layers need not be found then.
     """
 
     model: str | Backbone
-    connections: Sequence[Sequence[int]] | None = None
+    connections: Sequence[Sequence[Any]] | None = None
     num_connections: int | None = None
     every: int | None = None
-    position: Position = "output"
-    layers: str | None = None
+    position: Position | list[Position] = "output"
+    layers: LayerChoice | None = None
     alignment: Literal["aligned", "prefix"] = "aligned"
     tokens: Literal["shared", "own"] | None = None
     dim: int | None = None
+    input_shape: list[int] | None = None
+    anchor_position: Position | list[Position] | None = None
+    mask_kwarg: str | None = None
+    return_hiddens: bool = False
 
 
 class AugmentInput(NamedTuple):
@@ -102,6 +114,29 @@ def check_realigned(index: int, *, prefix: bool, own: bool) -> None:
             f"augment_tokenizers[{index}] must be null, because augment {index} reads the anchor's token ids. Set "
             "`tokens: own` if the augment has its own tokenizer. Use null if both models share a tokenizer."
         )
+
+
+def storable(choice: Any, model: Any) -> Any:
+    """Return layers or connections as a checkpoint can hold them: with names in place of modules, and no functions.
+
+    Args:
+        choice: What the user gave as layers or connections.
+        model: The model, or what it is built from. Without a module, there are no names.
+    """
+    if isinstance(choice, nn.Module) and not isinstance(choice, (nn.ModuleList, nn.Sequential)):
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        return next((name for name, module in modules if module is choice), None)
+    if choice is None or isinstance(choice, (str, int)):
+        return choice
+    if isinstance(choice, (Sequence, nn.ModuleList, nn.Sequential)):
+        return [storable(part, model) for part in choice]
+    return f"{choice.__module__}.{choice.__qualname__}"  # no layer has this name, so that a checkpoint needs the function again
+
+
+def described_augment(spec: Augment) -> dict[str, Any]:
+    """Return the settings of an augment, without its model, as a checkpoint can hold them."""
+    settings = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name != "model"}
+    return {**settings, **{name: storable(settings[name], spec.model) for name in ("layers", "connections")}}
 
 
 def augment_model(spec: Augment) -> nn.Module:

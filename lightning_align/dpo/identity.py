@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.models.lora import lora_disabled, lora_layers
+from lightning_align.runtime.modes import evaluating
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
 
@@ -95,9 +96,7 @@ def identity_fault(
         found = response_logprobs(policy, batch)
         return not bool(differs(found.sums - expected.sums, found.counts, coarse=coarse, dtype=dtype))
 
-    modes = {module: module.training for module in policy.modules()}
-    policy.eval()
-    try:
+    with evaluating(policy, gradients=True):
         if same():
             return (
                 "dropout: In evaluation mode the policy equals the reference. Set `dropout` to false for rewards without noise."
@@ -106,7 +105,4 @@ def identity_fault(
             with lora_disabled(policy):
                 if same():
                     return "adapter: Without its adapters the policy equals the reference. The adapters do not start at 0."
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return "reference file: The weights of the reference differ from the initial weights of the policy."

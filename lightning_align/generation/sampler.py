@@ -6,11 +6,9 @@ position. The tokens are therefore the same for any batch size, order and number
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_align.generation.casting import casts_kept
@@ -20,6 +18,7 @@ from lightning_align.generation.ends import Ends
 from lightning_align.generation.filter_function import import_path
 from lightning_align.generation.packing import packed_linears
 from lightning_align.models.language_model import context_length
+from lightning_align.runtime.modes import evaluating
 from lightning_align.runtime.ranks import is_sharded
 
 
@@ -123,24 +122,6 @@ class Generation:
     """The id of the end-of-sequence token that ended the response. None if none did."""
     unsupported: int = field(default=0, compare=False)
     """The number of ids that do not exist, from which on an answer of another engine was cut."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Disable gradients and set evaluation mode, then restore the mode of each submodule.
-
-    Each submodule gets its own mode back, because some may be frozen in evaluation mode. The function uses `no_grad` and not
-    inference mode, because tensors that a model keeps from inference mode cannot be used in training. Mixed precision casts the
-    weights once, see `casts_kept`.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), casts_kept(model):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def generate(
@@ -277,7 +258,8 @@ def _completed(
     """Decode, and yield each part that is complete. Outside of this, the model has its own mode and layers."""
     more = True
     while more or parts:
-        with evaluating(model), packed_linears(model):
+        # Mixed precision casts the weights once, not for each token.
+        with evaluating(model), casts_kept(model), packed_linears(model):
             complete: list[int] = []
             while more and not complete:
                 more = next(steps, steps) is not steps

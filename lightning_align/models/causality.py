@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_align.models.language_model import context_length, logits_of, vocabulary_size
+from lightning_align.runtime.modes import evaluating
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """The largest change of earlier logits that counts as rounding, in standard deviations of the logits. The rounding of a causal
@@ -59,10 +60,8 @@ def check_causal(model: nn.Module, *, remedy: str = "") -> None:
     if first is None:
         return  # a context of one token or a vocabulary of one token shows nothing
     device = torch.device("cpu") if weight is None else weight.device
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad(), _fork_rng(device):
+        with evaluating(model), _fork_rng(device):
             logits, changed = _logits(model, first), _logits(model, second)
             dtype = logits.dtype
             limit = TOLERANCE.get(dtype, COARSE) if weight is None else max(TOLERANCE.get(d, COARSE) for d in _dtypes(model))
@@ -74,9 +73,6 @@ def check_causal(model: nn.Module, *, remedy: str = "") -> None:
         summary = str(error).splitlines()[0][:200] if str(error) else ""
         rank_zero_info(f"{name}: Whether it is causal was not checked, because it failed on {WIDTH} tokens ({summary}).")
         return
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if repeated > change / 10:
         rank_zero_info(
             f"{name}: Whether it is causal was not checked, because its logits in evaluation mode differ from call to call by "

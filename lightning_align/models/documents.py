@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_align.models.language_model import has_hidden, logits_of, vocabulary_size
 from lightning_align.models.parallelize import uncompiled
+from lightning_align.runtime.modes import evaluating
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 """The largest difference of outputs that counts as equal, in standard deviations, in float32 and in 16 bits."""
@@ -80,25 +81,19 @@ def packing_problem(model: nn.Module) -> str | None:
     tokens = ((torch.arange(len(_PROBED) * width, device=device) * 7919 + 13) % 104729 % size).view(len(_PROBED), width)
     documents = torch.full_like(tokens, -1)
     alone, concatenated = [], []
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with uncompiled(model):
-            number = 0
-            for row, lengths in enumerate(_PROBED):
-                start = 0
-                for length in lengths:
-                    documents[row, start : start + length] = number
-                    alone.append(_outputs(model, tokens[row : row + 1, start : start + length]))
-                    number, start = number + 1, start + length
-                concatenated.append(_outputs(model, tokens[row : row + 1, :start]))
-            try:
-                packed = _outputs(model, tokens, documents)[documents.flatten() >= 0]
-            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as raised:
-                return f"it raises {type(raised).__name__}: {str(raised)[:200]}"
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), uncompiled(model):
+        number = 0
+        for row, lengths in enumerate(_PROBED):
+            start = 0
+            for length in lengths:
+                documents[row, start : start + length] = number
+                alone.append(_outputs(model, tokens[row : row + 1, start : start + length]))
+                number, start = number + 1, start + length
+            concatenated.append(_outputs(model, tokens[row : row + 1, :start]))
+        try:
+            packed = _outputs(model, tokens, documents)[documents.flatten() >= 0]
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as raised:
+            return f"it raises {type(raised).__name__}: {str(raised)[:200]}"
     expected = torch.cat(alone)
     scale = float(expected.std().clamp(min=1e-6))
     error = float((packed - expected).abs().max()) / scale

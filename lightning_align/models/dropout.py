@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_align.runtime.modes import evaluating
+
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
@@ -25,25 +27,22 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     Args:
         model: Any module.
     """
-    modes = {module: module.training for module in model.modules()}
     undo: list[Callable[[], None]] = []
-    model.eval()
-    for module, training in modes.items():
-        if not training:
-            continue
-        if isinstance(module, nn.RNNBase):
-            module.training = True
-            undo.append(_set(module, "dropout", 0.0))
-        elif _is_checkpointed(module):
-            module.training = True
-            undo.append(_set(module, "_gradient_checkpointing_func", _in_evaluation_mode(module)))
-    try:
-        yield
-    finally:
-        for restore in undo:
-            restore()
+    with evaluating(model, gradients=True) as modes:
         for module, training in modes.items():
-            module.training = training
+            if not training:
+                continue
+            if isinstance(module, nn.RNNBase):
+                module.training = True
+                undo.append(_set(module, "dropout", 0.0))
+            elif _is_checkpointed(module):
+                module.training = True
+                undo.append(_set(module, "_gradient_checkpointing_func", _in_evaluation_mode(module)))
+        try:
+            yield
+        finally:
+            for restore in undo:
+                restore()
 
 
 def _is_checkpointed(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_align.models.peft_starts import prepared_start
 from lightning_align.models.ties import tie_again, untie
+from lightning_align.runtime.modes import evaluating
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TRAINED = "inference_mode"
@@ -153,18 +154,13 @@ def watch_start(model: Any) -> Iterator[list[AdapterStart]]:
 
 def _logits(model: Any) -> Tensor:
     """Compute the logits of a few tokens from the whole vocabulary: (1, N, V)."""
-    weight, modes = next(model.parameters()), {module: module.training for module in model.modules()}
+    weight = next(model.parameters())
     if weight.is_meta:
         return torch.zeros(1)
-    model.eval()
-    try:
-        with torch.no_grad():
-            tokens = torch.linspace(0, model.get_output_embeddings().weight.shape[0] - 1, 16, device=weight.device).long()[None]
-            logits: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
-            return logits
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model):
+        tokens = torch.linspace(0, model.get_output_embeddings().weight.shape[0] - 1, 16, device=weight.device).long()[None]
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits.float()
+        return logits
 
 
 def _error(logits: Tensor, base: Tensor) -> float:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_align.models.parallelize import uncompiled
+from lightning_align.runtime.modes import evaluating
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """The largest difference between cached and plain logits that counts as rounding, in standard deviations of the logits."""
@@ -89,18 +90,13 @@ def cache_fault(model: Any) -> str | None:
     Returns:
         What is wrong, or None.
     """
-    modes = {module: module.training for module in model.modules()}
     weight = model.model.get_output_embeddings().weight
-    model.eval()
     try:
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), uncompiled(model):
+        with evaluating(model), torch.autocast(weight.device.type, enabled=False), uncompiled(model):
             return _compare(model, weight)
     except Exception as error:  # models raise many types here, and each of them means that the cache cannot be used
         summary = str(error).splitlines()[0][:120] if str(error) else ""
         return f"{type(error).__name__}: {summary}"
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _compare(model: Any, weight: Tensor) -> str | None:

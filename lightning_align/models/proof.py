@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.models.language_model import context_length, logits_of, vocabulary_size
+from lightning_align.runtime.modes import evaluating
 
 ROWS, COLUMNS = 2, 16
 """The shape of the fixed batch."""
@@ -40,17 +41,13 @@ class Expected(NamedTuple):
 @contextmanager
 def _exact(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients and without the shortened float32 products of a GPU."""
-    modes = {module: module.training for module in model.modules()}
     precision = torch.get_float32_matmul_precision()
-    model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        for module, training in modes.items():
-            module.training = training
 
 
 def fixed_batch(model: nn.Module) -> Tensor:

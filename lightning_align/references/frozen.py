@@ -1,28 +1,16 @@
 """References that do not change: a frozen copy, or the policy with its adapters off."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
 from lightning_align.models.lora import lora_disabled
+from lightning_align.runtime.modes import evaluating
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import LogProbs, TokenBatch
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode without gradients for a block, then restore the mode of each submodule."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def move_to(model: nn.Module, device: torch.device) -> None:

@@ -13,8 +13,9 @@ from torch import nn
 
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_layers, using_lora
 from lightning_align.references.average import Average, copy_weights, reshard
-from lightning_align.references.frozen import evaluating, move_to
+from lightning_align.references.frozen import move_to
 from lightning_align.references.protocol import MovingReference
+from lightning_align.runtime.modes import evaluating
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import LogProbs, TokenBatch
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from lightning_align.retrieval.stages import Stage, Team, write_rows
 from lightning_align.retrieval.tables import ChunkTable, Floats
+from lightning_align.runtime.modes import evaluating
 
 FORMAT = 1
 """Version of the file format. Increase it when the same settings lead to other bytes."""
@@ -85,12 +86,9 @@ class LMEncoder(nn.Module):
         """The language model."""
         return self._borrowed[0] if self._borrowed else self.owned
 
-    @torch.no_grad()
     def encode(self, chunks: Sequence[ArrayLike]) -> Floats:
         """See `Encoder`. Chunks of similar length are batched together, to have little padding."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             runs = [torch.as_tensor(np.asarray(chunk, dtype=np.int64)) for chunk in chunks]
             order = sorted(range(len(runs)), key=lambda place: len(runs[place]))
             parts = [
@@ -98,9 +96,6 @@ class LMEncoder(nn.Module):
             ]
             vectors = torch.empty(len(runs), parts[0].shape[1], dtype=torch.float32)  # not the default dtype of bf16-true
             vectors[order] = torch.cat(parts)
-        finally:
-            for module, training in modes.items():
-                module.training = training
         return vectors.numpy()
 
     def _pool(self, runs: list[Tensor]) -> Tensor:

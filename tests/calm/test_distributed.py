@@ -14,11 +14,11 @@ from tests.toys import largest_difference, state_of
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "recompute"), [("ddp", ""), ("fsdp2", ""), ("ddp", "recompute"), ("fsdp2", "recompute")])
+def test_two_processes_equal_one(strategy: str, recompute: str, tmp_path: Path) -> None:
     start = composed(torch.float64)
     start.save_connections(tmp_path / "connections.safetensors")
-    launch(Path(__file__).parent / "train_distributed.py", strategy, str(tmp_path))
+    launch(Path(__file__).parent / "train_distributed.py", strategy, str(tmp_path), recompute)
     ranks: list[Any] = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     alone = run(lambda: "auto", 1, tmp_path)
     assert largest_difference(alone["state"], state_of(start)) > 1e-3, "the weights must change, or the test shows nothing"

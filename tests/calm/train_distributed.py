@@ -20,7 +20,7 @@ BATCH = token_batch([2, 1, 3, 2, 1, 2, 3, 1], [9, 8, 1, 7, 1, 1, 2, 1])
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
-def run(strategy: Any, devices: int, folder: Path) -> dict[str, Any]:
+def run(strategy: Any, devices: int, folder: Path, *, recompute: bool = False) -> dict[str, Any]:
     def trainer(epochs: int) -> L.Trainer:
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
         options = {"gradient_clip_val": 1.0, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
@@ -40,7 +40,9 @@ def run(strategy: Any, devices: int, folder: Path) -> dict[str, Any]:
         anchor, augment = palms(torch.float64)
         begin = str(folder / "connections.safetensors")
         augments = [Augment(augment, num_connections=2)]
-        return CALMModule(anchor, augments, connection=SMALL, connections_from=begin, optimizer=SGD)
+        return CALMModule(
+            anchor, augments, connection=SMALL, connections_from=begin, optimizer=SGD, gradient_checkpointing=recompute
+        )
 
     first = trainer(1)
     parts = split(BATCH, 4 // devices)[first.global_rank :: devices]
@@ -57,7 +59,7 @@ def run(strategy: Any, devices: int, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    name, target = sys.argv[1], Path(sys.argv[2])
-    result = run(lambda: STRATEGIES[name]("calm"), 2, target)
+    name, target, recompute = sys.argv[1], Path(sys.argv[2]), bool(sys.argv[3])
+    result = run(lambda: STRATEGIES[name]("calm"), 2, target, recompute=recompute)
     torch.save(result, target / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_align.generation.sampler import Generation, GenerationConfig, evaluating, generate
+from lightning_align.generation.sampler import Generation, GenerationConfig, generate
+from lightning_align.runtime.modes import evaluating
 from tests.toys import VOCABULARY, Plain, tiny_palm
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5], [7], [2, 7, 1, 8], [2, 8]]

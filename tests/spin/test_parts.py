@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_align.generation.backend import FileBackend
-from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
+from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.formats import merged_weights, whole_weights, write_model
 from lightning_align.models.language_model import Head, context_length, logits_of
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.runtime.modes import evaluating
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.spin import opponent
 from lightning_align.spin.generations import join_pairs, statistics

@@ -40,7 +40,7 @@ from lightning_align import (
 )
 from lightning_align.data.tasks.markov import END
 from lightning_align.data.tokenizer import ByteTokenizer
-from lightning_align.generation.sampler import evaluating
+from lightning_align.runtime.modes import evaluating
 from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.spin.module import tied
 from lightning_align.types import LogProbs, SelfPlayBatch
