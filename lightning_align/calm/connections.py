@@ -145,6 +145,7 @@ class Connection(nn.Module):
                 "Change it, or set `rotary: false`."
             )
         self.heads, self.dim_head = heads, dim_head
+        self.dim_augment = dim_augment
         inner, width = heads * dim_head, dim if config.project else dim_augment
         self.norm = nn.RMSNorm(dim, eps=1e-6) if config.norm else nn.Identity()
         self.norm_augment = nn.RMSNorm(dim_augment, eps=1e-6) if config.norm else nn.Identity()

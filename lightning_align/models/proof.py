@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_align.models.composed import proving
 from lightning_align.models.language_model import context_length, logits_of, vocabulary_size
 
 ROWS, COLUMNS = 2, 16
@@ -45,7 +46,7 @@ def _exact(model: nn.Module) -> Iterator[None]:
     model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), proving(model):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -58,7 +59,7 @@ def fixed_batch(model: nn.Module) -> Tensor:
 
     The ids that PEFT trains alone (``trainable_token_indices``) come first, because no other id would show that they were lost.
     """
-    size = vocabulary_size(model) or 2
+    size = getattr(model, "readable_tokens", None) or vocabulary_size(model) or 2
     columns = min(COLUMNS, context_length(model) or COLUMNS)
     trained = [index for module in model.modules() for index in _token_indices(module)][: ROWS * columns // 2]
     spread = torch.linspace(0, size - 1, ROWS * columns).long()

@@ -22,6 +22,7 @@ from lightning_align.models.formats import merged_weights, transformers_weights,
 from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of
 from lightning_align.models.lora import using_lora
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.references.frozen import move_to
 from lightning_align.references.moving import REFERENCE_SCOPE, MovingAdapters, MovingCopy
 from lightning_align.references.protocol import MovingReference
 from lightning_align.runtime.ranks import is_sharded
@@ -200,9 +201,9 @@ class Opponent:
         if self.scoped:
             return Scoped(policy)
         (base,) = self._base
-        weight, here = (next(m.parameters(), None) if m is not None else None for m in (base, policy))
-        if base is not None and weight is not None and here is not None and weight.device != here.device:
-            base.to(here.device)
+        here = next(policy.parameters(), None)
+        if base is not None and here is not None:
+            move_to(base, here.device)
         return base
 
     def player(self, policy: nn.Module) -> nn.Module:
