@@ -27,7 +27,11 @@ def build_part(source: Any) -> nn.Module:
             `class_path` and `init_args`.
     """
     if not isinstance(source, (str, Path)):
-        return build_backbone(source)
+        built = build_backbone(source)
+        if isinstance(built, PretrainedLM) and not built.is_loaded:
+            # What refers to it by a name has no weights to replace the random ones.
+            raise ValueError(f"The model {built.init_args['name']!r} was not found. Pass the path or name that it has now.")
+        return built
     model = load_policy(source)
     setattr(model, SOURCE, str(source))
     return model
@@ -46,11 +50,7 @@ def reference_of(model: nn.Module) -> Any:
     if (source := getattr(model, SOURCE, None)) is not None:
         return source
     if isinstance(model, PretrainedLM) and model.init_args["name"] is not None and model.init_args["adapter"] is None:
-        spec = backbone_spec(model)
-        assert spec is not None
-        # Without `config`, a missing folder raises. With it, the model would be built with random weights.
-        kept = {name: value for name, value in spec["init_args"].items() if name not in ("config", "adapter")}
-        return {**spec, "init_args": kept}
+        return backbone_spec(model)
     return None
 
 

@@ -12,6 +12,7 @@ from lightning_align.export.card import is_peft, model_card
 from lightning_align.generation.ends import end_ids
 from lightning_align.models.adapter_files import check_separable, expected_adapter_logits
 from lightning_align.models.building import backbone_spec
+from lightning_align.models.composed import FrozenParts, check_exportable, is_composed
 from lightning_align.models.folders import check_folder
 from lightning_align.models.formats import CONFIG, merged_weights, whole_weights, write_adapter, write_model
 from lightning_align.models.language_model import policy_of
@@ -22,15 +23,25 @@ from lightning_align.models.proof import expected_logits
 class ExportModel(Callback):
     """Exports the policy at the end of training, with tokenizer and model card. Adapters are merged, or exported alone."""
 
-    def __init__(self, folder: str | None = None, *, adapter_only: bool = False, max_shard_size: str = "5GB") -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        *,
+        adapter_only: bool = False,
+        max_shard_size: str = "5GB",
+        frozen: FrozenParts = "whole",
+    ) -> None:
         """Set the folder and the format.
 
         Args:
             folder: The folder. Default is `export` in the run's folder.
             adapter_only: Write only the LoRA adapters, in PEFT's format, instead of a model with the adapters merged.
             max_shard_size: The largest size of a file of weights, for a `PretrainedLM`.
+            frozen: For a composition (CALM): with `whole`, the folder contains the frozen models. With `references`, it has
+                their paths or names and the hashes of their weights.
         """
         self.folder, self.adapter_only, self.max_shard_size = folder, adapter_only, max_shard_size
+        self.frozen: FrozenParts = frozen
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check before training that the policy can be exported.
@@ -48,6 +59,8 @@ class ExportModel(Callback):
             check_separable(policy)
         elif is_peft(policy):
             check_mergeable(policy)
+        elif is_composed(policy):
+            check_exportable(policy, self.frozen)
         elif backbone_spec(policy) is None:
             raise ValueError(
                 "ExportModel: the policy must have `init_args`, from which it can be rebuilt, but is a "
@@ -85,6 +98,8 @@ class ExportModel(Callback):
                 card=model_card(policy, type(pl_module).__name__, dict(pl_module.hparams), sources, metrics),
                 max_shard_size=self.max_shard_size,
                 expected=expected,
+                frozen=self.frozen,
+                part_tokenizers=getattr(data, "augment_tokenizers", ()),
             )
             if getattr(data, "tokenizer", None) is None:
                 rank_zero_info("exporting the model without a tokenizer, because the data module has none")
