@@ -125,6 +125,11 @@ def write_composition(
             if frozen == "references":
                 source = reference_of(part)
                 entry = {"source": source, **_absolute(source)}
+                if "path" in entry and Path(entry["path"]).is_relative_to(Path(folder).resolve()):
+                    raise ValueError(
+                        f"`folder` must not contain the models that it refers to, but {entry['path']} is in {folder}, whose "
+                        "content is replaced. Pass another folder, or write the models too (`frozen` must be 'whole')."
+                    )
             else:
                 entry = {"folder": place}
                 _write_part(part, partial / place, eos_ids if name == "anchor" else (), max_shard_size)
@@ -231,7 +236,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 def _read_part(folder: Path, place: str, entry: Mapping[str, Any]) -> nn.Module:
     if "folder" in entry:
-        return read_model(folder / place)  # not the name in the file, which could lead out of the folder
+        # Not the name in the file, which could lead out of the folder.
+        return build_part(folder / place)
     source, path = entry["source"], entry.get("path")
     name = source["init_args"]["name"] if isinstance(source, Mapping) else source
     if path is not None and not Path(name).exists():
