@@ -54,10 +54,11 @@ class StoredModel(nn.Module):
         """
         left_out = ("self", "__class__", "anchor", "augments", "check")
         self.arguments: dict[str, Any] = {name: value for name, value in arguments.items() if name not in left_out}
+        built = build_part(anchor)
         self.specs = build_augments(augments)
         connection = arguments["connection"]
         config = ConnectionConfig(**connection) if isinstance(connection, Mapping) else connection or ConnectionConfig()
-        return build_part(anchor), self.specs, config
+        return built, self.specs, config
 
     def record_settings(self, config: ConnectionConfig) -> None:
         """Record the settings of the connections, and the description from which the composition can be rebuilt."""

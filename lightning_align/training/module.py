@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -132,7 +133,8 @@ class AlignModule(L.LightningModule):
         if self.policy is not None:
             return
         policy = self.build_policy()
-        record_frozen(policy)  # hashes frozen models before they are sharded
+        if record_frozen(policy):  # hashes frozen models before they are sharded
+            warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")  # they always are
         self.source.add_adapters(policy)
         self.router_loss.prepare(policy)
         self.configure_reference(policy)
