@@ -4,7 +4,8 @@ The frozen models have files of their own. So files and checkpoints of a compose
 the hashes of its frozen models. Other rooms know such a model by its attributes, never by its type:
 
 - ``frozen_parts``: the names of the submodules that contain the frozen models.
-- ``frozen_record()``: the hashes of the frozen models, and ``check_frozen_record(record, path)``, which compares them.
+- ``identity`` and ``frozen_record()``: the exact hashes of the frozen models, and all their hashes as a checkpoint holds them.
+- ``check_frozen_record(record, path)``: the comparison with the hashes of a checkpoint.
 - ``trained_part``: the submodule that trains.
 - ``twin()``: a copy of the model that shares the frozen models.
 - ``proving()``: a context in which the model computes logits from tokens alone, for the proof of an export.
@@ -65,11 +66,24 @@ def copy_policy(model: Any, *, share: bool) -> nn.Module:
     return copied
 
 
-def record_frozen(model: Any) -> dict[str, Any]:
-    """Return the hashes of the frozen models as a checkpoint holds them. Empty for other models.
+def prepare_frozen(model: Any, *, sharded: bool) -> bool:
+    """Hash the frozen models of a composed model, before it is sharded.
 
-    They are computed at the first call, which must be before the model is sharded.
+    Args:
+        model: Any model.
+        sharded: Whether it will be sharded. Otherwise the hashes that do not depend on the dtype wait until they are needed.
+
+    Returns:
+        Whether the model is composed.
     """
+    if not is_composed(model):
+        return False
+    _ = model.frozen_record() if sharded else model.identity
+    return True
+
+
+def record_frozen(model: Any) -> dict[str, Any]:
+    """Return the hashes of the frozen models as a checkpoint holds them. Empty for other models."""
     record: dict[str, Any] = model.frozen_record() if is_composed(model) else {}
     return record
 

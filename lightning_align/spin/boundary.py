@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_align.models.composed import FROZEN, record_frozen
+from lightning_align.models.composed import is_composed
 from lightning_align.models.formats import whole_weights
 from lightning_align.models.weights import check_weights, state_hash
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, last_saved_step, link_last
@@ -50,8 +50,8 @@ class Boundary:
             self.average = whole_weights(module.opponent.moving.average)
         # The hash also covers the other weights of the opponent: an average and a base.
         own = state_hash({**self.weights, **{f"average.{name}": value for name, value in self.average.items()}})
-        if frozen := record_frozen(module.policy):  # the hashes of the models of a composition
-            own = hashlib.sha256(f"{own} {sorted(frozen[FROZEN].items())}".encode()).hexdigest()
+        if is_composed(module.policy):
+            own = hashlib.sha256(f"{own} {sorted(module.policy.identity.items())}".encode()).hexdigest()
         own = own if module.base_hash is None else f"{own[:32]}{module.base_hash[:32]}"
         self.digest: str = trainer.strategy.broadcast(own)
         """The hash of the weights that the iteration begins with."""

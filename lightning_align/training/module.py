@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
-from lightning_align.models.composed import record_frozen
+from lightning_align.models.composed import prepare_frozen
 from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
@@ -133,7 +133,7 @@ class AlignModule(L.LightningModule):
         if self.policy is not None:
             return
         policy = self.build_policy()
-        if record_frozen(policy):  # hashes frozen models before they are sharded
+        if prepare_frozen(policy, sharded=self.is_sharded):
             warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")  # they always are
         self.source.add_adapters(policy)
         self.router_loss.prepare(policy)

@@ -90,6 +90,15 @@ def test_a_composition_is_exported_and_aligned(capsys: pytest.CaptureFixture[str
     assert not Path("lost").exists()
 
 
+def test_any_exported_folder_can_be_predicted_from() -> None:
+    words = ["predict", *config("sft", "SFT", "rows.jsonl", {"init_from": "anchor"})]
+    run([*words, "--output", "1.jsonl"])
+    other = {"backbone": {"class_path": "PaLM", "init_args": {"num_tokens": 259, "dim": 8, "depth": 1}}}
+    words = ["predict", *config("sft", "SFT", "rows.jsonl", other)]
+    run([*words, "--ckpt_path", "anchor", "--output", "2.jsonl"])
+    assert Path("1.jsonl").read_text() == Path("2.jsonl").read_text()
+
+
 def test_a_composition_is_a_backbone(capsys: pytest.CaptureFixture[str]) -> None:
     backbone = {"class_path": "CALM", "init_args": COMPOSED}
     fitted = run(["fit", *config("dpo", "DPO", "pairs.jsonl", {"backbone": backbone})])
