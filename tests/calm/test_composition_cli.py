@@ -15,6 +15,9 @@ import yaml
 from lightning_align import PaLM, load_composition
 from lightning_align.calm.model import CALM
 from lightning_align.cli import run
+from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.data.tokenizer.record import vocabulary_fingerprint
+from lightning_align.export.tokenizer import part_tokenizers
 from lightning_align.models.formats import whole_weights, write_model
 from tests.toys import gap
 
@@ -131,9 +134,13 @@ def test_two_families_with_their_own_tokenizers_are_served_by_another_process(fo
     fitted = run(["fit", *config("calm", "CALM", "rows.jsonl", composed, data)])
     assert fitted is not None
     expected = [row for part in fitted.trainer.predict(fitted.model, fitted.datamodule) or [] for row in part]
-    run(["export", "calm_checkpoints/last.ckpt", "--output", "exported"])
-    assert Path("exported/augment_0/tokenizer.json").is_file()
-    for name in (*models, "calm_checkpoints", "exported"):
+    path = "calm_checkpoints/last.ckpt"
+    (own,) = part_tokenizers(path, torch.load(path, weights_only=True))  # as `lightning-align export` finds it
+    assert own is not None
+    assert own.fingerprint == load_tokenizer("gpt2").fingerprint
+    # An export adds the chat template.
+    assert vocabulary_fingerprint(load_tokenizer("calm/augment_0")) == vocabulary_fingerprint(own)
+    for name in (*models, "calm_checkpoints"):
         shutil.rmtree(name)  # the folder is all that is left
 
     serving = {"init_from": "calm", "generation": {"max_new_tokens": 4}}
