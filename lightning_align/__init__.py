@@ -13,6 +13,7 @@ from lightning_align.runtime.old_paths import OldPaths
 if TYPE_CHECKING:
     from lightning_align.calm.connections import ConnectionConfig
     from lightning_align.calm.datamodule import CALMDataModule
+    from lightning_align.calm.folder import load_composition, save_composition
     from lightning_align.calm.model import CALM
     from lightning_align.calm.module import CALMModule
     from lightning_align.calm.spec import Augment, AugmentInput
@@ -116,12 +117,14 @@ _HOME = {
     "collate_ids": "spin.batches",
     "delete_documents": "retro.indexing",
     "generate": "generation.sampler",
+    "load_composition": "calm.folder",
     "load_palm_rlhf": "models.palm_import",
     "lora_disabled": "models.lora",
     "merge_lora": "models.lora",
     "open_retriever": "retro.indexing",
     "remove_lora": "models.lora",
     "response_logprobs": "scoring.sums",
+    "save_composition": "calm.folder",
     "self_play_loss": "spin.loss",
     "spin_loss": "spin.loss",
     "unmerge_lora": "models.lora",
@@ -177,12 +180,14 @@ __all__ = [
     "collate_ids",
     "delete_documents",
     "generate",
+    "load_composition",
     "load_palm_rlhf",
     "lora_disabled",
     "merge_lora",
     "open_retriever",
     "remove_lora",
     "response_logprobs",
+    "save_composition",
     "self_play_loss",
     "spin_loss",
     "unmerge_lora",

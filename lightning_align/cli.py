@@ -178,6 +178,9 @@ class AlignCLI(LightningCLI):
         path = self.config[command].get("ckpt_path") if command else None
         if not path or path in KEYWORDS or "://" in path:
             return
+        if (Path(path) / "config.json").is_file():
+            self._use_folder(path, command)
+            return
         if Path(path).is_dir():
             self._check_sharded(path, self.config[command].trainer)
             return
@@ -198,6 +201,19 @@ class AlignCLI(LightningCLI):
         arguments = _overlay(own, given.init_args.as_dict() if "init_args" in (given or ()) else {})
         merged = {"class_path": model.class_path, "init_args": arguments}
         self.config = self.parser.parse_object({command: {"model": merged}}, self.config)
+
+    def _use_folder(self, path: str, command: str) -> None:
+        """Use the model of an exported folder in place of the one in the configuration."""
+        model = self.config[command].model
+        if command == "fit":
+            raise ValueError(
+                f"--ckpt_path {path} must be a checkpoint, but is an exported model, from which a run cannot be resumed. To "
+                "start a new run from it, give it as --model.init_from."
+            )
+        named = [name for name in ("backbone", "anchor", "augments") if name in (model.get("init_args") or ())]
+        arguments = {**dict.fromkeys(named), "init_from": path}
+        merged = {"class_path": model.class_path, "init_args": arguments}
+        self.config = self.parser.parse_object({command: {"model": merged, "ckpt_path": None}}, self.config)
 
     @staticmethod
     def _check_sharded(path: str, trainer: Namespace) -> None:

@@ -59,6 +59,7 @@ def facts(database: str) -> dict[str, Any]:
 
 
 COMPOSED = {"anchor": BACKBONE, "augments": AUGMENTS}
+COMPOSITION = {"backbone": {"class_path": "CALM", "init_args": COMPOSED}, "init_from": None}
 LOOP = {
     "max_epochs": -1,
     "val_check_interval": 1.0,
@@ -82,6 +83,8 @@ NAMES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "spin/markov": (["spin/markov"], rows(task("MarkovChain")) | {"trainer": LOOP}),
     "spin/jsonl": (["spin/jsonl"], rows("responses.jsonl") | {"trainer": LOOP}),
     "spin/per_step": (["spin/per_step"], rows("responses.jsonl") | {"trainer": {**LOOP, "accumulate_grad_batches": 1}}),
+    "calm/dpo": (["calm/dpo"], rows("pairs.jsonl") | {"model": COMPOSITION}),
+    "calm/spin": (["calm/spin"], rows("responses.jsonl") | {"model": COMPOSITION, "trainer": LOOP}),
     "calm/key_value_anchor": (["calm/key_value_anchor"], rows(task("KeyValue"))),
     "calm/key_value_augment": (["calm/key_value_augment"], rows(task("KeyValue"))),
     "calm/key_value": (["calm/key_value"], rows(task("KeyValue")) | {"model": COMPOSED}),
@@ -110,7 +113,7 @@ def final_loss(name: str, precision: str) -> float:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    if name.startswith("spin"):  # whose learning rate follows the iterations
+    if "spin" in name:  # whose learning rate follows the iterations
         model.pop("lr_scheduler")
     content = {
         "model": {"init_args": model | small["model"]},

@@ -151,6 +151,7 @@ class Connection(nn.Module):
                 "Change it, or set `rotary: false`."
             )
         self.heads, self.dim_head, self.attn_dropout = heads, dim_head, config.attn_dropout
+        self.dim_augment = dim_augment
         inner, width = heads * dim_head, dim if config.project else dim_augment
         self.norm = nn.RMSNorm(dim, eps=1e-6) if config.norm else nn.Identity()
         self.norm_augment = nn.RMSNorm(dim_augment, eps=1e-6) if config.norm else nn.Identity()

@@ -10,21 +10,21 @@ Shapes: ``N`` positions and width ``D`` of the anchor, ``M`` positions and width
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
 from lightning_align.calm.attention_inputs import attention_inputs
 from lightning_align.calm.cache import Attended, CALMCache
-from lightning_align.calm.connection_file import read_connections, write_connections
 from lightning_align.calm.connections import Connection, ConnectionConfig
 from lightning_align.calm.layers import Layer, LayerChoice, Position, Tap, find_layers, visiting
+from lightning_align.calm.persistence import StoredModel
 from lightning_align.calm.probe import check_finite, probe_width
 from lightning_align.calm.readers import anchor_places, build_reader
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.recompute import recomputed_layers, recomputing
 from lightning_align.calm.spec import Augment, Inputs, Spot, augment_model
+from lightning_align.models.building import Backbone
 from lightning_align.models.language_model import (
     Head,
     context_length,
@@ -34,7 +34,6 @@ from lightning_align.models.language_model import (
     logits_of,
     vocabulary_size,
 )
-from lightning_align.models.weights import weights_hash
 
 
 class Trace(NamedTuple):
@@ -48,7 +47,7 @@ class Trace(NamedTuple):
     """(B, H, N, M) attention weights. None unless they were requested."""
 
 
-class CALM(nn.Module):
+class CALM(StoredModel):
     """A composition of an anchor and its augments. It is a language model like its anchor, and only `connections` train.
 
     The constructor freezes the models and registers hooks in them. `release` undoes both. The anchor alone works as before.
@@ -56,7 +55,7 @@ class CALM(nn.Module):
 
     def __init__(
         self,
-        anchor: nn.Module,
+        anchor: str | Backbone | nn.Module,
         augments: "Augment | nn.Module | Sequence[Augment | nn.Module]",
         *,
         connection: ConnectionConfig | None = None,
@@ -69,7 +68,8 @@ class CALM(nn.Module):
         """Compose the models.
 
         Args:
-            anchor: A causal language model.
+            anchor: A causal language model, or what builds it: the path of a checkpoint or folder, or `class_path` and
+                `init_args`.
             augments: One or more models and how they are connected. A bare module gets evenly spaced connections.
             connection: The architecture of the connections.
             combine: How to combine several connections that end at the same layer. With `sequence`, each sees the output of the
@@ -84,15 +84,14 @@ class CALM(nn.Module):
         Raises:
             ValueError: If the models cannot be composed in this way. The message says why.
         """
+        arguments = dict(locals())
         super().__init__()
-        given = [augments] if isinstance(augments, (Augment, nn.Module)) else list(augments)
-        specs = [a if isinstance(a, Augment) else Augment(a) for a in given]
+        anchor, specs, config = self.build_parts(anchor, augments, arguments)
         if not specs:
             raise ValueError("CALM: `augments` is empty. Pass at least one model.")
         self.anchor = anchor
         self.augments = nn.ModuleList(augment_model(spec) for spec in specs)
         self.combine, self.anchor_position = combine, anchor_position
-        config = connection or ConnectionConfig()
         layers = find_layers(anchor, anchor_layers)
         self._modes_before = {module: module.training for module in self.modules() if module is not self}
         self._trainable_before = [p for p in self.parameters() if p.requires_grad]
@@ -118,7 +117,7 @@ class CALM(nn.Module):
             raise
         weight = next(anchor.parameters())
         self.connections.to(weight.device, weight.dtype)
-        self._identity: dict[str, str] | None = None
+        self.record_settings(config)
         self._given: Inputs | Callable[[Tensor], Inputs] | None = None
         self._traces: list[Trace] | None = None
         self._maps = False
@@ -344,14 +343,6 @@ class CALM(nn.Module):
         for parameter in self._trainable_before:
             parameter.requires_grad_(True)
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """The SHA-256 of the weights of each frozen model. It is computed once, and must be before the models are sharded."""
-        if self._identity is None:
-            models = {"anchor": self.anchor} | {f"augments.{i}": model for i, model in enumerate(self.augments)}
-            self._identity = {name: weights_hash(model) for name, model in models.items()}
-        return self._identity
-
     # -- the connections
 
     @property
@@ -370,26 +361,3 @@ class CALM(nn.Module):
         return "\n".join(
             [f"{len(lines)} connections, {trained:,} trained parameters, at layer {self.anchor_position}s:", *lines]
         )
-
-    def trainable_state_dict(self) -> dict[str, Tensor]:
-        """Return the weights of the connections, without those of the frozen models."""
-        return {f"connections.{name}": value for name, value in self.connections.state_dict().items()}
-
-    def save_connections(self, path: str | Path) -> None:
-        """Write the connections to a safetensors file, with the weight hashes of the models that they connect.
-
-        Args:
-            path: The path of the file. It is written completely or not at all.
-        """
-        write_connections(path, self.trainable_state_dict(), self._spots, self.identity)
-
-    def load_connections(self, path: str | Path) -> None:
-        """Load a file that `save_connections` wrote.
-
-        Args:
-            path: The path of the file.
-
-        Raises:
-            ValueError: If the file cannot be read, connects other layers, or was trained with other models.
-        """
-        read_connections(path, self.connections, self._spots, self.identity)

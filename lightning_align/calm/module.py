@@ -15,28 +15,27 @@ from lightning_align.calm.connections import ConnectionConfig
 from lightning_align.calm.datamodule import CALMBatch
 from lightning_align.calm.layers import LayerChoice, Position
 from lightning_align.calm.model import CALM
-from lightning_align.calm.probe import check_frozen
+from lightning_align.calm.parts import build_part
 from lightning_align.calm.spec import Augment, AugmentInput, check_realigned, described_augment, storable
+from lightning_align.calm.start import augments_of, composition_of
 from lightning_align.calm.states import StateStore, attach_states
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig
-from lightning_align.models.building import Backbone, build_backbone
+from lightning_align.models.building import Backbone
 from lightning_align.models.causality import check_causal
-from lightning_align.models.checkpoint import load_policy
+from lightning_align.models.composed import FROZEN
 from lightning_align.models.language_model import has_hidden
 from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.logits import logits_logprobs
 from lightning_align.scoring.sums import sum_logprobs
 from lightning_align.scoring.targets import select_targets
+from lightning_align.training.checkpoints import drop_composed, restore_composed
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.training.tokenizer import add_record
 from lightning_align.types import LogProbs
-
-FROZEN = ("policy.anchor.", "policy.augments.")
-"""Prefixes of the weights that a checkpoint does not contain."""
 
 
 def composed_logprobs(model: CALM, batch: CALMBatch, inputs: Sequence[AugmentInput | None]) -> LogProbs:
@@ -66,13 +65,19 @@ class CALMModule(AlignModule):
     """
 
     policy: CALM
+    replaced_by_init_from = (
+        *("anchor", "augments", "connection", "combine", "anchor_layers", "anchor_position", "connections_from"),
+        "gradient_checkpointing",
+    )
+    """Arguments that a composition has in its own folder."""
     object_arguments = (*AlignModule.object_arguments, "anchor", "augments", "connection", "anchor_layers")
 
     def __init__(
         self,
-        anchor: str | Backbone,
-        augments: list[Augment],
+        anchor: str | Backbone | None = None,
+        augments: list[Augment] | None = None,
         *,
+        init_from: str | None = None,
         connection: ConnectionConfig | None = None,
         combine: Literal["sequence", "sum"] = "sequence",
         anchor_layers: LayerChoice | None = None,
@@ -92,6 +97,7 @@ class CALMModule(AlignModule):
             anchor: The model to augment: a module or a factory in code, `class_path` and `init_args` or the path of a
                 checkpoint in YAML.
             augments: The models that augment the anchor, and how each is connected.
+            init_from: The folder of a composition, or a checkpoint of one, to start from, instead of `anchor` and `augments`.
             connection: The architecture of the connections.
             combine: How to combine several connections that end at the same layer. With `sequence`, each sees the output of the
                 one before it. With `sum`, all see the layer's own hidden state.
@@ -115,11 +121,19 @@ class CALMModule(AlignModule):
         for name, value, choices in (("loss_on", loss_on, ("response", "all")), ("combine", combine, ("sequence", "sum"))):
             if value not in choices:
                 raise ValueError(f"CALMModule: `{name}` must be one of {', '.join(choices)}, but got {value!r}.")
-        if anchor is None:
+        if init_from is not None and (anchor is not None or augments):
+            raise ValueError(
+                f"CALMModule: `anchor` and `augments` must be left out with `init_from`, but got both. {init_from} has its own."
+            )
+        if anchor is None and init_from is None:
             raise ValueError(_missing_module("anchor"))
         given = built_from_config()
-        super().__init__(cast(Backbone, anchor), optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation)
-        sources = [augments] if isinstance(augments, (Augment, nn.Module)) else list(augments)
+        super().__init__(
+            cast(Backbone, anchor), init_from=init_from, optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation
+        )
+        if init_from is not None:
+            augments = augments_of(init_from)
+        sources = [augments] if isinstance(augments, (Augment, nn.Module)) else list(augments or ())
         self._augments = [
             Augment(**a) if isinstance(a, Mapping) and "model" in a else a if isinstance(a, Augment) else Augment(a)
             for a in sources
@@ -136,7 +150,8 @@ class CALMModule(AlignModule):
             self.hparams.pop("backbone", None)
             self.hparams["anchor"] = _described(anchor)
             self.hparams["anchor_layers"] = storable(anchor_layers, anchor)
-            self.hparams["augments"] = [{**described_augment(a), "model": _described(a.model)} for a in self._augments]
+            described = [{**described_augment(a), "model": _described(a.model)} for a in self._augments]
+            self.hparams["augments"] = [] if init_from else described
             self.hparams["connection"] = None if self.connection is None else dataclasses.asdict(self.connection)
         self.combine, self.anchor_layers, self.anchor_position = combine, anchor_layers, anchor_position
         self.loss_on, self.connections_from = loss_on, connections_from
@@ -148,27 +163,29 @@ class CALMModule(AlignModule):
     default_lr = 1e-3
 
     def initial_weights(self) -> list[str]:
-        """Return the path of the anchor, if it is given as one. Its token ids are the ids of the data."""
-        anchor: Any = self.source.backbone
+        """Return the path of the anchor, if it is given as one, or `init_from`. Its token ids are the ids of the data."""
+        anchor: Any = self.init_from or self.source.backbone
         return [anchor] if isinstance(anchor, str) else []
 
     def build_policy(self) -> CALM:
         """Build the composition of the anchor and its augments."""
-        anchor = _build(self.source.backbone, "anchor")
-        check_causal(anchor)
-        augments = [dataclasses.replace(a, model=_build(a.model, f"augments[{i}].model")) for i, a in enumerate(self._augments)]
-        policy = CALM(
-            anchor,
-            augments,
-            connection=self.connection,
-            combine=self.combine,
-            anchor_layers=self.anchor_layers,
-            anchor_position=self.anchor_position,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )
+        if self.init_from is not None:
+            policy = cast(CALM, composition_of(self.init_from))
+        else:
+            anchor = _build(self.source.backbone, "anchor")
+            check_causal(anchor)
+            models = [_build(augment.model, f"augments[{i}].model") for i, augment in enumerate(self._augments)]
+            policy = CALM(
+                anchor,
+                [dataclasses.replace(augment, model=model) for augment, model in zip(self._augments, models, strict=True)],
+                connection=self.connection,
+                combine=self.combine,
+                anchor_layers=self.anchor_layers,
+                anchor_position=self.anchor_position,
+                gradient_checkpointing=self.gradient_checkpointing,
+            )
         if self.connections_from is not None:
             policy.load_connections(self.connections_from)
-        _ = policy.identity  # hashes the weights before they are sharded
         rank_zero_info(policy.describe())
         return policy
 
@@ -346,12 +363,10 @@ class CALMModule(AlignModule):
 
         A sharded strategy restores every weight from the checkpoint, so there the frozen weights stay in it.
         """
-        checkpoint["frozen"] = dict(self.policy.identity)
         self.clock.save(checkpoint, trainer_of(self))
         add_record(checkpoint, datamodule_of(trainer_of(self)))
+        drop_composed(checkpoint, self.policy, sharded=self.is_sharded)
         if not self.is_sharded:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith(FROZEN)}
             self.masters.save(checkpoint["state_dict"], self.named_parameters())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -364,10 +379,9 @@ class CALMModule(AlignModule):
             self.configure_model()
         trainer = trainer_of(self)
         path = None if trainer is None else trainer.ckpt_path
-        check_frozen(self.policy.identity, checkpoint.get("frozen", {}), path or "the checkpoint")
+        checkpoint.setdefault(FROZEN, {})  # a checkpoint of another model has no hashes
+        restore_composed(checkpoint, self.policy, path or "the checkpoint", sharded=self.is_sharded)
         if not self.is_sharded:
-            own = self.state_dict()
-            checkpoint["state_dict"] |= {name: value for name, value in own.items() if name.startswith(FROZEN)}
             super().on_load_checkpoint(checkpoint)
         else:
             self.clock.load(checkpoint, trainer)
@@ -377,7 +391,7 @@ def _build(source: Any, name: str) -> nn.Module:
     """Build a model from a checkpoint path, a factory or a description. A module is returned as it is."""
     if source is None:
         raise ValueError(_missing_module(name))
-    return load_policy(source) if isinstance(source, str) else build_backbone(source)
+    return build_part(source)
 
 
 def _missing_module(name: str) -> str:

@@ -1,8 +1,6 @@
-"""Checks of models before they are composed: non-finite weights, the layout of hidden states, causality, and weight hashes."""
+"""Checks of models before they are composed: non-finite weights, the layout of hidden states, and causality."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -104,22 +102,3 @@ def check_values(seen: Sequence[Tensor], name: str, *, causal: bool) -> None:
                 f"{name} must be causal, but changing the last token changes hidden states of earlier positions after layer "
                 f"{depth}. Use a causal model. An augment that is not causal can read a prefix (`alignment: prefix`)."
             )
-
-
-def check_frozen(here: Mapping[str, str], there: Mapping[str, Any], path: str | Path) -> None:
-    """Check that the frozen models have the weights that connections were trained with.
-
-    Args:
-        here: The weight hash of each model, by name.
-        there: The hashes in the file.
-        path: The path of the file, for the error.
-
-    Raises:
-        ValueError: If a hash differs. It names the models.
-    """
-    others = [name for name, value in here.items() if there.get(name) != value]
-    if others:
-        raise ValueError(
-            f"{path}: the connections were trained with other weights of {' and '.join(others)}. "
-            "Pass the models, with the weights, that they were trained with."
-        )

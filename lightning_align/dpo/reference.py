@@ -60,7 +60,11 @@ class InitialPolicy:
             )
         if self.kind == "moving":
             self.reference = moving_reference(
-                policy, lora=module.lora, convert=module.convert_like_policy, shard=module.shard_like_policy
+                policy,
+                lora=module.lora,
+                share=not module.is_sharded,
+                convert=module.convert_like_policy,
+                shard=module.shard_like_policy,
             )
             return
         if module.lora is not None:
@@ -71,7 +75,7 @@ class InitialPolicy:
             return
         else:
             base = policy.without_adapters() if start is not None else None  # type: ignore[operator]  # a `PretrainedLM`
-            frozen = frozen_copy(policy) if base is None else FrozenCopy(base)
+            frozen = frozen_copy(policy, share=not module.is_sharded) if base is None else FrozenCopy(base)
             if start is not None:
                 rank_zero_info(
                     "The base weights move or train beside the adapters. The reference is a copy of the base model, which "

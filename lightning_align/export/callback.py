@@ -15,6 +15,7 @@ from lightning_align.export.facts import describe_run, describe_sources, final_m
 from lightning_align.export.usage import AdapterUse
 from lightning_align.generation.ends import end_ids
 from lightning_align.models.adapter_files import check_separable, expected_adapter_logits
+from lightning_align.models.composed import FrozenParts, check_exportable, is_composed
 from lightning_align.models.folders import check_folder, check_writable, write_tokenizer
 from lightning_align.models.formats import CONFIG, merged_weights, whole_weights, write_adapter, write_model
 from lightning_align.models.language_model import policy_of
@@ -27,15 +28,25 @@ from lightning_align.models.rehearsal import check_formats, check_rebuildable, e
 class ExportModel(Callback):
     """Exports the policy at the end of training, with tokenizer and model card. Adapters are merged, or exported alone."""
 
-    def __init__(self, folder: str | None = None, *, adapter_only: bool = False, max_shard_size: str = "5GB") -> None:
+    def __init__(
+        self,
+        folder: str | None = None,
+        *,
+        adapter_only: bool = False,
+        max_shard_size: str = "5GB",
+        frozen: FrozenParts = "whole",
+    ) -> None:
         """Set the folder and the format.
 
         Args:
             folder: The folder. Default is `export` in the run's folder.
             adapter_only: Write only the LoRA adapters, in PEFT's format, instead of a model with the adapters merged.
             max_shard_size: The largest size of a file of weights, for a `PretrainedLM`.
+            frozen: For a composition (CALM): with `whole`, the folder contains the frozen models. With `references`, it has
+                their paths or names and the hashes of their weights.
         """
         self.folder, self.adapter_only, self.max_shard_size = folder, adapter_only, max_shard_size
+        self.frozen: FrozenParts = frozen
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check before training that the policy can be exported: what the end of the run would refuse is refused now.
@@ -52,6 +63,8 @@ class ExportModel(Callback):
                     "ExportModel: `adapter_only` is true, but no adapters train. Set `lora`, or remove `adapter_only`."
                 )
             check_separable(policy)
+        elif is_composed(policy):
+            check_exportable(policy, self.frozen)
         else:
             check_formats(policy, max_shard_size=self.max_shard_size)
             check_rebuildable(policy)
@@ -135,6 +148,8 @@ class ExportModel(Callback):
                 card=self._card(trainer, pl_module, policy, folder),
                 max_shard_size=self.max_shard_size,
                 expected=expected,
+                frozen=self.frozen,
+                part_tokenizers=getattr(getattr(trainer, "datamodule", None), "augment_tokenizers", ()),
             )
             if tokenizer is None:
                 rank_zero_info("exporting the model without a tokenizer, because the data module has none")

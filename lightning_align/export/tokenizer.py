@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_align.data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer, tokenizer_differences
+from lightning_align.data.tokenizer.record import PARTS_KEY
 
 NONE = "none"
 """The value of `tokenizer` that writes no tokenizer."""
@@ -61,6 +62,28 @@ def tokenizer_of(
         f"the tokenizer that {checkpoint} was trained with, {record['name']}, is not found ({faults[0]}). Give its place with "
         f"--tokenizer, or export the model without a tokenizer with --tokenizer {NONE}."
     )
+
+
+def folder_tokenizer(folder: str | Path) -> str | None:
+    """Return the name of the tokenizer in an exported folder, or None if it has none."""
+    return str(folder) if any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")) else None
+
+
+def part_tokenizers(checkpoint: str, saved: Mapping[str, Any]) -> list[Tokenizer | None]:
+    """Load the tokenizers of the augments of a composition.
+
+    Args:
+        checkpoint: The path of the checkpoint, or an exported folder.
+        saved: The content of the checkpoint. Empty for a folder.
+
+    Returns:
+        The tokenizer of each augment, None for an augment without its own. Empty if no augment has one.
+    """
+    if saved:
+        return [None if record is None else tokenizer_of(checkpoint, record) for record in saved.get(PARTS_KEY, ())]
+    places = sorted(Path(checkpoint).glob("augment_*"), key=lambda place: int(place.name.rpartition("_")[2]))
+    names = [folder_tokenizer(place) for place in places]
+    return [None if name is None else load_tokenizer(name) for name in names]
 
 
 def _places(checkpoint: str, record: Mapping[str, Any]) -> list[str]:

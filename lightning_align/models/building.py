@@ -26,6 +26,26 @@ def has_own_weights(model: nn.Module) -> bool:
     return bool(getattr(model, "pretrained", False))
 
 
+def backbone_class(spec: dict[str, Any]) -> type[nn.Module]:
+    """Return the class that the ``class_path`` of a description names.
+
+    Raises:
+        ValueError: If it names no ``nn.Module``.
+    """
+    path, _, name = str(spec.get("class_path", "")).rpartition(".")
+    # A name without a module is a public name of this package, as in YAML.
+    try:
+        found = getattr(import_module(path or "lightning_align"), name, None)
+    except ImportError:
+        found = None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(
+            f"The `class_path` of `backbone` must be an importable nn.Module, but got {spec.get('class_path')!r}. Pass "
+            "the full path of a class, such as 'lightning_align.PaLM'."
+        )
+    return found
+
+
 def build_backbone(backbone: nn.Module | Backbone | dict[str, Any]) -> nn.Module:
     """Build a backbone.
 
@@ -38,18 +58,7 @@ def build_backbone(backbone: nn.Module | Backbone | dict[str, Any]) -> nn.Module
     if isinstance(backbone, nn.Module):
         return backbone
     if isinstance(backbone, dict):
-        path, _, name = str(backbone.get("class_path", "")).rpartition(".")
-        # A name without a module is a public name of this package, as in YAML.
-        try:
-            found = getattr(import_module(path or "lightning_align"), name, None)
-        except ImportError:
-            found = None
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise ValueError(
-                f"The `class_path` of `backbone` must be an importable nn.Module, but got {backbone.get('class_path')!r}. Pass "
-                "the full path of a class, such as 'lightning_align.PaLM'."
-            )
-        return found(**backbone.get("init_args", {}))
+        return backbone_class(backbone)(**backbone.get("init_args", {}))
     model = backbone()
     if not isinstance(model, nn.Module):
         raise ValueError(f"The factory `backbone` must return an nn.Module, but returned a {type(model).__name__}.")

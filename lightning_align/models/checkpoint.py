@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lightning_align.models.building import Backbone, build_backbone, has_own_weights
+from lightning_align.models.composed import COMPOSITION, FROZEN, check_record
 from lightning_align.models.formats import read_model
 from lightning_align.models.lora import LoRAConfig, add_lora, merge_lora, remove_lora
 from lightning_align.models.weights import load_weights, policy_state
@@ -163,12 +164,45 @@ def build_policy(
             merge_lora(model, config.scope)
             remove_lora(model, config.scope)
         return model
-    backbone = backbone if backbone is not None else hparams.get("backbone")
+    given, backbone = backbone, backbone if backbone is not None else composition_spec(checkpoint) or hparams.get("backbone")
+    if backbone is None and FROZEN in checkpoint:
+        raise ValueError(f"checkpoint {path} does not say which models its connections connect. {_with_modules(path)}")
     if backbone is None:
         raise ValueError(f"checkpoint {path} does not describe its backbone. Pass it as `backbone`.")
     model = build_backbone(backbone)
+    try:
+        check_record(model, checkpoint, path)
+    except ValueError as error:
+        raise error if given is not None else ValueError(f"{error} {_with_modules(path)}") from error
     load_weights(model, state, path)
     return model
+
+
+def composition_spec(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the description that builds the composition of a checkpoint, or None if there is none or it is of another model.
+
+    Args:
+        checkpoint: The checkpoint, from `read_checkpoint`.
+
+    Raises:
+        ValueError: If the run was started with models that the checkpoint cannot describe.
+    """
+    if checkpoint.get(COMPOSITION) is not None:
+        return dict(checkpoint[COMPOSITION])
+    hparams: dict[str, Any] = checkpoint.get("hyper_parameters", {})
+    names = ("anchor", "augments", "connection", "combine", "anchor_layers", "anchor_position")
+    if not hparams.get("augments") or hparams.get("anchor") is None:
+        return None
+    return {"class_path": "CALM", "init_args": {name: hparams[name] for name in names if name in hparams}}
+
+
+def _with_modules(path: str | Path) -> str:
+    return (
+        "If the run was started with modules, build them again in Python and pass them to "
+        f"`load_from_checkpoint({str(path)!r}, ..., weights_only=True)` of the module's class: as `anchor` and `augments` for "
+        "a CALMModule, otherwise as `backbone`. Then write everything with `save_composition(module.policy, folder)`, or only "
+        "the connections with `module.policy.save_connections(file)`."
+    )
 
 
 def _base_of_adapters(

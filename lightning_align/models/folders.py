@@ -10,6 +10,8 @@ from typing import Any
 
 CARD = "README.md"
 """The model card."""
+CONNECTIONS = "connections.safetensors"
+"""The connections of a composition."""
 PARTIAL = ".export-partial"
 """The folder inside of an export's folder where the next export is written and checked."""
 OWNED = (
@@ -23,8 +25,11 @@ OWNED = (
     ),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
+    CONNECTIONS,
 )
 """The files of an export. A new export removes those of the one before. Other files in the folder stay."""
+OWNED_FOLDERS = ("anchor", "augment_*")
+"""The folders of the models of a composition, which are removed if they contain a model or a tokenizer."""
 
 
 def check_folder(folder: str | Path, mark: str) -> None:
@@ -110,6 +115,9 @@ def replaced_folder(folder: str | Path, mark: str) -> Iterator[Path]:
         for pattern in OWNED:
             for file in folder.glob(pattern):
                 file.unlink()
+        for inner in (path for pattern in OWNED_FOLDERS for path in folder.glob(pattern)):
+            if any((inner / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+                shutil.rmtree(inner)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == mark):
             os.replace(file, folder / file.name)
     except OSError as error:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_align.models.adapter_files import read_adapter, write_adapter
-from lightning_align.models.building import backbone_spec, build_backbone
+from lightning_align.models.building import backbone_class, backbone_spec, build_backbone
+from lightning_align.models.composed import FrozenParts, check_exportable
 from lightning_align.models.folders import CARD, check_folder, replaced_folder, write_tokenizer
 from lightning_align.models.merging import embedding_names, merged_weights, transformers_weights, whole_weights
 from lightning_align.models.palm import PaLM
@@ -43,6 +44,8 @@ def write_model(
     card: str | None = None,
     max_shard_size: str = "5GB",
     expected: Expected | None = None,
+    frozen: FrozenParts = "whole",
+    part_tokenizers: Sequence[Any] = (),
 ) -> None:
     """Write a model with its tokenizer and its model card, and check that what was written is what was trained.
 
@@ -61,11 +64,14 @@ def write_model(
         card: The text of the model card.
         max_shard_size: The maximum size of a weights file, for a `PretrainedLM`.
         expected: What the model computes, from `expected_logits`. Needed only if the model is sharded.
+        frozen: How the folder holds the frozen models of a composition; see `lightning_align.calm.folder`.
+        part_tokenizers: The tokenizers of the augments of a composition. None for an augment without its own.
 
     Raises:
         ValueError: If the folder contains other files, the model has no ``init_args``, or the model that is read back from the
             folder does not compute what the model computes. The folder then keeps the earlier export.
     """
+    check_exportable(model, frozen)
     spec = backbone_spec(model)
     if spec is None:
         raise ValueError(
@@ -80,6 +86,10 @@ def write_model(
             )
         check_folder(folder, CONFIG)
         expected = expected_logits(model)
+    if (write := getattr(model, "write_folder", None)) is not None:
+        options = {"eos_ids": eos_ids, "card": card, "max_shard_size": max_shard_size, "part_tokenizers": part_tokenizers}
+        write(weights, folder, frozen=frozen, expected=expected, tokenizer=tokenizer, **options)
+        return
     with replaced_folder(folder, CONFIG) as partial:
         if isinstance(model, PretrainedLM):
             _write_transformers(*transformers_weights(model, weights), partial, max_shard_size=max_shard_size)
@@ -150,6 +160,9 @@ def read_model(folder: str | Path) -> nn.Module:
     spec = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if "class_path" not in spec:
         return PretrainedLM(str(folder)).eval()
+    if (read := getattr(backbone_class(spec), "read_folder", None)) is not None:
+        composed: nn.Module = read(folder)
+        return composed
     model = build_backbone(spec)
     load_weights(model, load_file(folder / WEIGHTS), folder)
     return model.eval()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_align.models.composed import own_state
 from lightning_align.models.lora import lora_layers
 from lightning_align.models.peft_adapters import has_peft, unload_peft
 from lightning_align.models.pretrained import PretrainedLM
@@ -14,9 +15,12 @@ from lightning_align.models.weights import load_weights
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copy all weights to the CPU, each to its own memory. If they are sharded, all ranks must call this (a collective)."""
+    """Copy all weights to the CPU, each to its own memory. If they are sharded, all ranks must call this (a collective).
+
+    Of a composed model, these are the weights of its connections; see `lightning_align.models.composed`.
+    """
     weights = {}
-    for name, value in model.state_dict().items():
+    for name, value in own_state(model).items():
         value = value.full_tensor() if isinstance(value, DTensor) else value
         weights[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return weights

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_align.models.composed import proving
 from lightning_align.models.language_model import context_length, logits_of, vocabulary_size
 from lightning_align.runtime.modes import evaluating
 
@@ -44,7 +45,7 @@ def _exact(model: nn.Module) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with evaluating(model):
+        with evaluating(model), proving(model):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -55,7 +56,7 @@ def fixed_batch(model: nn.Module) -> Tensor:
 
     The ids that PEFT trains alone (``trainable_token_indices``) come first, because no other id would show that they were lost.
     """
-    size = vocabulary_size(model) or 2
+    size = getattr(model, "readable_tokens", None) or vocabulary_size(model) or 2
     columns = min(COLUMNS, context_length(model) or COLUMNS)
     trained = [index for module in model.modules() for index in _token_indices(module)][: ROWS * columns // 2]
     spread = torch.linspace(0, size - 1, ROWS * columns).long()

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_align.models.composed import is_composed, own_state, without_frozen
+
 POLICY_PREFIX = "policy."
 """The prefix of the policy's weights in the state dict of a module of this package."""
 
@@ -28,7 +30,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -
         ValueError: If weights are missing, unexpected or of another shape. The message names some of them.
     """
     check_weights(model, state, path)
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=not is_composed(model))
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -42,7 +44,8 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
     Raises:
         ValueError: If weights are missing, unexpected or of another shape. The message names some of them.
     """
-    own = model.state_dict()
+    own = own_state(model)
+    state = without_frozen(model, state)  # files of a sharded run contain the frozen models of a composition
     shapes = [
         f"{name} is {tuple(state[name].shape)} in the file and {tuple(own[name].shape)} in the model"
         for name in own

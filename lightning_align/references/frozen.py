@@ -1,12 +1,12 @@
 """References that do not change: a frozen copy, or the policy with its adapters off."""
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from lightning_align.models.composed import copy_policy
 from lightning_align.models.lora import lora_disabled
 from lightning_align.runtime.modes import evaluating
 from lightning_align.scoring.sums import response_logprobs
@@ -15,8 +15,7 @@ from lightning_align.types import LogProbs, TokenBatch
 
 def move_to(model: nn.Module, device: torch.device) -> None:
     """Move a model that is not registered in a module, so that Lightning does not move it."""
-    weight = next(model.parameters(), None)
-    if weight is not None and weight.device != device:
+    if any(weight.device != device for weight in model.parameters()):  # some may be shared with a policy that was moved
         model.to(device)
 
 
@@ -38,9 +37,14 @@ class FrozenCopy:
             return response_logprobs(self.model, batch)
 
 
-def frozen_copy(policy: nn.Module) -> FrozenCopy:
-    """Freeze a copy of a policy. Call it before sharding, because sharded modules cannot be copied."""
-    return FrozenCopy(copy.deepcopy(policy))
+def frozen_copy(policy: nn.Module, *, share: bool = True) -> FrozenCopy:
+    """Freeze a copy of a policy. Call it before sharding, because sharded modules cannot be copied.
+
+    Args:
+        policy: The policy.
+        share: Whether the copy shares the frozen models of a composed policy. False if the copy will be sharded.
+    """
+    return FrozenCopy(copy_policy(policy, share=share))
 
 
 class AdaptersOff:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from lightning_align.models.composed import copy_policy, trained_part
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_layers, using_lora
 from lightning_align.references.average import Average, copy_weights, reshard
 from lightning_align.references.frozen import move_to
@@ -33,7 +34,7 @@ class MovingCopy:
             model: A copy of the policy, in the policy's dtype. It must not be used elsewhere.
         """
         self.model = model.requires_grad_(False)
-        self.average = Average(model)
+        self.average = Average(trained_part(model))
 
     def logprobs(self, policy: nn.Module, batch: TokenBatch) -> LogProbs:
         """See `Reference`."""
@@ -43,12 +44,12 @@ class MovingCopy:
 
     def update(self, policy: nn.Module, *, alpha: float) -> None:
         """See `MovingReference`."""
-        self.average.follow(policy, alpha=alpha)
+        self.average.follow(trained_part(policy), alpha=alpha)
         self.restore(policy)
 
     def restore(self, policy: nn.Module) -> None:
         """See `MovingReference`."""
-        copy_weights(self.average.model, self.model)
+        copy_weights(self.average.model, trained_part(self.model))
 
 
 class MovingAdapters:
@@ -96,6 +97,7 @@ def moving_reference(
     policy: nn.Module,
     *,
     lora: LoRAConfig | None = None,
+    share: bool = True,
     convert: Callable[[nn.Module], nn.Module] = lambda model: model,
     shard: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> MovingReference:
@@ -106,6 +108,7 @@ def moving_reference(
     Args:
         policy: The policy with its adapters, not yet sharded.
         lora: The configuration of the adapters, if only adapters train.
+        share: Whether the second model shares the frozen models of a composed policy. False if it will be sharded.
         convert: Converts a model to the precision that the policy will have.
         shard: Shards a model as the policy will be sharded.
     """
@@ -113,8 +116,8 @@ def moving_reference(
         adapters = MovingAdapters(policy, lora)
         shard(adapters.average)
         return adapters
-    reference = MovingCopy(convert(copy.deepcopy(policy)))
+    reference = MovingCopy(convert(copy_policy(policy, share=share)))
     shard(reference.model)
-    if reference.average.model is not reference.model:
+    if reference.average.model is not trained_part(reference.model):
         shard(reference.average)
     return reference

@@ -1,5 +1,6 @@
 """The boundary between two iterations: which weights the next one begins with, and the checkpoints that are saved there."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_align.models.composed import is_composed
 from lightning_align.models.formats import whole_weights
 from lightning_align.models.weights import check_weights, state_hash
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, last_saved_step, link_last
@@ -50,6 +52,8 @@ class Boundary:
         if trainer.is_global_zero:
             # The hash also covers the other weights of the opponent: an average and a base.
             own = state_hash({**self.weights, **{f"average.{name}": value for name, value in self.average.items()}})
+            if is_composed(module.policy):
+                own = hashlib.sha256(f"{own} {sorted(module.policy.identity.items())}".encode()).hexdigest()
             own = own if module.base_hash is None else f"{own[:32]}{module.base_hash[:32]}"
         self.digest: str = trainer.strategy.broadcast(own)
         """The hash of the weights that the iteration begins with."""

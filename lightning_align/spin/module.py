@@ -156,7 +156,13 @@ class SPINModule(AlignModule):
         moves = self.opponent_kind in ("iterate", "mixture") and self.generate_mode == "per_step"
         moving = None
         if moves or self.opponent_kind == "ema":
-            moving = moving_reference(policy, lora=self.lora, convert=self.convert_like_policy, shard=self.shard_like_policy)
+            moving = moving_reference(
+                policy,
+                lora=self.lora,
+                share=not self.is_sharded,
+                convert=self.convert_like_policy,
+                shard=self.shard_like_policy,
+            )
             # Registering the average saves it in checkpoints, sharded or not, and restores it.
             self.opponent_average = moving.average
         base = None
@@ -166,7 +172,7 @@ class SPINModule(AlignModule):
                     f"`opponent` {self.opponent_kind!r} or `monitor_kl` needs the weights at the start of the run, "
                     f"but `init_from` is {self.init_from}, which is not a file. Give the checkpoint that the run started from."
                 )
-            base = frozen_copy(policy).model
+            base = frozen_copy(policy, share=not self.is_sharded).model
             self.base_hash = self._hash_once(base)
             base = self.shard_like_policy(self.convert_like_policy(base))
         self.opponent = Opponent(

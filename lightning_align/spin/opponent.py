@@ -203,9 +203,9 @@ class Opponent:
         if self.scoped:
             return Scoped(policy)
         (base,) = self._base
-        weight, here = (next(m.parameters(), None) if m is not None else None for m in (base, policy))
-        if base is not None and weight is not None and here is not None and weight.device != here.device:
-            base.to(here.device)
+        here = next(policy.parameters(), None)
+        if base is not None and here is not None:
+            move_to(base, here.device)
         return base
 
     def player(self, policy: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_align.models.composed import own_state
 from lightning_align.models.weights import check_weights, state_hash
 from lightning_align.runtime.files import publish
 
@@ -90,7 +91,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> 
         path: The file that they come from, for error messages.
     """
     check_weights(model, dict(weights), path)
-    for name, own in model.state_dict().items():
+    for name, own in own_state(model).items():
         value = weights[name].to(own.device)
         own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
 

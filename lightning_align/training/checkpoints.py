@@ -1,12 +1,15 @@
 """What a checkpoint holds: no frozen base model, and optimizer states that any strategy can load."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_align.models.weights import POLICY_PREFIX
+from lightning_align.models.building import backbone_spec
+from lightning_align.models.composed import COMPOSITION, check_record, is_composed, record_frozen, without_frozen
+from lightning_align.models.weights import POLICY_PREFIX, policy_state
 
 
 def frozen_names(policy: nn.Module) -> list[str]:
@@ -30,6 +33,51 @@ def restore_frozen(checkpoint: dict[str, Any], policy: nn.Module, state: dict[st
     """
     for name in frozen_names(policy):
         checkpoint["state_dict"].setdefault(name, state[name])
+
+
+def drop_composed(checkpoint: dict[str, Any], policy: nn.Module, *, sharded: bool) -> None:
+    """Replace the frozen models of a composed policy by their hashes and its description, in place.
+
+    A sharded strategy restores every weight from the checkpoint, so there the frozen weights stay in it.
+
+    Args:
+        checkpoint: The checkpoint.
+        policy: Any policy. Nothing is done for others than composed ones.
+        sharded: Whether the weights are sharded.
+    """
+    if not is_composed(policy):
+        return
+    checkpoint |= record_frozen(policy)
+    checkpoint[COMPOSITION] = backbone_spec(policy)
+    if not sharded:
+        state = checkpoint["state_dict"]
+        kept = {POLICY_PREFIX + name for name in without_frozen(policy, _policy_part(state))}
+        checkpoint["state_dict"] = {n: value for n, value in state.items() if not n.startswith(POLICY_PREFIX) or n in kept}
+
+
+def restore_composed(checkpoint: dict[str, Any], policy: nn.Module, path: str | Path, *, sharded: bool) -> None:
+    """Compare the frozen models of a composed policy with the hashes, and add their weights, in place.
+
+    Args:
+        checkpoint: The checkpoint, which is then loaded strictly.
+        policy: Any policy. Nothing is done for others than composed ones.
+        path: The path of the checkpoint, for the message.
+        sharded: Whether the weights are sharded.
+
+    Raises:
+        ValueError: If a frozen model has other weights than in training.
+    """
+    if not is_composed(policy):
+        return
+    check_record(policy, checkpoint, path)
+    if not sharded:
+        own = policy.state_dict()
+        for name in own.keys() - without_frozen(policy, own).keys():
+            checkpoint["state_dict"].setdefault(POLICY_PREFIX + name, own[name])
+
+
+def _policy_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return policy_state(state) if any(name.startswith(POLICY_PREFIX) for name in state) else {}
 
 
 def number_parameters(state: dict[str, Any], optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

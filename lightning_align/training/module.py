@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
+from lightning_align.models.composed import prepare_frozen
 from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
@@ -26,7 +28,7 @@ from lightning_align.runtime.lightning_internals import (
     trainer_of,
 )
 from lightning_align.runtime.memory import keep_freed_memory
-from lightning_align.training.checkpoints import drop_frozen, number_parameters, restore_frozen
+from lightning_align.training.checkpoints import drop_composed, drop_frozen, number_parameters, restore_composed, restore_frozen
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
 from lightning_align.training.optimizers import build_optimizer
 from lightning_align.training.place import Clock
@@ -132,6 +134,8 @@ class AlignModule(PrecisionHooks):
         if self.policy is not None:
             return
         policy = self.build_policy()
+        if prepare_frozen(policy, sharded=self.is_sharded):
+            warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")  # they always are
         self.source.add_adapters(policy)
         self.router_loss.prepare(policy)
         self.configure_reference(policy)
@@ -243,6 +247,7 @@ class AlignModule(PrecisionHooks):
         if described is None or (described is not self and has_own_weights(self.policy)):
             checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
         add_record(checkpoint, datamodule_of(trainer_of(self)))
+        drop_composed(checkpoint, self.policy, sharded=self.is_sharded)
         if self.is_sharded:
             # A sharded strategy loads the weights itself, all of them, before `on_load_checkpoint` could complete them.
             return
@@ -272,6 +277,7 @@ class AlignModule(PrecisionHooks):
                     "The module has `lora`, but the checkpoint is of a run without `lora`. Give a checkpoint of adapters."
                 )
             return
+        restore_composed(checkpoint, self.policy, path, sharded=False)
         if self.lora is not None:
             restore_frozen(checkpoint, self.policy, self.state_dict())
         check_weights(self.policy, policy_state(checkpoint["state_dict"]), path)

@@ -48,7 +48,7 @@ class PolicySource:
         if self.init_from is None:
             assert self.backbone is not None
             return build_backbone(self.backbone)
-        if self.backbone is not None and self.lora is None and not Path(self.init_from).is_file():
+        if self.backbone is not None and self.lora is None and not Path(self.init_from).exists():
             # A checkpoint of this run holds all weights, and may outlive the file that the run began from. Whether Lightning is
             # about to load one is not known yet: `check_weights` raises later if it did not.
             self.awaits_weights = True

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.data.tokenizer.record import (
     KEY,
+    PARTS_KEY,
     describe_tokenizer,
     has_other_tokens,
     tokenizer_differences,
@@ -43,6 +44,8 @@ def add_record(checkpoint: dict[str, Any], data: Any) -> None:
     """Add the record of a data module's tokenizer to a checkpoint, if there is one. See `tokenizer_record`."""
     if (record := tokenizer_record(data)) is not None:
         checkpoint[KEY] = record
+    if any(others := getattr(data, PARTS_KEY, ())):
+        checkpoint[PARTS_KEY] = [None if other is None else describe_tokenizer(other) for other in others]
 
 
 def record_of(path: str | Path) -> dict[str, str] | None:

@@ -9,6 +9,8 @@ from lightning_align.data.tokenizer.chat import template_of
 
 KEY = "tokenizer"
 """Where a checkpoint keeps the record."""
+PARTS_KEY = "augment_tokenizers"
+"""Where the checkpoint of a composition keeps the records of the augments' own tokenizers."""
 _EARLIER_BYTES = "bytes-1"
 """The hash of the byte tokenizer's vocabulary in earlier records."""
 _PROBE = (
