@@ -2,17 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, NotRequired
+from typing import Any, ClassVar, NotRequired, cast
 
+import pyarrow.compute as pc
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_align.calm.alignment import realign_batch
+from lightning_align.calm.alignment import Alignment, pad_readings
+from lightning_align.calm.context import check_rows
+from lightning_align.calm.prepared import AugmentedRow, AugmentedRows, readings_path, write_readings
 from lightning_align.calm.spec import AugmentInput
-from lightning_align.data.batching import collate_tokens
+from lightning_align.data.batching import LengthGroupedSampler, collate_tokens
 from lightning_align.data.forms import Form
+from lightning_align.data.ledger import Ledger
+from lightning_align.data.mixture import MixedStore
 from lightning_align.data.store import StoredRow, TokenStore
-from lightning_align.data.tokenizer import Tokenizer, load_tokenizer
-from lightning_align.training.datamodule import AlignDataModule
+from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.training.datamodule import AlignDataModule, Stage
 from lightning_align.types import TokenBatch
 
 
@@ -38,6 +44,15 @@ class CALMDataModule(AlignDataModule):
     def __init__(self, *args: Any, augment_tokenizers: list[str | None] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.augment_tokenizers = [None if name is None else load_tokenizer(name) for name in augment_tokenizers or ()]
+        self._alignment: Alignment | None = None
+        self._readings: dict[str, str] = {}
+
+    @property
+    def alignment(self) -> Alignment | None:
+        """The conversion of rows to what the augments read. None if no augment has its own tokenizer."""
+        if self._alignment is None and any(self.augment_tokenizers):
+            self._alignment = Alignment(self.tokenizer, self.augment_tokenizers)
+        return self._alignment
 
     def augment_inputs(self, tokens: Tensor, mask: Tensor) -> list[AugmentInput | None]:
         """Encode a batch of the anchor again for each augment that has its own tokenizer.
@@ -49,21 +64,56 @@ class CALMDataModule(AlignDataModule):
         Returns:
             The input of each augment. None for an augment that has no tokenizer of its own.
         """
-        return _augment_inputs(tokens, mask, self.tokenizer, self.augment_tokenizers)
+        return [None] * len(self.augment_tokenizers) if self.alignment is None else self.alignment.inputs(tokens, mask)
+
+    def _open(self, stage: Stage) -> list[tuple[TokenStore, Ledger]]:
+        """Open the stores of a stage, and write what the augments read of their rows, once and beside them."""
+        opened = super()._open(stage)
+        if self.alignment is not None and stage != "predict":
+            for store, _ in opened:
+                path = readings_path(store, self.alignment.own)
+                write_readings(path, store, self.alignment.own)
+                self._readings[store.path] = str(path)
+        return opened
+
+    def _store(self, stage: Stage) -> TokenStore:
+        store = super()._store(stage)
+        readers = getattr(getattr(self.trainer and self.trainer.lightning_module, "policy", None), "readers", None)
+        if readers and stage != "predict" and len(store):
+            rows = self._augmented(store)
+            own = [] if rows is None else [rows.longest(number) for number in range(len(self.augment_tokenizers))]
+            check_rows(readers, int(store.lengths().max()), pc.max(store.table["num_prompt"]).as_py(), own)
+        return store
+
+    def _augmented(self, store: TokenStore) -> AugmentedRows | None:
+        parts = store.stores if isinstance(store, MixedStore) else [store]
+        paths = [self._readings[part.path] for part in parts if part.path in self._readings]
+        return AugmentedRows(store, paths) if paths else None
+
+    def _loader(
+        self,
+        store: TokenStore,
+        sampler: LengthGroupedSampler,
+        collate: Callable[[Sequence[StoredRow]], Any],
+        *,
+        resumable: bool = False,
+    ) -> DataLoader[list[StoredRow]]:
+        rows = cast(TokenStore, self._augmented(store) or store)
+        return super()._loader(rows, sampler, collate, resumable=resumable)
 
     def _collate(self, store: TokenStore) -> Callable[[Sequence[StoredRow]], Any]:
-        if not any(self.augment_tokenizers):
+        if self._augmented(store) is None:
             return super()._collate(store)
-        others = self.augment_tokenizers
-        return partial(_collate, pad_id=self.tokenizer.pad_id, tokenizer=self.tokenizer, others=others)
+        pad_ids = [None if other is None else other.pad_id for other in self.augment_tokenizers]
+        return partial(_collate, pad_id=self.tokenizer.pad_id, pad_ids=pad_ids)
 
 
-def _collate(rows: Sequence[StoredRow], *, pad_id: int, tokenizer: Tokenizer, others: Sequence[Tokenizer | None]) -> CALMBatch:
-    batch = collate_tokens(rows, pad_id=pad_id)
-    return {**batch, "augments": _augment_inputs(batch["tokens"], batch["mask"], tokenizer, others)}
-
-
-def _augment_inputs(
-    tokens: Tensor, mask: Tensor, tokenizer: Tokenizer, others: Sequence[Tokenizer | None]
-) -> list[AugmentInput | None]:
-    return [None if other is None else realign_batch(tokens, mask, tokenizer, other) for other in others]
+def _collate(rows: Sequence[AugmentedRow], *, pad_id: int, pad_ids: Sequence[int | None]) -> CALMBatch:
+    batch = collate_tokens(cast("Sequence[StoredRow]", rows), pad_id=pad_id)
+    inputs = [
+        None
+        if pad is None
+        else pad_readings([cast(Any, row.readings[number]) for row in rows], width=batch["tokens"].shape[1], pad_id=pad)
+        for number, pad in enumerate(pad_ids)
+    ]
+    return {**batch, "augments": inputs}

@@ -11,7 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_align.calm.alignment import use_alignment
 from lightning_align.calm.connections import ConnectionConfig
+from lightning_align.calm.context import within_context
 from lightning_align.calm.datamodule import CALMBatch
 from lightning_align.calm.layers import Position
 from lightning_align.calm.model import CALM
@@ -196,12 +198,15 @@ class CALMModule(AlignModule):
 
     def _inputs(self, batch: CALMBatch, *, stored: bool = False) -> list[AugmentInput | None]:
         """Determine the input of each augment: the batch's own entry, the prompt as a prefix, or stored hidden states."""
-        readers = self.policy.readers
+        readers, alignment = self.policy.readers, use_alignment(self.policy, datamodule_of(trainer_of(self)))
         inputs: list[AugmentInput | None] = list(batch.get("augments", [None] * len(readers)))
+        if alignment is not None:
+            inputs = alignment.completed(inputs, readers, batch)
         for index, reader in enumerate(readers):
             given = inputs[index]
             if given is not None and given.ends is not None:
                 check_realigned(index, prefix=reader.prefix, own=reader.own)  # before its states are stored
+                inputs[index] = given = within_context(index, reader, given)
             if given is None and reader.prefix:
                 prompt = batch["mask"] & (batch["targets"].cumsum(dim=1) == 0)
                 inputs[index] = given = AugmentInput(batch["tokens"], prompt)
@@ -299,20 +304,19 @@ class CALMModule(AlignModule):
     ) -> list[list[Generation]]:
         """Continue prompts. See `AlignModule.continue_prompts` for the arguments.
 
-        Prompts are continued separately in two cases. An augment with its own tokenizer reads the whole text again at every
-        step. An augment that reads a prefix needs the prompt at every step if the composition has no cache.
+        Without a cache, prompts are continued separately if an augment reads a prefix or has its own tokenizer, because it
+        needs to know the prompt at every step.
         """
-        readers = self.policy.readers
-        if not any(r.own or (r.prefix and self.policy.make_cache is None) for r in readers):
+        readers, alignment = self.policy.readers, use_alignment(self.policy, datamodule_of(trainer_of(self)))
+        if self.policy.make_cache is not None or not any(reader.own or reader.prefix for reader in readers):
             return super().continue_prompts(prompts, config, ends=ends, ids=ids)
-        realign = getattr(datamodule_of(trainer_of(self)), "augment_inputs", None)
         results = []
         for number, prompt in zip(range(len(prompts)) if ids is None else ids, prompts, strict=True):
             start = torch.tensor([prompt], device=self.device)
 
             def inputs(tokens: Tensor, start: Tensor = start) -> list[AugmentInput | None]:
-                given = realign(tokens, torch.ones_like(tokens, dtype=torch.bool)) if realign else []
-                given = given or [None] * len(readers)
+                lengths = [start.shape[1]] * len(tokens)
+                given = [None] * len(readers) if alignment is None else alignment.inputs(tokens, num_prompts=lengths)
                 return [AugmentInput(start) if reader.prefix else own for reader, own in zip(readers, given, strict=True)]
 
             with self.policy.given(inputs):

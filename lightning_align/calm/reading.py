@@ -35,6 +35,7 @@ class Reader:
         self, model: nn.Module, layers: Sequence[Layer], depths: list[int], position: Position, *, prefix: bool, own: bool
     ) -> None:
         self.model, self.depths, self.prefix, self.own = model, depths, prefix, own
+        self.reads_with_holes: bool | None = None  # of an augment with its own tokenizer, once it is known
         self.taps = {depth: Tap(layers[depth - 1].site(position)) for depth in depths}
 
     def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[int, Tensor]:

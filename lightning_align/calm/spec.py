@@ -58,6 +58,9 @@ class AugmentInput(NamedTuple):
     """(B, N) int64, the same number for each token of the anchor."""
     states: Sequence[Tensor] | None = None
     """Precomputed hidden states (B, M, A) of the layers that are read, first to last. None to compute them."""
+    columns: Tensor | None = None
+    """(B, M) int64, the first column of the anchor that may see each token, for an augment with its own tokenizer. By default,
+    a token is visible from the first column whose ``anchor_ends`` is not before its ``ends``."""
 
 
 Inputs = Sequence[AugmentInput | None]
