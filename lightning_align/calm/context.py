@@ -32,7 +32,7 @@ def within_context(index: int, reader: Reader, given: AugmentInput | None) -> Au
     if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] <= size:
         return given
     if reader.own:
-        warn_cut(index, reader, tokens.shape[1])
+        warn_cut(index, reader)
     else:
         # The columns of a prefix are those of the anchor, and the pads are on the right.
         longest = tokens.shape[1] if mask is None else int(mask.sum(dim=1).max())
@@ -61,13 +61,13 @@ def check_context(index: int, reader: Reader, length: int, *, what: str = "a row
         )
 
 
-def warn_cut(index: int, reader: Reader, length: int) -> None:
-    """Warn that an augment with its own tokenizer does not read all of a row."""
+def warn_cut(index: int, reader: Reader) -> None:
+    """Warn, once, that an augment with its own tokenizer does not read all of a row."""
     size = context_length(reader.model)
     rank_zero_warn(
-        f"augment {index} ({type(reader.model).__name__}) has a context of {size} tokens, but a row is {length} tokens for it. "
-        f"It reads the first {size} tokens of such rows, and later positions see only these. If it should read whole rows, "
-        "lower `max_length` of the data module."
+        f"augment {index} ({type(reader.model).__name__}) has a context of {size} tokens, but a row is longer. It reads "
+        f"the first {size} tokens, and later positions see only these. To make it read whole rows, lower `max_length` of the "
+        "data module."
     )
 
 
@@ -87,7 +87,7 @@ def check_rows(readers: Sequence[Reader], longest: int, longest_prompt: int, lon
         if reader.own:
             size, own = context_length(reader.model), longest_own[index] if index < len(longest_own) else 0
             if size is not None and own > size:
-                warn_cut(index, reader, own)
+                warn_cut(index, reader)
         elif reader.prefix:
             check_context(index, reader, longest_prompt, what="a prompt, which it reads as a prefix,")
         else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_align.calm.alignment import Alignment
 from lightning_align.calm.cache import Attended, CALMCache
 from lightning_align.calm.connections import Connection, visible_where
+from lightning_align.calm.context import warn_cut
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.text import Cutter, Placed
 from lightning_align.models.language_model import context_length, has_cache
@@ -116,8 +117,9 @@ class OwnCache:
             found += self._own.place(prompt, end=row.cutter.num_characters, column=row.cutter.column - 1)
         else:
             found += self._own.encode(pieces, is_whole=row.is_whole)
-        if self._context is not None:
-            found = found[: max(0, self._context - len(row.placed))]  # an augment reads no more than its context
+        if self._context is not None and len(row.placed) + len(found) > self._context:
+            warn_cut(self._index, self.reader)
+            found = found[: self._context - len(row.placed)]
         row.placed += found
         return found
 
