@@ -4,7 +4,7 @@ The anchor's tokens are converted to text, and the text to tokens of the augment
 counted in characters, so that rotary embeddings know the distance between tokens of both models.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_align.calm.spec import AugmentInput, Inputs
+from lightning_align.calm.templates import PromptTable
 from lightning_align.calm.text import OwnTokenizer, Reading, Turn
 from lightning_align.data.tokenizer import Tokenizer, all_ends
 from lightning_align.data.tokenizer.reader import text_reader
 from lightning_align.types import TokenBatch
-
-Prompts = Mapping[tuple[int, ...], Sequence[Sequence[int] | None]]
-"""For a prompt in the anchor's ids, what each augment reads instead of its text. None for an augment that reads its text."""
 
 
 def char_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]:
@@ -53,7 +51,7 @@ class Alignment:
     def __init__(self, tokenizer: Tokenizer, others: Sequence[Tokenizer | None]) -> None:
         self.tokenizer = tokenizer
         self.own = [None if other is None else OwnTokenizer(tokenizer, other) for other in others]
-        self.prompts: Prompts = {}
+        self.prompts = PromptTable()
 
     def inputs(
         self, tokens: Tensor, mask: Tensor | None = None, *, num_prompts: Sequence[int] | None = None
@@ -121,8 +119,7 @@ class Alignment:
 
     def prompt(self, index: int, prompt: Sequence[int]) -> Sequence[int] | None:
         """Return the ids that an augment reads instead of the text of a prompt. None if it reads the text."""
-        known = self.prompts.get(tuple(prompt)) if self.prompts else None
-        return None if known is None else known[index]
+        return self.prompts.get(prompt, index)
 
 
 def pad_readings(readings: Sequence[Reading], *, width: int, pad_id: int, device: torch.device | None = None) -> AugmentInput:

@@ -1,7 +1,9 @@
 """The data module of CALM: the rows of fine-tuning, encoded again for each augment that has its own tokenizer."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, NotRequired, cast
 
 import pyarrow.compute as pc
@@ -12,12 +14,14 @@ from lightning_align.calm.alignment import Alignment, pad_readings
 from lightning_align.calm.context import check_rows
 from lightning_align.calm.prepared import AugmentedRow, AugmentedRows, readings_path, write_readings
 from lightning_align.calm.spec import AugmentInput
+from lightning_align.calm.templates import has_conversations, own_store, turns_of_rows
 from lightning_align.data.batching import LengthGroupedSampler, collate_tokens
 from lightning_align.data.forms import Form
 from lightning_align.data.ledger import Ledger
-from lightning_align.data.mixture import MixedStore
+from lightning_align.data.mixture import MixedStore, SourcePart
 from lightning_align.data.store import StoredRow, TokenStore
-from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.data.tokenizer import Tokenizer, load_tokenizer
+from lightning_align.training.datamodule import _SPLITS as SPLITS
 from lightning_align.training.datamodule import AlignDataModule, Stage
 from lightning_align.types import TokenBatch
 
@@ -36,14 +40,24 @@ class CALMDataModule(AlignDataModule):
         augment_tokenizers: The tokenizer of each augment, in order. Use null for an augment that reads the anchor's token ids
             or a prefix. Set `tokens: own` for each augment that has a tokenizer here. By default no augment has its own
             tokenizer.
+        augment_chat_templates: Whether an augment whose own tokenizer has a chat template reads conversations as this template
+            writes them. Both models then read the same messages, aligned turn by turn. If false, if there is no template, or
+            with `mask_turns: all`, it reads the text of the anchor's row.
     """
 
     kind: ClassVar[str] = "calm"
     forms: ClassVar[tuple[Form, ...]] = ("response", "messages", "text")
 
-    def __init__(self, *args: Any, augment_tokenizers: list[str | None] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        augment_tokenizers: list[str | None] | None = None,
+        augment_chat_templates: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.augment_tokenizers = [None if name is None else load_tokenizer(name) for name in augment_tokenizers or ()]
+        self.augment_chat_templates = augment_chat_templates
         self._alignment: Alignment | None = None
         self._readings: dict[str, str] = {}
 
@@ -69,12 +83,36 @@ class CALMDataModule(AlignDataModule):
     def _open(self, stage: Stage) -> list[tuple[TokenStore, Ledger]]:
         """Open the stores of a stage, and write what the augments read of their rows, once and beside them."""
         opened = super()._open(stage)
-        if self.alignment is not None and stage != "predict":
-            for store, _ in opened:
-                path = readings_path(store, self.alignment.own)
-                write_readings(path, store, self.alignment.own)
+        if self.alignment is None:
+            return opened
+        own = self.alignment.own
+        for part, (store, _) in zip(self._parts[stage], opened, strict=True):
+            others = self._own_stores(stage, part)
+            self.alignment.prompts.add(store, others, own)
+            if stage != "predict":
+                path = readings_path(store, own, [None if other is None else Path(other.path).stem for other in others])
+                pairs = zip(others, own, strict=True)
+                turns: list[Any] = [
+                    {} if o is None or one is None else partial(turns_of_rows, store, o, one) for o, one in pairs
+                ]
+                write_readings(path, store, own, turns)
                 self._readings[store.path] = str(path)
         return opened
+
+    def _own_stores(self, stage: Stage, part: SourcePart) -> list[TokenStore | None]:
+        """Encode the rows of a source for each augment whose chat template writes them."""
+        recipe = self._recipe(stage, part)
+        split = SPLITS[stage]
+        templated = [other is not None and other.has_template for other in self.augment_tokenizers]
+        wanted = self.augment_chat_templates and self.mask_turns != "all" and any(templated)
+        if not wanted or not has_conversations(part.rows, split=split, recipe=recipe):
+            return [None] * len(templated)
+        options: Any = {"split": split, "cache_dir": self.cache_dir, "num_workers": self.preparation_workers}
+        recipe = replace(recipe, accepted=tuple(form for form in recipe.accepted if form != "text"))
+        return [
+            own_store(part.rows, recipe=recipe, tokenizer=cast(Tokenizer, other), **options) if has else None
+            for has, other in zip(templated, self.augment_tokenizers, strict=True)
+        ]
 
     def _store(self, stage: Stage) -> TokenStore:
         store = super()._store(stage)

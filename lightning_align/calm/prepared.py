@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ _FORMAT = 1
 """The version of the format. Increase it when the same rows give other files."""
 _PARTS = ("ids", "ends", "columns")
 _ROWS_PER_BATCH = 1024
+Turns = dict[int, list[Turn]]
 
 
 class AugmentedRow(NamedTuple):
@@ -92,7 +93,7 @@ def write_readings(
     path: Path,
     store: TokenStore,
     own: Sequence[OwnTokenizer | None],
-    turns: Sequence[dict[int, list[Turn]]] = (),
+    turns: Sequence[Callable[[], Turns] | Turns] = (),
 ) -> None:
     """Write the file of a store, unless it exists.
 
@@ -100,7 +101,8 @@ def write_readings(
         path: The path of the file, as returned by `readings_path`.
         store: The store of a source.
         own: The conversion of rows for each augment.
-        turns: For each augment the turns of rows, by the index of the row, of which it reads other text than the anchor's.
+        turns: For each augment the turns of rows, by the index of the row, of which it reads other text than the anchor's. Or
+            a function that finds them.
     """
     with locked(path.with_suffix(".lock"), on_wait=lambda: None):
         try:
@@ -111,7 +113,7 @@ def write_readings(
         rank_zero_info(f"converting {len(store):,} rows to the tokens of the augments")
 
         def write(temporary: Path) -> None:
-            batches = _batches(store, own, turns or [{} for _ in own])
+            batches = _batches(store, own, [one() if callable(one) else one for one in turns or [{} for _ in own]])
             first = next(batches)
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
                 writer.write_batch(first)
@@ -121,9 +123,7 @@ def write_readings(
         publish(path, write)
 
 
-def _batches(
-    store: TokenStore, own: Sequence[OwnTokenizer | None], turns: Sequence[dict[int, list[Turn]]]
-) -> Iterator[pa.RecordBatch]:
+def _batches(store: TokenStore, own: Sequence[OwnTokenizer | None], turns: Sequence[Turns]) -> Iterator[pa.RecordBatch]:
     for start in range(0, max(1, len(store)), _ROWS_PER_BATCH):
         lists: dict[str, list[Any]] = {"anchor_ends": []}
         lists |= {f"{part}_{number}": [] for number, one in enumerate(own) if one is not None for part in _PARTS}
