@@ -42,6 +42,7 @@ TIMED = (
     ("generation/continuous.py", "--lengths", "random", "--batch-sizes", "64", "16", "--mean", "32", "--rounds", "1"),
     ("spin/step.py",),
     ("calm/step.py",),
+    ("calm/own_tokenizer.py",),
     ("retrieval/chunks.py",),
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),
