@@ -86,7 +86,7 @@ class CALMDataModule(AlignDataModule):
         if self.alignment is None:
             return opened
         own = self.alignment.own
-        for part, (store, _) in zip(self._parts[stage], opened, strict=True):
+        for part, (store, _) in zip(self._parts.get(stage, ()), opened, strict=True):
             others = self._own_stores(stage, part)
             self.alignment.prompts.add(store, others, own)
             if stage != "predict":

@@ -28,8 +28,8 @@ class Augment:
         layers: The names of the model's layers, such as `transformer.h.*`. By default they are found automatically.
         alignment: With `aligned`, both models read the same text. With `prefix`, this model reads a separate input once, and
             every position of the anchor sees all of it.
-        tokens: With `shared`, the model reads the anchor's token ids. With `own`, it has its own tokenizer and is aligned by
-            characters. By default, it reads the anchor's token ids, and both vocabularies must have the same size. Set
+        tokens: With `shared`, the model reads the anchor's token ids. With `own`, it has its own tokenizer and reads the text
+            of these ids. By default, it reads the anchor's token ids, and both vocabularies must have the same size. Set
             `shared` to allow different sizes.
         dim: The width of the model's hidden states. Required only if the model does not read tokens.
     """
