@@ -5,7 +5,7 @@ counted in characters, so that rotary embeddings know the distance between token
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class Alignment:
         self.tokenizer = tokenizer
         self.own = [None if other is None else OwnTokenizer(tokenizer, other) for other in others]
         self.prompts = PromptTable()
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Return itself: copies of a composition, such as an opponent, share the tokenizers."""
+        return self
 
     def inputs(
         self, tokens: Tensor, mask: Tensor | None = None, *, num_prompts: Sequence[int] | None = None

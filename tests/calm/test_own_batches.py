@@ -1,5 +1,6 @@
 """Tests of augments with their own tokenizers in training and generation: sources of batches, stored states, and models."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def test_a_composition_scores_tokens_alone(words: str) -> None:
     model.alignment = Alignment(BYTES, [load_tokenizer(words)])
     assert gap(model(tokens), model(tokens, inputs=model.alignment.inputs(tokens))) == 0
     assert gap(model(tokens), model.anchor(tokens)) > 0
+    assert copy.deepcopy(model).alignment is model.alignment
 
 
 def test_stored_states_train_the_same(words: str, tmp_path: Path) -> None:

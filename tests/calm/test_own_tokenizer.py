@@ -63,6 +63,7 @@ def test_prompts_are_read_as_their_whole_text_is_encoded(pair: tuple[Tokenizer, 
     own, choose = OwnTokenizer(tokenizer, other), random.Random(1)
     for number in range(20):
         ids = ids_of(tokenizer, sentence(choose, 1 + number), ended=number % 2 == 0)
+        ids[len(ids) // 2 : len(ids) // 2] = [tokenizer.pad_id] * (number % 3)  # special tokens say nothing
         reading = own.read(ids, num_prompt=len(ids))
         assert (reading.ids, reading.ends, reading.anchor_ends) == slow_reading(tokenizer, other, ids)
         # No token is visible before its characters, and all are at the end of the prompt.
