@@ -43,6 +43,7 @@ TIMED = (
     ("spin/step.py",),
     ("calm/step.py",),
     ("calm/recompute.py",),
+    ("calm/own_tokenizer.py",),
     ("retrieval/chunks.py",),
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),

@@ -1,19 +1,22 @@
-"""Alignment of one text under two tokenizers, by the number of characters up to the end of each token.
+"""Alignment of rows of the anchor with the tokens of augments that have their own tokenizers.
 
-A position of the anchor sees the augment's tokens that end at or before its own end. The end-of-sequence token counts as one
-character after the text. Without this, the position that predicts it would see that the augment has already reached it.
+The anchor's tokens are converted to text, and the text to tokens of the augment (`lightning_align.calm.text`). Positions are
+counted in characters, so that rotary embeddings know the distance between tokens of both models.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_align.calm.spec import AugmentInput
+from lightning_align.calm.spec import AugmentInput, Inputs
+from lightning_align.calm.templates import PromptTable
+from lightning_align.calm.text import OwnTokenizer, Reading, Turn
 from lightning_align.data.tokenizer import Tokenizer, all_ends
-
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+from lightning_align.data.tokenizer.reader import text_reader
+from lightning_align.types import TokenBatch
 
 
 def char_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]:
@@ -26,59 +29,144 @@ def char_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[int]]
     Returns:
         The text, and for each token the number of characters up to and including it.
     """
-    text = tokenizer.decode(ids)
-    ends: list[int] = []
-    for count in range(1, len(ids) + 1):
-        # The first bytes of a character decode to a replacement character. The character counts from its last byte on.
-        complete = tokenizer.decode(ids[:count]).rstrip(_INCOMPLETE)
-        ends.append(max(len(complete), ends[-1] if ends else 0))
+    reader = text_reader(tokenizer)
+    text, ends = "", []
+    for token in ids:
+        text += reader.feed(token)
+        ends.append(reader.num_characters)
+    text += reader.finish()
     if ids and ids[-1] in all_ends(tokenizer):
         ends[-1] = len(text) + 1
     return text, ends
 
 
-def realign(ids: Sequence[int], tokenizer: Tokenizer, other: Tokenizer) -> tuple[list[int], list[int], list[int]]:
-    """Encode a row again with another tokenizer.
+class Alignment:
+    """The conversion of batches of the anchor to the inputs of its augments.
 
     Args:
-        ids: The token ids of one row, without padding.
-        tokenizer: The tokenizer that produced the ids.
-        other: The augment's tokenizer.
-
-    Returns:
-        The ids of the other tokenizer, the character ends of these ids, and the character ends of ``ids``.
+        tokenizer: The tokenizer of the anchor.
+        others: The tokenizer of each augment. None for an augment that has no tokenizer of its own.
     """
-    text, ends = char_ends(tokenizer, ids)
-    (encoding,) = other.encode_batch([text])
-    other_ids, other_ends = list(encoding.ids), [end for _, end in encoding.offsets]
-    if other.bos_id is not None:
-        other_ids, other_ends = [other.bos_id, *other_ids], [0, *other_ends]
-    if ids and ids[-1] in all_ends(tokenizer):
-        other_ids, other_ends = [*other_ids, other.eos_id], [*other_ends, len(text) + 1]
-    return other_ids, other_ends, ends
+
+    def __init__(self, tokenizer: Tokenizer, others: Sequence[Tokenizer | None]) -> None:
+        self.tokenizer = tokenizer
+        self.own = [None if other is None else OwnTokenizer(tokenizer, other) for other in others]
+        self.prompts = PromptTable()
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """Return itself: copies of a composition, such as an opponent, share the tokenizers."""
+        return self
+
+    def inputs(
+        self, tokens: Tensor, mask: Tensor | None = None, *, num_prompts: Sequence[int] | None = None
+    ) -> list[AugmentInput | None]:
+        """Convert a batch.
+
+        Args:
+            tokens: (B, N) token ids of the anchor.
+            mask: (B, N) bool, true at real tokens, which are one behind the other. None if all are real.
+            num_prompts: The number of tokens of each row's prompt. None if it is not known.
+
+        Returns:
+            The input of each augment. None for an augment that has no tokenizer of its own.
+        """
+        rows, pads = tokens.tolist(), [0] * len(tokens)
+        if mask is not None:
+            pads = mask.int().argmax(dim=1).tolist()
+            rows = [row[pad : pad + size] for row, pad, size in zip(rows, pads, mask.sum(dim=1).tolist(), strict=True)]
+        starts = [0] * len(rows) if num_prompts is None else num_prompts
+        return [
+            None
+            if own is None
+            else pad_readings(
+                [
+                    self.read(index, row, num_prompt).behind(pad)
+                    for row, num_prompt, pad in zip(rows, starts, pads, strict=True)
+                ],
+                width=tokens.shape[1],
+                pad_id=own.other.pad_id,
+                device=tokens.device,
+            )
+            for index, own in enumerate(self.own)
+        ]
+
+    def fill(
+        self, inputs: Inputs | None, readers: Sequence[Any], tokens: Tensor, mask: Tensor | None, **prompts: Any
+    ) -> Inputs | None:
+        """Return the inputs with those of the augments with their own tokenizers that have none.
+
+        Args:
+            inputs: The given inputs.
+            readers: The reader of each augment.
+            tokens: See `inputs`, as for the others.
+            mask: See `inputs`.
+            **prompts: See `inputs`.
+        """
+        given = [None] * len(readers) if inputs is None else inputs
+        missing = [reader.own and has is None for reader, has in zip(readers, given, strict=False)]
+        if not any(missing):
+            return inputs
+        made = self.inputs(tokens, mask, **prompts)
+        return [new if lacks else has for lacks, has, new in zip(missing, given, made, strict=True)]
+
+    def completed(self, inputs: Sequence[AugmentInput | None], readers: Sequence[Any], batch: TokenBatch) -> Any:
+        """Return the inputs of a batch with those that a data module has not made. See `fill`."""
+        lengths = prompt_lengths(batch["targets"])
+        return list(self.fill(inputs, readers, batch["tokens"], batch["mask"], num_prompts=lengths) or ())
+
+    def read(self, index: int, row: Sequence[int], num_prompt: int) -> Reading:
+        """Convert a row for one augment."""
+        own = self.own[index]
+        assert own is not None
+        prompt = self.prompt(index, row[:num_prompt])
+        return own.read(row, num_prompt=num_prompt, turns=None if prompt is None else [Turn(num_prompt, len(row), prompt)])
+
+    def prompt(self, index: int, prompt: Sequence[int]) -> Sequence[int] | None:
+        """Return the ids that an augment reads instead of the text of a prompt. None if it reads the text."""
+        return self.prompts.get(prompt, index)
 
 
-def realign_batch(tokens: Tensor, mask: Tensor, tokenizer: Tokenizer, other: Tokenizer) -> AugmentInput:
-    """Encode a batch again for an augment that has its own tokenizer.
+def pad_readings(readings: Sequence[Reading], *, width: int, pad_id: int, device: torch.device | None = None) -> AugmentInput:
+    """Pad the rows of a batch on the right.
 
     Args:
-        tokens: (B, N) token ids of the anchor, padded on the right.
-        mask: (B, N) bool, true at real tokens.
-        tokenizer: The anchor's tokenizer.
-        other: The augment's tokenizer.
-
-    Returns:
-        The augment's tokens, padded on the right, with the character ends of both models' tokens.
+        readings: The rows.
+        width: N, the number of columns of the anchor.
+        pad_id: The padding id of the augment.
+        device: The device of the tensors.
     """
-    rows = [row[: int(length)].tolist() for row, length in zip(tokens.cpu(), mask.sum(dim=1), strict=True)]
-    parts = [realign(row, tokenizer, other) for row in rows]
-    pad = partial(_pad, device=tokens.device)
-    lengths = torch.tensor([len(ids) for ids, _, _ in parts], device=tokens.device)
-    ids = pad([ids for ids, _, _ in parts], max(1, int(lengths.max())), other.pad_id)
-    ends = pad([ends for _, ends, _ in parts], ids.shape[1], 0)
-    anchor_ends = pad([ends for _, _, ends in parts], tokens.shape[1], 0)
-    return AugmentInput(ids, torch.arange(ids.shape[1], device=tokens.device) < lengths[:, None], ends, anchor_ends)
+    length = max([1, *(len(reading.ids) for reading in readings)])
+
+    def pad(rows: Sequence[Any], width: int, value: int) -> Tensor:
+        out = np.full((len(rows), width), value, dtype=np.int64)
+        for padded, row in zip(out, rows, strict=True):
+            padded[: len(row)] = row
+        return torch.from_numpy(out).to(device)
+
+    lengths = torch.tensor([len(reading.ids) for reading in readings], device=device)
+    return AugmentInput(
+        pad([reading.ids for reading in readings], length, pad_id),
+        torch.arange(length, device=device) < lengths[:, None],
+        pad([reading.ends for reading in readings], length, 0),
+        pad([reading.anchor_ends for reading in readings], width, 0),
+        columns=pad([reading.columns for reading in readings], length, 0),
+    )
 
 
-def _pad(rows: Sequence[Sequence[int]], width: int, value: int, *, device: torch.device) -> Tensor:
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long, device=device)
+def prompt_lengths(targets: Tensor) -> list[int]:
+    """Count the columns before the first target of each row of (B, N). 0 for a row without targets."""
+    return targets.int().argmax(dim=1).tolist()
+
+
+def use_alignment(model: Any, data: Any) -> Alignment | None:
+    """Give a composition the tokenizers of a data module, if it has any, and return what the composition now has.
+
+    Args:
+        model: The composition.
+        data: The data module of the run, or None.
+    """
+    found = getattr(data, "alignment", None)
+    if isinstance(found, Alignment) and len(found.own) == len(model.readers):
+        model.alignment = found
+    known: Alignment | None = model.alignment
+    return known

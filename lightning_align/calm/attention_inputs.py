@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lightning_align.calm.cache import Attended, CALMCache, update_cache
 from lightning_align.calm.connections import Visible, visible_where
+from lightning_align.calm.context import check_context, within_context
+from lightning_align.calm.own_cache import OwnCache
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.spec import AugmentInput, Inputs, Spot, check_realigned
 from lightning_align.models.attention import attention_mask
@@ -59,6 +61,9 @@ def attention_inputs(
             # The prefix was read in the first step. Only the anchor's positions are new.
             attended += [at._replace(positions=positions) for i in own_spots if (at := cache.attended[i]) is not None]
             continue
+        if cache is not None and isinstance(own_cache := cache.augments[index], OwnCache):
+            attended += own_cache.read(tokens, mask, past)
+            continue
         given, visible = visible_input(index, reader, given, tokens, mask, past, cache)
         if given.states is not None:
             states = dict(zip(reader.depths, given.states, strict=True))
@@ -108,10 +113,12 @@ def visible_input(
     if given is not None and given.ends is not None:
         check_realigned(index, prefix=reader.prefix, own=reader.own)
     if reader.prefix:
-        return _prefix_input(index, given, tokens, mask, cache)
+        return _prefix_input(index, reader, given, tokens, mask, cache)
     if reader.own:
-        return _realigned_input(index, given)
+        return _realigned_input(index, within_context(index, reader, given))
     states = None if given is None else given.states
+    if cache is None and states is None:
+        check_context(index, reader, tokens.shape[1])
     if mask is not None:
         visible = Visible(attention_mask(mask, tokens.shape[1], causal=True))
     elif cache is None:
@@ -123,7 +130,7 @@ def visible_input(
 
 
 def _prefix_input(
-    index: int, given: AugmentInput | None, tokens: Tensor, mask: Tensor | None, cache: CALMCache | None
+    index: int, reader: Reader, given: AugmentInput | None, tokens: Tensor, mask: Tensor | None, cache: CALMCache | None
 ) -> tuple[AugmentInput, Visible]:
     if given is None and cache is not None:
         given = AugmentInput(tokens, mask)  # in generation, the first columns are the prompt, and the prompt is the prefix
@@ -135,6 +142,7 @@ def _prefix_input(
         order = (~given.mask).int().argsort(dim=1, stable=True)
         rows = torch.arange(len(order), device=order.device)[:, None]
         given = given._replace(tokens=given.tokens[rows, order], mask=given.mask[rows, order])
+    given = within_context(index, reader, given) or given
     return given, Visible(None) if given.mask is None else visible_where(given.mask.unsqueeze(1))
 
 
@@ -145,6 +153,8 @@ def _realigned_input(index: int, given: AugmentInput | None) -> tuple[AugmentInp
             "tokenizer. Pass its tokens and the characters at which the tokens of both models end."
         )
     allowed = given.ends[:, None, :] <= given.anchor_ends[:, :, None]
+    if given.columns is not None:
+        allowed = given.columns[:, None, :] <= torch.arange(allowed.shape[1], device=allowed.device)[:, None]
     if given.mask is not None:
         allowed = allowed & given.mask[:, None, :]
     return given, visible_where(allowed)

@@ -18,9 +18,11 @@ from typing import Any, get_args
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_align.calm.alignment import Alignment
 from lightning_align.calm.connection_file import write_connections
 from lightning_align.calm.identity import fingerprint, frozen_models
 from lightning_align.calm.parts import build_part, described_arguments, described_augment, reference_of
+from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.models.building import backbone_spec
 from lightning_align.models.composed import FrozenParts, without_frozen
 from lightning_align.models.folders import CARD, CONNECTIONS, replaced_folder, write_tokenizer
@@ -212,7 +214,18 @@ def read_composition(kind: Any, folder: str | Path) -> Any:
     except TypeError as error:
         raise ValueError(f"{folder}: the composition has settings that this version does not know ({error}).") from error
     model.load_connections(path)
+    model.alignment = _alignment(folder, model.readers)
     return model.eval()
+
+
+def _alignment(folder: Path, readers: Sequence[Any]) -> Alignment | None:
+    """Return the conversion of rows for augments with their own tokenizers, if the folder has all tokenizers that it needs."""
+    places = zip(folder_names(len(readers))[1:], readers, strict=True)
+    own = [folder / place if reader.own and not reader.prefix else None for place, reader in places]
+    needed = [folder, *filter(None, own)]
+    if len(needed) == 1 or not all((place / "tokenizer.json").is_file() for place in needed):
+        return None
+    return Alignment(load_tokenizer(str(folder)), [None if place is None else load_tokenizer(str(place)) for place in own])
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from typing import Any, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
+from lightning_align.calm.alignment import Alignment
 from lightning_align.calm.attention_inputs import attention_inputs
 from lightning_align.calm.cache import Attended, CALMCache
 from lightning_align.calm.connections import Connection, ConnectionConfig
 from lightning_align.calm.layers import Layer, LayerChoice, Position, Tap, find_layers, visiting
+from lightning_align.calm.own_cache import can_cache, make_cache
 from lightning_align.calm.persistence import StoredModel
 from lightning_align.calm.probe import check_finite, probe_width
 from lightning_align.calm.readers import anchor_places, build_reader
@@ -29,7 +31,6 @@ from lightning_align.models.language_model import (
     Head,
     context_length,
     declared_ends,
-    has_cache,
     has_hidden,
     logits_of,
     vocabulary_size,
@@ -121,6 +122,8 @@ class CALM(StoredModel):
         self._given: Inputs | Callable[[Tensor], Inputs] | None = None
         self._traces: list[Trace] | None = None
         self._maps = False
+        self.alignment: Alignment | None = None
+        """The tokenizers of augments that have their own. With it, inputs of these augments need not be passed."""
 
     def _connect(
         self, index: int, spec: Augment, model: nn.Module, layers: list[Layer], dim: int, config: ConnectionConfig, check: bool
@@ -233,18 +236,12 @@ class CALM(StoredModel):
     def make_cache(self) -> Callable[[int, int], CALMCache] | None:
         """A function that makes a cache for ``batch`` rows and ``length`` columns.
 
-        None if the anchor or an aligned augment has no cache, or an augment has its own tokenizer.
+        None if the anchor or an aligned augment has no cache, or the tokenizers of an augment with its own are not known.
         """
-        aligned = [reader for reader in self.readers if not reader.prefix]
-        if not has_cache(self.anchor) or any(reader.own or not reader.has_cache for reader in aligned):
-            return None
-        return self._make_cache
+        return self._make_cache if can_cache(self) else None
 
     def _make_cache(self, batch: int, length: int) -> CALMCache:
-        anchor: Any = self.anchor
-        models: list[Any] = [reader.model for reader in self.readers]
-        caches = [None if r.prefix else model.make_cache(batch, length) for r, model in zip(self.readers, models, strict=True)]
-        return CALMCache(anchor.make_cache(batch, length), caches, length, [None] * len(self._spots))
+        return make_cache(self, batch, length)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -266,6 +263,8 @@ class CALM(StoredModel):
         """Read the augments, then add the connections to the anchor's residual stream inside a ``with`` block."""
         if inputs is None:
             inputs = self._given(tokens) if callable(self._given) else self._given
+        if self.alignment is not None and cache is None:
+            inputs = self.alignment.fill(inputs, self.readers, tokens, mask)
         attended = attention_inputs(
             self.readers, self._spots, self.connections, tokens, mask=mask, positions=positions, cache=cache, inputs=inputs
         )

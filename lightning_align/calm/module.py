@@ -11,11 +11,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_align.calm.alignment import use_alignment
 from lightning_align.calm.connections import ConnectionConfig
+from lightning_align.calm.context import within_context
 from lightning_align.calm.datamodule import CALMBatch
 from lightning_align.calm.layers import LayerChoice, Position
 from lightning_align.calm.model import CALM
 from lightning_align.calm.parts import build_part
+from lightning_align.calm.scores import composed_logprobs as composed_logprobs
 from lightning_align.calm.spec import Augment, AugmentInput, check_realigned, described_augment, storable
 from lightning_align.calm.start import augments_of, composition_of
 from lightning_align.calm.states import StateStore, attach_states
@@ -24,38 +27,12 @@ from lightning_align.generation.sampler import Generation, GenerationConfig
 from lightning_align.models.building import Backbone
 from lightning_align.models.causality import check_causal
 from lightning_align.models.composed import FROZEN
-from lightning_align.models.language_model import has_hidden
 from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
-from lightning_align.scoring.head import target_logprobs
-from lightning_align.scoring.logits import logits_logprobs
-from lightning_align.scoring.sums import sum_logprobs
-from lightning_align.scoring.targets import select_targets
 from lightning_align.training.checkpoints import drop_composed, restore_composed
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.training.tokenizer import add_record
-from lightning_align.types import LogProbs
-
-
-def composed_logprobs(model: CALM, batch: CALMBatch, inputs: Sequence[AugmentInput | None]) -> LogProbs:
-    """Compute the log-probs of the responses under a composition.
-
-    Args:
-        model: The composition.
-        batch: (B, N) token rows, padded on the right.
-        inputs: The input of each augment.
-
-    Returns:
-        The sum of the log-probs of each row's targets, and their count.
-    """
-    rows, before, targets = select_targets(batch)
-    if has_hidden(model):
-        hidden = model.hidden(batch["tokens"], inputs=inputs)[rows, before]
-        logps = target_logprobs(hidden, model.head, targets)
-    else:
-        logps = logits_logprobs(model(batch["tokens"], inputs=inputs), rows, before, targets)
-    return sum_logprobs(logps, rows, batch["targets"])
 
 
 class CALMModule(AlignModule):
@@ -219,12 +196,15 @@ class CALMModule(AlignModule):
 
     def _inputs(self, batch: CALMBatch, *, stored: bool = False) -> list[AugmentInput | None]:
         """Determine the input of each augment: the batch's own entry, the prompt as a prefix, or stored hidden states."""
-        readers = self.policy.readers
+        readers, alignment = self.policy.readers, use_alignment(self.policy, datamodule_of(trainer_of(self)))
         inputs: list[AugmentInput | None] = list(batch.get("augments", [None] * len(readers)))
+        if alignment is not None:
+            inputs = alignment.completed(inputs, readers, batch)
         for index, reader in enumerate(readers):
             given = inputs[index]
             if given is not None and given.ends is not None:
                 check_realigned(index, prefix=reader.prefix, own=reader.own)  # before its states are stored
+                inputs[index] = given = within_context(index, reader, given)
             if given is None and reader.prefix:
                 prompt = batch["mask"] & (batch["targets"].cumsum(dim=1) == 0)
                 inputs[index] = given = AugmentInput(batch["tokens"], prompt)
@@ -336,20 +316,19 @@ class CALMModule(AlignModule):
     ) -> list[list[Generation]]:
         """Continue prompts. See `AlignModule.continue_prompts` for the arguments.
 
-        Prompts are continued separately in two cases. An augment with its own tokenizer reads the whole text again at every
-        step. An augment that reads a prefix needs the prompt at every step if the composition has no cache.
+        Without a cache, prompts are continued separately if an augment reads a prefix or has its own tokenizer, because it
+        needs to know the prompt at every step.
         """
-        readers = self.policy.readers
-        if not any(r.own or (r.prefix and self.policy.make_cache is None) for r in readers):
+        readers, alignment = self.policy.readers, use_alignment(self.policy, datamodule_of(trainer_of(self)))
+        if self.policy.make_cache is not None or not any(reader.own or reader.prefix for reader in readers):
             return super().continue_prompts(prompts, config, ends=ends, ids=ids)
-        realign = getattr(datamodule_of(trainer_of(self)), "augment_inputs", None)
         results = []
         for number, prompt in zip(range(len(prompts)) if ids is None else ids, prompts, strict=True):
             start = torch.tensor([prompt], device=self.device)
 
             def inputs(tokens: Tensor, start: Tensor = start) -> list[AugmentInput | None]:
-                given = realign(tokens, torch.ones_like(tokens, dtype=torch.bool)) if realign else []
-                given = given or [None] * len(readers)
+                lengths = [start.shape[1]] * len(tokens)
+                given = [None] * len(readers) if alignment is None else alignment.inputs(tokens, num_prompts=lengths)
                 return [AugmentInput(start) if reader.prefix else own for reader, own in zip(readers, given, strict=True)]
 
             with self.policy.given(inputs):

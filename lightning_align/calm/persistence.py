@@ -9,6 +9,7 @@ from typing import Any, Self
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_align.calm.alignment import Alignment
 from lightning_align.calm.connection_file import read_connections, write_connections
 from lightning_align.calm.connections import ConnectionConfig
 from lightning_align.calm.folder import check_exportable, read_composition, write_composition
@@ -37,6 +38,7 @@ class StoredModel(nn.Module):
     connections: nn.ModuleList
     readers: list[Any]
     given: Any
+    alignment: Alignment | None
     _spots: list[Spot]
 
     def build_parts(
@@ -147,6 +149,7 @@ class StoredModel(nn.Module):
             other: Self = make(self.anchor, specs, check=False, **self.arguments)
         other.connections.load_state_dict(self.connections.state_dict())
         other._identity, other._fingerprints = self._identity, self._fingerprints
+        other.alignment = self.alignment
         return other.train(self.training)
 
     def trainable_state_dict(self) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ class Reader:
         self.depths = list(self.places)
         self.named: list[str] | None = None
         """The names of the modules that are read, if the user chose them."""
+        self.reads_with_holes: bool | None = None  # of an augment with its own tokenizer, once it is known
         self.has_cache = has_cache(model)
         """Whether the hidden states of new tokens can be computed from those and a cache."""
         self.taps = {depth: Tap(layers[depth - 1].site(at)) for depth, at in self.places.items()}

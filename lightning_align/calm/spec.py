@@ -29,8 +29,8 @@ class Augment:
             or a function of the model that returns one. By default they are found automatically.
         alignment: With `aligned`, both models read the same text. With `prefix`, this model reads a separate input once, and
             every position of the anchor sees all of it.
-        tokens: With `shared`, the model reads the anchor's token ids. With `own`, it has its own tokenizer and is aligned by
-            characters. By default, it reads the anchor's token ids, and both vocabularies must have the same size. Set
+        tokens: With `shared`, the model reads the anchor's token ids. With `own`, it has its own tokenizer and reads the text
+            of these ids. By default, it reads the anchor's token ids, and both vocabularies must have the same size. Set
             `shared` to allow different sizes.
         dim: The width of the model's hidden states. A model that does not read tokens needs this or `input_shape`.
         input_shape: The shape of one input of a model that does not read tokens, without the batch, such as [3, 32, 32].
@@ -70,6 +70,9 @@ class AugmentInput(NamedTuple):
     """(B, N) int64, the same number for each token of the anchor."""
     states: Sequence[Tensor] | None = None
     """Precomputed hidden states (B, M, A) of the layers that are read, first to last. None to compute them."""
+    columns: Tensor | None = None
+    """(B, M) int64, the first column of the anchor that may see each token, for an augment with its own tokenizer. By default,
+    a token is visible from the first column whose ``anchor_ends`` is not before its ``ends``."""
 
 
 Inputs = Sequence[AugmentInput | None]

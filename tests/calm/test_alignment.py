@@ -9,9 +9,10 @@ import torch
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, pre_tokenizers
 
-from lightning_align.calm.alignment import char_ends, realign, realign_batch
+from lightning_align.calm.alignment import Alignment, char_ends
 from lightning_align.calm.model import CALM
 from lightning_align.calm.spec import Augment, AugmentInput
+from lightning_align.calm.text import OwnTokenizer
 from lightning_align.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from tests.calm.toys import SMALL, connect
 from tests.toys import gap, tiny_palm
@@ -33,6 +34,12 @@ def ids_of(text: str) -> list[int]:
     return [BYTES.bos_id or 1, *BYTES.encode_batch([text])[0].ids, BYTES.eos_id]
 
 
+def inputs_of(tokens: torch.Tensor, mask: torch.Tensor | None, other: Tokenizer) -> AugmentInput:
+    (given,) = Alignment(BYTES, [other]).inputs(tokens, mask)
+    assert given is not None
+    return given
+
+
 def test_ends_count_whole_characters() -> None:
     text, ends = char_ends(BYTES, ids_of("aéb"))
     assert text == "aéb"
@@ -40,13 +47,17 @@ def test_ends_count_whole_characters() -> None:
     assert char_ends(BYTES, []) == ("", [])
 
 
-def test_words_end_at_their_last_letter(words: Tokenizer) -> None:
-    ids, ends, anchor_ends = realign(ids_of("alpha beta"), BYTES, words)
+def test_words_are_visible_once_they_have_ended(words: Tokenizer) -> None:
+    own = OwnTokenizer(BYTES, words)
+    ids, ends, columns, anchor_ends = own.read(ids_of("alpha beta"))
     assert ids == [3, 4, 1]
     assert ends == [5, 10, 11]
+    assert columns == [6, 11, 11], "the space behind alpha, and the end of the text"
     assert anchor_ends == [0, *range(1, 11), 11]
-    ids, ends, _ = realign(ids_of("alpha beta")[:-1], BYTES, words)
+    ids, ends, columns, _ = own.read(ids_of("alpha beta")[:-1])
     assert (ids, ends) == ([3, 4], [5, 10]), "a text without an end-of-sequence token gets none"
+    assert columns == [6, 11], "nothing sees a word that may go on"
+    assert own.read(ids_of("alpha beta")[:-1], num_prompt=11).columns == [6, 10], "a prompt does not go on"
 
 
 def test_batches_are_padded(words: Tokenizer) -> None:
@@ -54,7 +65,7 @@ def test_batches_are_padded(words: Tokenizer) -> None:
     width = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-    given = realign_batch(tokens, mask, BYTES, words)
+    given = inputs_of(tokens, mask, words)
     assert given.tokens.tolist() == [[3, 4, 5, 1], [4, 1, 0, 0]]
     assert given.mask is not None
     assert given.mask.tolist() == [[True] * 4, [True, True, False, False]]
@@ -65,19 +76,19 @@ def test_anchor_sees_only_complete_words(words: Tokenizer) -> None:
     model = connect(CALM(anchor, Augment(augment, tokens="own", num_connections=2), connection=SMALL))
     tokens = torch.tensor([ids_of("alpha beta gamma")])
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    given = realign_batch(tokens, mask, BYTES, words)
+    given = inputs_of(tokens, mask, words)
     want = model(tokens, inputs=[given])
     other = given.tokens.clone()
     other[0, 1] = 5  # "beta", which ends at the anchor's tenth letter
     changed = (model(tokens, inputs=[given._replace(tokens=other)]) - want).abs().amax(dim=(0, 2))
-    assert changed[:10].max() == 0
-    assert changed[10:].min() > 0
+    assert changed[:11].max() == 0
+    assert changed[11:].min() > 0
     ended = given.tokens.clone()
     ended[0, 3] = 2  # the end-of-sequence token, which the position that predicts it must not see
     changed = (model(tokens, inputs=[given._replace(tokens=ended)]) - want).abs().amax(dim=(0, 2))
     assert changed[:-1].max() == 0
     plain = anchor(tokens)
-    assert gap(want[:, :5], plain[:, :5]) == 0, "nothing is visible before the first word is complete"
+    assert gap(want[:, :6], plain[:, :6]) == 0, "nothing is visible before the first word is complete"
     assert model.make_cache is None
 
 
@@ -85,7 +96,7 @@ def test_alignment_by_characters_equals_alignment_by_columns_for_bytes() -> None
     """With the byte tokenizer on both sides, alignment by characters and by columns show the same positions."""
     anchor, augment = tiny_palm(num_tokens=259, dtype=torch.float64), tiny_palm(num_tokens=259, dtype=torch.float64, seed=1)
     tokens = torch.tensor([ids_of("alpha beta")])
-    given = realign_batch(tokens, torch.ones_like(tokens, dtype=torch.bool), BYTES, BYTES)
+    given = inputs_of(tokens, None, BYTES)
     assert torch.equal(given.tokens, tokens)
     outputs = []
     for spec in (Augment(augment, tokens="own", num_connections=2), Augment(augment, num_connections=2)):
@@ -110,7 +121,7 @@ def test_tokenizer_that_does_not_fit_the_augment_raises(spec: dict[str, Any], me
     model = CALM(anchor, Augment(augment, num_connections=2, **spec), connection=SMALL)
     tokens = torch.tensor([ids_of("alpha beta")])
     with pytest.raises(ValueError, match=message):
-        model(tokens, inputs=[realign_batch(tokens, torch.ones_like(tokens, dtype=torch.bool), BYTES, BYTES)])
+        model(tokens, inputs=[inputs_of(tokens, None, BYTES)])
 
 
 def test_batch_may_contain_states_instead_of_tokens() -> None:

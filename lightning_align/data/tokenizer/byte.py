@@ -88,14 +88,21 @@ def _byte_offsets(text: str) -> list[tuple[int, int]]:
 
 
 @cache
-def _as_bpe() -> tokenizers.Tokenizer:
-    """Return the same tokenizer as one of the tokenizers library: byte-level BPE without merges."""
-    # Byte-level BPE writes a byte that is a visible character of Latin-1 as it is, and the others from code point 256 on.
+def byte_characters() -> dict[str, int]:
+    """Return the byte of each character in the tokens of byte-level BPE."""
+    # A byte that is a visible character of Latin-1 is written as it is, and the others from code point 256 on.
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = [byte for byte in range(256) if byte not in visible]
-    characters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    characters = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return dict(sorted(characters.items(), key=lambda item: item[1]))
+
+
+@cache
+def _as_bpe() -> tokenizers.Tokenizer:
+    """Return the same tokenizer as one of the tokenizers library: byte-level BPE without merges."""
     specials = ByteTokenizer._specials
-    vocabulary = {name: i for i, name in enumerate(specials)} | {characters[byte]: byte + 3 for byte in range(256)}
+    vocabulary = {name: i for i, name in enumerate(specials)}
+    vocabulary |= {character: byte + 3 for character, byte in byte_characters().items()}
     model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.decoder = tokenizers.decoders.ByteLevel()
