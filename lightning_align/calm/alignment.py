@@ -111,6 +111,8 @@ class Alignment:
 
     def completed(self, inputs: Sequence[AugmentInput | None], readers: Sequence[Any], batch: TokenBatch) -> Any:
         """Return the inputs of a batch with those that a data module has not made. See `fill`."""
+        if not any(reader.own and has is None for reader, has in zip(readers, inputs, strict=False)):
+            return list(inputs)  # without waiting for a GPU
         lengths = prompt_lengths(batch["targets"])
         return list(self.fill(inputs, readers, batch["tokens"], batch["mask"], num_prompts=lengths) or ())
 

@@ -11,9 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_align.dpo.module import DPOModule
 from lightning_align.generation.ends import Ends
-from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.runtime.lightning_internals import log_interval
-from lightning_align.runtime.modes import evaluating
 from lightning_align.runtime.ranks import world
 from lightning_align.runtime.team import Team
 from lightning_align.scoring.ratios import Ratios

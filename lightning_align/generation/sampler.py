@@ -6,6 +6,7 @@ position. The tokens are therefore the same for any batch size, order and number
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_align.generation.ends import Ends
 from lightning_align.generation.filter_function import import_path
 from lightning_align.generation.packing import packed_linears
 from lightning_align.models.language_model import context_length
-from lightning_align.runtime.modes import evaluating
+from lightning_align.runtime import modes
 from lightning_align.runtime.ranks import is_sharded
 
 
@@ -122,6 +123,16 @@ class Generation:
     """The id of the end-of-sequence token that ended the response. None if none did."""
     unsupported: int = field(default=0, compare=False)
     """The number of ids that do not exist, from which on an answer of another engine was cut."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model within a ``with`` block, as `lightning_align.runtime.modes.evaluating` does, for several passes.
+
+    Mixed precision casts the weights once, see `casts_kept`.
+    """
+    with modes.evaluating(model), casts_kept(model):
+        yield
 
 
 def generate(
@@ -258,8 +269,7 @@ def _completed(
     """Decode, and yield each part that is complete. Outside of this, the model has its own mode and layers."""
     more = True
     while more or parts:
-        # Mixed precision casts the weights once, not for each token.
-        with evaluating(model), casts_kept(model), packed_linears(model):
+        with evaluating(model), packed_linears(model):
             complete: list[int] = []
             while more and not complete:
                 more = next(steps, steps) is not steps

@@ -11,8 +11,6 @@ Here the inputs may have 16 bits, but the sums and the result have at least floa
   to bfloat16, tile by tile. The gradients are then off by less than 1/256 of their norm, as those of the other layers.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@functools.cache
+_wide: dict[tuple[str, torch.dtype], bool] = {}
+"""What `has_wide_products` has found out."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_wide_products(device: str, dtype: torch.dtype) -> bool:
     """Return whether a device multiplies matrices of a 16-bit dtype to a float32 result. Finds out by one small product.
 
@@ -32,14 +34,16 @@ def has_wide_products(device: str, dtype: torch.dtype) -> bool:
     """
     if device == "cpu" or dtype.itemsize > 2:
         return False
-    try:
-        factor = torch.zeros(16, 16, device=device, dtype=dtype)
-        return torch.mm(factor, factor, out_dtype=torch.float32).dtype is torch.float32
-    except (NotImplementedError, RuntimeError, TypeError):
-        return False
+    if (device, dtype) not in _wide:
+        try:
+            factor = torch.zeros(16, 16, device=device, dtype=dtype)
+            _wide[device, dtype] = torch.mm(factor, factor, out_dtype=torch.float32).dtype is torch.float32
+        except (NotImplementedError, RuntimeError, TypeError):
+            _wide[device, dtype] = False
+    return _wide[device, dtype]
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def rounds_gradients(device: str, dtype: torch.dtype) -> bool:
     """Return whether `add_product` adds products that are rounded to a dtype, because the device is much faster with it."""
     return device == "cpu" and dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

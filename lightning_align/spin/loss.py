@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from lightning_align.runtime.modes import evaluating
+from lightning_align.generation.sampler import evaluating
 from lightning_align.scoring.losses import LOSSES, LossName, check_loss
 from lightning_align.scoring.ratios import Ratios
 from lightning_align.scoring.sums import response_logprobs

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_align.generation.sampler import evaluating
 from lightning_align.models.formats import merged_weights, transformers_weights, whole_weights
 from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of
 from lightning_align.models.lora import using_lora
@@ -24,7 +25,6 @@ from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.references.frozen import move_to
 from lightning_align.references.moving import REFERENCE_SCOPE, MovingAdapters, MovingCopy
 from lightning_align.references.protocol import MovingReference
-from lightning_align.runtime.modes import evaluating
 from lightning_align.runtime.ranks import is_sharded
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.types import TokenBatch

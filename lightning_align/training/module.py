@@ -129,6 +129,11 @@ class AlignModule(PrecisionHooks):
         for path in self.initial_weights():
             check_tokenizer(record_of(path), datamodule_of(self.trainer), source=path)
 
+    @property
+    def _backbone(self) -> tuple[Any]:
+        """The backbone under its earlier name."""
+        return (self.source.backbone,)
+
     def configure_model(self) -> None:
         """Build the policy, once."""
         if self.policy is not None:

@@ -96,7 +96,7 @@ def test_a_composition_is_exported_and_aligned(capsys: pytest.CaptureFixture[str
 def test_any_exported_folder_can_be_predicted_from() -> None:
     words = ["predict", *config("sft", "SFT", "rows.jsonl", {"init_from": "anchor"})]
     run([*words, "--output", "1.jsonl"])
-    other = {"backbone": {"class_path": "PaLM", "init_args": {"num_tokens": 259, "dim": 8, "depth": 1}}}
+    other = {"backbone": {"class_path": "lightning_align.PaLM", "init_args": {"num_tokens": 259, "dim": 8, "depth": 1}}}
     words = ["predict", *config("sft", "SFT", "rows.jsonl", other)]
     run([*words, "--ckpt_path", "anchor", "--output", "2.jsonl"])
     assert Path("1.jsonl").read_text() == Path("2.jsonl").read_text()

@@ -173,7 +173,8 @@ def test_the_file_says_what_it_was_trained_with(saved: Path) -> None:
     assert settings["augments"] == [
         {"position": "output", "alignment": "aligned", "tokens": "shared", "anchor_position": "output", "pairs": PAIRS}
     ]
-    assert settings["connection"] == {"heads": 2, "dim_head": 8, "project": True, "norm": True, "gate": False, "rotary": False}
+    expected = {"heads": 2, "dim_head": 8, "project": True, "norm": True, "qk_norm": False, "gate": False, "rotary": False}
+    assert settings["connection"] == expected
     assert settings["combine"] == "sequence"
     assert json.loads(metadata["fingerprints"])["anchor"] == fingerprint(palms(torch.float32)[0])
 

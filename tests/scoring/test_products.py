@@ -111,9 +111,8 @@ def test_a_device_without_wide_products_is_found_out(monkeypatch: pytest.MonkeyP
     def refuse(*_: Any, **__: Any) -> Tensor:
         raise NotImplementedError("Could not run 'aten::mm.dtype'")
 
-    products.has_wide_products.cache_clear()
+    monkeypatch.setattr(products, "_wide", {})
     monkeypatch.setattr(torch, "mm", refuse)
     assert not products.has_wide_products("meta", torch.bfloat16)
-    products.has_wide_products.cache_clear()
     assert not products.has_wide_products("cpu", torch.bfloat16)
     assert not products.has_wide_products("meta", torch.float32)
