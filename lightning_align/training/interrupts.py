@@ -110,6 +110,7 @@ class InterruptCheckpoint(Callback):
         """Save after a signal that has ended something else first, such as a worker of the data loader."""
         if self.status and not self.path and trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt):
             self._save(trainer)
+            ignore_workers()
 
     def _install(self, trainer: L.Trainer) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -128,6 +129,7 @@ class InterruptCheckpoint(Callback):
 
     def _stop(self, trainer: L.Trainer) -> None:
         self._save(trainer)
+        ignore_workers()
         raise SystemExit(self.status)
 
     def _save(self, trainer: L.Trainer) -> None:
@@ -146,3 +148,9 @@ class InterruptCheckpoint(Callback):
         trainer.strategy.barrier("interrupted")
         trainer.save_checkpoint(path, weights_only=False)
         self.path = str(path)
+
+
+def ignore_workers() -> None:
+    """Let the workers of a data loader end without an error while this process ends. A signal may have gone to them too."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
