@@ -295,6 +295,7 @@ class PaLM(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
+        extra_embed: Tensor | None = None,
     ) -> Tensor:
         """Compute the final hidden states. `head` turns them into logits.
 
@@ -306,13 +307,14 @@ class PaLM(nn.Module):
                 with padding on the left, because attention depends only on distances.
             cache: A cache from `make_cache`. It is extended in place.
             documents: (B, N) int64 numbers of documents, as in a `TokenBatch`. Each document is computed as if it were a row of
-                its own. It takes the place of the other arguments.
+                its own. It takes the place of `mask`, `positions` and `cache`.
+            extra_embed: (B, N, D) vectors that are added to the token embeddings, as in palm-rlhf-pytorch.
 
         Returns:
             (B, N, D) hidden states.
         """
         if documents is not None:
-            if self.causal and tokens.device.type == "cpu" and self.compile_backend is None:
+            if self.causal and tokens.device.type == "cpu" and self.compile_backend is None and extra_embed is None:
                 return self._document_hidden(tokens, documents)
             mask, positions = document_mask(documents), document_positions(documents)
         past, new = (0 if cache is None else cache.length), tokens.shape[1]
@@ -329,7 +331,7 @@ class PaLM(nn.Module):
             allowed = attention_mask(torch.ones_like(tokens, dtype=torch.bool), new, causal=True)
         padded = PaddedAttention(self.causal, allowed)
         table = rotary(positions, self.dim_head, xpos_scale_base=self.xpos_scale_base)
-        x = self.token_emb(tokens)
+        x = self.token_emb(tokens) if extra_embed is None else self.token_emb(tokens) + extra_embed
         with nullcontext() if cache is None else uncompiled(self):
             for layer, block in enumerate(self.blocks):
                 x = block(x, table, padded if cache is None else CachedAttention(cache, layer, allowed))
@@ -386,7 +388,9 @@ class PaLM(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
+        extra_embed: Tensor | None = None,
     ) -> Tensor:
         """Compute the logits (B, N, V). See `hidden` for the arguments."""
-        hidden = self.hidden(tokens, mask=mask, positions=positions, cache=cache, documents=documents)
+        options = {"mask": mask, "positions": positions, "documents": documents, "extra_embed": extra_embed}
+        hidden = self.hidden(tokens, cache=cache, **options)
         return F.linear(hidden, self.token_emb.weight) if self.to_logits is None else self.to_logits(hidden)

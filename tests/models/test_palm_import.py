@@ -46,6 +46,25 @@ def test_the_logits_equal_the_original(overrides: dict[str, Any], qk_rmsnorm: bo
     assert float((shifted(tokens) - expected).detach().abs().max()) > 0.1
 
 
+@torch.no_grad()
+def test_extra_embeddings_are_added_as_in_the_original(tmp_path: Path) -> None:
+    model, tokens, extra = theirs(), tokens_of(), torch.randn(3, 12, 16)
+    loaded = load_palm_rlhf(save(model, tmp_path))
+    expected = model(tokens, extra_embed=extra)
+    torch.testing.assert_close(loaded(tokens, extra_embed=extra), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - model(tokens)).abs().max() > 0.1
+    # With a cache, and for documents in one row.
+    cache = loaded.make_cache(3, 12)
+    parts = [
+        loaded(tokens[:, :5], cache=cache, extra_embed=extra[:, :5]),
+        loaded(tokens[:, 5:], cache=cache, extra_embed=extra[:, 5:]),
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-5)
+    documents = torch.arange(3).repeat_interleave(12)[None]
+    packed = loaded(tokens.view(1, -1), documents=documents, extra_embed=extra.view(1, -1, 16))
+    torch.testing.assert_close(packed.view_as(expected), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_older_checkpoints_store_the_gain_itself(tmp_path: Path) -> None:
     model, tokens = theirs(), tokens_of()
     state = {name: value + 1 if name.endswith("gamma") else value for name, value in model.state_dict().items()}
