@@ -7,6 +7,8 @@ import pytest
 
 from tests.cli.runs import write_rows
 
+ROWS = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(12)]
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -18,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def sft_rows(folder: Path) -> str:
-    return write_rows(folder / "sft.jsonl", [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(12)])
+    return write_rows(folder / "sft.jsonl", ROWS)
 
 
 @pytest.fixture
