@@ -21,8 +21,7 @@ from lightning_align.data.ledger import Ledger
 from lightning_align.data.mixture import MixedStore, SourcePart
 from lightning_align.data.store import StoredRow, TokenStore
 from lightning_align.data.tokenizer import Tokenizer, load_tokenizer
-from lightning_align.training.datamodule import _SPLITS as SPLITS
-from lightning_align.training.datamodule import AlignDataModule
+from lightning_align.training.datamodule import SPLITS, AlignDataModule
 from lightning_align.types import TokenBatch
 
 

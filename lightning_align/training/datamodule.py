@@ -41,7 +41,7 @@ _STAGES_OF: dict[str, tuple[Stage, ...]] = {
     "test": ("test",),
     "predict": ("predict",),
 }
-_SPLITS: dict[str, str] = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
+SPLITS: dict[str, str] = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
 
 
 class AlignDataModule(L.LightningDataModule):
@@ -232,7 +232,7 @@ class AlignDataModule(L.LightningDataModule):
     def _open(self, key: str) -> list[tuple[TokenStore, Ledger]]:
         """Open the store of each part of a source, or build it."""
         opened = []
-        split = _SPLITS[key.partition("/")[0]]
+        split = SPLITS[key.partition("/")[0]]
         for part in self._parts.get(key, ()):
             options: Any = {"split": split, "recipe": self._recipe(key, part), "tokenizer": self.tokenizer}
             path = store_path(part.rows, cache_dir=self.cache_dir, **options)
@@ -245,7 +245,7 @@ class AlignDataModule(L.LightningDataModule):
         if key == "predict":
             accepted = self.predict_forms
             if "pair" in accepted:
-                rows = map_rows(read_rows(part.rows, split=_SPLITS[key]), mapping, accepted=accepted, prompts_only=True)
+                rows = map_rows(read_rows(part.rows, split=SPLITS[key]), mapping, accepted=accepted, prompts_only=True)
                 pairs = first_form(rows, accepted) == "pair"
                 accepted = ("pair",) if pairs else tuple(form for form in accepted if form != "pair")
             prompts_only = "pair" not in accepted
@@ -388,4 +388,4 @@ class AlignDataModule(L.LightningDataModule):
         if key is None:
             return []
         sources = [(part.rows, self._recipe(key, part)) for part in self._parts[key]]
-        return first_prompts(self._stores[key], sources, split=_SPLITS["validation"], tokenizer=self.tokenizer, limit=limit)
+        return first_prompts(self._stores[key], sources, split=SPLITS["validation"], tokenizer=self.tokenizer, limit=limit)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,6 @@ class _ExactMetric(LoaderMetric):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         return super()._apply(lambda state: state.to(fn(state).device), exclude_state)
-
-    def compute_and_reset(self) -> Any:
-        """Return the value over all ranks and start again."""
-        value = self.compute()
-        self.reset()
-        return value
 
 
 class TokenNLL(_ExactMetric):
