@@ -34,6 +34,9 @@ class TokenBatch(TypedDict):
     Remove it if you change ``targets``."""
     num_tokens: NotRequired[int]
     """The number of real tokens of the batch, without those of the first column, which are never targets."""
+    lengths: NotRequired[list[int]]
+    """The number of real tokens of each row, or of each document of a packed batch. With it, a batch on a GPU is computed
+    without its padding. Remove it if you change ``mask``."""
     document_ids: NotRequired[Tensor]
     """(B, N) int64. Only in a packed batch, whose rows are sequences of several documents: the number of the document that each
     token belongs to, from 0 and in ascending order over the whole batch, and -1 at padding. Attention stays within a document.

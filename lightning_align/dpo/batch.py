@@ -22,6 +22,8 @@ def concatenate(batch: PreferenceBatch) -> TokenBatch:
     both: TokenBatch = {"tokens": join("tokens"), "mask": join("mask"), "targets": join("targets")}
     if "num_targets" in chosen and "num_targets" in rejected:
         both["num_targets"] = chosen["num_targets"] + rejected["num_targets"]
+    if "lengths" in chosen and "lengths" in rejected:
+        both["lengths"] = [*chosen["lengths"], *rejected["lengths"]]
     return both
 
 

@@ -13,9 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIMILAR = 0.7
-"""Rows are padded together if they have at least this share of the tokens of the longest."""
-
 
 class Attend(Protocol):
     """The attention of one layer. It returns its output in the layout of the queries."""
@@ -113,29 +110,6 @@ class PackedAttention:
         padded = x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, self.where, x)
         parts = [padded] if len(sizes) == 1 else padded.split(sizes)
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.groups, strict=True)]
-
-    @classmethod
-    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> "PackedAttention":
-        """Group rows of similar length. The cost of attention then hardly depends on the longest row.
-
-        Args:
-            lengths: The number of tokens of each row. The rows are one after the other in (T, ...).
-            device: The device of the tokens.
-        """
-        starts = [0] * len(lengths)
-        groups: list[tuple[int, int]] = []
-        size = 0
-        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-            if groups and lengths[row] >= SIMILAR * groups[-1][1]:
-                groups[-1] = (groups[-1][0] + 1, groups[-1][1])
-            else:
-                groups.append((1, lengths[row]))
-            starts[row] = size
-            size += groups[-1][1]
-        counts = torch.tensor(lengths, device=device)
-        # In (T, ...), row i starts at the sum of the lengths before it.
-        shifts = torch.tensor(starts, device=device) - (counts.cumsum(0) - counts)
-        return cls(torch.arange(int(counts.sum()), device=device) + shifts.repeat_interleave(counts), groups)
 
 
 @dataclass

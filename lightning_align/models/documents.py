@@ -6,6 +6,8 @@ stays within the document and positions start again with it.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,7 +61,6 @@ def check_packing(model: nn.Module) -> None:
         )
 
 
-@torch.no_grad()
 def packing_problem(model: nn.Module) -> str | None:
     """Compare a few packed documents with each of them alone.
 
@@ -74,6 +75,17 @@ def packing_problem(model: nn.Module) -> str | None:
     """
     if "documents" not in inspect.signature(model.forward).parameters:
         return "its forward pass has no argument `documents`"
+    return probe_documents(model, partial(_outputs, model))
+
+
+@torch.no_grad()
+def probe_documents(model: nn.Module, run: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+    """Compare a few packed documents with each of them alone. See `packing_problem`.
+
+    Args:
+        model: Any language model.
+        run: What computes the outputs (B, N, D) or (B N, D) of tokens and documents, (B, N) each.
+    """
     device = next(model.parameters()).device
     size = vocabulary_size(model) or 2
     width = max(sum(lengths) for lengths in _PROBED) + 2  # the last columns are padding
@@ -91,7 +103,8 @@ def packing_problem(model: nn.Module) -> str | None:
                 number, start = number + 1, start + length
             concatenated.append(_outputs(model, tokens[row : row + 1, :start]))
         try:
-            packed = _outputs(model, tokens, documents)[documents.flatten() >= 0]
+            packed = run(tokens, documents).view(documents.numel(), -1)[documents.flatten() >= 0]
+            packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as raised:
             return f"it raises {type(raised).__name__}: {str(raised)[:200]}"
     expected = torch.cat(alone)

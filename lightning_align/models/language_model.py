@@ -5,6 +5,7 @@ capabilities are found by attribute, never by type:
 
 - ``hidden(tokens, mask=, positions=, cache=) -> (B, N, D)`` and ``head`` (a `Head`): log-probs are computed in chunks.
 - ``packed_hidden(tokens, mask) -> (T, D)``: padding is not computed.
+- ``unpadded_hidden(unpadded) -> (T, D)`` and ``longest_unpadded(device)``: the same on a GPU (`lightning_align.models.unpadded`).
 - ``make_cache(batch, length)``: decoding takes constant time per token.
 - ``blocks``: a list of layers whose outputs can be read.
 - ``documents``, an argument of the forward pass and of ``hidden``: a row can hold several documents. Each is computed as if it
@@ -47,6 +48,10 @@ class HiddenModel(nn.Module):
 
     def packed_hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """See `PaLM.packed_hidden`."""
+        raise AssertionError("only a shape for the type checker")
+
+    def unpadded_hidden(self, unpadded: Any) -> Tensor:
+        """See `PaLM.unpadded_hidden`."""
         raise AssertionError("only a shape for the type checker")
 
     def make_cache(self, batch: int, length: int) -> Any:

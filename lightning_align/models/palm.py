@@ -24,6 +24,7 @@ from lightning_align.models.attention import (
 from lightning_align.models.documents import document_mask, document_positions
 from lightning_align.models.language_model import Head
 from lightning_align.models.lora import is_adapted
+from lightning_align.models.palm_unpadded import WithoutPadding
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 
 # xPos scales a query by s^(t/b - c) and a key by the inverse. The center c cancels in the product q.k, so any constant is
@@ -144,7 +145,7 @@ class PaLMBlock(nn.Module):
         return x + attention + feed_forward
 
 
-class PaLM(nn.Module):
+class PaLM(WithoutPadding):
     """The built-in language model.
 
     It has all optional capabilities of a language model: ``hidden`` and ``head`` (log-probs in chunks), ``packed_hidden`` (no
@@ -358,21 +359,12 @@ class PaLM(nn.Module):
         attend = PackedAttention(where, [(tokens.shape[0], tokens.shape[1])])
         return self._packed(tokens.flatten().index_select(0, where), where % tokens.shape[1], attend)
 
-    def _packed(self, tokens: Tensor, positions: Tensor, attend: PackedAttention) -> Tensor:
+    def _packed(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         table = rotary(positions, self.dim_head, xpos_scale_base=self.xpos_scale_base)
         x = self.token_emb(tokens)
         for block in self.blocks:
             x = block(x, table, attend)
         return self._finish(x)
-
-    def _document_hidden(self, tokens: Tensor, documents: Tensor) -> Tensor:
-        """Compute the (B, N, D) hidden states of documents, without the padding and without pairs of different documents."""
-        where = (documents >= 0).flatten().nonzero().squeeze(-1)
-        lengths = documents.flatten().index_select(0, where).unique_consecutive(return_counts=True)[1]
-        attend = PackedAttention.of_lengths(lengths.tolist(), tokens.device)
-        positions = document_positions(documents).flatten().index_select(0, where)
-        x = self._packed(tokens.flatten().index_select(0, where), positions, attend)
-        return x.new_zeros(tokens.numel(), x.shape[-1]).index_copy(0, where, x).view(*tokens.shape, -1)
 
     def _finish(self, x: Tensor) -> Tensor:
         x = self.norm(x)

@@ -79,7 +79,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = Non
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for name in ("hidden", "packed_hidden"):
+    for name in ("hidden", "packed_hidden", "unpadded_hidden"):
         if hasattr(model, name):
             # Without this, only `forward` gathers the sharded parameters.
             register_fsdp_forward_method(model, name)

@@ -30,6 +30,7 @@ from lightning_align.models.pretrained_loading import (
     load_pretrained,
     summary,
 )
+from lightning_align.models.pretrained_unpadded import UnpaddedDecoder
 from lightning_align.models.routers import RouterRecord, find_routers
 from lightning_align.runtime.ranks import is_sharded
 
@@ -43,7 +44,7 @@ SCALES, SOFTCAPS = (
 """The configuration fields that hold a factor or divisor of the logits, and those that hold their soft cap."""
 
 
-class PretrainedLM(nn.Module):
+class PretrainedLM(UnpaddedDecoder):
     """A causal language model of transformers. The attribute ``model`` is the model of transformers itself.
 
     In nearly all models, the logits are the output layer applied to the hidden states, possibly scaled or softly capped (as in

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from lightning_align.runtime.files import publish
 from lightning_align.runtime.ranks import everyone
+from lightning_align.scoring.targets import host_counts
 from lightning_align.types import LogProbs, TokenBatch
 
 Source = Callable[[nn.Module, TokenBatch], LogProbs]
@@ -147,8 +148,7 @@ class StoredLogProbs:
                 continue
             rows = torch.tensor(missing)
             part: Any = {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
-            counts = {"num_targets": int(part["targets"][:, 1:].sum())}
-            part = {name: value.to(device, non_blocking=True) for name, value in part.items()} | counts
+            part = {name: value.to(device, non_blocking=True) for name, value in part.items()} | host_counts(part)
             self._keep([keys[row] for row in missing], self._model()(policy, part))
             done += len(missing)
         self._write()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.models.language_model import Head, has_hidden, logits_of
+from lightning_align.models.unpadded import unpadded_batch
 from lightning_align.scoring import head as tiling
 from lightning_align.scoring.products import accumulator_dtype
 from lightning_align.scoring.targets import select_targets
@@ -26,7 +27,12 @@ def response_collisions(model: nn.Module, batch: TokenBatch) -> Tensor:
     """
     rows, before, _ = select_targets(batch)
     if has_hidden(model):
-        states, head = model.hidden(batch["tokens"])[rows, before], model.head
+        unpadded = unpadded_batch(model, batch)
+        if unpadded is None:
+            states = model.hidden(batch["tokens"])[rows, before]
+        else:
+            states = model.unpadded_hidden(unpadded).index_select(0, unpadded.index(rows, before))
+        head = model.head
         collisions = _head_collisions(states, head, tiling.product_dtype(states))
     else:
         collisions = _collisions(logits_of(model, batch["tokens"])[rows, before])

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from lightning_align.models.documents import check_packing
 from lightning_align.models.language_model import HiddenModel, has_hidden, logits_of, vocabulary_size
 from lightning_align.models.routers import announce_mask
+from lightning_align.models.unpadded import unpadded_batch
 from lightning_align.scoring.grouping import length_groups, targets_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.logits import logits_logprobs
@@ -32,6 +33,11 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
     tokens, mask = batch["tokens"], batch["mask"]
     check_ids(tokens, vocabulary_size(model))
     announce_mask(model, mask)
+    unpadded = unpadded_batch(model, batch) if has_hidden(model) else None
+    if unpadded is not None:
+        hidden = model.unpadded_hidden(unpadded).index_select(0, unpadded.index(rows, before))
+        groups = batch["document_ids"][rows, before] if "document_ids" in batch else rows
+        return target_logprobs(hidden, model.head, targets), groups
     if "document_ids" in batch:
         documents = batch["document_ids"]
         return _document_logprobs(model, tokens, documents, rows, before, targets), documents[rows, before]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_align.models.unpadded import first_true
 from lightning_align.scoring.logprobs import token_logprobs
-from lightning_align.scoring.targets import first_true
 from lightning_align.types import LogProbs, TokenBatch
 
 

@@ -1,9 +1,12 @@
 """The shift by one between positions and targets: which hidden state predicts which token."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_align.models.documents import document_positions
+from lightning_align.models.unpadded import first_true
 from lightning_align.types import TokenBatch
 
 
@@ -49,18 +52,20 @@ def _places(targets: Tensor, num_targets: int | None) -> tuple[Tensor, Tensor]:
     return where // targets.shape[1], where % targets.shape[1]
 
 
-def first_true(flags: Tensor, count: int) -> Tensor:
-    """Return the indices of true elements without waiting for the device, as `nonzero` would.
+def host_counts(batch: TokenBatch) -> dict[str, Any]:
+    """Count a batch while it is on the CPU, so that no step has to ask a device.
 
     Args:
-        flags: (M,) bool.
-        count: The number of true elements.
+        batch: (B, N) tokens on the CPU.
 
     Returns:
-        (count,) int64, in ascending order.
+        ``num_targets``, ``num_tokens`` and ``lengths`` of a `TokenBatch`.
     """
-    # A stable sort keeps the order of equal elements. Not every device can sort bool.
-    return flags.logical_not().to(torch.uint8).argsort(stable=True)[:count]
+    mask, documents = batch["mask"], batch.get("document_ids")
+    lengths = mask.sum(1) if documents is None else documents[documents >= 0].bincount()
+    # The first token of a row is never predicted.
+    numbers = {"num_targets": int(batch["targets"][:, 1:].sum()), "num_tokens": int(mask[:, 1:].sum())}
+    return {**numbers, "lengths": lengths.tolist()}
 
 
 def check_ids(tokens: Tensor, vocabulary: int | None) -> None:

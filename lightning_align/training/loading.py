@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from lightning_align.scoring.targets import host_counts
+
 PINNED = ("cuda", "xpu")
 """The devices that copy from pinned memory without making the host wait."""
 
@@ -14,8 +16,8 @@ PINNED = ("cuda", "xpu")
 def for_device(trainer: L.Trainer | None, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a `DataLoader` for the device of a Trainer. On a CPU they do not change.
 
-    On other devices the batches are pinned, so that they are copied while the host goes on, and their targets are counted, so
-    that no step has to ask the device for their number.
+    On other devices the batches are pinned, so that they are copied while the host goes on, and their targets and the tokens of
+    each row are counted, so that no step has to ask the device for their numbers.
 
     Args:
         trainer: The Trainer. None stands for the CPU.
@@ -33,7 +35,7 @@ def _counted(collate: Callable[[Any], Any] | None, rows: Any) -> Any:
 
 
 def count_targets(batch: Any) -> Any:
-    """Return a batch with the numbers of targets and tokens of each `TokenBatch` in it. Tensors are not copied.
+    """Return a batch with the numbers of targets and tokens, and the lengths of the rows, of each `TokenBatch` in it. Tensors are not copied.
 
     Args:
         batch: A `TokenBatch` on the CPU, or a dictionary with such batches, or anything else, which is returned as it is.
@@ -41,7 +43,5 @@ def count_targets(batch: Any) -> Any:
     if not isinstance(batch, dict):
         return batch
     if {"tokens", "mask", "targets"} <= batch.keys():
-        # The first token of a row is never predicted.
-        numbers = {"num_targets": int(batch["targets"][:, 1:].sum()), "num_tokens": int(batch["mask"][:, 1:].sum())}
-        return {**batch, **numbers}
+        return {**batch, **host_counts(batch)}  # type: ignore[arg-type]  # it has the keys of a TokenBatch
     return {name: count_targets(value) for name, value in batch.items()}

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_align.dpo.batch import concatenate
 from lightning_align.scoring.ratios import tail_weights
 from lightning_align.scoring.sums import response_logprobs
-from lightning_align.scoring.targets import first_true, select_targets
+from lightning_align.models.unpadded import first_true
+from lightning_align.scoring.targets import select_targets
 from lightning_align.training.loading import count_targets, for_device
 from lightning_align.types import TokenBatch
 from tests.devices.cases import responses, sft
