@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_align.models.palm import rotary, rotate
+from lightning_align.models.varlen import VarlenAttention
 
 
 def even_pairs(num_augment: int, num_anchor: int, num_connections: int) -> list[tuple[int, int]]:
@@ -114,6 +115,8 @@ class Visible(NamedTuple):
     """(B, 1, N, M) bool, true at visible pairs. None means all pairs, or the lower triangle if `causal` is true."""
     causal: bool = False
     """Whether a position sees only columns up to its own. It applies only without a mask."""
+    attend: VarlenAttention | None = None
+    """The attention of rows without padding, (1, T, ...). It takes the place of `mask` and `causal`."""
     blind: Tensor | None = None
     """(B, N, 1) bool, true at positions of the anchor that see nothing. None if there are no such positions."""
 
@@ -220,8 +223,12 @@ class Connection(nn.Module):
             mask = mask | blind.unsqueeze(1)  # (B, 1, N or 1, M)
         dropout = self.attn_dropout if self.training else 0.0
         causal = visible.causal and mask is None
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        mixed = rearrange(mixed, "b h n k -> b n h k")
+        if visible.attend is not None:
+            packed = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+            mixed = visible.attend(*packed, scale=self.dim_head**-0.5, dropout=dropout)[None]
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+            mixed = rearrange(mixed, "b h n k -> b n h k")
         if self.gate is not None:
             mixed = mixed * self._gates(normed).to(mixed.dtype)
         out: Tensor = self.to_out(mixed.flatten(-2))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from lightning_align.calm.alignment import Alignment
@@ -26,6 +27,7 @@ from lightning_align.calm.readers import anchor_places, build_reader
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.recompute import recomputed_layers, recomputing
 from lightning_align.calm.spec import Augment, Inputs, Spot, augment_model
+from lightning_align.calm.unpadded import longest_unpadded, unpadded_inputs
 from lightning_align.models.building import Backbone
 from lightning_align.models.language_model import (
     Head,
@@ -35,6 +37,7 @@ from lightning_align.models.language_model import (
     logits_of,
     vocabulary_size,
 )
+from lightning_align.models.unpadded import Unpadded
 
 
 class Trace(NamedTuple):
@@ -211,6 +214,19 @@ class CALM(StoredModel):
             cache.length = past + tokens.shape[1]
         return hidden
 
+    def longest_unpadded(self, device: torch.device) -> float | None:
+        """Return the length of the longest row that `unpadded_hidden` computes, or None if it should not be used."""
+        apart = self.alignment is not None or self._given is not None or self._maps
+        return None if apart else longest_unpadded((self.anchor, *self.augments), self.readers, device)
+
+    def unpadded_hidden(self, unpadded: Unpadded, *, inputs: Inputs | None = None) -> Tensor:
+        """Compute the final hidden states (T, D) of rows without their padding. See `hidden`."""
+        attended = unpadded_inputs(self.readers, self._spots, self.connections, unpadded, inputs)
+        anchor: Any = self.anchor
+        with self._adding(attended, recompute=True):
+            hidden: Tensor = anchor.unpadded_hidden(unpadded)
+        return hidden
+
     @property
     def head(self) -> Head | None:
         """The anchor's output layer. None if the anchor has no `hidden` and `head`."""
@@ -268,12 +284,18 @@ class CALM(StoredModel):
         attended = attention_inputs(
             self.readers, self._spots, self.connections, tokens, mask=mask, positions=positions, cache=cache, inputs=inputs
         )
+        with self._adding(attended, recompute=cache is None):
+            yield
+
+    @contextmanager
+    def _adding(self, attended: list[Attended], *, recompute: bool) -> Iterator[None]:
+        """Add the connections to the anchor's residual stream inside a ``with`` block."""
 
         def adder(indices: list[int]) -> Callable[[Tensor], Tensor]:
             return lambda hidden: self._add(hidden, indices, attended)
 
         visits = {tap: adder(indices) for tap, indices in self._taps}
-        with visiting(visits), recomputing(self._recomputed if cache is None else ()):
+        with visiting(visits), recomputing(self._recomputed if recompute else ()):
             yield
         for tap, indices in self._taps:
             if tap.visits != 1:
@@ -284,7 +306,8 @@ class CALM(StoredModel):
                 )
 
     def _add(self, hidden: Tensor, indices: list[int], attended: list[Attended]) -> Tensor:
-        result = hidden
+        given = hidden
+        hidden = result = given if given.ndim > 2 else given[None]  # (T, D) without padding
         for i in indices:
             at = attended[i]
             seen = hidden if self.combine == "sum" else result
@@ -295,7 +318,7 @@ class CALM(StoredModel):
                 weights = connection.attention(seen, at.k, at.positions, at.visible) if self._maps else None
                 self._traces.append(Trace(self._spots[i].name, ratio, weights))
             result = result + added
-        return result
+        return result.view_as(given)
 
     @contextmanager
     def given(self, inputs: "Inputs | Callable[[Tensor], Inputs]") -> Iterator[None]:

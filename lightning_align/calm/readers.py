@@ -15,6 +15,7 @@ from lightning_align.calm.reading import Reader, mask_argument
 from lightning_align.calm.spec import Augment, pairs_of
 from lightning_align.calm.streams import returned_states
 from lightning_align.models.language_model import has_hidden
+from lightning_align.models.unpadded import Unpadded
 
 
 class OutputReader(Reader):
@@ -31,8 +32,17 @@ class OutputReader(Reader):
         """See `Reader`."""
         return f"{self.depths} returned"
 
-    def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[int, Tensor]:
+    def read(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Any,
+        *,
+        unpadded: Unpadded | None = None,
+    ) -> dict[int, Tensor]:
         """Run the model and return the hidden states (B, M, A) of the layers that are read. See `Reader.read`."""
+        assert unpadded is None, "without taps"
         states = run_returning(self.model, tokens, self.input_mask(tokens, mask), self.mask_kwarg)
         return {depth: states[depth - 1] for depth in self.depths}
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_align.calm.layers import Layer, Position, Tap, visiting
 from lightning_align.models.language_model import has_cache, has_hidden
+from lightning_align.models.unpadded import Unpadded
 from lightning_align.runtime.ranks import is_sharded
 
 
@@ -63,7 +64,15 @@ class Reader:
         over_states = mask is not None and self.prefix and self.mask_kwarg is None and mask.shape != tokens.shape[:2]
         return None if over_states else mask
 
-    def read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> dict[int, Tensor]:
+    def read(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Any,
+        *,
+        unpadded: Unpadded | None = None,
+    ) -> dict[int, Tensor]:
         """Run the model up to the last layer that is read.
 
         Args:
@@ -71,9 +80,11 @@ class Reader:
             mask: (B, M) bool, true at real tokens. With a cache, it also covers the cached columns. None if all are real.
             positions: (M,) or (B, M) int64, or None for the model's default.
             cache: The model's cache, extended in place, or None.
+            unpadded: The T tokens of rows without padding, for a model with ``unpadded_hidden``. They take the place of the
+                other arguments.
 
         Returns:
-            The hidden states (B, M, A) of each layer that is read, by layer number.
+            The hidden states (B, M, A) of each layer that is read, by layer number. Without padding they are (1, T, A).
 
         Raises:
             ValueError: If the model did not run one of the layers.
@@ -85,7 +96,7 @@ class Reader:
         def keep(depth: int) -> Callable[[Tensor], None]:
             def visit(hidden: Tensor) -> None:
                 # Without gradients, a model may overwrite this state in place in the next layer. So keep a copy.
-                states[depth] = hidden.detach().clone()
+                states[depth] = (hidden if hidden.ndim > 2 else hidden[None]).detach().clone()
                 if stops_early and len(states) == len(self.taps):
                     raise _StopReading
 
@@ -94,8 +105,11 @@ class Reader:
         past: int = 0 if cache is None else cache.length
         with torch.no_grad(), visiting({tap: keep(depth) for depth, tap in self.taps.items()}):
             try:
-                mask = self.input_mask(tokens, mask)
-                run_model(self.model, tokens, mask=mask, positions=positions, cache=cache, mask_kwarg=self.mask_kwarg)
+                if unpadded is not None:
+                    self.model.unpadded_hidden(unpadded)  # type: ignore[operator]
+                else:
+                    mask = self.input_mask(tokens, mask)
+                    run_model(self.model, tokens, mask=mask, positions=positions, cache=cache, mask_kwarg=self.mask_kwarg)
             except _StopReading:
                 if cache is not None:
                     cache.length = past + tokens.shape[1]

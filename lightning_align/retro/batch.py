@@ -35,6 +35,18 @@ class RetrievalBatch(TokenBatch):
     """(B, C) UTF-8 bytes of each chunk. 0 for the chunk after the window, of which only the first token is a target here."""
 
 
+def without_last(batch: RetrievalBatch) -> TokenBatch:
+    """Return the tokens that the model reads: all columns but the last, whose tokens are only targets.
+
+    Args:
+        batch: The windows.
+    """
+    read: TokenBatch = {"tokens": batch["tokens"][:, :-1], "mask": batch["mask"][:, :-1], "targets": batch["targets"][:, :-1]}
+    if "lengths" in batch:
+        read["lengths"] = [min(length, read["tokens"].shape[1]) for length in batch["lengths"]]
+    return read
+
+
 class Windows:
     """The windows of n chunks of some documents. A window never spans two documents. The last of a document may be shorter."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.language_model import Head, HiddenModel, context_length, declared_ends, has_cache, has_hidden
+from lightning_align.models.unpadded import Unpadded
 from lightning_align.retro.attention import ChunkedCrossAttention
 from lightning_align.retro.encoder import NeighborEncoder
 
@@ -272,6 +273,32 @@ class RETRO(nn.Module):
         neighbors = NeighborTokens(neighbors.tokens[:, :chunks], neighbors.mask[:, :chunks])
         with self.reading(_RowReader(self, neighbors, encodings)):
             return self.decoder.hidden(tokens)
+
+    def longest_unpadded(self, device: torch.device) -> float | None:
+        """Return the length of the longest row that `unpadded_hidden` computes, or None if it should not be used."""
+        limit: Any = getattr(self.decoder, "longest_unpadded", None)
+        length: float | None = limit(device) if callable(limit) else None
+        return length
+
+    def unpadded_hidden(
+        self, unpadded: Unpadded, *, neighbors: NeighborTokens | None = None, encodings: Tensor | None = None
+    ) -> Tensor:
+        """Compute the final hidden states (T, D) of rows without their padding. See `hidden`."""
+        decoder: Any = self.decoder
+        chunks = unpadded.shape[1] // self.chunk_size
+        if neighbors is None or not chunks:
+            hidden: Tensor = decoder.unpadded_hidden(unpadded)
+            return hidden
+        neighbors = NeighborTokens(neighbors.tokens[:, :chunks], neighbors.mask[:, :chunks])
+        read = _RowReader(self, neighbors, encodings)
+
+        def packed(index: int, x: Tensor) -> Tensor:
+            # Chunks and their neighbors are found in whole rows.
+            return unpadded.select(read(index, unpadded.padded(x.view(-1, x.shape[-1])))).view_as(x)
+
+        with self.reading(packed):
+            hidden = decoder.unpadded_hidden(unpadded)
+        return hidden
 
     def forward(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """Compute the logits (B, N, V). The arguments are those of `hidden`."""

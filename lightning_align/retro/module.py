@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.building import Backbone
 from lightning_align.models.checkpoint import read_checkpoint
+from lightning_align.models.unpadded import unpadded_batch
 from lightning_align.models.weights import load_weights, policy_state
 from lightning_align.retrieval.search import Found
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.arms import RetrievalArms
-from lightning_align.retro.batch import RetrievalBatch
+from lightning_align.retro.batch import RetrievalBatch, without_last
 from lightning_align.retro.decoding import RetrievalDecoder
 from lightning_align.retro.model import RETRO, NeighborTokens
 from lightning_align.runtime.lightning_internals import datamodule_of
@@ -130,8 +131,12 @@ class RETROModule(AlignModule):
             (T,) float32 log-probabilities, in nats.
         """
         rows, before, targets = select_targets(batch)
-        hidden = self._retro.hidden(batch["tokens"][:, :-1], neighbors=neighbors)
-        return target_logprobs(hidden[rows, before], self._retro.head, targets)
+        unpadded = unpadded_batch(self._retro, without_last(batch))
+        if unpadded is None:
+            hidden = self._retro.hidden(batch["tokens"][:, :-1], neighbors=neighbors)[rows, before]
+        else:
+            hidden = self._retro.unpadded_hidden(unpadded, neighbors=neighbors).index_select(0, unpadded.index(rows, before))
+        return target_logprobs(hidden, self._retro.head, targets)
 
     # -- training
 

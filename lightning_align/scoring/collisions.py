@@ -41,9 +41,9 @@ def response_collisions(model: nn.Module, batch: TokenBatch) -> Tensor:
 
 def _head_collisions(states: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     """Compute log sum_v p_v^2 of each of (T, D) hidden states, one tile of logits at a time."""
-    total, vocabulary = states.shape[0], head.weight.shape[0]
-    tile = tiling.tile_shape(total, vocabulary, tiling.CHUNK_BYTES)
-    with torch.autocast(states.device.type, enabled=False):
+    total, vocabulary, device = states.shape[0], head.weight.shape[0], states.device.type
+    tile = tiling.tile_shape(total, vocabulary, tiling.tile_bytes(device), device=device)
+    with torch.autocast(device, enabled=False):
         states, weight = states.to(dtype), head.weight.to(dtype)
         # The log-sum-exp of each row over each block of the vocabulary: of the logits, and of the logits times 2.
         parts = states.new_empty(2, -(-vocabulary // tile[1]), total, dtype=accumulator_dtype(dtype))
@@ -61,7 +61,7 @@ def _head_collisions(states: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
 def _collisions(logits: Tensor) -> Tensor:
     """Compute log sum_v p_v^2 of each of (T, V) logits."""
     total = logits.new_empty(logits.shape[0], dtype=accumulator_dtype(logits.dtype))
-    chunk = max(1, tiling.CHUNK_BYTES // (4 * logits.shape[1]))
+    chunk = max(1, tiling.tile_bytes(logits.device.type) // (4 * logits.shape[1]))
     for start in range(0, len(total), chunk):
         part = logits[start : start + chunk].to(total.dtype)
         total[start : start + chunk] = (2 * part).logsumexp(dim=1) - 2 * part.logsumexp(dim=1)

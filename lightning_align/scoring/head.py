@@ -20,6 +20,10 @@ from lightning_align.scoring.products import accumulator_dtype, add_product, fac
 # gradient from memory again for every few rows.
 CHUNK_BYTES = 16 * 2**20
 TILE_ROWS = 2048
+# The same on other devices, where a tile is about ten launches of kernels, and no cache is as large as the logits. Tiles are
+# square there too, because each block of rows reads and adds to the gradient of the whole weight.
+DEVICE_BYTES = 256 * 2**20
+DEVICE_ROWS = 8192
 # Probabilities of up to this many bytes are kept for the backward pass. Larger ones are computed again there.
 KEEP_BYTES = 256 * 2**20
 
@@ -169,15 +173,23 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def tile_shape(total: int, vocabulary: int, chunk_bytes: int) -> tuple[int, int]:
+def tile_bytes(device: str) -> int:
+    """Return the number of bytes of float32 logits per tile on a type of device."""
+    return CHUNK_BYTES if device == "cpu" else DEVICE_BYTES
+
+
+def tile_shape(total: int, vocabulary: int, chunk_bytes: int, *, device: str) -> tuple[int, int]:
     """Return the numbers of rows and columns of a tile of logits.
 
     Args:
         total: The number of rows of the whole matrix.
         vocabulary: Its number of columns.
         chunk_bytes: The number of bytes of float32 logits per tile.
+        device: The type of the device.
     """
-    rows = max(1, min(total, TILE_ROWS, chunk_bytes // 4))
+    # A tile that is as wide as the vocabulary has room for more rows.
+    most = TILE_ROWS if device == "cpu" else max(DEVICE_ROWS, chunk_bytes // (4 * vocabulary))
+    rows = max(1, min(total, most, chunk_bytes // 4))
     columns = max(1, chunk_bytes // (4 * rows))
     # Rows of a tile that do not start on a cache line slow the matrix product down by an eighth.
     return rows, min(vocabulary, columns - columns % 64 if columns > 64 else columns)
@@ -195,7 +207,7 @@ def head_logprobs(
     targets: Tensor,
     *,
     softcap: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Compute the log-prob of each target under ``softmax(hidden @ weight.T + bias)``.
 
@@ -208,17 +220,18 @@ def head_logprobs(
         bias: (V,) bias of the output layer, or None.
         targets: (T,) int64 token ids.
         softcap: The C in C tanh(logits / C), which caps the logits. None does not cap them.
-        chunk_bytes: The number of bytes of float32 logits per tile.
+        chunk_bytes: The number of bytes of float32 logits per tile. Default is that of the device.
 
     Returns:
         (T,) log-probs in nats, at least float32.
     """
     dtype, total, vocabulary = product_dtype(hidden), targets.shape[0], weight.shape[0]
-    tile = tile_shape(total, vocabulary, chunk_bytes)
+    device = hidden.device.type
+    tile = tile_shape(total, vocabulary, tile_bytes(device) if chunk_bytes is None else chunk_bytes, device=device)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     # With a softcap the backward pass needs the capped logits too, not only the probabilities, so nothing is kept.
     keep = wanted and softcap is None and 4 * total * vocabulary <= KEEP_BYTES
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         logps: Tensor = _HeadLogProbs.apply(  # type: ignore[no-untyped-call]
             hidden, weight, bias, targets, tile, keep, softcap, dtype
         )

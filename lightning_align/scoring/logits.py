@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_align.scoring.head import CHUNK_BYTES
+from lightning_align.scoring.head import CHUNK_BYTES, DEVICE_BYTES
 from lightning_align.scoring.products import accumulator_dtype
 
 
@@ -65,7 +65,8 @@ def logits_logprobs(logits: Tensor, rows: Tensor, before: Tensor, targets: Tenso
     Returns:
         (T,) log-probs in nats, at least float32.
     """
-    chunk = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+    size = CHUNK_BYTES if logits.device.type == "cpu" else DEVICE_BYTES
+    chunk = max(1, size // (4 * logits.shape[-1]))
     flat = rows * logits.shape[1] + before
     logps: Tensor = _LogitsLogProbs.apply(logits.flatten(0, 1), flat, targets, chunk)  # type: ignore[no-untyped-call]
     return logps

@@ -116,7 +116,8 @@ def gradient_fits(policy: nn.Module, device: torch.device) -> bool:
 
     Without a reduction after each micro-batch, each rank accumulates the gradient of all trained weights, in float32.
     """
-    if device.type != "cuda":
+    properties = getattr(getattr(torch, device.type, None), "get_device_properties", None)
+    if device.type == "cpu" or properties is None:
         return True
     needed = 4 * sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    return needed <= GRADIENT_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return needed <= GRADIENT_SHARE * properties(device).total_memory
