@@ -54,9 +54,7 @@ def unpadded_inputs(
     for index, reader in enumerate(readers):
         given = None if inputs is None else inputs[index]
         if given is not None and given.states is not None:
-            states = {
-                depth: unpadded.select(state)[None] for depth, state in zip(reader.depths, given.states, strict=True)
-            }
+            states = {depth: unpadded.select(state)[None] for depth, state in zip(reader.depths, given.states, strict=True)}
         else:
             check_context(index, reader, unpadded.shape[1])
             states = reader.read(unpadded.tokens, None, None, None, unpadded=unpadded)

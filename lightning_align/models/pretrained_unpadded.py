@@ -143,7 +143,9 @@ def _register() -> None:
             return out
         given = [name for name in UNKNOWN if options.get(name) is not None]
         if given or key.shape[-1] != value.shape[-1] or options.get("is_causal") is False:
-            raise NotImplementedError(f"attention with {', '.join(given) or 'values of another width than keys, or not causal'}")
+            raise NotImplementedError(
+                f"attention with {', '.join(given) or 'values of another width than keys, or not causal'}"
+            )
         attend = unpadded_documents.attention(query, dropout)
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))

@@ -4,10 +4,11 @@ Three kernels compute the same numbers:
 
 - ``varlen``: `torch.nn.attention.varlen.varlen_attn`, which is flash attention, on CUDA in 16 bits.
 - ``flex``: FlexAttention with a block mask of the documents, on CUDA and XPU in other dtypes.
-- ``groups``: ``scaled_dot_product_attention`` on any device. Documents of similar length are padded to one length, for attention
-  alone. It is the only one that has dropout.
+- ``groups``: ``scaled_dot_product_attention`` on any device. Documents of similar length are padded to one length, for
+  attention alone. It is the only one that has dropout.
 
-Shapes: ``R`` documents, ``T`` tokens of all documents, ``H`` heads of queries, ``G`` heads of keys and values, ``K`` head width.
+Shapes: ``R`` documents, ``T`` tokens of all documents, ``H`` heads of queries, ``G`` heads of keys and values, ``K`` width of a
+head.
 """
 
 import inspect
@@ -192,6 +193,8 @@ class VarlenAttention:
             seen = np.asarray(lengths_k) > 0
             self._chosen = to_device(np.flatnonzero(np.repeat(seen, lengths_q)), device)
             self.queries = Segments.of_lengths([q if k else 0 for q, k in zip(lengths_q, lengths_k, strict=True)], device)
+        # Kept, because a compiled graph that looked at the lengths would be compiled for each batch.
+        self._empty = not self.queries.total
         self.longest_q, self.longest_k = (_bound(part.lengths) for part in (self.queries, self.keys))
         if self.kernel == "varlen":
             self._plan = flash_function()
@@ -213,7 +216,7 @@ class VarlenAttention:
         assert not dropout or self.kernel == "groups"
         if k.ndim == 2:
             k, v = k.unsqueeze(1), v.unsqueeze(1)
-        if not self.queries.total:
+        if self._empty:
             return torch.zeros_like(q) + (q[:0].sum() + k[:0].sum() + v[:0].sum())  # DDP wants a gradient of everything
         if self._chosen is not None:
             out = self._mixed(q.index_select(0, self._chosen), k, v, scale, dropout)

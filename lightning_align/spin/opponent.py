@@ -22,6 +22,7 @@ from lightning_align.models.formats import merged_weights, transformers_weights,
 from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of
 from lightning_align.models.lora import using_lora
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.models.unpadded import Unpadded
 from lightning_align.references.frozen import move_to
 from lightning_align.references.moving import REFERENCE_SCOPE, MovingAdapters, MovingCopy
 from lightning_align.references.protocol import MovingReference
@@ -50,6 +51,8 @@ class Scoped(nn.Module):
         self.max_seq_len = context_length(model)
         if has_hidden(model):
             self.hidden = self._hidden
+            if callable(getattr(model, "unpadded_hidden", None)):
+                self.longest_unpadded, self.unpadded_hidden = model.longest_unpadded, self._unpadded_hidden
         if has_cache(model):
             self.make_cache = model.make_cache
 
@@ -63,6 +66,11 @@ class Scoped(nn.Module):
     def _hidden(self, tokens: Tensor, **options: Any) -> Tensor:
         with using_lora(self.model, *self.scopes):
             out: Tensor = self.model.hidden(tokens, **options)  # type: ignore[operator]
+            return out
+
+    def _unpadded_hidden(self, unpadded: Unpadded) -> Tensor:
+        with using_lora(self.model, *self.scopes):
+            out: Tensor = self.model.unpadded_hidden(unpadded)  # type: ignore[operator]
             return out
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -128,6 +136,8 @@ class GeometricMixture(nn.Module):
         if _unwrap(first) is not _unwrap(second) and (is_sharded(first) or is_sharded(second)):
             return
         self.hidden = self._hidden
+        if all(callable(getattr(model, "unpadded_hidden", None)) for model in (first, second)):
+            self.longest_unpadded, self.unpadded_hidden = self._longest_unpadded, self._unpadded_hidden
         if has_cache(first) and has_cache(second):
             self.make_cache = lambda batch, length: Caches(first.make_cache(batch, length), second.make_cache(batch, length))
 
@@ -145,6 +155,14 @@ class GeometricMixture(nn.Module):
         first, second = cache or (None, None)
         one: Tensor = self.first.hidden(tokens, cache=first, **options)  # type: ignore[operator]
         two: Tensor = self.second.hidden(tokens, cache=second, **options)  # type: ignore[operator]
+        return torch.cat(((1 - self.weight) * one, self.weight * two), dim=-1)
+
+    def _longest_unpadded(self, device: torch.device) -> float | None:
+        one, two = (model.longest_unpadded(device) for model in (self.first, self.second))  # type: ignore[operator]
+        return None if one is None or two is None else min(one, two)
+
+    def _unpadded_hidden(self, unpadded: Unpadded) -> Tensor:
+        one, two = (model.unpadded_hidden(unpadded) for model in (self.first, self.second))  # type: ignore[operator]
         return torch.cat(((1 - self.weight) * one, self.weight * two), dim=-1)
 
     def forward(self, tokens: Tensor) -> Tensor:

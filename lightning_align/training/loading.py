@@ -35,7 +35,7 @@ def _counted(collate: Callable[[Any], Any] | None, rows: Any) -> Any:
 
 
 def count_targets(batch: Any) -> Any:
-    """Return a batch with the numbers of targets and tokens, and the lengths of the rows, of each `TokenBatch` in it. Tensors are not copied.
+    """Return a batch with what `host_counts` counts of each `TokenBatch` in it. Tensors are not copied.
 
     Args:
         batch: A `TokenBatch` on the CPU, or a dictionary with such batches, or anything else, which is returned as it is.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_align.dpo.batch import concatenate
+from lightning_align.models.unpadded import first_true
 from lightning_align.scoring.ratios import tail_weights
 from lightning_align.scoring.sums import response_logprobs
-from lightning_align.models.unpadded import first_true
 from lightning_align.scoring.targets import select_targets
 from lightning_align.training.loading import count_targets, for_device
 from lightning_align.types import TokenBatch

@@ -15,6 +15,8 @@ from lightning_align.dpo.batch import concatenate
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_disabled, train_only
 from lightning_align.models.palm import PaLM
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.models.unpadded import Unpadded
+from lightning_align.models.varlen import Segments
 from lightning_align.scoring.losses import LOSSES
 from lightning_align.scoring.ratios import log_ratios
 from lightning_align.scoring.sums import response_logprobs
@@ -77,6 +79,54 @@ def test_layers_are_whole_graphs(name: str) -> None:
         if "LoRA" in name:
             with torch.no_grad(), lora_disabled(model):
                 model.hidden(tokens)
+    assert 0 < len(graphs) <= most.graphs
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) <= most.breaks
+
+
+@torch.library.custom_op("lightning_align_tests::varlen_attn", mutates_args=())
+def stand_in(q: Tensor, k: Tensor, starts: Tensor, longest: int) -> Tensor:
+    """An operator of one number per query, in place of flash attention, which a CPU does not have."""
+    return q * k.sum()
+
+
+@stand_in.register_fake
+def _(q: Tensor, k: Tensor, starts: Tensor, longest: int) -> Tensor:
+    return torch.empty_like(q)
+
+
+def varlen_attn(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float, window_size: tuple[int, int], enable_gqa: bool
+) -> Tensor:  # fmt: skip
+    out: Tensor = torch.ops.lightning_align_tests.varlen_attn(query, key, cu_seq_q, max_q)
+    return out
+
+
+@pytest.mark.parametrize(("name", "most"), [("PaLM", Most(2)), ("llama", Most(2))])
+def test_layers_without_padding_are_whole_graphs(name: str, most: Most, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    for module in ("palm_unpadded", "pretrained_unpadded"):
+        monkeypatch.setattr(f"lightning_align.models.{module}.choose_kernel", lambda *_, dropout: "varlen")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model: Any = LAYERS[name][0]()
+    if name == "llama":
+        monkeypatch.setattr("lightning_align.models.pretrained_unpadded.probe_documents", lambda *_: None)
+        assert model.longest_unpadded(torch.device("cpu"))
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    for block in model.blocks:
+        block.compile(backend=backend)
+    for number, width in enumerate(WIDTHS):
+        lengths = [width, width - 4, *range(3, 4 + number)]
+        tokens = torch.randint(1, VOCABULARY, (len(lengths), width))
+        mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+        with torch.no_grad():
+            model.unpadded_hidden(Unpadded.of(tokens, mask, Segments.of_lengths(lengths, tokens.device)))
     assert 0 < len(graphs) <= most.graphs
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) <= most.breaks
 

@@ -20,11 +20,12 @@ from lightning_align.models.varlen import Segments
 from lightning_align.scoring.collisions import response_collisions
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.scoring.targets import host_counts
+from lightning_align.spin.opponent import GeometricMixture, Scoped, score
 from lightning_align.types import TokenBatch
 from tests.devices.pretended import GPU, PretendedGPU
 from tests.models.test_documents import packed_and_alone
 from tests.models.test_varlen import reference_varlen_attn
-from tests.toys import Plain, preference_batch, tiny_palm, token_batch
+from tests.toys import VOCABULARY, Plain, preference_batch, tiny_palm, token_batch
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -121,6 +122,23 @@ def test_adapters_and_their_reference_equal_their_padded_rows(kernel: str) -> No
             found = response_logprobs(model, BATCH).sums
     assert seen
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_opponents_equal_their_padded_rows() -> None:
+    model, other = tiny_palm(dtype=torch.float64), tiny_palm(dtype=torch.float64, seed=3)
+    add_lora(model, LoRAConfig(rank=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    model.double()
+    for opponent in (Scoped(model), GeometricMixture(model, Scoped(model), 0.3), GeometricMixture(model, other, 0.3)):
+        expected = score(opponent, BATCH)
+        with as_on_a_device("varlen") as seen:
+            found = score(opponent, BATCH)
+        assert seen
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert not has_unpadded(GeometricMixture(model, pretrained("mamba", state_size=4, vocab_size=VOCABULARY), 0.3), CPU, 9)
 
 
 @pytest.mark.parametrize("kernel", ["groups", "varlen"])
