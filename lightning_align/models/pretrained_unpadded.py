@@ -66,7 +66,11 @@ class UnpaddedDecoder(nn.Module):
         tokens, positions = unpadded.tokens[None], unpadded.positions[None]
         # A mask of four dimensions is not looked at. Without one, transformers would look for documents in the positions.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
-        documents = _Documents(unpadded.segments)
+        text = self.model.config.get_text_config(decoder=True)
+        dim_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        dropout = self.training and float(getattr(text, "attention_dropout", 0.0) or 0.0) > 0
+        dtype = attention_dtype(next(self.parameters()))
+        documents = _Documents(unpadded.segments, dtype=dtype, dim_head=dim_head, dropout=dropout)
         out = model.decoder(
             input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False, unpadded_documents=documents
         )
@@ -105,19 +109,28 @@ class UnpaddedDecoder(nn.Module):
 
 
 class _Documents:
-    """The documents of one forward pass, and the attention of its layers, which those of one width and dropout share."""
+    """The documents of one forward pass, and their attention, which layers share."""
 
-    def __init__(self, segments: Segments) -> None:
-        self.segments = segments
-        self._attention: dict[tuple[torch.dtype, int, bool], VarlenAttention] = {}
+    def __init__(self, segments: Segments, *, dtype: torch.dtype, dim_head: int, dropout: bool) -> None:
+        """Prepare the attention before the layers run, because they may be compiled.
+
+        Args:
+            segments: The documents.
+            dtype: The dtype of queries that the layers are expected to have.
+            dim_head: The width of their heads.
+            dropout: Whether they have dropout.
+        """
+        self.segments, self.expected = segments, (dtype, dim_head, dropout)
+        self.shared = self._make(*self.expected)
+
+    def _make(self, dtype: torch.dtype, dim_head: int, dropout: bool) -> VarlenAttention:
+        kernel = choose_kernel(self.segments.starts.device, dtype, dim_head, dropout=float(dropout))
+        return VarlenAttention(self.segments, self.segments, True, kernel)
 
     def attention(self, like: Tensor, dropout: float) -> VarlenAttention:
-        dtype = attention_dtype(like) if like.dtype is torch.float32 else like.dtype
-        key = dtype, like.shape[-1], dropout > 0
-        if key not in self._attention:
-            kernel = choose_kernel(like.device, dtype, like.shape[-1], dropout=dropout)
-            self._attention[key] = VarlenAttention(self.segments, self.segments, True, kernel)
-        return self._attention[key]
+        """Return the attention for queries like given ones (..., K)."""
+        kind = attention_dtype(like) if like.dtype is torch.float32 else like.dtype, like.shape[-1], dropout > 0
+        return self.shared if kind == self.expected else self._make(*kind)
 
 
 def _register() -> None:

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_align.models.palm import LayerNorm, rotary, rotate
+from lightning_align.models.varlen import VarlenAttention
 
 
 def reading_positions(x_BND: Tensor, num_chunks: int, chunk_size: int) -> Tensor:
@@ -121,6 +122,25 @@ class CrossAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed, dropout_p=dropout)
         mixed = rearrange(mixed, "g 1 (n h) k -> g n (h k)", h=self.heads)
         read: Tensor = self.out(mixed.masked_fill(~seen[:, None, None], 0))
+        return read
+
+    def packed(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor, attend: VarlenAttention) -> Tensor:
+        """Attend to the other sequence without padding. The residual is not added.
+
+        Args:
+            x: (T, D) inputs of the queries.
+            positions: (T,) int64 positions of the queries.
+            keys: (S, K) keys from `keys_values`.
+            values: (S, K) values from `keys_values`.
+            attend: Which keys each query sees.
+
+        Returns:
+            (T, D) outputs. They are 0 for queries that see nothing.
+        """
+        table = rotary(positions, self.dim_head, xpos_scale_base=None)
+        q = rotate(rearrange(self.to_q(self.norm(x)), "t (h k) -> t h k", h=self.heads), table.q_cos, table.q_sin)
+        dropout = self.dropout if self.training else 0.0
+        read: Tensor = self.out(attend(q, keys, values, scale=self.dim_head**-0.5, dropout=dropout).flatten(-2))
         return read
 
 

@@ -244,4 +244,5 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         """Gather the tokens of neighbors (B, U, J). `exists` (B, U) is false for chunks that are not in the window."""
         present = mask & exists[..., None]
         tokens = self.database.gather(np.where(present, ids, 0), 2 * self.table.chunk_size)
-        return NeighborTokens(torch.from_numpy(tokens.ids), torch.from_numpy(tokens.mask & present[..., None]))
+        found = tokens.mask & present[..., None]
+        return NeighborTokens(torch.from_numpy(tokens.ids), torch.from_numpy(found), found.sum(-1))

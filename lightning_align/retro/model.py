@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_align.models.building import backbone_spec, build_backbone
@@ -16,6 +17,7 @@ from lightning_align.models.language_model import Head, HiddenModel, context_len
 from lightning_align.models.unpadded import Unpadded
 from lightning_align.retro.attention import ChunkedCrossAttention
 from lightning_align.retro.encoder import NeighborEncoder
+from lightning_align.retro.unpadded import UnpaddedReader
 
 Read = Callable[[int, Tensor], Tensor]
 """Compute what a cross-attention layer adds: (index of the cross-attention, layer input (B, N, D)) -> (B, N, D)."""
@@ -31,6 +33,9 @@ class NeighborTokens(NamedTuple):
     """(..., J, R) int64 token ids."""
     mask: Tensor
     """(..., J, R) bool, true at real tokens. All false for a neighbor that does not exist."""
+    lengths: NDArray[Any] | None = None
+    """(..., J) number of real tokens of each neighbor, on the host, if they come before its padding. With it, neighbors on a GPU
+    are read without their padding."""
 
     def first(self, count: int) -> "NeighborTokens":
         """Keep the nearest ``count`` neighbors of each chunk.
@@ -46,7 +51,8 @@ class NeighborTokens(NamedTuple):
         """
         kept = max(count, 1)
         mask = self.mask[..., :kept, :]
-        return NeighborTokens(self.tokens[..., :kept, :], mask if count else torch.zeros_like(mask))
+        lengths = None if self.lengths is None else self.lengths[..., :kept] * (count > 0)
+        return NeighborTokens(self.tokens[..., :kept, :], mask if count else torch.zeros_like(mask), lengths)
 
 
 class RETRO(nn.Module):
@@ -288,6 +294,12 @@ class RETRO(nn.Module):
         chunks = unpadded.shape[1] // self.chunk_size
         if neighbors is None or not chunks:
             hidden: Tensor = decoder.unpadded_hidden(unpadded)
+            return hidden
+        if neighbors.lengths is not None:
+            lengths = neighbors.lengths[:, :chunks]
+            neighbors = NeighborTokens(neighbors.tokens[:, :chunks], neighbors.mask[:, :chunks], lengths)
+            with self.reading(UnpaddedReader(self, unpadded, neighbors, encodings)):
+                hidden = decoder.unpadded_hidden(unpadded)
             return hidden
         neighbors = NeighborTokens(neighbors.tokens[:, :chunks], neighbors.mask[:, :chunks])
         read = _RowReader(self, neighbors, encodings)

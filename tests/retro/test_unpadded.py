@@ -21,17 +21,24 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("decoder", ["palm", "llama"])
 @pytest.mark.parametrize("lengths", [[17, 9, 3, 12], [3, 2]])
 @pytest.mark.parametrize("conditioned", [True, False])
-def test_windows_equal_their_padded_rows(kernel: str, decoder: str, lengths: list[int], conditioned: bool) -> None:
+@pytest.mark.parametrize(("counted", "count"), [(True, 2), (True, 0), (False, 2)])
+def test_windows_equal_their_padded_rows(
+    kernel: str, decoder: str, lengths: list[int], conditioned: bool, counted: bool, count: int
+) -> None:
     torch.manual_seed(0)
     given = {"decoder": PretrainedLM(config=LLAMA)} if decoder == "llama" else {}
     model = tiny_retro(dtype=torch.float64, conditioned=conditioned, **given)
     tokens, neighbors = tokens_and_neighbors(len(lengths), max(lengths))
+    if counted:
+        neighbors = neighbors._replace(lengths=neighbors.mask.sum(-1).numpy())
+    neighbors = neighbors.first(count)
     mask = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
     results = []
     choose = lambda *_, dropout: kernel  # noqa: E731
     with (
         mock.patch("lightning_align.models.palm_unpadded.choose_kernel", choose),
         mock.patch("lightning_align.models.pretrained_unpadded.choose_kernel", choose),
+        mock.patch("lightning_align.retro.unpadded.choose_kernel", choose),
         mock.patch("torch.nn.attention.varlen.varlen_attn", reference_varlen_attn),
     ):
         assert model.longest_unpadded(CPU) is not None
