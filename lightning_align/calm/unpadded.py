@@ -29,8 +29,9 @@ def longest_unpadded(models: Sequence[nn.Module], readers: Sequence[Reader], dev
         return None
     limits: list[Any] = [getattr(model, "longest_unpadded", None) for model in models]
     # All are asked, because a model may find it out in a forward pass.
-    lengths = [limit(device) if callable(limit) else None for limit in limits]
-    return None if None in lengths else min(lengths)
+    lengths: list[float | None] = [limit(device) if callable(limit) else None for limit in limits]
+    known = [length for length in lengths if length is not None]
+    return min(known) if len(known) == len(lengths) else None
 
 
 def unpadded_inputs(

@@ -51,7 +51,7 @@ class HiddenModel(nn.Module):
         """See `PaLM.packed_hidden`."""
         raise AssertionError("only a shape for the type checker")
 
-    def unpadded_hidden(self, unpadded: Any) -> Tensor:
+    def unpadded_hidden(self, unpadded: Any, **kwargs: Any) -> Tensor:
         """See `PaLM.unpadded_hidden`."""
         raise AssertionError("only a shape for the type checker")
 

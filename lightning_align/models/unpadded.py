@@ -53,7 +53,8 @@ class Unpadded:
     def padded(self, x: Tensor) -> Tensor:
         """Return values in their rows, with zeros as padding: (T, ...) -> (B, N, ...)."""
         rows, columns = self.shape
-        return x.new_zeros(rows * columns, *x.shape[1:]).index_copy(0, self.where, x).unflatten(0, self.shape)
+        flat = x.new_zeros(rows * columns, *x.shape[1:]).index_copy(0, self.where, x)
+        return flat.view(rows, columns, *x.shape[1:])
 
     def index(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the index among the T tokens of given rows and columns, (M,) each, which must not be padding."""

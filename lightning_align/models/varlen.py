@@ -355,7 +355,7 @@ def _places(
         for i in documents:
             starts[i] = size
             size += shape[column]
-    for i in np.flatnonzero(starts < 0):
+    for i in np.flatnonzero(starts < 0).tolist():
         starts[i] = size
         size += int(counts[i])
     shifts = starts - (counts.cumsum() - counts)

@@ -1,6 +1,6 @@
 """The dataset of RETRO: windows of documents with the neighbors of their chunks, and control neighbors for evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NotRequired
 
 import numpy as np
@@ -25,6 +25,8 @@ class RetrievalBatch(TokenBatch):
 
     neighbors: NeighborTokens
     """(B, U, J, R) neighbors of each chunk of the window."""
+    neighbor_lengths: NotRequired[Ints]
+    """(B, U, J) number of real tokens of each neighbor, on the host. With it, they are read on a GPU without their padding."""
     controls: NotRequired[dict[str, NeighborTokens]]
     """Control neighbors: ``random`` (random chunks of the database) and ``shuffled`` (the neighbors of another chunk)."""
     documents: NotRequired[Tensor]
@@ -45,6 +47,17 @@ def without_last(batch: RetrievalBatch) -> TokenBatch:
     if "lengths" in batch:
         read["lengths"] = [min(length, read["tokens"].shape[1]) for length in batch["lengths"]]
     return read
+
+
+def count_neighbors(collate: Callable[[Any], Any], batch: Any) -> Any:
+    """Add the numbers of tokens of the neighbors to a batch on the CPU.
+
+    Args:
+        collate: What is done with the batch before.
+        batch: A `RetrievalBatch`.
+    """
+    batch = collate(batch)
+    return {**batch, "neighbor_lengths": batch["neighbors"].mask.sum(-1).numpy()}
 
 
 class Windows:
@@ -244,5 +257,4 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         """Gather the tokens of neighbors (B, U, J). `exists` (B, U) is false for chunks that are not in the window."""
         present = mask & exists[..., None]
         tokens = self.database.gather(np.where(present, ids, 0), 2 * self.table.chunk_size)
-        found = tokens.mask & present[..., None]
-        return NeighborTokens(torch.from_numpy(tokens.ids), torch.from_numpy(found), found.sum(-1))
+        return NeighborTokens(torch.from_numpy(tokens.ids), torch.from_numpy(tokens.mask & present[..., None]))

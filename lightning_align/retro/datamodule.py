@@ -1,6 +1,7 @@
 """The data module of RETRO: windows of documents with their neighbors in a retrieval database."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import LMEncoder
 from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
-from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows
+from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows, count_neighbors
 from lightning_align.runtime.lightning_internals import overfits
 from lightning_align.training.loading import for_device
 from lightning_align.types import PromptBatch
@@ -288,6 +289,8 @@ class RETRODataModule(L.LightningDataModule):
         # The sampler yields whole batches. The Trainer would replace it if it were passed as the batch sampler.
         workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         options = for_device(self.trainer, {"batch_size": None, **workers})
+        if "collate_fn" in options:
+            options["collate_fn"] = partial(count_neighbors, options["collate_fn"])
         if self._overfits:
             # The Trainer then takes the first batches of a plain sampler and distributes them over the ranks itself.
             rows.batches = list(sampler)

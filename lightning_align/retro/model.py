@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
@@ -33,9 +34,6 @@ class NeighborTokens(NamedTuple):
     """(..., J, R) int64 token ids."""
     mask: Tensor
     """(..., J, R) bool, true at real tokens. All false for a neighbor that does not exist."""
-    lengths: NDArray[Any] | None = None
-    """(..., J) number of real tokens of each neighbor, on the host, if they come before its padding. With it, neighbors on a GPU
-    are read without their padding."""
 
     def first(self, count: int) -> "NeighborTokens":
         """Keep the nearest ``count`` neighbors of each chunk.
@@ -51,8 +49,7 @@ class NeighborTokens(NamedTuple):
         """
         kept = max(count, 1)
         mask = self.mask[..., :kept, :]
-        lengths = None if self.lengths is None else self.lengths[..., :kept] * (count > 0)
-        return NeighborTokens(self.tokens[..., :kept, :], mask if count else torch.zeros_like(mask), lengths)
+        return NeighborTokens(self.tokens[..., :kept, :], mask if count else torch.zeros_like(mask))
 
 
 class RETRO(nn.Module):
@@ -287,21 +284,32 @@ class RETRO(nn.Module):
         return length
 
     def unpadded_hidden(
-        self, unpadded: Unpadded, *, neighbors: NeighborTokens | None = None, encodings: Tensor | None = None
+        self,
+        unpadded: Unpadded,
+        *,
+        neighbors: NeighborTokens | None = None,
+        encodings: Tensor | None = None,
+        lengths: NDArray[np.int64] | None = None,
     ) -> Tensor:
-        """Compute the final hidden states (T, D) of rows without their padding. See `hidden`."""
+        """Compute the final hidden states (T, D) of rows without their padding. See `hidden`.
+
+        Args:
+            unpadded: The tokens of the rows.
+            neighbors: (B, U, J, R) neighbors of the first U chunks of each row.
+            encodings: (B, U, J, R, E) stored encodings of those neighbors.
+            lengths: (B, U, J) number of real tokens of each neighbor, on the host, if they come before its padding. The
+                neighbors are then read without their padding too.
+        """
         decoder: Any = self.decoder
         chunks = unpadded.shape[1] // self.chunk_size
         if neighbors is None or not chunks:
             hidden: Tensor = decoder.unpadded_hidden(unpadded)
             return hidden
-        if neighbors.lengths is not None:
-            lengths = neighbors.lengths[:, :chunks]
-            neighbors = NeighborTokens(neighbors.tokens[:, :chunks], neighbors.mask[:, :chunks], lengths)
-            with self.reading(UnpaddedReader(self, unpadded, neighbors, encodings)):
+        neighbors = NeighborTokens(neighbors.tokens[:, :chunks], neighbors.mask[:, :chunks])
+        if lengths is not None:
+            with self.reading(UnpaddedReader(self, unpadded, neighbors, lengths[:, :chunks], encodings)):
                 hidden = decoder.unpadded_hidden(unpadded)
             return hidden
-        neighbors = NeighborTokens(neighbors.tokens[:, :chunks], neighbors.mask[:, :chunks])
         read = _RowReader(self, neighbors, encodings)
 
         def packed(index: int, x: Tensor) -> Tensor:

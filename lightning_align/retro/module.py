@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_align.generation.sampler import GenerationConfig, generate
@@ -120,12 +122,15 @@ class RETROModule(AlignModule):
     def _retro(self) -> RETRO:
         return cast(RETRO, self.policy)
 
-    def logprobs(self, batch: RetrievalBatch, neighbors: NeighborTokens | None) -> Tensor:
+    def logprobs(
+        self, batch: RetrievalBatch, neighbors: NeighborTokens | None, lengths: NDArray[np.int64] | None = None
+    ) -> Tensor:
         """Compute the log-probability of each target, row by row.
 
         Args:
             batch: The windows. Their last token is only a target.
             neighbors: (B, U, J, R) neighbors of their chunks. None runs the decoder alone.
+            lengths: (B, U, J) number of real tokens of each neighbor, if it is known on the host.
 
         Returns:
             (T,) float32 log-probabilities, in nats.
@@ -135,7 +140,8 @@ class RETROModule(AlignModule):
         if unpadded is None:
             hidden = self._retro.hidden(batch["tokens"][:, :-1], neighbors=neighbors)[rows, before]
         else:
-            hidden = self._retro.unpadded_hidden(unpadded, neighbors=neighbors).index_select(0, unpadded.index(rows, before))
+            hidden = self._retro.unpadded_hidden(unpadded, neighbors=neighbors, lengths=lengths)
+            hidden = hidden.index_select(0, unpadded.index(rows, before))
         return target_logprobs(hidden, self._retro.head, targets)
 
     # -- training
@@ -147,7 +153,9 @@ class RETROModule(AlignModule):
         """
         neighbors = self._read(batch["neighbors"], self.num_neighbors)
         k = self._draw(neighbors.tokens.shape[2], batch_idx // self.trainer.accumulate_grad_batches)
-        loss, count = -self.logprobs(batch, neighbors.first(k)).sum(), batch["targets"].sum()
+        lengths = batch.get("neighbor_lengths")
+        lengths = None if lengths is None else lengths[..., : max(k, 1)] * (k > 0)
+        loss, count = -self.logprobs(batch, neighbors.first(k), lengths).sum(), batch["targets"].sum()
         self.count_tokens(batch)
         self.log_training({"loss": loss.detach() / count.clamp(min=1)}, progress_bar="loss", batch_size=len(batch["tokens"]))
         return self.weighted(loss, count)

@@ -22,21 +22,23 @@ from lightning_align.retro.encoder import NeighborEncoder
 class UnpaddedReader:
     """A `Read` for packed tokens (T, D). It encodes the neighbors once, at the first cross-attention."""
 
-    def __init__(self, model: Any, unpadded: Unpadded, neighbors: Any, encodings: Tensor | None) -> None:
+    def __init__(
+        self, model: Any, unpadded: Unpadded, neighbors: Any, lengths: NDArray[np.int64], encodings: Tensor | None
+    ) -> None:
         """Find out on the host which tokens read which neighbors.
 
         Args:
             model: The `RETRO` model.
             unpadded: The tokens of the decoder.
-            neighbors: (B, U, J, R) `NeighborTokens`, neighbors of the first U chunks of each row, with their lengths.
+            neighbors: (B, U, J, R) `NeighborTokens`, neighbors of the first U chunks of each row.
+            lengths: (B, U, J) number of real tokens of each neighbor.
             encodings: (B, U, J, R, E) stored encodings, or None to compute them.
         """
-        assert neighbors.lengths is not None
         self.model, device, size = model, unpadded.tokens.device, model.chunk_size
         rows = np.asarray(unpadded.segments.lengths)
         num_chunks = neighbors.tokens.shape[1]
         complete = (np.arange(num_chunks) + 1) * size <= rows[:, None]
-        lengths = np.where(complete[..., None], neighbors.lengths, 0)
+        lengths = np.where(complete[..., None], lengths, 0)
         mask = neighbors.mask & to_device(complete, device)[..., None, None]
         self.neighbors = Unpadded.of(
             neighbors.tokens.flatten(0, 2), mask.flatten(0, 2), Segments.of_lengths(lengths.ravel().tolist(), device)
@@ -62,7 +64,7 @@ class UnpaddedReader:
             self.encoded = self._encode(self.model.encoder, chunk)
         cross: Any = self.model.cross[index]
         keys, values = cross.keys_values(self.encoded, self.neighbors.positions)
-        read = cross.packed(flat.index_select(0, self.reading), self.places, keys, values, self.attend)
+        read: Tensor = cross.packed(flat.index_select(0, self.reading), self.places, keys, values, self.attend)
         return read.new_zeros(flat.shape).index_copy(0, self.reading, read).view_as(x)
 
     def _encode(self, encoder: NeighborEncoder, chunk: Tensor | None) -> Tensor:

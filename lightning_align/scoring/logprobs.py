@@ -33,8 +33,7 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
     tokens, mask = batch["tokens"], batch["mask"]
     check_ids(tokens, vocabulary_size(model))
     announce_mask(model, mask)
-    unpadded = unpadded_batch(model, batch) if has_hidden(model) else None
-    if unpadded is not None:
+    if has_hidden(model) and (unpadded := unpadded_batch(model, batch)) is not None:
         hidden = model.unpadded_hidden(unpadded).index_select(0, unpadded.index(rows, before))
         groups = batch["document_ids"][rows, before] if "document_ids" in batch else rows
         return target_logprobs(hidden, model.head, targets), groups

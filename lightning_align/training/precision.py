@@ -120,4 +120,4 @@ def gradient_fits(policy: nn.Module, device: torch.device) -> bool:
     if device.type == "cpu" or properties is None:
         return True
     needed = 4 * sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    return needed <= GRADIENT_SHARE * properties(device).total_memory
+    return needed <= GRADIENT_SHARE * int(properties(device).total_memory)

@@ -13,6 +13,7 @@ from lightning_align.models import varlen
 from lightning_align.models.varlen import Segments, VarlenAttention, choose_kernel, varlen_attention
 
 CPU = torch.device("cpu")
+COMPILED = varlen._compiled_flex
 SELF = [([5, 1, 9, 6, 9], True), ([5, 1, 9, 6, 9], False), ([0, 3, 0, 7], True), ([4], True), ([150, 131, 3], True)]
 CASES = [(lengths, lengths, causal) for lengths, causal in SELF]
 CASES += [([3, 4, 0, 2, 5], [6, 0, 2, 1, 9], False), ([1, 1], [130, 2], False), ([2, 3], [0, 0], False)]
@@ -91,7 +92,7 @@ def inputs(lengths_q: list[int], lengths_k: list[int], heads: tuple[int, int], *
 
 def values_and_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
     out = function(*tensors)
-    weight = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).cos()
+    weight = torch.arange(out.numel(), dtype=torch.float64).view(out.shape).cos().to(out)
     loss = (out * weight).sum() + 0 * sum(x.sum() for x in tensors)
     return [out, *torch.autograd.grad(loss, tensors)]
 
@@ -228,3 +229,22 @@ def test_dropout_is_on_average_no_change() -> None:
 def test_documents_that_do_not_fit_are_refused(keys: list[int], causal: bool) -> None:
     with pytest.raises(ValueError, match="`keys` must have as many documents as `queries`, 2"):
         VarlenAttention(Segments.of_lengths([3, 2], CPU), Segments.of_lengths(keys, CPU), causal, "groups")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), [("varlen", torch.bfloat16, 0.03), ("flex", torch.float32, 1e-3)])
+@pytest.mark.parametrize(("lengths_q", "lengths_k", "causal"), [([150, 0, 131, 3], [150, 0, 131, 3], True), *CASES[5:7]])
+def test_kernels_of_a_gpu(
+    kernel: Any, dtype: torch.dtype, tolerance: float, lengths_q: list[int], lengths_k: list[int], causal: bool
+) -> None:
+    device = torch.device("cuda")
+    tensors = [x.detach().to(device, dtype).requires_grad_() for x in inputs(lengths_q, lengths_k, (4, 2), width=16)]
+    exact = [x.detach().cpu().double().requires_grad_() for x in tensors]
+    queries = Segments.of_lengths(lengths_q, device)
+    keys = queries if causal else Segments.of_lengths(lengths_k, device)
+    expected = values_and_gradients(lambda q, k, v: slow(q, k, v, lengths_q, lengths_k, causal, 0.3), exact)
+    attend = VarlenAttention(queries, keys, causal, kernel)
+    with mock.patch.object(varlen, "_compiled_flex", COMPILED):
+        found = values_and_gradients(lambda q, k, v: attend(q, k, v, scale=0.3, dropout=0.0), tensors)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other.cpu().double(), one, rtol=tolerance, atol=tolerance)

@@ -29,9 +29,8 @@ def test_windows_equal_their_padded_rows(
     given = {"decoder": PretrainedLM(config=LLAMA)} if decoder == "llama" else {}
     model = tiny_retro(dtype=torch.float64, conditioned=conditioned, **given)
     tokens, neighbors = tokens_and_neighbors(len(lengths), max(lengths))
-    if counted:
-        neighbors = neighbors._replace(lengths=neighbors.mask.sum(-1).numpy())
     neighbors = neighbors.first(count)
+    counts = neighbors.mask.sum(-1).numpy() if counted else None
     mask = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
     results = []
     choose = lambda *_, dropout: kernel  # noqa: E731
@@ -46,7 +45,7 @@ def test_windows_equal_their_padded_rows(
         for packed in (False, True):
             model.zero_grad()
             if packed:
-                hidden = model.unpadded_hidden(unpadded, neighbors=neighbors)
+                hidden = model.unpadded_hidden(unpadded, neighbors=neighbors, lengths=counts)
             else:
                 hidden = unpadded.select(model.hidden(tokens, neighbors=neighbors))
             (hidden * torch.arange(hidden.numel(), dtype=hidden.dtype).view_as(hidden).cos()).sum().backward()
