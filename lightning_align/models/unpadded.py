@@ -75,7 +75,7 @@ def unpadded_batch(model: nn.Module, batch: TokenBatch) -> Unpadded | None:
     """
     tokens, lengths = batch["tokens"], batch.get("lengths")
     # First, because a model may have to find it out in a forward pass, in which all ranks of a sharded model take part.
-    if tokens.device.type == "cpu" or lengths is None or not has_unpadded(model, tokens.device, max(lengths)):
+    if tokens.device.type == "cpu" or lengths is None or not has_unpadded(model, tokens.device, max(lengths, default=0)):
         return None
     if "document_ids" not in batch and sum(lengths) == tokens.numel():
         return None

@@ -94,7 +94,8 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, dim_head: int, *, dr
 def _works(kernel: Kernel, device: torch.device, dtype: torch.dtype, dim_head: int) -> bool:
     """Find out by a small call, with gradients, whether this torch has a kernel for a device."""
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        # The first call may come from a validation, which has no gradients.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             x = torch.zeros(3, 1, dim_head, device=device, dtype=dtype, requires_grad=True)
             documents = Segments.of_lengths([1, 2], device)
             attend = VarlenAttention(documents, documents, causal=True, kernel=kernel)
