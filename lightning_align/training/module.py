@@ -16,6 +16,7 @@ from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
 from lightning_align.models.composed import prepare_frozen
+from lightning_align.models.deferred import is_deferred
 from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
@@ -138,7 +139,8 @@ class AlignModule(PrecisionHooks):
         """Build the policy, once."""
         if self.policy is not None:
             return
-        policy = self.build_policy()
+        policy = self.build_for_sharding(self.build_policy)
+        deferred = is_deferred(policy)
         if prepare_frozen(policy, sharded=self.is_sharded):
             warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")  # they always are
         self.source.add_adapters(policy)
@@ -146,6 +148,8 @@ class AlignModule(PrecisionHooks):
         self.configure_reference(policy)
         if self.is_sharded:
             self.shard_policy(policy)
+            if deferred:
+                self.check_sharded(policy)
             # A checkpoint of adapters lacks the base model. `on_load_checkpoint` comes too late to add it under a sharded
             # strategy.
             self.strict_loading = self.lora is None
