@@ -82,6 +82,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = Non
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.gather_policy = policy  # type: ignore[assignment]  # no module
     for name in ("hidden", "packed_hidden"):
         if hasattr(model, name):
             # Without this, only `forward` gathers the sharded parameters.

@@ -96,9 +96,10 @@ class SPINModule(AlignModule):
                 opponent scores them. Default is `per_iteration`.
             monitor_kl: Whether to log the KL divergence of each iteration from the base. This keeps a copy of the base, unless
                 only adapters train. Default is false.
-            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout` and `router_aux_loss_coef` of
-                `AlignModule`. With `lora`, an opponent that must be kept is a second set of adapters on the same backbone. The
-                schedule restarts with each iteration. `generation` is also how the opponent responds.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout`, `router_aux_loss_coef` and
+                `activation_checkpointing` of `AlignModule`. With `lora`, an opponent that must be kept is a second set of
+                adapters on the same backbone. The schedule restarts with each iteration. `generation` is also how the opponent
+                responds.
 
         Raises:
             ValueError: If an argument is out of range.

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
+from lightning_align.models.activations import Checkpointing
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
 from lightning_align.models.composed import prepare_frozen
 from lightning_align.models.deferred import is_deferred
@@ -72,6 +73,7 @@ class AlignModule(PrecisionHooks):
         generation: GenerationConfig | None = None,
         dropout: bool | None = None,
         router_aux_loss_coef: float | None = None,
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         """Describe the run. The policy is built in ``configure_model``.
 
@@ -88,11 +90,13 @@ class AlignModule(PrecisionHooks):
             dropout: Whether to train with dropout. Default is false for DPO and SPIN, so that policy and reference score alike.
             router_aux_loss_coef: The weight of the load-balancing loss of expert routers, per micro-batch. Default is the one
                 of the configuration if that sets `output_router_logits`.
+            activation_checkpointing: Whether the backward pass computes the layers again, which saves memory and takes a third
+                more time. With `offload`, the inputs of the layers also wait in the memory of the host.
 
         Raises:
             ValueError: If there is neither a backbone nor a checkpoint, or the coefficient is negative.
         """
-        super().__init__()
+        super().__init__(activation_checkpointing)
         if isinstance(lora, Mapping):
             lora = LoRAConfig(**lora)
         if isinstance(generation, Mapping):
@@ -336,6 +340,7 @@ class AlignModule(PrecisionHooks):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Restore the mode of the policy, log the throughput, and save the checkpoint that a requeue signal has asked for."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
         self.dropout.end()
         self.clock.end_batch(self.trainer)
         step, every = self.trainer.global_step, log_interval(self.trainer)

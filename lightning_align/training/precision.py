@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_align.models.activations import ActivationSwitch, Checkpointing
 from lightning_align.models.causality import check_causal
 from lightning_align.models.deferred import build_deferred, fill, is_deferred, recipes_kept
 from lightning_align.models.head_probe import probe_head
@@ -32,9 +33,10 @@ class PrecisionHooks(L.LightningModule):
 
     policy: nn.Module
 
-    def __init__(self) -> None:
+    def __init__(self, activation_checkpointing: Checkpointing = False) -> None:
         """Start without a Trainer."""
         super().__init__()
+        self.activations = ActivationSwitch(activation_checkpointing)
         self.masters = MasterWeights()
         self._scale_is_set = False
         self._syncs_once = False
@@ -44,6 +46,7 @@ class PrecisionHooks(L.LightningModule):
 
         ``bf16-true`` would round stored log-probs, which are sums of hundreds of nats, to 8 bits.
         """
+        self.activations.end()  # an earlier run may have ended with an error in the middle of a step
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, HalfPrecision):
             plugin.convert_input = lambda data: data  # type: ignore[method-assign]
@@ -129,9 +132,14 @@ class PrecisionHooks(L.LightningModule):
             self._syncs_once = everyone(gradient_fits(self.policy, self.device), self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Reduce the gradients of a sharded policy only after the last micro-batch of an optimizer batch."""
+        """Checkpoint activations, and reduce the gradients of a sharded policy only after the last micro-batch of a batch."""
+        self.activations.start(self.policy)
         if self._syncs_once and isinstance(self.policy, FSDPModule):
             self.policy.set_requires_gradient_sync(not accumulates(self.trainer))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End the checkpointing of activations."""
+        self.activations.end()
 
     def fit_scale(self, count: Tensor | int) -> None:
         """Lower the first loss scale of ``16-mixed`` by the count that a summed loss is larger than its mean.
