@@ -52,8 +52,9 @@ def recomputed_layers(
     sites = {site.module for layer in layers for site in (layer.before, layer.after)}
     if not found or any(inner in sites for module in found for inner in module.modules() if inner is not module):
         raise ValueError(
-            f"`activation_checkpointing` and `gradient_checkpointing` must be false for these layers of the {type(model).__name__}, because they contain each "
-            "other or are not modules of their own. Name other layers with `anchor_layers`."
+            "`activation_checkpointing` and `gradient_checkpointing` must be false for these layers of the "
+            f"{type(model).__name__}, because they contain each other or are not modules of their own. Name other layers with "
+            "`anchor_layers`."
         )
     return list(found.items())
 

@@ -6,6 +6,7 @@ keeps the shard. The weights are those of an ordinary build, bit for bit: while 
 advances the generator as it always does, and its state before the operation is kept.
 """
 
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -67,8 +68,8 @@ class Recipe:
     def read(self, where: Slices) -> Tensor:
         """Return a part of the values, on the CPU. It is one of its own only if operations were recorded."""
         if not self._steps:
-            return torch.empty(self.shape, dtype=self.dtype)[where] if self._source is None else self._source(where)
-        values = torch.empty(self.shape, dtype=self.dtype)
+            return _scratch(self.shape, self.dtype)[where] if self._source is None else self._source(where)
+        values = _scratch(self.shape, self.dtype)
         if self._source is not None:
             values.copy_(self._source(tuple(slice(0, size) for size in self.shape)))
         with torch.random.fork_rng([]):
@@ -83,6 +84,12 @@ class Recipe:
     def whole(self) -> Tensor:
         """Return all values, on the CPU."""
         return self.read(tuple(slice(0, size) for size in self.shape))
+
+
+def _scratch(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return memory for a short time, zeroed. It is mapped by itself: in the heap, small objects would soon lie in its place."""
+    size = max(shape.numel(), 1)
+    return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)[: shape.numel()].view(shape)
 
 
 def _on(values: Tensor, argument: Any) -> Any:
@@ -133,7 +140,9 @@ class _Recorder(TorchDispatchMode):
             return None
         state = torch.get_rng_state()
         if self.draws:
-            func(torch.empty_strided(args[0].shape, args[0].stride(), dtype=args[0].dtype), *args[1:], **kwargs)
+            drawn = args[0]
+            span = sum((size - 1) * step for size, step in zip(drawn.shape, drawn.stride(), strict=True)) + 1
+            func(_scratch(torch.Size((span,)), drawn.dtype).as_strided(drawn.shape, drawn.stride()), *args[1:], **kwargs)
         return state
 
 

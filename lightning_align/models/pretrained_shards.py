@@ -23,7 +23,7 @@ class _Stored:
     def __call__(self, where: Slices) -> Tensor:
         # Opened each time, so that no pages of the file stay mapped.
         with safe_open(self.file, framework="pt") as opened:
-            part: Tensor = opened.get_slice(self.name)[where].clone()
+            part: Tensor = opened.get_slice(self.name)[where]
         return part
 
 
