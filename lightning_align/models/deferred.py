@@ -87,9 +87,10 @@ class Recipe:
 
 
 def _scratch(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Return memory for a short time, zeroed. It is mapped by itself: in the heap, small objects would soon lie in its place."""
+    """Return memory for a short time, zeroed. It is mapped apart: in the heap, small objects would soon lie in its place."""
     size = max(shape.numel(), 1)
-    return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)[: shape.numel()].view(shape)
+    mapped: Tensor = torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)  # type: ignore[attr-defined]
+    return mapped[: shape.numel()].view(shape)
 
 
 def _on(values: Tensor, argument: Any) -> Any:

@@ -20,7 +20,7 @@ from lightning_align.models.pretrained_shards import pretrained_parts
 from lightning_align.models.weights import weights_hash
 from lightning_align.runtime.lightning_internals import accumulates, trainer_of
 from lightning_align.runtime.ranks import everyone
-from lightning_align.runtime.team import Team
+from lightning_align.runtime.team import of_first_rank
 from lightning_align.training.gradient import lower_scale
 from lightning_align.training.masters import MasterWeights, warn_of_lost_updates
 
@@ -99,28 +99,18 @@ class PrecisionHooks(L.LightningModule):
 
     def check_sharded(self, policy: nn.Module) -> None:
         """Do the checks of a build that need weights, on a sharded policy that was built without. This is a collective."""
-        team = Team()
-        try:
-            with self.trainer.precision_plugin.forward_context():
-                for part in pretrained_parts(policy):
-                    # The ranks agree: each might find other rounding.
-                    part.take_probe(team.share(within_forward(policy, partial(probe_head, part))))
-                check_causal(policy)
-        finally:
-            team.close()
+        with self.trainer.precision_plugin.forward_context():
+            for part in pretrained_parts(policy):
+                # The ranks agree: each might find other rounding.
+                part.take_probe(of_first_rank(within_forward(policy, partial(probe_head, part))))
+            check_causal(policy)
 
     def hash_once(self, model: nn.Module) -> str:
         """Hash the weights of a model on rank 0, and tell the others: all of them have the same."""
         trainer = trainer_of(self)
         if trainer is None or trainer.world_size == 1:
             return weights_hash(model)
-        team = Team()
-        try:
-            with team.together():
-                own = weights_hash(model) if team.rank == 0 else ""
-            return team.share(own)
-        finally:
-            team.close()
+        return of_first_rank(weights_hash(model) if trainer.is_global_zero else "")
 
     # -- gradients
 

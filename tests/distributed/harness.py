@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 SCRIPTS = (
     "distributed.deferred",
+    "distributed.methods",
     "distributed.train",
     "distributed.spin",
     "distributed.index",

@@ -1,0 +1,79 @@
+"""A log of the collectives of one rank."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+TENSORS = (
+    *("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_gather", "reduce", "gather"),
+    *("scatter", "all_to_all", "all_to_all_single", "barrier"),
+)
+OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
+
+
+class Collective(NamedTuple):
+    """One call."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    backend: str
+    """Of its group."""
+    from_lightning: bool
+    """Whether Lightning asks for it by itself, and not this package."""
+
+
+@contextmanager
+def logged() -> Iterator[list[Collective]]:
+    """Log the collectives within a ``with`` block. What one collective calls in turn is not logged."""
+    calls: list[Collective] = []
+    depth = 0
+
+    def wrapped(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        if depth == 0:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            group = kwargs.get("group") or next((value for value in args if isinstance(value, dist.ProcessGroup)), None)
+            shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(str(t.dtype) for t in tensors)
+            calls.append(Collective(name, shapes, dtypes, dist.get_backend(group), _from_lightning()))
+        depth += 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            depth -= 1
+
+    with ExitStack() as stack:
+        for name in (*TENSORS, *OBJECTS):
+            replacement = functools.partial(wrapped, name, getattr(dist, name))
+            for module in (dist, distributed_c10d):
+                stack.enter_context(mock.patch.object(module, name, replacement))
+        yield calls
+
+
+def _from_lightning() -> bool:
+    """Whether the nearest code that is neither torch's nor a test's is Lightning's."""
+    import sys
+
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("lightning_align"):
+            return False
+        if name.startswith(("lightning.", "lightning_fabric", "torchmetrics")):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def whole_group_backend() -> str:
+    return str(dist.get_backend(None))
+
+
+__all__ = ["OBJECTS", "TENSORS", "Collective", "logged", "torch", "whole_group_backend"]
