@@ -252,7 +252,7 @@ class CALM(StoredModel):
         return [block for model in models for block in getattr(model, "blocks", ())]
 
     def layers_to_recompute(self) -> list[tuple[nn.Module, Run]]:
-        """Return how the anchor's layers run with activation checkpointing. None if the composition already checkpoints them."""
+        """Return how the anchor's layers run with activation checkpointing, or nothing if they are checkpointed already."""
         return [] if self._recomputed else recomputed_layers(self.anchor, self._layers, self._places, True)
 
     # -- the forward pass
