@@ -33,7 +33,7 @@ class _OnHost:
         stream.wait_stream(torch.accelerator.current_stream(self.device))
         with stream:
             self.tensor.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # type: ignore[no-untyped-call]  # its memory is not used again before the copy has ended
+        tensor.record_stream(stream)  # its memory is not used again before the copy has ended
         self.copied = torch.Event(device=self.device)
         self.copied.record(stream)
 

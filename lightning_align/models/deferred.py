@@ -89,7 +89,7 @@ class Recipe:
 def _scratch(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return memory for a short time, zeroed. It is mapped apart: in the heap, small objects would soon lie in its place."""
     size = max(shape.numel(), 1)
-    mapped: Tensor = torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)  # type: ignore[attr-defined]
+    mapped: Tensor = torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype=dtype)
     return mapped[: shape.numel()].view(shape)
 
 
@@ -104,7 +104,7 @@ class _Recorder(TorchDispatchMode):
     """Creates large tensors on the meta device, and records what is done to them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.draws = True
         self._known: dict[int, tuple[Any, Recipe]] = {}  # the storage is kept, so that its address is not used again
 
@@ -272,7 +272,7 @@ def fill(model: nn.Module, shard: Callable[[nn.Module], object], device: torch.d
     shard(model)
     if not recipes:
         return
-    model._apply(lambda weight: torch.empty_like(weight, device=device) if weight.is_meta else weight)  # type: ignore[no-untyped-call]
+    model._apply(lambda weight: torch.empty_like(weight, device=device) if weight.is_meta else weight)
     for name, weight in model.named_parameters():
         if name not in recipes:
             continue

@@ -1,12 +1,12 @@
 """A log of the collectives of one rank."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -24,8 +24,8 @@ class Collective(NamedTuple):
     name: str
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
-    backend: str
-    """Of its group."""
+    group: str
+    """``world`` for the group of the training, ``own`` for any other."""
     from_lightning: bool
     """Whether Lightning asks for it by itself, and not this package."""
 
@@ -42,7 +42,8 @@ def logged() -> Iterator[list[Collective]]:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             group = kwargs.get("group") or next((value for value in args if isinstance(value, dist.ProcessGroup)), None)
             shapes, dtypes = tuple(tuple(t.shape) for t in tensors), tuple(str(t.dtype) for t in tensors)
-            calls.append(Collective(name, shapes, dtypes, dist.get_backend(group), _from_lightning()))
+            own = "world" if group is None or group is dist.group.WORLD else "own"
+            calls.append(Collective(name, shapes, dtypes, own, _from_lightning()))
         depth += 1
         try:
             return function(*args, **kwargs)
@@ -59,8 +60,6 @@ def logged() -> Iterator[list[Collective]]:
 
 def _from_lightning() -> bool:
     """Whether the nearest code that is neither torch's nor a test's is Lightning's."""
-    import sys
-
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
@@ -70,10 +69,3 @@ def _from_lightning() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
-
-
-def whole_group_backend() -> str:
-    return str(dist.get_backend(None))
-
-
-__all__ = ["OBJECTS", "TENSORS", "Collective", "logged", "torch", "whole_group_backend"]

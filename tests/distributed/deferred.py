@@ -29,7 +29,7 @@ LLAMA = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-SIZES = {"small": (64, 32, 2), "medium": (1024, 320, 16), "large": (2048, 640, 16)}
+SIZES = {"small": (64, 32, 2), "medium": (1024, 224, 32), "large": (2048, 448, 32)}
 """The vocabulary, the width and the number of layers."""
 
 

@@ -73,6 +73,7 @@ def train(method: str, precision: Any, strategy: Any, devices: int, folder: Path
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        limit_val_batches=0,
         gradient_clip_val=1.0,
         accumulate_grad_batches=2,
         default_root_dir=folder,
@@ -90,7 +91,7 @@ def train(method: str, precision: Any, strategy: Any, devices: int, folder: Path
 
     module.configure_model = configure
     with logged() as calls:
-        trainer.fit(module, loader)
+        trainer.fit(module, loader, loader)
     return {"start": start, "state": full(module.policy), "calls": [tuple(call) for call in calls], "module": module}
 
 
