@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+# FSDP2 calls the two of the first line since torch 2.13, and the next two before.
 TENSORS = (
+    *("all_gather_single", "reduce_scatter_single"),
     *("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_gather", "reduce", "gather"),
     *("scatter", "all_to_all", "all_to_all_single", "barrier"),
 )
@@ -51,9 +53,9 @@ def logged() -> Iterator[list[Collective]]:
             depth -= 1
 
     with ExitStack() as stack:
-        for name in (*TENSORS, *OBJECTS):
-            replacement = functools.partial(wrapped, name, getattr(dist, name))
-            for module in (dist, distributed_c10d):
+        for name in (each for each in (*TENSORS, *OBJECTS) if hasattr(distributed_c10d, each)):
+            replacement = functools.partial(wrapped, name, getattr(distributed_c10d, name))
+            for module in (each for each in (dist, distributed_c10d) if hasattr(each, name)):
                 stack.enter_context(mock.patch.object(module, name, replacement))
         yield calls
 

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent / "methods.py"
 FULL = os.environ.get("FULL_STUDIES") == "1"
 CASES = [f"{method}/{precision}" for method in METHODS for precision in PRECISIONS]
 SAMPLE = ["sft/bf16-mixed", "dpo_calm/32-true", "retro/32-true"]
-BOUND = 0.1
+BOUND = 0.05
 """The largest distance of 16-bit gathers from autocast, relative to what the training changed. They round other numbers."""
 
 
@@ -37,10 +37,12 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
         assert largest_difference(trained, start) > 1e-4, "it did not move, so agreement would say nothing"
         calls = [rank[case]["calls"] for rank in ranks]
         assert calls[0] == calls[1] and calls[0], case
-        gathers = [call for call in calls[0] if call[0] == "all_gather_into_tensor"]
-        reductions = [call for call in calls[0] if call[0] == "reduce_scatter_tensor"]
+        gathers = [call for call in calls[0] if call[0] in ("all_gather_single", "all_gather_into_tensor")]
+        reductions = [call for call in calls[0] if call[0] in ("reduce_scatter_single", "reduce_scatter_tensor")]
         assert gathers and reductions
         assert {dtype for call in reductions for dtype in call[2]} == {"torch.float32"}
+        if precision == "bf16-mixed":
+            assert "torch.float32" not in {dtype for call in gathers for dtype in call[2]}
         for name, _, _, group, from_lightning in calls[0]:
             # On GPUs the group of the training is NCCL's. Lightning sends a few objects through it by itself.
             assert name not in OBJECTS or group == "own" or from_lightning, (case, name)
