@@ -29,8 +29,8 @@ _EMPTY = torch.ops.aten.empty.memory_format
 _RECIPE = "_deferred_recipe"
 
 
-class CannotDefer(Exception):  # no error: the model is then built whole
-    """A build needs the values of weights that are not there yet."""
+class CannotDefer(BaseException):
+    """A build needs the values of weights that are not there yet. What reports the errors of a build must not catch this."""
 
 
 class Recipe:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_align.models.deferred import CannotDefer, is_deferring
+from lightning_align.models.deferred import is_deferring
 from lightning_align.models.pretrained_shards import build_deferred_pretrained
 from lightning_align.runtime.hub import out_of_reach
 
@@ -32,8 +32,6 @@ def build_random(config: dict[str, Any] | None, options: dict[str, Any]) -> Any:
     try:
         found = AutoConfig.for_model(kind, **fields)
         return _class_for(found).from_config(found, **options)
-    except CannotDefer:
-        raise
     except Exception as error:  # configurations and models raise many types here
         raise ValueError(
             f"PretrainedLM: `config` must describe a causal language model, but model_type {kind!r} does not give one "
@@ -74,8 +72,6 @@ def load_pretrained(name: str, config: dict[str, Any] | None, options: dict[str,
         if is_deferring():
             return build_deferred_pretrained(kind, loaded_config, name, {**options, **source})
         return kind.from_pretrained(name, config=loaded_config, use_safetensors=True, **{**options, **source})
-    except CannotDefer:
-        raise
     except OSError as error:
         if folder.is_dir():
             raise ValueError(
