@@ -30,6 +30,7 @@ from lightning_align.data.tokenizer import train_tokenizer
 from lightning_align.export.checkpoint import export_checkpoint
 from lightning_align.models.checkpoint import gather_command, read_checkpoint
 from lightning_align.runtime.lightning_internals import callbacks_of, is_fast_dev_run, last_saved_step, subcommand_actions
+from lightning_align.runtime.team import of_first_rank
 from lightning_align.training.callbacks import PredictionWriter
 from lightning_align.training.interrupts import InterruptCheckpoint
 from lightning_align.training.module import AlignModule
@@ -142,7 +143,7 @@ class SaveConfig(SaveConfigCallback):
         while trainer.is_global_zero and not self.already_saved and (folder / name).exists():
             number += 1
             name = f"config_{number}.yaml"
-        self.config_filename = trainer.strategy.broadcast(name)
+        self.config_filename = of_first_rank(name)
         super().setup(trainer, pl_module, stage)
 
 

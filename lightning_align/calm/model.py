@@ -25,9 +25,10 @@ from lightning_align.calm.persistence import StoredModel
 from lightning_align.calm.probe import check_finite, probe_width
 from lightning_align.calm.readers import anchor_places, build_reader
 from lightning_align.calm.reading import Reader
-from lightning_align.calm.recompute import recomputed_layers, recomputing
+from lightning_align.calm.recompute import recomputed_layers
 from lightning_align.calm.spec import Augment, Inputs, Spot, augment_model
 from lightning_align.calm.unpadded import longest_unpadded, unpadded_inputs
+from lightning_align.models.activations import Run, recomputing
 from lightning_align.models.building import Backbone
 from lightning_align.models.language_model import (
     Head,
@@ -112,6 +113,7 @@ class CALM(StoredModel):
             dim = probe_width(anchor, layers, what="the anchor", causal=True, check=check)
             for index, (spec, model) in enumerate(zip(specs, self.augments, strict=True)):
                 self._connect(index, spec, model, layers, dim, config, check)
+            self._layers = layers
             self._recomputed = recomputed_layers(anchor, layers, self._places, gradient_checkpointing)
             for layer, at in sorted(set(self._places)):
                 indices = [i for i, place in enumerate(self._places) if place == (layer, at)]
@@ -264,6 +266,10 @@ class CALM(StoredModel):
         """The blocks of all models that have a list of them. A sharded strategy gathers these one at a time."""
         models = (self.anchor, *self.augments)
         return [block for model in models for block in getattr(model, "blocks", ())]
+
+    def layers_to_recompute(self) -> list[tuple[nn.Module, Run]]:
+        """Return how the anchor's layers run with activation checkpointing, or nothing if they are checkpointed already."""
+        return [] if self._recomputed else recomputed_layers(self.anchor, self._layers, self._places, True)
 
     # -- the forward pass
 

@@ -24,6 +24,7 @@ from lightning_align.calm.start import augments_of, composition_of
 from lightning_align.calm.states import StateStore, attach_states
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig
+from lightning_align.models.activations import Checkpointing
 from lightning_align.models.building import Backbone
 from lightning_align.models.causality import check_causal
 from lightning_align.models.composed import FROZEN
@@ -44,7 +45,6 @@ class CALMModule(AlignModule):
     policy: CALM
     replaced_by_init_from = (
         *("anchor", "augments", "connection", "combine", "anchor_layers", "anchor_position", "connections_from"),
-        "gradient_checkpointing",
     )
     """Arguments that a composition has in its own folder."""
     object_arguments = (*AlignModule.object_arguments, "anchor", "augments", "connection", "anchor_layers")
@@ -59,7 +59,7 @@ class CALMModule(AlignModule):
         combine: Literal["sequence", "sum"] = "sequence",
         anchor_layers: LayerChoice | None = None,
         anchor_position: Position = "output",
-        gradient_checkpointing: bool | None = None,
+        activation_checkpointing: Checkpointing = False,
         loss_on: Literal["response", "all"] = "response",
         connections_from: str | None = None,
         store_states: str | None = None,
@@ -80,8 +80,7 @@ class CALMModule(AlignModule):
                 one before it. With `sum`, all see the layer's own hidden state.
             anchor_layers: The anchor's layers, given as `layers` of an `Augment`. By default they are found automatically.
             anchor_position: Whether to add connections to a layer's input or to its output.
-            gradient_checkpointing: Whether the backward pass computes the anchor's layers again, which saves memory. By default
-                it does if the anchor was built with gradient checkpointing.
+            activation_checkpointing: See `AlignModule`. It is also on if the anchor was built with gradient checkpointing.
             loss_on: Whether to train on the `response` or on `all` tokens. `all` is not allowed if an augment reads the prompt
                 as a prefix, because every position of the prompt would see the tokens that it predicts.
             connections_from: A safetensors file of connections to start from, written by `CALM.save_connections`.
@@ -106,7 +105,12 @@ class CALMModule(AlignModule):
             raise ValueError(_missing_module("anchor"))
         given = built_from_config()
         super().__init__(
-            cast(Backbone, anchor), init_from=init_from, optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation
+            cast(Backbone, anchor),
+            init_from=init_from,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            generation=generation,
+            activation_checkpointing=activation_checkpointing,
         )
         if init_from is not None:
             augments = augments_of(init_from)
@@ -132,7 +136,6 @@ class CALMModule(AlignModule):
             self.hparams["connection"] = None if self.connection is None else dataclasses.asdict(self.connection)
         self.combine, self.anchor_layers, self.anchor_position = combine, anchor_layers, anchor_position
         self.loss_on, self.connections_from = loss_on, connections_from
-        self.gradient_checkpointing = gradient_checkpointing
         self.store_states, self.attention_maps = store_states, attention_maps
         self._stores: dict[int, StateStore] = {}
         self.val_nll, self.test_nll = TokenNLL(), TokenNLL()
@@ -159,7 +162,6 @@ class CALMModule(AlignModule):
                 combine=self.combine,
                 anchor_layers=self.anchor_layers,
                 anchor_position=self.anchor_position,
-                gradient_checkpointing=self.gradient_checkpointing,
             )
         if self.connections_from is not None:
             policy.load_connections(self.connections_from)

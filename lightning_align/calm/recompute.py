@@ -5,19 +5,14 @@ evaluation mode, in which the checkpointing of transformers does nothing. The au
 gradients. The connections run once: they are added by hooks, which are outside of what is computed again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_align.calm.layers import Layer, Position
-
-Run = Callable[..., Any]
-"""A function of a module, its ``forward``, and the arguments."""
+from lightning_align.models.activations import Run, checkpointed
 
 
 def asks_for_checkpointing(model: nn.Module) -> bool:
@@ -50,44 +45,18 @@ def recomputed_layers(
     first, at = min(places)
     below = first if at == "output" else first - 1
     found = {
-        part: _without_gradients if number <= below else _checkpointed
+        part: _without_gradients if number <= below else checkpointed
         for number, layer in enumerate(layers, start=1)
         for part in layer.parts
     }
     sites = {site.module for layer in layers for site in (layer.before, layer.after)}
     if not found or any(inner in sites for module in found for inner in module.modules() if inner is not module):
         raise ValueError(
-            f"`gradient_checkpointing` must be false for these layers of the {type(model).__name__}, because they contain each "
-            "other or are not modules of their own. Name other layers with `anchor_layers`."
+            "`activation_checkpointing` and `gradient_checkpointing` must be false for these layers of the "
+            f"{type(model).__name__}, because they contain each other or are not modules of their own. Name other layers with "
+            "`anchor_layers`."
         )
     return list(found.items())
-
-
-@contextmanager
-def recomputing(layers: Sequence[tuple[nn.Module, Run]]) -> Iterator[None]:
-    """Checkpoint layers within a ``with`` block. The backward pass may come after it.
-
-    What is replaced is ``forward`` and not ``__call__``, so that hooks run once, also those that gather sharded parameters.
-
-    Args:
-        layers: What `recomputed_layers` returned. Without gradients, nothing is done.
-    """
-    replaced = [(module, module.__dict__.get("forward"), run) for module, run in layers if torch.is_grad_enabled()]
-    try:
-        for module, _, run in replaced:
-            module.forward = partial(run, module, module.forward)
-        yield
-    finally:
-        for module, own, _ in replaced:
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own
-
-
-def _checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a layer and keep only its input."""
-    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
 
 def _without_gradients(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -95,6 +64,6 @@ def _without_gradients(module: nn.Module, forward: Callable[..., Any], *args: An
     trained = any(parameter.requires_grad for parameter in module.parameters())
     # Embeddings of which transformers asks gradients are leaves.
     if trained or any(isinstance(value, Tensor) and value.grad_fn is not None for value in (*args, *kwargs.values())):
-        return _checkpointed(module, forward, *args, **kwargs)
+        return checkpointed(module, forward, *args, **kwargs)
     with torch.no_grad():
         return forward(*args, **kwargs)

@@ -85,9 +85,9 @@ class DPOModule(AlignModule):
                 memory nor time; or `moving`, updated by the callback `ReferenceUpdate`.
             reference_cache: The folder of stored log-probs, on a disk that all nodes share. Its files are found by the hashes
                 of the rows and of the reference's weights, and may be deleted at any time.
-            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout` and `router_aux_loss_coef` of
-                `AlignModule`. With `lora`, a frozen reference is the policy with its adapters off and costs no memory. A moving
-                one is a second set of adapters.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout`, `router_aux_loss_coef` and
+                `activation_checkpointing` of `AlignModule`. With `lora`, a frozen reference is the policy with its adapters off
+                and costs no memory. A moving one is a second set of adapters.
 
         Raises:
             ValueError: If the loss does not support the given values.

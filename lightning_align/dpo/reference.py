@@ -81,7 +81,7 @@ class InitialPolicy:
                     "The base weights move or train beside the adapters. The reference is a copy of the base model, which "
                     "takes its memory."
                 )
-            self.reference, self.weights = frozen, weights_hash(frozen.model)
+            self.reference, self.weights = frozen, module.hash_once(frozen.model)
             frozen.model = module.shard_like_policy(module.convert_like_policy(frozen.model))
         if self.kind == "stored":
             self.reference = self._stored(module, policy, self.reference)
@@ -91,7 +91,7 @@ class InitialPolicy:
         return StoredLogProbs(
             source.logprobs,
             again=lambda: self._source_again(module, source),
-            weights=self.weights or weights_hash(policy),
+            weights=self.weights or module.hash_once(policy),
             precision=str(trainer.precision if trainer is not None else next(policy.parameters()).dtype),
             cache_dir=self.cache_dir,
         )

@@ -23,6 +23,7 @@ from lightning_align.models.peft_adapters import ADAPTER_CONFIG, check_mergeable
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.proof import expected_logits
 from lightning_align.models.rehearsal import check_formats, check_rebuildable, export_bytes
+from lightning_align.runtime.team import of_first_rank
 
 
 class ExportModel(Callback):
@@ -74,7 +75,7 @@ class ExportModel(Callback):
         self._card(trainer, pl_module, policy, folder)
         self._end_ids(trainer, pl_module, policy)
         fault = self._folder_fault(trainer, policy, folder) if trainer.is_global_zero else None
-        if fault := trainer.strategy.broadcast(fault):  # on every rank, because only one has tried to write
+        if fault := of_first_rank(fault):  # on every rank, because only one has tried to write
             raise ValueError(fault)
 
     def _folder_fault(self, trainer: L.Trainer, policy: nn.Module, folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from lightning_align.generation.decoding import Prompt, Row, decode_prompts
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.filter_function import import_path
 from lightning_align.generation.packing import packed_linears
+from lightning_align.models.gathered import gathered
 from lightning_align.models.language_model import context_length
 from lightning_align.runtime import modes
 from lightning_align.runtime.ranks import is_sharded
@@ -260,7 +261,13 @@ def generate_parts(
     for group in groups:
         waiting = deque(prompt for number in group for prompt in started[number])
         steps = decode_prompts(model, waiting, config, ends, continuous=continuous and not synchronized)
-        yield from _completed(model, steps, {number: started[number] for number in group})
+        completed = _completed(model, steps, {number: started[number] for number in group})
+        if not synchronized:
+            yield from completed
+            continue
+        with gathered(model):
+            answers = list(completed)
+        yield from answers
 
 
 def _completed(

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from lightning_align.models.deferred import is_deferring
 from lightning_align.models.language_model import context_length, logits_of, vocabulary_size
 from lightning_align.runtime.modes import evaluating
 
@@ -45,8 +47,8 @@ def check_causal(model: nn.Module, *, remedy: str = "") -> None:
     Raises:
         ValueError: If the logits at earlier positions depend on the last token.
     """
-    if getattr(model, "known_causal", False):
-        return
+    if getattr(model, "known_causal", False) or is_deferring():
+        return  # a model that has no weights yet is checked when it has them
     name, weight = type(getattr(model, "model", model)).__name__, next(model.parameters(), None)
     if any(parameter.is_meta for parameter in model.parameters()):
         rank_zero_info(
@@ -54,7 +56,7 @@ def check_causal(model: nn.Module, *, remedy: str = "") -> None:
         )
         return
     small = sum(parameter.numel() for parameter in model.parameters()) <= COPIED
-    if weight is not None and weight.dtype.itemsize < 4 and small:
+    if weight is not None and weight.dtype.itemsize < 4 and small and not isinstance(weight, DTensor):
         model = copy.deepcopy(model).float()
     first, second = _rows(model, torch.device("cpu") if weight is None else weight.device)
     if first is None:

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_align.models.deferred import recipes_kept
+
 FrozenParts = Literal["whole", "references"]
 """How a folder holds frozen models: as folders inside of it, or as paths and names with the hashes of their weights."""
 FROZEN, COMPOSITION = "frozen", "composition"
@@ -62,7 +64,9 @@ def copy_policy(model: Any, *, share: bool) -> nn.Module:
         model: The model.
         share: Whether the copy of a composed model shares its frozen models. False if the copy will be sharded by itself.
     """
-    copied: nn.Module = model.twin() if share and is_composed(model) else copy.deepcopy(model)
+    with recipes_kept(model) as made:
+        copied: nn.Module = model.twin() if share and is_composed(model) else copy.deepcopy(model)
+        made.append(copied)
     return copied
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_align.models.deferred import recipe_of
 from lightning_align.models.language_model import Head
 from lightning_align.models.ties import untie
 
@@ -71,8 +72,10 @@ class Adapter(nn.Module):
         weight: Any = linear.weight
         self.transposed = not isinstance(linear, nn.Linear)
         """Whether the weight of the layer is (in, out), as in a Conv1D, and not (out, in)."""
-        self.A = nn.Parameter(weight.new_empty(inputs, rank))
-        self.B = nn.Parameter(weight.new_empty(rank, outputs))
+        # An adapter is small. It has its values at once, also where the weights of the layer are made after sharding.
+        where = {"dtype": weight.dtype, "device": "cpu" if recipe_of(weight) is not None else weight.device}
+        self.A = nn.Parameter(torch.empty(inputs, rank, **where))
+        self.B = nn.Parameter(torch.empty(rank, outputs, **where))
         self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 

@@ -14,15 +14,20 @@ from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.weights import load_weights
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     """Copy all weights to the CPU, each to its own memory. If they are sharded, all ranks must call this (a collective).
 
     Of a composed model, these are the weights of its connections; see `lightning_align.models.composed`.
+
+    Args:
+        model: The model.
+        keep: Whether this rank wants them. If not, the result is empty, and the rank never holds more than one weight.
     """
     weights = {}
     for name, value in own_state(model).items():
         value = value.full_tensor() if isinstance(value, DTensor) else value
-        weights[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        if keep:
+            weights[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return weights
 
 

@@ -3,11 +3,14 @@
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+T = TypeVar("T")
 
 
 class GatherPolicy(MixedPrecisionPolicy):
@@ -79,11 +82,30 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = Non
     for block in getattr(model, "blocks", ()):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.gather_policy = policy  # type: ignore[assignment]  # no module
     for name in ("hidden", "packed_hidden", "unpadded_hidden"):
         if hasattr(model, name):
             # Without this, only `forward` gathers the sharded parameters.
             register_fsdp_forward_method(model, name)
     return model
+
+
+def within_forward(model: nn.Module, function: Callable[[], T]) -> T:
+    """Call a function in the middle of a forward pass of a sharded model, so that its outermost weights are gathered.
+
+    Args:
+        model: The sharded model. Every rank must call this.
+        function: The function. It may run parts of the model.
+    """
+    untyped: Any = model
+    results: list[T] = []
+    untyped.call_within = lambda: results.append(function())
+    register_fsdp_forward_method(model, "call_within")
+    try:
+        untyped.call_within()
+    finally:
+        del untyped.call_within
+    return results[0]
 
 
 def compile_blocks(blocks: nn.ModuleList, backend: str) -> None:

@@ -8,18 +8,19 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_align.models.causality import check_causal
+from lightning_align.models.deferred import CannotDefer, is_deferring
 from lightning_align.models.documents import document_positions
 from lightning_align.models.embeddings import check_new_rows_train, with_new_tokens
 from lightning_align.models.embeddings import resize_embeddings as resize
+from lightning_align.models.head_probe import probe_head
 from lightning_align.models.language_model import Head, declared_ends
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
-from lightning_align.models.peft_adapters import TRAINED, AdapterStart, add_peft, has_peft, peft_disabled, stirred, watch_start
+from lightning_align.models.peft_adapters import TRAINED, AdapterStart, add_peft, peft_disabled, stirred, watch_start
 from lightning_align.models.pretrained_cache import PretrainedCache, cache_fault, has_selectable_layers
 from lightning_align.models.pretrained_loading import (
     build_random,
@@ -28,20 +29,12 @@ from lightning_align.models.pretrained_loading import (
     freeze_other_parts,
     is_composite,
     load_pretrained,
-    summary,
 )
 from lightning_align.models.pretrained_unpadded import UnpaddedDecoder
 from lightning_align.models.routers import RouterRecord, find_routers
 from lightning_align.runtime.ranks import is_sharded
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-TOLERANCE = 1e-3
-"""The largest difference of recomputed logits that counts as equal, in standard deviations of the logits."""
-SCALES, SOFTCAPS = (
-    ("logit_scale", "logits_scaling", "lm_head_multiplier"),
-    ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
-)
-"""The configuration fields that hold a factor or divisor of the logits, and those that hold their soft cap."""
 
 
 class PretrainedLM(UnpaddedDecoder):
@@ -106,6 +99,8 @@ class PretrainedLM(UnpaddedDecoder):
         """Whether building the model loads its weights. A checkpoint that contains only adapters can then be completed."""
         self._load_error: str | None = None
         load_error: str | None = None
+        if is_deferring() and (adapter is not None or resize_embeddings is not None):
+            raise CannotDefer("new adapters and new embeddings may start from the weights")
         options = {"dtype": dtype, "attn_implementation": attention}
         if name is None:
             self.model: Any = build_random(config, options)
@@ -166,15 +161,16 @@ class PretrainedLM(UnpaddedDecoder):
         }
         self.model.eval()
         self._cache_checked: bool | None = None
-        self._softcap: float | None = None
-        self._scale = self._probe()
+        self.awaits_probe = is_deferring()
+        """Whether `probe_head` and `check_causal` are still to be called, when the weights are there."""
+        self._scale, self._softcap = (1.0, None) if self.awaits_probe else probe_head(self)
         self.compile_backend: str | None = None
         self.known_causal = False
         check_causal(self, remedy=causal_remedy(self.config))
         if self.start is not None:
             with stirred(self.model):
                 check_causal(self, remedy="Use another kind of adapter: this one mixes tokens, once its values are not 0.")
-        self.known_causal = True
+        self.known_causal = not self.awaits_probe
         """That `check_causal` need not be repeated."""
         self._load_error = load_error
         self.model.train()  # the initial mode of any module
@@ -339,57 +335,14 @@ class PretrainedLM(UnpaddedDecoder):
         base = PretrainedLM(**{**self.init_args, "adapter": None})
         return base if base.is_loaded else None
 
+    def take_probe(self, found: tuple[float | None, float | None]) -> None:
+        """Take what `probe_head` has found on the first rank of a sharded run."""
+        self._scale, self._softcap = found
+        self.awaits_probe = False
+
     def _check_loaded(self) -> None:
         if self._load_error is not None:
             raise ValueError(f"{self._load_error} No checkpoint has been loaded since then, so the model has no weights.")
-
-    @torch.no_grad()
-    def _probe(self) -> float | None:
-        """Find the factor and the soft cap with which the output layer turns hidden states into the logits of the model.
-
-        Both are found by computing a few logits, because configurations have many names for them. This sets the soft cap and
-        returns the factor. It returns None if the logits are computed in another way.
-        """
-        layer = self.model.get_output_embeddings()
-        if has_peft(self.model) and not isinstance(layer, nn.Linear):
-            return None  # the output layer has an adapter
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(
-                f"{type(self.model).__name__} must be a causal language model with a linear output layer, but has none."
-            )
-        if layer.weight.is_meta:
-            return 1.0
-        tokens = torch.arange(min(8, layer.weight.shape[0]), device=layer.weight.device)[None]
-        try:
-            logits = self.model(input_ids=tokens, use_cache=False).logits.float()
-        except Exception as reason:  # models raise many types here
-            raise ValueError(
-                f"{type(self.model).__name__} must be a causal language model that needs only tokens, but it fails without "
-                f"other inputs, such as images ({summary(reason)}). Use a model of text."
-            ) from reason
-        linear = F.linear(self.decoder(input_ids=tokens, use_cache=False).last_hidden_state, layer.weight, layer.bias).float()
-        values = {key: float(value) for key, value in self.config.to_dict().items() if key in (*SCALES, *SOFTCAPS) and value}
-        scale = 1.0 if layer.bias is not None else float((logits * linear).sum() / linear.square().sum().clamp(min=1e-30))
-        factors = [factor for key in SCALES if key in values for factor in (values[key], 1 / values[key])]
-        # Use 1 or a value of the configuration, whichever is nearest to the measured scale. The measured scale is not exact.
-        scale = min((1.0, *factors), key=lambda factor: abs(factor - scale))
-        candidates: list[tuple[float, float | None]] = [
-            (scale, None),
-            *((1.0, values[key]) for key in SOFTCAPS if key in values),
-        ]
-        tolerance = TOLERANCE if logits.dtype is layer.weight.dtype else 30 * TOLERANCE
-        for factor, softcap in candidates:
-            recomputed = Head(layer.weight, layer.bias, softcap).capped(linear * factor)
-            error = (logits - recomputed).abs().max() / logits.std().clamp(min=1e-6)
-            if float(error) <= tolerance:
-                self._softcap = softcap
-                return factor
-        rank_zero_info(
-            f"{type(self.model).__name__}: the logits are not the output layer applied to the hidden states. They differ by "
-            f"{float(error):.1e} of their standard deviation. Log-probs are computed from whole logits, which takes more "
-            "memory and time."
-        )
-        return None
 
 
 def _clear_load_error(module: nn.Module, _: Any) -> None:

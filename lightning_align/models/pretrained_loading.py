@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_align.models.deferred import is_deferring
+from lightning_align.models.pretrained_shards import build_deferred_pretrained
 from lightning_align.runtime.hub import out_of_reach
 
 NO_TEXT_DECODER = "It is an encoder-decoder, whose prompts and responses have different networks. Use a decoder-only model."
@@ -67,6 +69,8 @@ def load_pretrained(name: str, config: dict[str, Any] | None, options: dict[str,
         for key, value in overrides.items():
             setattr(loaded_config, key, value)
         kind = _class_for(loaded_config)
+        if is_deferring():
+            return build_deferred_pretrained(kind, loaded_config, name, {**options, **source})
         return kind.from_pretrained(name, config=loaded_config, use_safetensors=True, **{**options, **source})
     except OSError as error:
         if folder.is_dir():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.models.composed import is_composed, own_state, without_frozen
+from lightning_align.models.deferred import defer_loading, recipe_of
 
 POLICY_PREFIX = "policy."
 """The prefix of the policy's weights in the state dict of a module of this package."""
@@ -30,7 +31,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -
         ValueError: If weights are missing, unexpected or of another shape. The message names some of them.
     """
     check_weights(model, state, path)
-    model.load_state_dict(state, strict=not is_composed(model))
+    left = {name: value for name, value in state.items() if not value.is_meta}  # others keep what will be read into them
+    deferred = defer_loading(model, left)
+    strict = not (is_composed(model) or deferred or len(left) < len(state))
+    model.load_state_dict({name: value for name, value in left.items() if name not in deferred}, strict=strict)
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
@@ -69,7 +73,7 @@ def weights_hash(model: nn.Module) -> str:
 
     Models that differ only in their LoRA adapters have the same hash.
     """
-    return state_hash({name: value for name, value in model.state_dict().items() if ".lora." not in name})
+    return state_hash({name: value for name, value in model.state_dict(keep_vars=True).items() if ".lora." not in name})
 
 
 def state_hash(state: dict[str, Tensor]) -> str:
@@ -77,5 +81,7 @@ def state_hash(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in state.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if (recipe := recipe_of(value)) is not None:
+            value = recipe.whole().to(value.dtype)
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,6 +8,8 @@ from ema_pytorch import EMA
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_align.models.deferred import recipes_kept
+
 
 class Average(nn.Module):
     """Weights in at least float32 that move towards other weights. In bfloat16 a step of 0.1 % would be lost to rounding.
@@ -23,7 +25,9 @@ class Average(nn.Module):
         """
         super().__init__()
         narrow = [p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4]
-        self.model = (copy.deepcopy(model).float() if narrow else model).requires_grad_(False)
+        with recipes_kept(model) as made:
+            self.model = (copy.deepcopy(model).float() if narrow else model).requires_grad_(False)
+            made.append(self.model)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def widest(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_align.models.activations import Run, checkpointed
 from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.language_model import Head, HiddenModel, context_length, declared_ends, has_cache, has_hidden
 from lightning_align.models.unpadded import Unpadded
@@ -181,6 +182,10 @@ class RETRO(nn.Module):
         blocks = self.decoder.blocks
         assert isinstance(blocks, nn.ModuleList)
         return blocks
+
+    def layers_to_recompute(self) -> list[tuple[nn.Module, Run]]:
+        """Return the layers of the decoder and of the encoder, which run again with activation checkpointing."""
+        return [(block, checkpointed) for block in (*self.blocks, *self.encoder.blocks)]
 
     def make_cache(self, batch: int, length: int) -> Any:
         """Make the key-value cache of the decoder, for generation without neighbors.

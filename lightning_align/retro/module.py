@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.models.activations import Checkpointing
 from lightning_align.models.building import Backbone
 from lightning_align.models.checkpoint import read_checkpoint
 from lightning_align.models.unpadded import unpadded_batch
@@ -54,6 +55,7 @@ class RETROModule(AlignModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationConfig | None = None,
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         """Set up the module. The policy is built later, in ``configure_model``.
 
@@ -70,11 +72,19 @@ class RETROModule(AlignModule):
             optimizer: A factory that gets the parameter groups. Default is AdamW with learning rate 3e-4.
             lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
             generation: How `predict` and the sample logger decode.
+            activation_checkpointing: See `AlignModule`. It holds for the layers of the decoder and of the encoder.
 
         Raises:
             ValueError: If there is no model to build, or if a number of neighbors is less than 1.
         """
-        super().__init__(backbone, init_from=init_from, optimizer=optimizer, lr_scheduler=lr_scheduler, generation=generation)
+        super().__init__(
+            backbone,
+            init_from=init_from,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            generation=generation,
+            activation_checkpointing=activation_checkpointing,
+        )
         if retrofit_from is not None and (backbone is None or init_from is not None):
             raise ValueError(
                 "RETROModule: `retrofit_from` initializes the decoder of `backbone`, so it needs `backbone` and excludes "

@@ -14,6 +14,15 @@ LONGEST = timedelta(days=30)
 """How long a rank waits for the others. The group of the training ends a run after 30 minutes."""
 
 
+def of_first_rank(value: T) -> T:
+    """Return the value of rank 0 on every rank. It goes through the CPU, whatever the backend of the training is."""
+    team = Team()
+    try:
+        return team.share(value)
+    finally:
+        team.close()
+
+
 class Team:
     """The ranks that share the work. Create it on all ranks together. Outside of a process group it has one rank.
 

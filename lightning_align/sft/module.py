@@ -21,8 +21,8 @@ class SFTModule(AlignModule):
 
         Args:
             backbone: The language model; see `AlignModule`. Not needed with `init_from`.
-            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout` and `router_aux_loss_coef` of
-                `AlignModule`.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout`, `router_aux_loss_coef` and
+                `activation_checkpointing` of `AlignModule`.
         """
         super().__init__(backbone, **shared)
         self.val_nll, self.test_nll = TokenNLL(), TokenNLL()

@@ -16,6 +16,7 @@ from lightning_align.models.formats import whole_weights
 from lightning_align.models.weights import check_weights, state_hash
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, last_saved_step, link_last
 from lightning_align.runtime.ranks import is_sharded
+from lightning_align.runtime.team import of_first_rank
 from lightning_align.spin.stored import (
     AVERAGE,
     POLICY,
@@ -55,13 +56,13 @@ class Boundary:
             if is_composed(module.policy):
                 own = hashlib.sha256(f"{own} {sorted(module.policy.identity.items())}".encode()).hexdigest()
             own = own if module.base_hash is None else f"{own[:32]}{module.base_hash[:32]}"
-        self.digest: str = trainer.strategy.broadcast(own)
+        self.digest: str = of_first_rank(own)
         """The hash of the weights that the iteration begins with."""
 
     def _whole(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the whole weights of a model on rank 0, and nothing on the others."""
-        whole = whole_weights(model) if self.trainer.is_global_zero or is_sharded(model) else {}
-        return whole if self.trainer.is_global_zero else {}
+        first = self.trainer.is_global_zero
+        return whole_weights(model, keep=first) if first or is_sharded(model) else {}
 
     def settle(self) -> None:
         """Store the weights, or use the stored ones if the iteration has begun before. Every rank must call this.
@@ -75,7 +76,7 @@ class Boundary:
                 decision = self._decide()
             except ValueError as error:  # every rank must raise, or the others would wait
                 decision = "raise", str(error)
-        action, text = self.trainer.strategy.broadcast(decision)
+        action, text = of_first_rank(decision)
         if action == "raise":
             raise ValueError(text)
         if action == "use":
@@ -153,7 +154,7 @@ def save_boundary(trainer: L.Trainer, root: Path, *, force_last: bool) -> None:
     if is_fast_dev_run(trainer):
         return
     kept = (root / START).exists() and (root / POLICY).exists()
-    if not trainer.strategy.broadcast(kept):
+    if not of_first_rank(kept):
         save_checkpoint(trainer, root / START)
         rank_zero_info(f"{root.name.replace('_', ' ').capitalize()} begins. A run that is stopped resumes with {root / START}.")
     for callback in trainer.checkpoint_callbacks:

@@ -17,7 +17,7 @@ from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.generation.handoff import Served
 from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.runtime.ranks import is_sharded
-from lightning_align.runtime.team import Team
+from lightning_align.runtime.team import Team, of_first_rank
 from lightning_align.spin.boundary import START, Boundary, save_boundary, save_checkpoint
 from lightning_align.spin.generations import GeneratedSet, Pairs, plan, statistics
 from lightning_align.spin.opponent import served_model, served_weights
@@ -248,7 +248,7 @@ class SelfPlayGeneration(Callback):
             self._folder = str((self.folder or default).resolve())
         if iteration <= self.iteration:
             return
-        run = trainer.strategy.broadcast(uuid4().hex) if self.iteration < 0 else self._run
+        run = of_first_rank(uuid4().hex) if self.iteration < 0 else self._run
         skip_no_batches(trainer, enough=sys.maxsize // 2)
         module.begin_iteration(iteration)
         boundary = Boundary(trainer, module, self._root_of(iteration), run=run)

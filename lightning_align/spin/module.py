@@ -22,12 +22,11 @@ from torch.optim import Optimizer
 from lightning_align.generation.ends import say_once
 from lightning_align.generation.sampler import generate
 from lightning_align.models.building import Backbone
-from lightning_align.models.weights import weights_hash
 from lightning_align.references.frozen import frozen_copy
 from lightning_align.references.moving import moving_reference
 from lightning_align.references.protocol import MovingReference
 from lightning_align.references.update import ReferenceUpdate
-from lightning_align.runtime.lightning_internals import callbacks_of, datamodule_of, trainer_of
+from lightning_align.runtime.lightning_internals import callbacks_of, datamodule_of
 from lightning_align.scoring.losses import LOSSES, LossName, check_loss
 from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
@@ -97,9 +96,10 @@ class SPINModule(AlignModule):
                 opponent scores them. Default is `per_iteration`.
             monitor_kl: Whether to log the KL divergence of each iteration from the base. This keeps a copy of the base, unless
                 only adapters train. Default is false.
-            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout` and `router_aux_loss_coef` of
-                `AlignModule`. With `lora`, an opponent that must be kept is a second set of adapters on the same backbone. The
-                schedule restarts with each iteration. `generation` is also how the opponent responds.
+            **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout`, `router_aux_loss_coef` and
+                `activation_checkpointing` of `AlignModule`. With `lora`, an opponent that must be kept is a second set of
+                adapters on the same backbone. The schedule restarts with each iteration. `generation` is also how the opponent
+                responds.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -173,18 +173,11 @@ class SPINModule(AlignModule):
                     f"but `init_from` is {self.init_from}, which is not a file. Give the checkpoint that the run started from."
                 )
             base = frozen_copy(policy, share=not self.is_sharded).model
-            self.base_hash = self._hash_once(base)
+            self.base_hash = self.hash_once(base)
             base = self.shard_like_policy(self.convert_like_policy(base))
         self.opponent = Opponent(
             self.opponent_kind, moving=moving, base=base, scoped=self.lora is not None, weight=self.base_weight
         )
-
-    def _hash_once(self, base: nn.Module) -> str:
-        """Hash the base on rank 0, and tell the others: all of them have the same."""
-        trainer = trainer_of(self)
-        if trainer is None or trainer.world_size == 1:
-            return weights_hash(base)
-        return str(trainer.strategy.broadcast(weights_hash(base) if trainer.is_global_zero else ""))
 
     @property
     def reference(self) -> MovingReference | None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_align.generation.sampler import GenerationConfig
+from lightning_align.models.activations import Checkpointing
 from lightning_align.models.lora import LoRAConfig
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class PolicyArguments(TypedDict, total=False):
     generation: GenerationConfig | None
     dropout: bool | None
     router_aux_loss_coef: float | None
+    activation_checkpointing: Checkpointing
 
 
 __all__ = ["PolicyArguments", "Unpack"]

@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import Generation, GenerationConfig, generate
+from lightning_align.models.activations import Checkpointing
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
 from lightning_align.models.composed import prepare_frozen
+from lightning_align.models.deferred import is_deferred
 from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
@@ -71,6 +73,7 @@ class AlignModule(PrecisionHooks):
         generation: GenerationConfig | None = None,
         dropout: bool | None = None,
         router_aux_loss_coef: float | None = None,
+        activation_checkpointing: Checkpointing = False,
     ) -> None:
         """Describe the run. The policy is built in ``configure_model``.
 
@@ -87,11 +90,13 @@ class AlignModule(PrecisionHooks):
             dropout: Whether to train with dropout. Default is false for DPO and SPIN, so that policy and reference score alike.
             router_aux_loss_coef: The weight of the load-balancing loss of expert routers, per micro-batch. Default is the one
                 of the configuration if that sets `output_router_logits`.
+            activation_checkpointing: Whether the backward pass computes the layers again, which saves memory and takes a third
+                more time. With `offload`, the inputs of the layers also wait in the memory of the host.
 
         Raises:
             ValueError: If there is neither a backbone nor a checkpoint, or the coefficient is negative.
         """
-        super().__init__()
+        super().__init__(activation_checkpointing)
         if isinstance(lora, Mapping):
             lora = LoRAConfig(**lora)
         if isinstance(generation, Mapping):
@@ -138,7 +143,8 @@ class AlignModule(PrecisionHooks):
         """Build the policy, once."""
         if self.policy is not None:
             return
-        policy = self.build_policy()
+        policy = self.build_for_sharding(self.build_policy)
+        deferred = is_deferred(policy)
         if prepare_frozen(policy, sharded=self.is_sharded):
             warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")  # they always are
         self.source.add_adapters(policy)
@@ -146,6 +152,8 @@ class AlignModule(PrecisionHooks):
         self.configure_reference(policy)
         if self.is_sharded:
             self.shard_policy(policy)
+            if deferred:
+                self.check_sharded(policy)
             # A checkpoint of adapters lacks the base model. `on_load_checkpoint` comes too late to add it under a sharded
             # strategy.
             self.strict_loading = self.lora is None
@@ -332,6 +340,7 @@ class AlignModule(PrecisionHooks):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Restore the mode of the policy, log the throughput, and save the checkpoint that a requeue signal has asked for."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
         self.dropout.end()
         self.clock.end_batch(self.trainer)
         step, every = self.trainer.global_step, log_interval(self.trainer)

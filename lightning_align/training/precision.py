@@ -1,5 +1,7 @@
 """How a module holds its weights: their dtype, and the ranks that they are sharded over."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -9,9 +11,16 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_align.models.parallelize import shard
+from lightning_align.models.activations import ActivationSwitch, Checkpointing
+from lightning_align.models.causality import check_causal
+from lightning_align.models.deferred import build_deferred, fill, is_deferred, recipes_kept
+from lightning_align.models.head_probe import probe_head
+from lightning_align.models.parallelize import shard, within_forward
+from lightning_align.models.pretrained_shards import pretrained_parts
+from lightning_align.models.weights import weights_hash
 from lightning_align.runtime.lightning_internals import accumulates, trainer_of
 from lightning_align.runtime.ranks import everyone
+from lightning_align.runtime.team import of_first_rank
 from lightning_align.training.gradient import lower_scale
 from lightning_align.training.masters import MasterWeights, warn_of_lost_updates
 
@@ -24,9 +33,10 @@ class PrecisionHooks(L.LightningModule):
 
     policy: nn.Module
 
-    def __init__(self) -> None:
+    def __init__(self, activation_checkpointing: Checkpointing = False) -> None:
         """Start without a Trainer."""
         super().__init__()
+        self.activations = ActivationSwitch(activation_checkpointing)
         self.masters = MasterWeights()
         self._scale_is_set = False
         self._syncs_once = False
@@ -36,6 +46,7 @@ class PrecisionHooks(L.LightningModule):
 
         ``bf16-true`` would round stored log-probs, which are sums of hundreds of nats, to 8 bits.
         """
+        self.activations.end()  # an earlier run may have ended with an error in the middle of a step
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, HalfPrecision):
             plugin.convert_input = lambda data: data  # type: ignore[method-assign]
@@ -66,15 +77,40 @@ class PrecisionHooks(L.LightningModule):
     def convert_like_policy(self, model: nn.Module) -> nn.Module:
         """Convert a model that is not registered here to the precision that Lightning gives the policy."""
         trainer = trainer_of(self)
-        return model if trainer is None else trainer.precision_plugin.convert_module(model)
+        if trainer is None:
+            return model
+        with recipes_kept(model) as made:
+            made.append(trainer.precision_plugin.convert_module(model))
+        return made[0]
 
     def shard_policy(self, policy: nn.Module) -> nn.Module:
-        """Shard a model over the ranks, with gathers in the dtype of a mixed precision."""
-        return shard(policy, self.data_mesh, dtype=self.mixed_dtype)
+        """Shard a model over the ranks, with gathers in the dtype of a mixed precision, and make its deferred weights."""
+        device = self.trainer.strategy.root_device
+        fill(policy, lambda model: shard(model, self.data_mesh, dtype=self.mixed_dtype), device)
+        return policy
 
     def shard_like_policy(self, model: nn.Module) -> nn.Module:
         """Shard a model by itself if the policy is sharded. Otherwise every rank would hold all of it."""
-        return self.shard_policy(model.to(self.device)) if self.is_sharded else model
+        return self.shard_policy(model if is_deferred(model) else model.to(self.device)) if self.is_sharded else model
+
+    def build_for_sharding(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Build a model: without its large weights if it will be sharded, so that no rank holds all of them."""
+        return build_deferred(build) if self.is_sharded else build()
+
+    def check_sharded(self, policy: nn.Module) -> None:
+        """Do the checks of a build that need weights, on a sharded policy that was built without. This is a collective."""
+        with self.trainer.precision_plugin.forward_context():
+            for part in pretrained_parts(policy):
+                # The ranks agree: each might find other rounding.
+                part.take_probe(of_first_rank(within_forward(policy, partial(probe_head, part))))
+            check_causal(policy)
+
+    def hash_once(self, model: nn.Module) -> str:
+        """Hash the weights of a model on rank 0, and tell the others: all of them have the same."""
+        trainer = trainer_of(self)
+        if trainer is None or trainer.world_size == 1:
+            return weights_hash(model)
+        return of_first_rank(weights_hash(model) if trainer.is_global_zero else "")
 
     # -- gradients
 
@@ -86,9 +122,14 @@ class PrecisionHooks(L.LightningModule):
             self._syncs_once = everyone(gradient_fits(self.policy, self.device), self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Reduce the gradients of a sharded policy only after the last micro-batch of an optimizer batch."""
+        """Checkpoint activations, and reduce the gradients of a sharded policy only after the last micro-batch of a batch."""
+        self.activations.start(self.policy)
         if self._syncs_once and isinstance(self.policy, FSDPModule):
             self.policy.set_requires_gradient_sync(not accumulates(self.trainer))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End the checkpointing of activations."""
+        self.activations.end()
 
     def fit_scale(self, count: Tensor | int) -> None:
         """Lower the first loss scale of ``16-mixed`` by the count that a summed loss is larger than its mean.

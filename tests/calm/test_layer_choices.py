@@ -389,11 +389,11 @@ def test_composition_with_dropout_decodes_like_the_whole() -> None:
 def test_module_stores_names_and_keys_of_what_is_read(tmp_path: Path) -> None:
     anchor, augment = palms(torch.float32)
     spec = Augment(augment, layers=list(augment.blocks)[1:], connections=[[1, 1], [3, 2]], position=["input", "output"])
-    module = CALMModule(anchor, [spec], connection=SMALL, anchor_layers=anchor.blocks, gradient_checkpointing=True)
+    module = CALMModule(anchor, [spec], connection=SMALL, anchor_layers=anchor.blocks)
     assert module.hparams["anchor_layers"] == ["blocks.0", "blocks.1", "blocks.2"]
     assert module.hparams["augments"][0]["layers"] == ["blocks.1", "blocks.2", "blocks.3"]
     assert module.hparams["augments"][0]["position"] == ["input", "output"]
     module.configure_model()
-    assert len(module.policy._recomputed) == 3
+    assert len(module.policy.layers_to_recompute()) == 3
     assert module.policy.readers[0].site == "[1, 3] ['input', 'output'] ['blocks.1', 'blocks.3']"
     assert composed().readers[0].site == "[2, 4] output", "the states of earlier versions are found again"

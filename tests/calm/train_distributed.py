@@ -41,7 +41,7 @@ def run(strategy: Any, devices: int, folder: Path, *, recompute: bool = False) -
         begin = str(folder / "connections.safetensors")
         augments = [Augment(augment, num_connections=2)]
         return CALMModule(
-            anchor, augments, connection=SMALL, connections_from=begin, optimizer=SGD, gradient_checkpointing=recompute
+            anchor, augments, connection=SMALL, connections_from=begin, optimizer=SGD, activation_checkpointing=recompute
         )
 
     first = trainer(1)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent.parent
 # Imports take a rank longer than all else, so one process does them, and ranks are forks of it. It runs nothing itself.
 CONTEXT = multiprocessing.get_context("forkserver")
 SCRIPTS = (
+    "distributed.deferred",
+    "distributed.methods",
     "distributed.train",
     "distributed.spin",
     "distributed.index",

@@ -5,11 +5,14 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from lightning_align.models import weights
+from lightning_align.models.weights import state_hash
 from tests.distributed.train import STRATEGIES, full
 from tests.spin.runs import exact_palm, start
 
@@ -66,7 +69,15 @@ def run(folder: Path, rows: str, strategy: Any, devices: int, *, opponent: str, 
 
 
 def main(name: str, opponent: str, folder: Path, rows: str) -> None:
-    result = run(folder, rows, lambda: STRATEGIES[name]("spin"), 2, opponent=opponent, resumed=opponent == "ema")
+    hashed: list[int] = []
+
+    def counted(state: dict[str, torch.Tensor]) -> str:
+        hashed.append(len(state))
+        return state_hash(state)
+
+    with mock.patch("lightning_align.spin.boundary.state_hash", counted), mock.patch.object(weights, "state_hash", counted):
+        result = run(folder, rows, lambda: STRATEGIES[name]("spin"), 2, opponent=opponent, resumed=opponent == "ema")
+    result["hashed"] = len(hashed)
     torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
