@@ -59,6 +59,19 @@ class Team:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def broadcast(self, value: T) -> T:
+        """Return the value of rank 0 on every rank. Unlike `share`, only rank 0 sends one."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self._group)
+        told: T = values[0]
+        return told
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self._group)
+
     def close(self) -> None:
         """Destroy the process group."""
         if self._group is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ from lightning_align.training.tensorboard import log_hyperparameters
 from lightning_align.training.throughput import Throughput
 from lightning_align.training.tokenizer import KEY as TOKENIZER
 from lightning_align.training.tokenizer import add_record, check_tokenizer, record_of
+from lightning_align.training.watch import RankWatch
 from lightning_align.types import TokenBatch
 
 
@@ -128,6 +130,11 @@ class AlignModule(PrecisionHooks):
             keep_freed_memory()
         for path in self.initial_weights():
             check_tokenizer(record_of(path), datamodule_of(self.trainer), source=path)
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Watch the other ranks, from before the data are prepared. It adds no other callback."""
+        RankWatch.attach(self.trainer)
+        return []
 
     @property
     def _backbone(self) -> tuple[Any]:
