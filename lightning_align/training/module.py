@@ -29,6 +29,7 @@ from lightning_align.runtime.lightning_internals import (
     trainer_of,
 )
 from lightning_align.runtime.memory import keep_freed_memory
+from lightning_align.runtime.ranks import data_world
 from lightning_align.training.checkpoints import drop_composed, drop_frozen, number_parameters, restore_composed, restore_frozen
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
 from lightning_align.training.optimizers import build_optimizer
@@ -197,7 +198,7 @@ class AlignModule(PrecisionHooks):
         count_epoch_as_begun(self.trainer)
         self.clock.begin_batch(self.trainer, batch_idx)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        position = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
+        position = (seed, data_world()[0], self.current_epoch, self.trainer.global_step, batch_idx)
         torch.manual_seed(hash(position) % 2**63)
         self.dropout.start(self.policy)
 
@@ -343,7 +344,7 @@ class AlignModule(PrecisionHooks):
         self.clock.end_batch(self.trainer)
         step, every = self.trainer.global_step, log_interval(self.trainer)
         if every and step % every == 0:
-            values = self.throughput.report(step, world_size=self.trainer.world_size, device=self.device)
+            values = self.throughput.report(step, world_size=data_world()[1], device=self.device)
             if values:
                 self.log_dict(values)
 

@@ -1,6 +1,6 @@
 """How a module holds its weights: their dtype, and the ranks that they are sharded over."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_align.models.parallelize import shard
+from lightning_align.models.tensor_parallel import AXIS, split_model
 from lightning_align.runtime.lightning_internals import accumulates, trainer_of
-from lightning_align.runtime.ranks import everyone
+from lightning_align.runtime.ranks import everyone, set_copies
 from lightning_align.training.gradient import lower_scale
 from lightning_align.training.masters import MasterWeights, warn_of_lost_updates
 
@@ -22,6 +23,8 @@ GRADIENT_SHARE = 1 / 8
 class PrecisionHooks(L.LightningModule):
     """The part of `AlignModule` that depends on the precision and on the sharding of the Trainer."""
 
+    tensor_parallel: ClassVar[bool] = False
+    """Whether the policy may be split over ranks that train on the same rows."""
     policy: nn.Module
 
     def __init__(self) -> None:
@@ -36,6 +39,7 @@ class PrecisionHooks(L.LightningModule):
 
         ``bf16-true`` would round stored log-probs, which are sums of hundreds of nats, to 8 bits.
         """
+        set_copies(1)  # an earlier run may have been split
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, HalfPrecision):
             plugin.convert_input = lambda data: data  # type: ignore[method-assign]
@@ -69,7 +73,23 @@ class PrecisionHooks(L.LightningModule):
         return model if trainer is None else trainer.precision_plugin.convert_module(model)
 
     def shard_policy(self, policy: nn.Module) -> nn.Module:
-        """Shard a model over the ranks, with gathers in the dtype of a mixed precision."""
+        """Shard a model over the ranks, with gathers in the dtype of a mixed precision.
+
+        Raises:
+            ValueError: If it is to be split by tensor parallelism and cannot be; see `split_model`.
+        """
+        assert self.device_mesh is not None
+        parts = self.device_mesh[AXIS]
+        set_copies(parts.size())
+        if parts.size() > 1:
+            if not self.tensor_parallel:
+                raise ValueError(
+                    f"tensor_parallel_size must be 1 for {type(self).__name__}, but got {parts.size()}. SFTModule and DPOModule "
+                    "support it. Shard other modules with data_parallel_size."
+                )
+            policy = split_model(policy, parts)
+            if self.data_mesh.size() == 1:
+                return policy
         return shard(policy, self.data_mesh, dtype=self.mixed_dtype)
 
     def shard_like_policy(self, model: nn.Module) -> nn.Module:

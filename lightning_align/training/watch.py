@@ -78,6 +78,14 @@ class RankWatch(Callback):
         for process in launched_processes(self._trainer).values():
             process.kill()
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait until all ranks have validated their batches, before metrics are added up in the group of the training."""
+        trainer.strategy.barrier("validated")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait as after a validation."""
+        trainer.strategy.barrier("tested")
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Complete the run."""
         self._patience.end()

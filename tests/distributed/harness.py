@@ -24,6 +24,7 @@ SCRIPTS = (
     "distributed.index",
     "distributed.team",
     "distributed.lost",
+    "distributed.tensor",
     "retro.train",
     "calm.train_distributed",
 )

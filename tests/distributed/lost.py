@@ -45,6 +45,7 @@ def lose(how: str) -> None:
     if not is_lost():
         time.sleep(FOREVER)
     time.sleep(0.5)
+    (Path(sys.argv[1]) / "lost").touch()
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     raise OSError(errno.ENOSPC, "No space left on device")

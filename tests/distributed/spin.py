@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from tests.distributed.train import STRATEGIES, full
+from tests.distributed.waits import forbid_long_waits
 from tests.spin.runs import exact_palm, start
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -66,6 +67,7 @@ def run(folder: Path, rows: str, strategy: Any, devices: int, *, opponent: str, 
 
 
 def main(name: str, opponent: str, folder: Path, rows: str) -> None:
+    forbid_long_waits()
     result = run(folder, rows, lambda: STRATEGIES[name]("spin"), 2, opponent=opponent, resumed=opponent == "ema")
     torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()

@@ -82,7 +82,15 @@ def full(model: nn.Module) -> dict[str, Tensor]:
 
 
 def run(
-    case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool = False, opened: Path | None = None
+    case: str,
+    strategy: Any,
+    devices: int,
+    folder: Path,
+    *,
+    resumed: bool = False,
+    opened: Path | None = None,
+    copies: int = 1,
+    saved: Path | None = None,
 ) -> dict[str, Any]:
     """Train two epochs of one optimizer step each; the rows of a rank are its part of the eight.
 
@@ -93,6 +101,8 @@ def run(
         folder: for checkpoints.
         resumed: stop after the first epoch, and go on from the checkpoint with a new module.
         opened: a checkpoint of the first epoch, to begin at.
+        copies: number of ranks that have the same rows.
+        saved: where to save a checkpoint by hand after the run, which is ended by steps; then one epoch is trained.
     """
 
     def trainer(epochs: int) -> L.Trainer:
@@ -119,16 +129,19 @@ def run(
 
     L.seed_everything(0, verbose=False)
     module, batch = build(case, folder)
-    whole_run = trainer(1 if resumed else 2)
+    whole_run = trainer(1 if resumed or saved else 2)
     # Two micro-batches an optimizer step, whose tokens differ between ranks and between micro-batches.
     if isinstance(batch, L.LightningDataModule):
-        batch.batch_size = batch.eval_batch_size = 4 // devices
+        batch.batch_size = batch.eval_batch_size = 4 * copies // devices
         data: dict[str, Any] = {"datamodule": batch}
     else:
-        parts = split(batch, 4 // devices)[whole_run.global_rank :: devices]
+        shares = devices // copies
+        parts = split(batch, 4 // shares)[whole_run.global_rank // copies :: shares]
         loader: DataLoader[Any] = DataLoader(parts, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
         data = {"train_dataloaders": loader, "val_dataloaders": loader}
     whole_run.fit(module, **data, ckpt_path=opened)
+    if saved is not None:
+        whole_run.save_checkpoint(saved)
     if resumed:
         path = checkpoint_of(case, folder, devices)
         whole_run.save_checkpoint(path)
@@ -136,12 +149,17 @@ def run(
         whole_run = trainer(2)
         whole_run.fit(module, **data, ckpt_path=path)
     metrics = {n: float(v) for n, v in whole_run.callback_metrics.items() if n.startswith(("val/", "train/grad"))}
+    gradients = {
+        name: (value.grad.full_tensor() if isinstance(value.grad, DTensor) else value.grad).clone()
+        for name, value in module.policy.named_parameters()
+        if value.grad is not None
+    }
     state = full(module.policy)  # this leaves the weights sharded, as the first generation of a run finds them
     config = GenerationConfig(max_new_tokens=12, temperature=0)
     # Rank 1 ends its rows at another step than rank 0, and both must go on until all have ended.
-    prompts = [[1, 2, 3], [4]][: 1 + whole_run.global_rank]
+    prompts = [[1, 2, 3], [4]][: 1 + whole_run.global_rank // copies]
     texts = [r[0].tokens for r in generate(module.policy, prompts, config, eos_id=5)]
-    result = {"state": state, "metrics": metrics, "texts": texts}
+    result = {"state": state, "metrics": metrics, "texts": texts, "gradients": gradients}
     if case.startswith("moving"):
         result["average"] = full(module.reference_average)
         result["sharded"] = all(isinstance(p, DTensor) for p in module.reference_average.parameters())
