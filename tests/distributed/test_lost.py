@@ -11,7 +11,7 @@ import torch
 
 
 from tests.conftest import FULL
-from tests.distributed.harness import ROOT, end_ranks, free_port, start_ranks
+from tests.distributed.harness import ROOT, TORCHRUN, end_ranks, free_port, start_ranks
 from tests.toys import tiny_palm
 
 pytestmark = pytest.mark.distributed
@@ -29,26 +29,25 @@ CASES = [
     ("ddp", "generation", "raise", 0, INDEPENDENT),
     ("fsdp2", "training", "raise", 1, INDEPENDENT),
     ("fsdp2", "training", "kill", 0, INDEPENDENT),
-    ("fsdp2", "generation", "kill", 1, None),
-    ("ddp", "generation", "kill", 0, None),
+    ("fsdp2", "generation", "kill", 1, TORCHRUN),
+    ("ddp", "generation", "kill", 0, TORCHRUN),
     ("ddp", "indexing", "kill", 1, INDEPENDENT),
-    ("ddp", "indexing", "raise", 0, None),
+    ("ddp", "indexing", "raise", 0, TORCHRUN),
     ("ddp", "scoring", "kill", 1, INDEPENDENT),
     ("fsdp2", "scoring", "raise", 0, INDEPENDENT),
     ("ddp", "prepare", "raise", 0, INDEPENDENT),
-    ("ddp", "prepare", "kill", 0, None),
+    ("ddp", "prepare", "kill", 0, TORCHRUN),
 ]
 
 
 @pytest.mark.parametrize(("strategy", "moment", "how", "lost", "environment"), CASES if FULL else CASES[:2])
 def test_a_lost_rank_ends_the_other(
-    strategy: str, moment: str, how: str, lost: int, environment: dict[str, str] | None, tmp_path: Path
+    strategy: str, moment: str, how: str, lost: int, environment: dict[str, str], tmp_path: Path
 ) -> None:
     """The rank that raises hangs in another callback afterwards, so that nothing but our message reaches the other one."""
     outputs = [tmp_path / f"{rank}.txt" for rank in range(2)]
-    own = None if environment is None else {**environment, "LOST": str(lost)}
+    own = {**environment, "LOST": str(lost)}
     torch.save(tiny_palm().state_dict(), tmp_path / "base.pt")
-    os.environ["LOST"] = str(lost)
     processes = start_ranks(SCRIPT, (str(tmp_path), strategy, moment, how), outputs, own)
     began, other = time.monotonic(), 1 - lost
     while not (tmp_path / "lost").exists() and time.monotonic() - began < START:

@@ -68,6 +68,20 @@ def build(case: str, folder: Path) -> Any:
     return DPOModule(tiny_palm, init_from=str(base), lora=LoRAConfig(rank=2), optimizer=SGD), DPO_BATCH
 
 
+class Gradients(Callback):
+    """Keeps the whole gradients of the last optimizer step."""
+
+    whole: dict[str, Tensor]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.keep(pl_module)
+
+    def keep(self, module: Any) -> None:
+        found = {name: weight.grad for name, weight in module.policy.named_parameters() if weight.grad is not None}
+        if found:
+            self.whole = {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in found.items()}
+
+
 def checkpoint_of(case: str, folder: Path, devices: int) -> Path:
     """Where the first epoch's checkpoint stands that so many ranks wrote."""
     return folder / f"{case}-{devices}.ckpt"
@@ -105,8 +119,10 @@ def run(
         saved: where to save a checkpoint by hand after the run, which is ended by steps; then one epoch is trained.
     """
 
+    found = Gradients()
+
     def trainer(epochs: int) -> L.Trainer:
-        callbacks: list[Callback] = [ReferenceUpdate(alpha=0.3, every=1)] if case.startswith("moving") else []
+        callbacks: list[Callback] = [found, *([ReferenceUpdate(alpha=0.3, every=1)] if case.startswith("moving") else [])]
         if case in ("dpo", "moving_lora"):
             callbacks.append(PreferenceMonitor(num_prompts=3, max_new_tokens=5))
         return L.Trainer(
@@ -149,17 +165,12 @@ def run(
         whole_run = trainer(2)
         whole_run.fit(module, **data, ckpt_path=path)
     metrics = {n: float(v) for n, v in whole_run.callback_metrics.items() if n.startswith(("val/", "train/grad"))}
-    gradients = {
-        name: (value.grad.full_tensor() if isinstance(value.grad, DTensor) else value.grad).clone()
-        for name, value in module.policy.named_parameters()
-        if value.grad is not None
-    }
     state = full(module.policy)  # this leaves the weights sharded, as the first generation of a run finds them
     config = GenerationConfig(max_new_tokens=12, temperature=0)
     # Rank 1 ends its rows at another step than rank 0, and both must go on until all have ended.
     prompts = [[1, 2, 3], [4]][: 1 + whole_run.global_rank // copies]
     texts = [r[0].tokens for r in generate(module.policy, prompts, config, eos_id=5)]
-    result = {"state": state, "metrics": metrics, "texts": texts, "gradients": gradients}
+    result = {"state": state, "metrics": metrics, "texts": texts, "gradients": found.whole}
     if case.startswith("moving"):
         result["average"] = full(module.reference_average)
         result["sharded"] = all(isinstance(p, DTensor) for p in module.reference_average.parameters())
