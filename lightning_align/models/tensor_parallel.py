@@ -137,8 +137,8 @@ def _split_linear(layer: nn.Linear, mesh: DeviceMesh, style: str) -> None:
 def _split_fused(layer: nn.Linear, mesh: DeviceMesh, splits: Iterable[tuple[int, bool]]) -> None:
     """Split a linear layer whose outputs are several parts.
 
-    The weight is sharded as a whole, in the order of a checkpoint. Before the product its parts are gathered, as FSDP2 gathers a
-    layer, and a rank keeps its rows.
+    The weight is sharded as a whole, in the order of a checkpoint. Before the product it is gathered, as FSDP2 gathers a layer,
+    and a rank keeps its rows.
 
     Args:
         layer: The layer, without a bias.
@@ -290,8 +290,8 @@ def plan_of(model: PretrainedLM) -> dict[str, str]:
     plan = getattr(decoder.config, "base_model_tp_plan", None)
     if not plan:
         raise ValueError(
-            f"tensor_parallel_size must be 1 for {name}, because transformers has no tensor-parallel plan for it. Shard it with "
-            "data_parallel_size, or use a model with a `base_model_tp_plan`, such as those of Llama, Mistral, Qwen and Gemma."
+            f"tensor_parallel_size must be 1 for {name}, because transformers has no tensor-parallel plan for it. Shard it "
+            "with data_parallel_size, or use a model with a `base_model_tp_plan`, such as Llama, Mistral, Qwen or Gemma."
         )
     known: dict[str, Callable[..., None]] = {
         **dict.fromkeys(("colwise", "rowwise", "colwise_gather_output", "rowwise_split_input"), _split_linear),

@@ -14,8 +14,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -90,6 +90,14 @@ class RankLink:
         self._tell({"kind": "failed", "run": self.run, "why": why})
         if self.group is not None:
             self._sent.wait(2.0)
+
+    def warn(self, why: str) -> None:
+        """Tell the others of an error before this rank waits for them, to raise it on all ranks together."""
+        self._tell({"kind": "failing", "run": self.run, "why": why})
+
+    def met(self) -> None:
+        """Tell the others that all ranks know of the error, and may handle it."""
+        self._tell({"kind": "met", "run": self.run})
 
     def loss(self, *, seconds: float = 0.0) -> Loss | None:
         """Return what ended the run on another rank, if anything did.
@@ -203,8 +211,17 @@ class RankLink:
     def _handle(self, peer: dict[str, Any], message: dict[str, Any]) -> None:
         if message["kind"] == "end":
             peer["ended"] = message["run"]
-        elif message["kind"] in ("failed", "died"):
+        elif message["kind"] == "met":
+            self._meet(message["rank"])
+        elif message["kind"] in ("failing", "failed", "died"):
             self._add(Loss(message["rank"], message["run"], message["kind"] == "died", message["why"]))
+
+    def _meet(self, rank: int) -> None:
+        self._losses = [loss for loss in self._losses if loss.rank != rank or loss.died]
+        with self._changed:
+            self._since, self._told = 0.0, False
+        if self._rank == 0:
+            self._send_all({"kind": "met", "rank": rank})
 
     def _add(self, loss: Loss) -> None:
         if loss.died and loss.rank in self._lost:
@@ -256,6 +273,32 @@ class RankLink:
             if opened is not None:
                 with suppress(OSError):
                     opened.close()
+
+
+_current: RankLink | None = None
+"""The link of the process group. It outlives a run: a rank that is gone between two runs must end the next one."""
+
+
+def link_of_group() -> RankLink:
+    """Return the link of the process group, or of the one that will be made."""
+    global _current
+    group = None if _current is None else _current.group
+    if _current is not None and group is not None and (not dist.is_initialized() or group is not dist.group.WORLD):
+        _current.close()
+        _current = None
+    _current = _current or RankLink()
+    return _current
+
+
+@contextmanager
+def failing(error: BaseException) -> Iterator[None]:
+    """Tell the other ranks of an error while this rank waits for them. They end if they do not come to the same place."""
+    link = _current if _current is not None and _current.active else None
+    if link is not None:
+        link.warn(f"{type(error).__name__}: {error}"[:500])
+    yield
+    if link is not None:
+        link.met()
 
 
 _LINKS: "weakref.WeakSet[RankLink]" = weakref.WeakSet()

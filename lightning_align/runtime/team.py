@@ -1,12 +1,13 @@
 """Ranks that share work of unequal length, or that all must end if one of them fails."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lightning_align.runtime.rank_link import failing
 from lightning_align.runtime.ranks import world
 
 T = TypeVar("T")
@@ -36,7 +37,9 @@ class Team:
             yield
         except BaseException as error:
             if self.size > 1 and isinstance(error, Exception):
-                self.gather(f"{type(error).__name__}: {error}")
+                # The others may be in a collective of another group. If they are lost there, the error of this rank counts.
+                with suppress(RuntimeError), failing(error):
+                    self.gather(f"{type(error).__name__}: {error}")
             raise
         if self.size > 1:
             for rank, problem in enumerate(self.gather("")):

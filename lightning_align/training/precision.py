@@ -84,8 +84,8 @@ class PrecisionHooks(L.LightningModule):
         if parts.size() > 1:
             if not self.tensor_parallel:
                 raise ValueError(
-                    f"tensor_parallel_size must be 1 for {type(self).__name__}, but got {parts.size()}. SFTModule and DPOModule "
-                    "support it. Shard other modules with data_parallel_size."
+                    f"tensor_parallel_size must be 1 for {type(self).__name__}, but got {parts.size()}. SFTModule and "
+                    "DPOModule support it. Shard other modules with data_parallel_size."
                 )
             policy = split_model(policy, parts)
             if self.data_mesh.size() == 1:

@@ -9,20 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_align.runtime.lightning_internals import callbacks_of, launched_processes, ranks_of
 from lightning_align.runtime.patience import Patience
-from lightning_align.runtime.rank_link import RankLink
-
-_link: RankLink | None = None
-"""That of the process group. It outlives a run: a rank that is gone between two runs must end the next one."""
-
-
-def _link_of_group() -> RankLink:
-    global _link
-    is_other = _link is not None and _link.group is not None and (not dist.is_initialized() or _link.group is not dist.group.WORLD)
-    if _link is not None and is_other:
-        _link.close()
-    if _link is None or is_other:
-        _link = RankLink()
-    return _link
+from lightning_align.runtime.rank_link import RankLink, link_of_group
 
 
 class RankWatch(Callback):
@@ -37,6 +24,7 @@ class RankWatch(Callback):
     def __init__(self) -> None:
         """Start without a run."""
         self._run: int | None = None
+        self._link: RankLink | None = None
         self._trainer: L.Trainer | None = None
         self._patience = Patience()
 
@@ -56,12 +44,12 @@ class RankWatch(Callback):
         watch._begin(trainer)
 
     def _begin(self, trainer: L.Trainer) -> None:
-        link, self._trainer = _link_of_group(), trainer
+        link, self._trainer = link_of_group(), trainer
         if link.active:
             return  # a run within a run, such as an encoder's; the outer one is watched
         link.explain, link.before_exit = self._explain, self._end_launched
         link.begin()
-        self._run = link.run
+        self._run, self._link = link.run, link
         self._patience.begin(trainer.strategy)
 
     def _explain(self, rank: int) -> str:
@@ -71,7 +59,9 @@ class RankWatch(Callback):
         status = None if code is None else code.poll()
         if status is None:
             return ""
-        return f"its process {'was killed by ' + signal.Signals(-status).name if status < 0 else f'ended with status {status}'}."
+        return (
+            f"its process {'was killed by ' + signal.Signals(-status).name if status < 0 else f'ended with status {status}'}."
+        )
 
     def _end_launched(self) -> None:
         assert self._trainer is not None
@@ -89,21 +79,21 @@ class RankWatch(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Complete the run."""
         self._patience.end()
-        if _link is not None and self._run == _link.run and _link.active:
-            _link.end()
+        if self._link is not None and self._run == self._link.run and self._link.active:
+            self._link.end()
             self._run = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Tell the other ranks, or say which one caused the error."""
         self._patience.end()
-        if _link is None or self._run != _link.run:
+        if self._link is None or self._run != self._link.run:
             return
         self._run = None
-        loss = _link.loss(seconds=3.0 if _is_of_collective(exception) else 0.0)
-        text = f"{type(exception).__name__}: {exception}"
-        if loss is not None and loss.why != text[:500]:
+        loss = self._link.loss(seconds=3.0 if _is_of_collective(exception) else 0.0)
+        text = f"{type(exception).__name__}: {exception}"[:500]
+        if loss is not None and loss.why not in text and f"Rank {loss.rank} failed" not in text:
             exception.add_note(f"{loss}")
-        _link.fail(text[:500] if loss is None else f"{loss}"[:500])
+        self._link.fail(text if loss is None else f"{loss}"[:500])
 
 
 def _is_of_collective(error: BaseException) -> bool:

@@ -70,6 +70,21 @@ class Loader(DataLoader[Any]):
     """Yields the batches in worker processes, which hold copies of all open sockets."""
 
 
+class Data(L.LightningDataModule):
+    """Only rank 0 prepares data, and the other one waits for it without a limit."""
+
+    def __init__(self, loader: Loader, how: str) -> None:
+        super().__init__()
+        self.loader, self.how = loader, how
+
+    def prepare_data(self) -> None:
+        if self.how:
+            lose(self.how)
+
+    def train_dataloader(self) -> Loader:
+        return self.loader
+
+
 def lost_in(owner: Any, name: str, how: str) -> None:
     """Lose the rank where it calls a function. The other one does not call it, or goes on."""
     real = getattr(owner, name)
@@ -116,14 +131,11 @@ def main(folder: Path, strategy: str, moment: str, how: str) -> None:
         return
     if moment == "scoring":
         lost_in(StoredLogProbs, "_keep", how)
-    if moment == "prepare":
-        lost_in(L.LightningDataModule, "prepare_data", how)
     module, batch = case_of("stored" if moment == "scoring" else "sft", folder)
     parts: Any = split(batch, 2)
     # Workers of a data loader are forks, which hold copies of all open sockets.
     loader = Loader(parts * 4, batch_size=None, num_workers=1 if moment == "training" else 0)
-    data = L.LightningDataModule.from_datasets()
-    data.train_dataloader = lambda: loader  # type: ignore[method-assign]
+    data = Data(loader, how if moment == "prepare" else "")
     trainer_of(folder, strategy, hang, max_steps=3).fit(module, data)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 from tests.conftest import FULL
 from tests.distributed.harness import ROOT, TORCHRUN, end_ranks, free_port, start_ranks
 from tests.toys import tiny_palm

@@ -5,7 +5,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-ALLOWED = ("torch/distributed/checkpoint", "torch/distributed/fsdp", "torch/distributed/distributed_c10d", "in _sync_ddp", "in gather_all_tensors")
+ALLOWED = (
+    "torch/distributed/checkpoint",
+    "torch/distributed/fsdp",
+    "torch/distributed/distributed_c10d",
+    "in _sync_ddp",
+    "in gather_all_tensors",
+)
 """Ranks come to them after the same work: the writing of a shard each, or, as sums and metrics, after a barrier."""
 
 
