@@ -25,6 +25,7 @@ SCRIPTS = (
     "distributed.team",
     "distributed.lost",
     "distributed.tensor",
+    "distributed.switch",
     "retro.train",
     "calm.train_distributed",
 )

@@ -134,7 +134,8 @@ def main(folder: Path, strategy: str, moment: str, how: str) -> None:
     module, batch = case_of("stored" if moment == "scoring" else "sft", folder)
     parts: Any = split(batch, 2)
     # Workers of a data loader are forks, which hold copies of all open sockets.
-    loader = Loader(parts * 4, batch_size=None, num_workers=1 if moment == "training" else 0)
+    workers: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "fork"} if moment == "training" else {}
+    loader = Loader(parts * 4, batch_size=None, **workers)
     data = Data(loader, how if moment == "prepare" else "")
     trainer_of(folder, strategy, hang, max_steps=3).fit(module, data)
 
