@@ -131,7 +131,8 @@ def _split_linear(layer: nn.Linear, mesh: DeviceMesh, style: str) -> None:
         out = _apply(_Sum, F.linear(part, _own(layer.weight)), mesh)
         return out if layer.bias is None else out + _own(layer.bias)
 
-    layer.forward = colwise if columns else rowwise  # type: ignore[method-assign]
+    untyped: Any = layer
+    untyped.forward = colwise if columns else rowwise
 
 
 def _split_fused(layer: nn.Linear, mesh: DeviceMesh, splits: Iterable[tuple[int, bool]]) -> None:
@@ -161,7 +162,8 @@ def _split_fused(layer: nn.Linear, mesh: DeviceMesh, splits: Iterable[tuple[int,
         whole = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         return F.linear(_apply(_Spread, x, mesh), torch.cat([whole[part] for part in rows]))
 
-    layer.forward = forward  # type: ignore[method-assign]
+    untyped: Any = layer
+    untyped.forward = forward
 
 
 def _replicate(
@@ -328,8 +330,8 @@ def _split_by_plan(model: PretrainedLM, mesh: DeviceMesh) -> None:
 def _logits(model: nn.Module) -> Tensor | None:
     if next(model.parameters()).is_meta:
         return None
-    embedding: Any = model.token_emb if isinstance(model, PaLM) else model.model.get_input_embeddings()  # type: ignore[union-attr]
-    weight = embedding.weight
+    assert isinstance(model, PaLM | PretrainedLM)
+    weight = model.token_emb.weight if isinstance(model, PaLM) else model.model.get_input_embeddings().weight
     training = model.training
     model.eval()
     try:

@@ -134,7 +134,8 @@ class RankLink:
         with selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ)
             try:
-                self._open(_get_default_store().clone(), selector)
+                store: Any = _get_default_store()
+                self._open(store.clone(), selector)
             except (OSError, RuntimeError, ValueError) as error:  # a firewall, or a store that cannot be shared
                 _write(f"Rank {self._rank} cannot watch the other ranks ({error}). If one dies, it waits for the timeout.")
                 self._sent.set()

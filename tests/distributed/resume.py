@@ -27,7 +27,7 @@ class Kill(Callback):
 
 
 def options(**more: Any) -> dict[str, Any]:
-    return {"devices": 2, "strategy": STRATEGIES["ddp"]("places"), "accumulate_grad_batches": 3, **more}
+    return {"devices": 2, "strategy": STRATEGIES[sys.argv[2]]("places"), "accumulate_grad_batches": 3, **more}
 
 
 def main(folder: Path) -> None:
