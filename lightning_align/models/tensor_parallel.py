@@ -23,6 +23,7 @@ from lightning_align.models.lora import Adapter
 from lightning_align.models.palm import PaLM, PaLMBlock
 from lightning_align.models.peft_adapters import has_peft
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.runtime.modes import evaluating
 
 AXIS = "tensor_parallel"
 """The name that Lightning gives the dimension of the mesh."""
@@ -332,12 +333,8 @@ def _logits(model: nn.Module) -> Tensor | None:
         return None
     assert isinstance(model, PaLM | PretrainedLM)
     weight = model.token_emb.weight if isinstance(model, PaLM) else model.model.get_input_embeddings().weight
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits: Tensor = model(torch.arange(min(8, weight.shape[0]), device=weight.device)[None])
-    finally:
-        model.train(training)
     return logits.float().cpu()
 
 

@@ -1,4 +1,4 @@
-"""What one rank of a test of changing ranks does: go on with a run of each method for some steps, and save by hand at its end."""
+"""What one rank of a test of changing ranks does: go on with a run of each method for some steps, and save by hand."""
 
 import functools
 import sys
