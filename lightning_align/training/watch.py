@@ -25,7 +25,7 @@ class RankWatch(Callback):
         """Start without a run."""
         self._run: int | None = None
         self._link: RankLink | None = None
-        self._trainer: L.Trainer | None = None
+        self._watched: L.Trainer | None = None
         self._patience = Patience()
 
     @classmethod
@@ -44,7 +44,7 @@ class RankWatch(Callback):
         watch._begin(trainer)
 
     def _begin(self, trainer: L.Trainer) -> None:
-        link, self._trainer = link_of_group(), trainer
+        link, self._watched = link_of_group(), trainer
         if link.active:
             return  # a run within a run, such as an encoder's; the outer one is watched
         link.explain, link.before_exit = self._explain, self._end_launched
@@ -54,8 +54,8 @@ class RankWatch(Callback):
 
     def _explain(self, rank: int) -> str:
         """Return how a process ended that this one has launched."""
-        assert self._trainer is not None
-        code = launched_processes(self._trainer).get(rank)
+        assert self._watched is not None
+        code = launched_processes(self._watched).get(rank)
         status = None if code is None else code.poll()
         if status is None:
             return ""
@@ -64,8 +64,8 @@ class RankWatch(Callback):
         )
 
     def _end_launched(self) -> None:
-        assert self._trainer is not None
-        for process in launched_processes(self._trainer).values():
+        assert self._watched is not None
+        for process in launched_processes(self._watched).values():
             process.kill()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
