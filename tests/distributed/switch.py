@@ -1,6 +1,5 @@
 """What one rank of a test of changing ranks does: go on with a run of each method for some steps, and save by hand."""
 
-import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ def checkpoint(folder: Path, method: str, phase: int) -> Path:
 
 def go_on(method: str, folder: Path, phase: int | None = None, *, until: int = 0) -> Run:
     """Train a phase of the run and save its checkpoint, or train so many steps in one process."""
-    places.MODULE["dropout"] = False  # a rank draws other numbers than one process
-    if method in ("spin", "retro"):  # in float64, so that rounding changes no sample
-        places.tiny_palm = functools.partial(tiny_palm, dtype=torch.float64)  # type: ignore[attr-defined]
+    # Without dropout, because a rank draws other numbers than one process. In float64, so that rounding changes no sample.
+    wide = {"dtype": torch.float64} if method in ("spin", "retro") else {}
+    places.tiny_palm = lambda **given: tiny_palm(**{**given, **wide, "ff_dropout": 0.0})  # type: ignore[attr-defined]
     strategy, steps = ("auto", until) if phase is None else PHASES[phase]
     ranks = 1 if strategy == "auto" else 2
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "max_epochs": -1, "max_steps": steps, "devices": ranks}
