@@ -38,6 +38,9 @@ PORTABLE = (
     "training/test_resume.py",
 )
 
+FULL = os.environ.get("FULL_STUDIES", "0") not in ("", "0")
+"""Whether studies run at full length."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # One thread per worker, unless the caller says otherwise: several workers share the cores, and kernels round otherwise with
@@ -70,4 +73,4 @@ def seed() -> int:
 @pytest.fixture
 def full_studies() -> bool:
     """Whether a test marked `study` runs at full length, as it does in CI; otherwise it is the same test, smaller."""
-    return os.environ.get("FULL_STUDIES", "0") not in ("", "0")
+    return FULL

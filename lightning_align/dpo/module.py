@@ -45,6 +45,7 @@ class DPOModule(AlignModule):
     """Aligns a language model with preferences, relative to the model that it starts from."""
 
     default_lr = 5e-6
+    tensor_parallel = True
     default_dropout = False
 
     def __init__(

@@ -13,7 +13,7 @@ from lightning_align.dpo.module import DPOModule
 from lightning_align.generation.ends import Ends
 from lightning_align.generation.sampler import GenerationConfig, evaluating, generate
 from lightning_align.runtime.lightning_internals import log_interval
-from lightning_align.runtime.ranks import world
+from lightning_align.runtime.ranks import data_world
 from lightning_align.runtime.team import Team
 from lightning_align.scoring.ratios import Ratios
 from lightning_align.scoring.sums import response_logprobs
@@ -226,7 +226,7 @@ class PreferenceMonitor(Callback):
 
     def _keep_prompts(self, side: TokenBatch, batch_idx: int) -> None:
         """Keep the prompts with the lowest row indices. Rows without an index are ordered by batch, position and rank."""
-        rank, rows = world()[0], side["rows"].tolist() if "rows" in side else None
+        rank, rows = data_world()[0], side["rows"].tolist() if "rows" in side else None
         keys = [(batch_idx, index, rank) if rows is None else (rows[index],) for index in range(len(side["tokens"]))]
         kept = sorted({*self._prompts, *keys})[: self.num_prompts]
         if not set(kept) & set(keys):
@@ -237,7 +237,7 @@ class PreferenceMonitor(Callback):
 
     def _measure_kl(self, trainer: L.Trainer, module: Any) -> Tensor:
         """Compute the sum of log p - log q over all samples, divided by their total length. A collective."""
-        rank, ranks = world()
+        rank, ranks = data_world()
         found, self._prompts = self._prompts, {}
         if ranks > 1:
             self._team = self._team or Team()

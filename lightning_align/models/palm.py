@@ -26,6 +26,7 @@ from lightning_align.models.language_model import Head
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.palm_unpadded import WithoutPadding
 from lightning_align.models.parallelize import compile_blocks, uncompiled
+from lightning_align.runtime.ranks import local
 
 # xPos scales a query by s^(t/b - c) and a key by the inverse. The center c cancels in the product q.k, so any constant is
 # correct, but cached keys and new queries must use the same. A positive center halves the range of the factors.
@@ -270,7 +271,7 @@ class PaLM(WithoutPadding):
         """
         if is_adapted(self.to_logits):
             return None
-        return Head(self.token_emb.weight if self.to_logits is None else self.to_logits.weight, None)
+        return Head(local(self.token_emb.weight if self.to_logits is None else self.to_logits.weight), None)
 
     def make_cache(self, batch: int, length: int) -> KVCache:
         """Allocate a key-value cache.
@@ -385,4 +386,4 @@ class PaLM(WithoutPadding):
         """Compute the logits (B, N, V). See `hidden` for the arguments."""
         options = {"mask": mask, "positions": positions, "documents": documents, "extra_embed": extra_embed}
         hidden = self.hidden(tokens, cache=cache, **options)
-        return F.linear(hidden, self.token_emb.weight) if self.to_logits is None else self.to_logits(hidden)
+        return F.linear(hidden, local(self.token_emb.weight)) if self.to_logits is None else self.to_logits(hidden)

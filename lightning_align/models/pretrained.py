@@ -32,7 +32,7 @@ from lightning_align.models.pretrained_loading import (
 )
 from lightning_align.models.pretrained_unpadded import UnpaddedDecoder
 from lightning_align.models.routers import RouterRecord, find_routers
-from lightning_align.runtime.ranks import is_sharded
+from lightning_align.runtime.ranks import is_sharded, local
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -263,7 +263,7 @@ class PretrainedLM(UnpaddedDecoder):
         layer = self.model.get_output_embeddings()
         if is_adapted(layer):
             return None
-        return Head(layer.weight, layer.bias, self._softcap)
+        return Head(local(layer.weight), None if layer.bias is None else local(layer.bias), self._softcap)
 
     @property
     def decoder(self) -> Any:

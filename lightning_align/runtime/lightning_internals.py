@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
 CHECKED_ON = "2.6.6"
@@ -73,6 +74,10 @@ INTERNALS = (
         "lightning.pytorch.Trainer()._accelerator_connector.cluster_environment",
         "the signal with which SLURM announces that it requeues the job",
     ),
+    Internal(
+        "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher",
+        "the processes that rank 0 has launched, to say how one ended and to end them",
+    ),
     Internal("lightning.pytorch.Trainer().lr_scheduler_configs", "self-play restarts the schedule with each iteration"),
     Internal(
         "lightning.pytorch.callbacks.ModelCheckpoint()._last_global_step_saved",
@@ -123,6 +128,19 @@ def callbacks_of(trainer: L.Trainer) -> list[Callback]:
 def datamodule_of(trainer: L.Trainer | None) -> Any:
     """Return the data module of the running command, or None."""
     return getattr(trainer, "datamodule", None)
+
+
+def ranks_of(trainer: L.Trainer) -> int:
+    """Return the number of ranks, also before there is a process group."""
+    return max(trainer.world_size, trainer.num_devices * trainer.num_nodes)
+
+
+def launched_processes(trainer: L.Trainer) -> dict[int, Any]:
+    """Return the processes that this one has launched, by rank."""
+    launcher: Any = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return {}
+    return {trainer.global_rank + number: process for number, process in enumerate(launcher.procs, start=1)}
 
 
 def log_interval(trainer: L.Trainer) -> int:

@@ -1,12 +1,13 @@
 """Ranks that share work of unequal length, or that all must end if one of them fails."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from lightning_align.runtime.rank_link import failing
 from lightning_align.runtime.ranks import world
 
 T = TypeVar("T")
@@ -45,7 +46,9 @@ class Team:
             yield
         except BaseException as error:
             if self.size > 1 and isinstance(error, Exception):
-                self.gather(f"{type(error).__name__}: {error}")
+                # The others may be in a collective of another group. If they are lost there, the error of this rank counts.
+                with suppress(RuntimeError), failing(error):
+                    self.gather(f"{type(error).__name__}: {error}")
             raise
         if self.size > 1:
             for rank, problem in enumerate(self.gather("")):
@@ -67,6 +70,19 @@ class Team:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def broadcast(self, value: T) -> T:
+        """Return the value of rank 0 on every rank. Unlike `share`, only rank 0 sends one."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self._group)
+        told: T = values[0]
+        return told
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self._group)
 
     def close(self) -> None:
         """Destroy the process group."""

@@ -15,6 +15,7 @@ class SFTModule(AlignModule):
     """Fine-tunes a language model on responses."""
 
     default_lr = 3e-4
+    tensor_parallel = True
 
     def __init__(self, backbone: Backbone | None = None, **shared: Unpack[PolicyArguments]) -> None:
         """Describe the run. The policy is built in ``configure_model``.

@@ -147,7 +147,7 @@ class SPINModule(AlignModule):
     def configure_callbacks(self) -> list[Callback]:
         """Return a `SelfPlayGeneration` callback with default settings, unless the Trainer already has one."""
         present = any(isinstance(callback, SelfPlayGeneration) for callback in callbacks_of(self.trainer))
-        return [] if present else [SelfPlayGeneration()]
+        return [*super().configure_callbacks(), *([] if present else [SelfPlayGeneration()])]
 
     # -- the opponent
 

@@ -20,7 +20,7 @@ from lightning_align.generation.sampler import Generation, GenerationConfig, gen
 from lightning_align.models.language_model import policy_of
 from lightning_align.runtime.files import check_writable, publish_text
 from lightning_align.runtime.lightning_internals import datamodule_of
-from lightning_align.runtime.ranks import world
+from lightning_align.runtime.ranks import data_world, is_first_copy
 from lightning_align.runtime.team import Team
 
 
@@ -43,7 +43,7 @@ def _decode_shared(
     Under a sharded strategy each forward pass is a collective. So every rank makes the same number of calls on the same number
     of prompts. A rank with fewer prompts repeats its last one.
     """
-    rank, ranks = world()
+    rank, ranks = data_world()
     mine = list(range(rank, len(prompts), ranks))
     padded = mine + [mine[-1] if mine else 0] * (-(-len(prompts) // ranks) - len(mine))
     tokenizer = datamodule_of(trainer).tokenizer
@@ -171,6 +171,7 @@ class SolveRate(Callback):
         for index, response in _decode_shared(trainer, pl_module, prompts, self.config):
             answer = tokenizer.decode(response.tokens)
             metric.update(float(response.finished and self.grader.grade(self.prompts[index], answer)))
+        trainer.strategy.barrier("solved")  # the ranks generate for different times
         # compute() gathers the sums and counts of all ranks.
         return metric.compute()
 
@@ -208,7 +209,7 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file. Of several ranks, each writes its rows to a file of its own, and the first rank joins them."""
-        rows, self.rows = self.rows, []
+        rows, self.rows = self.rows if is_first_copy() else [], []
         team = Team()
         try:
             parts = [self.path.with_name(f".{self.path.name}.rank-{rank}") for rank in range(team.size)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from lightning_align.runtime.lightning_internals import (
     trainer_of,
 )
 from lightning_align.runtime.memory import keep_freed_memory
+from lightning_align.runtime.ranks import data_world
 from lightning_align.training.checkpoints import drop_composed, drop_frozen, number_parameters, restore_composed, restore_frozen
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
 from lightning_align.training.optimizers import build_optimizer
@@ -42,6 +44,7 @@ from lightning_align.training.tensorboard import log_hyperparameters
 from lightning_align.training.throughput import Throughput
 from lightning_align.training.tokenizer import KEY as TOKENIZER
 from lightning_align.training.tokenizer import add_record, check_tokenizer, record_of
+from lightning_align.training.watch import RankWatch
 from lightning_align.types import TokenBatch
 
 
@@ -134,6 +137,11 @@ class AlignModule(PrecisionHooks):
         for path in self.initial_weights():
             check_tokenizer(record_of(path), datamodule_of(self.trainer), source=path)
 
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Watch the other ranks, from before the data are prepared. It adds no other callback."""
+        RankWatch.attach(self.trainer)
+        return []
+
     @property
     def _backbone(self) -> tuple[Any]:
         """The backbone under its earlier name."""
@@ -198,7 +206,7 @@ class AlignModule(PrecisionHooks):
         count_epoch_as_begun(self.trainer)
         self.clock.begin_batch(self.trainer, batch_idx)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        position = (seed, self.global_rank, self.current_epoch, self.trainer.global_step, batch_idx)
+        position = (seed, data_world()[0], self.current_epoch, self.trainer.global_step, batch_idx)
         torch.manual_seed(hash(position) % 2**63)
         self.dropout.start(self.policy)
 
@@ -345,7 +353,7 @@ class AlignModule(PrecisionHooks):
         self.clock.end_batch(self.trainer)
         step, every = self.trainer.global_step, log_interval(self.trainer)
         if every and step % every == 0:
-            values = self.throughput.report(step, world_size=self.trainer.world_size, device=self.device)
+            values = self.throughput.report(step, world_size=data_world()[1], device=self.device)
             if values:
                 self.log_dict(values)
 

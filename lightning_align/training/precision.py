@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -17,9 +17,10 @@ from lightning_align.models.deferred import build_deferred, fill, is_deferred, r
 from lightning_align.models.head_probe import probe_head
 from lightning_align.models.parallelize import shard, within_forward
 from lightning_align.models.pretrained_shards import pretrained_parts
+from lightning_align.models.tensor_parallel import AXIS, split_model
 from lightning_align.models.weights import weights_hash
 from lightning_align.runtime.lightning_internals import accumulates, trainer_of
-from lightning_align.runtime.ranks import everyone
+from lightning_align.runtime.ranks import everyone, set_copies
 from lightning_align.runtime.team import of_first_rank
 from lightning_align.training.gradient import lower_scale
 from lightning_align.training.masters import MasterWeights, warn_of_lost_updates
@@ -31,6 +32,8 @@ GRADIENT_SHARE = 1 / 8
 class PrecisionHooks(L.LightningModule):
     """The part of `AlignModule` that depends on the precision and on the sharding of the Trainer."""
 
+    tensor_parallel: ClassVar[bool] = False
+    """Whether the policy may be split over ranks that train on the same rows."""
     policy: nn.Module
 
     def __init__(self, activation_checkpointing: Checkpointing = False) -> None:
@@ -47,6 +50,7 @@ class PrecisionHooks(L.LightningModule):
         ``bf16-true`` would round stored log-probs, which are sums of hundreds of nats, to 8 bits.
         """
         self.activations.end()  # an earlier run may have ended with an error in the middle of a step
+        set_copies(1)  # an earlier run may have been split
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, HalfPrecision):
             plugin.convert_input = lambda data: data  # type: ignore[method-assign]
@@ -84,7 +88,23 @@ class PrecisionHooks(L.LightningModule):
         return made[0]
 
     def shard_policy(self, policy: nn.Module) -> nn.Module:
-        """Shard a model over the ranks, with gathers in the dtype of a mixed precision, and make its deferred weights."""
+        """Shard a model over the ranks, with gathers in the dtype of a mixed precision, and make its deferred weights.
+
+        Raises:
+            ValueError: If it is to be split by tensor parallelism and cannot be; see `split_model`.
+        """
+        assert self.device_mesh is not None
+        parts = self.device_mesh[AXIS]
+        set_copies(parts.size())
+        if parts.size() > 1:
+            if not self.tensor_parallel:
+                raise ValueError(
+                    f"tensor_parallel_size must be 1 for {type(self).__name__}, but got {parts.size()}. SFTModule and "
+                    "DPOModule support it. Shard other modules with data_parallel_size."
+                )
+            policy = split_model(policy, parts)
+            if self.data_mesh.size() == 1:
+                return policy
         device = self.trainer.strategy.root_device
         fill(policy, lambda model: shard(model, self.data_mesh, dtype=self.mixed_dtype), device)
         return policy
@@ -94,8 +114,12 @@ class PrecisionHooks(L.LightningModule):
         return self.shard_policy(model if is_deferred(model) else model.to(self.device)) if self.is_sharded else model
 
     def build_for_sharding(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """Build a model: without its large weights if it will be sharded, so that no rank holds all of them."""
-        return build_deferred(build) if self.is_sharded else build()
+        """Build a model: without its large weights if it will be sharded, so that no rank holds all of them.
+
+        Tensor parallelism splits whole weights.
+        """
+        deferred = self.is_sharded and self.device_mesh is not None and self.device_mesh[AXIS].size() == 1
+        return build_deferred(build) if deferred else build()
 
     def check_sharded(self, policy: nn.Module) -> None:
         """Do the checks of a build that need weights, on a sharded policy that was built without. This is a collective."""

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_align.models import weights
 from lightning_align.models.weights import state_hash
 from tests.distributed.train import STRATEGIES, full
+from tests.distributed.waits import forbid_long_waits
 from tests.spin.runs import exact_palm, start
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -69,6 +70,7 @@ def run(folder: Path, rows: str, strategy: Any, devices: int, *, opponent: str, 
 
 
 def main(name: str, opponent: str, folder: Path, rows: str) -> None:
+    forbid_long_waits()
     hashed: list[int] = []
 
     def counted(state: dict[str, torch.Tensor]) -> str:

@@ -68,6 +68,20 @@ def build(case: str, folder: Path) -> Any:
     return DPOModule(tiny_palm, init_from=str(base), lora=LoRAConfig(rank=2), optimizer=SGD), DPO_BATCH
 
 
+class Gradients(Callback):
+    """Keeps the whole gradients of the last optimizer step."""
+
+    whole: dict[str, Tensor]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.keep(pl_module)
+
+    def keep(self, module: Any) -> None:
+        found = {name: weight.grad for name, weight in module.policy.named_parameters() if weight.grad is not None}
+        if found:
+            self.whole = {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in found.items()}
+
+
 def checkpoint_of(case: str, folder: Path, devices: int) -> Path:
     """Where the first epoch's checkpoint stands that so many ranks wrote."""
     return folder / f"{case}-{devices}.ckpt"
@@ -82,7 +96,15 @@ def full(model: nn.Module) -> dict[str, Tensor]:
 
 
 def run(
-    case: str, strategy: Any, devices: int, folder: Path, *, resumed: bool = False, opened: Path | None = None
+    case: str,
+    strategy: Any,
+    devices: int,
+    folder: Path,
+    *,
+    resumed: bool = False,
+    opened: Path | None = None,
+    copies: int = 1,
+    saved: Path | None = None,
 ) -> dict[str, Any]:
     """Train two epochs of one optimizer step each; the rows of a rank are its part of the eight.
 
@@ -93,10 +115,14 @@ def run(
         folder: for checkpoints.
         resumed: stop after the first epoch, and go on from the checkpoint with a new module.
         opened: a checkpoint of the first epoch, to begin at.
+        copies: number of ranks that have the same rows.
+        saved: where to save a checkpoint by hand after the run, which is ended by steps; then one epoch is trained.
     """
 
+    found = Gradients()
+
     def trainer(epochs: int) -> L.Trainer:
-        callbacks: list[Callback] = [ReferenceUpdate(alpha=0.3, every=1)] if case.startswith("moving") else []
+        callbacks: list[Callback] = [found, *([ReferenceUpdate(alpha=0.3, every=1)] if case.startswith("moving") else [])]
         if case in ("dpo", "moving_lora"):
             callbacks.append(PreferenceMonitor(num_prompts=3, max_new_tokens=5))
         return L.Trainer(
@@ -119,16 +145,19 @@ def run(
 
     L.seed_everything(0, verbose=False)
     module, batch = build(case, folder)
-    whole_run = trainer(1 if resumed else 2)
+    whole_run = trainer(1 if resumed or saved else 2)
     # Two micro-batches an optimizer step, whose tokens differ between ranks and between micro-batches.
     if isinstance(batch, L.LightningDataModule):
-        batch.batch_size = batch.eval_batch_size = 4 // devices
+        batch.batch_size = batch.eval_batch_size = 4 * copies // devices
         data: dict[str, Any] = {"datamodule": batch}
     else:
-        parts = split(batch, 4 // devices)[whole_run.global_rank :: devices]
+        shares = devices // copies
+        parts = split(batch, 4 // shares)[whole_run.global_rank // copies :: shares]
         loader: DataLoader[Any] = DataLoader(parts, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
         data = {"train_dataloaders": loader, "val_dataloaders": loader}
     whole_run.fit(module, **data, ckpt_path=opened)
+    if saved is not None:
+        whole_run.save_checkpoint(saved)
     if resumed:
         path = checkpoint_of(case, folder, devices)
         whole_run.save_checkpoint(path)
@@ -139,9 +168,9 @@ def run(
     state = full(module.policy)  # this leaves the weights sharded, as the first generation of a run finds them
     config = GenerationConfig(max_new_tokens=12, temperature=0)
     # Rank 1 ends its rows at another step than rank 0, and both must go on until all have ended.
-    prompts = [[1, 2, 3], [4]][: 1 + whole_run.global_rank]
+    prompts = [[1, 2, 3], [4]][: 1 + whole_run.global_rank // copies]
     texts = [r[0].tokens for r in generate(module.policy, prompts, config, eos_id=5)]
-    result = {"state": state, "metrics": metrics, "texts": texts}
+    result = {"state": state, "metrics": metrics, "texts": texts, "gradients": found.whole}
     if case.startswith("moving"):
         result["average"] = full(module.reference_average)
         result["sharded"] = all(isinstance(p, DTensor) for p in module.reference_average.parameters())

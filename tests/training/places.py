@@ -61,7 +61,8 @@ def build(method: str, folder: Path, **data: Any) -> tuple[Any, Any, list[Callba
             queries = {"validation": str(folder / "queries")}
             build_database(str(folder / "db"), str(folder / "texts"), queries=queries, encoder="bm25", chunk_size=8, k=2)
         model = tiny_retro(decoder=palm(depth=3), chunk_size=8)
-        rows = RETRODataModule(str(folder / "db"), validation="validation", num_chunks=2, batch_size=4, **data)
+        options = {"num_chunks": 2, "batch_size": 4, **data}
+        rows = RETRODataModule(str(folder / "db"), validation="validation", **options)
         return RETROModule(model, **MODULE), rows, []
     path = write_rows(folder / ("dpo.jsonl" if method == "dpo" else "rows.jsonl"))
     options = {"validation": path, "batch_size": 2, "eval_batch_size": 11, "max_length": 24, "cache_dir": str(folder), **data}

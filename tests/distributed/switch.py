@@ -1,0 +1,56 @@
+"""What one rank of a test of changing ranks does: go on with a run of each method for some steps, and save by hand."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.distributed.train import STRATEGIES
+from tests.toys import tiny_palm
+from tests.training import places
+from tests.training.places import Run
+
+PHASES = (("auto", 1), ("ddp", 3), ("fsdp2", 4), ("auto", 5), ("fsdp2", 7), ("ddp", 8))
+"""The strategy of each part of the run, and the optimizer step at which it ends. An epoch has four steps."""
+
+
+def checkpoint(folder: Path, method: str, phase: int) -> Path:
+    return folder / f"{method}-{phase}.ckpt"
+
+
+def go_on(method: str, folder: Path, phase: int | None = None, *, until: int = 0) -> Run:
+    """Train a phase of the run and save its checkpoint, or train so many steps in one process."""
+    # Without dropout, because a rank draws other numbers than one process. In float64, so that rounding changes no sample.
+    wide = {"dtype": torch.float64} if method in ("spin", "retro") else {}
+    places.tiny_palm = lambda **given: tiny_palm(**{**given, **wide, "ff_dropout": 0.0})  # type: ignore[attr-defined]
+    strategy, steps = ("auto", until) if phase is None else PHASES[phase]
+    ranks = 1 if strategy == "auto" else 2
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "max_epochs": -1, "max_steps": steps, "devices": ranks}
+    if ranks == 2:
+        options["strategy"] = STRATEGIES[strategy]("lora")  # saves a file, which every strategy reads
+    size = 4 if method == "retro" else 2
+    found = None if not phase else checkpoint(folder, method, phase - 1)
+    run = Run(method, folder / method, ckpt_path=found, data={"batch_size": size // ranks}, **options)
+    assert run.error is None, run.error
+    assert run.trainer.global_step == steps
+    if phase is not None:
+        run.save(checkpoint(folder, method, phase))
+    return run
+
+
+def whole(run: Run) -> dict[str, torch.Tensor]:
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in run.weights.items()}
+
+
+def main(folder: Path, phase: int, methods: list[str]) -> None:
+    for method in methods:
+        state = whole(go_on(method, folder, phase))
+        if torch.distributed.get_rank() == 0:
+            torch.save(state, folder / f"{method}-{phase}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
