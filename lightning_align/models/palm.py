@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_align.models.attention import (
     Attend,
-    CachedAttention,
     KVCache,
     PackedAttention,
     PaddedAttention,
@@ -25,6 +24,7 @@ from lightning_align.models.documents import document_mask, document_positions
 from lightning_align.models.language_model import Head
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
+from lightning_align.models.static_cache import StepKV
 
 # xPos scales a query by s^(t/b - c) and a key by the inverse. The center c cancels in the product q.k, so any constant is
 # correct, but cached keys and new queries must use the same. A positive center halves the range of the factors.
@@ -293,7 +293,7 @@ class PaLM(nn.Module):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StepKV | None = None,
         documents: Tensor | None = None,
         extra_embed: Tensor | None = None,
     ) -> Tensor:
@@ -302,7 +302,8 @@ class PaLM(nn.Module):
         Args:
             tokens: (B, N) int64 token ids. With a cache, these are the tokens that follow the cached ones.
             mask: (B, M) bool, true at real tokens, or (B, N, M) bool, true where a query may attend to a key. M is the number
-                of cached and new columns. None if there is no padding, or if the model is causal and padded on the right.
+                of cached and new columns. (B, 1, N, M) is used as it is, without adding causality. None if there is no padding,
+                or if the model is causal and padded on the right.
             positions: (N,) or (B, N) int64 positions. By default they are counted from the first column. This is also correct
                 with padding on the left, because attention depends only on distances.
             cache: A cache from `make_cache`. It is extended in place.
@@ -322,21 +323,19 @@ class PaLM(nn.Module):
             positions = torch.arange(past, past + new, device=tokens.device)
         allowed = None
         if mask is not None:
-            allowed = attention_mask(mask, new, causal=self.causal)
+            allowed = mask if mask.ndim == 4 else attention_mask(mask, new, causal=self.causal)
         elif past and new > 1:
             allowed = attention_mask(
                 torch.ones(tokens.shape[0], past + new, dtype=torch.bool, device=tokens.device), new, causal=True
             )
-        elif cache is not None and new > 1:
-            allowed = attention_mask(torch.ones_like(tokens, dtype=torch.bool), new, causal=True)
         padded = PaddedAttention(self.causal, allowed)
         table = rotary(positions, self.dim_head, xpos_scale_base=self.xpos_scale_base)
         x = self.token_emb(tokens) if extra_embed is None else self.token_emb(tokens) + extra_embed
         with nullcontext() if cache is None else uncompiled(self):
             for layer, block in enumerate(self.blocks):
-                x = block(x, table, padded if cache is None else CachedAttention(cache, layer, allowed))
+                x = block(x, table, padded if cache is None else cache.attend(layer, allowed))
         if cache is not None:
-            cache.length += new
+            cache.advance(new)
         return self._finish(x)
 
     def packed_hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -386,7 +385,7 @@ class PaLM(nn.Module):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StepKV | None = None,
         documents: Tensor | None = None,
         extra_embed: Tensor | None = None,
     ) -> Tensor:
