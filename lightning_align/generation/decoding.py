@@ -196,7 +196,7 @@ class _Batch:
         if len(rows) == len(self.rows):
             return
         keep = to_device(rows, self.device)
-        if self.decoder.select(keep):
+        if self.decoder.select(rows):
             assert self.tokens is not None
             self.rows, self.tokens, self.noise = [self.rows[row] for row in rows], self.tokens[keep], self.noise[keep]
             self.history.select(keep)

@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from lightning_align.models.pretrained_loading import (
     load_pretrained,
     summary,
 )
+from lightning_align.models.pretrained_static import StepPretrained, static_form
 from lightning_align.models.routers import RouterRecord, find_routers
 from lightning_align.runtime.ranks import is_sharded
 
@@ -213,7 +215,7 @@ class PretrainedLM(nn.Module):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: "PretrainedCache | None" = None,
+        cache: PretrainedCache | StepPretrained | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
         """Compute the final hidden states. `head` turns them into logits.
@@ -221,7 +223,7 @@ class PretrainedLM(nn.Module):
         Args:
             tokens: (B, N) int64 token ids. With a cache, these are the tokens that follow the cached ones.
             mask: (B, M) bool, true at real tokens. M is the number of cached and new columns. None if there is no padding, or
-                if it is on the right.
+                if it is on the right. (B, 1, N, M) is used as it is.
             positions: (N,) or (B, N) int64 positions. By default they are counted from the first column.
             cache: A cache from `make_cache`. It is extended in place.
             documents: (B, N) int64 numbers of documents, as in a `TokenBatch`. Each document is computed as if it were a row of
@@ -247,7 +249,7 @@ class PretrainedLM(nn.Module):
         if record is not None:
             record.add(out.router_logits, None if cache is not None else mask)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         hidden: Tensor = out.last_hidden_state.view(*shape, -1)
         return hidden if self._scale in (None, 1.0) else hidden * self._scale
 
@@ -308,7 +310,7 @@ class PretrainedLM(nn.Module):
         """
         from transformers import DynamicCache
 
-        return PretrainedCache(DynamicCache(config=self.config))
+        return PretrainedCache(DynamicCache(config=self.config), static=partial(static_form, self))
 
     def _check_cache(self) -> bool:
         """Return whether rows can be decoded with a cache."""
