@@ -100,7 +100,6 @@ class Caches(NamedTuple):
 
         return join
 
-
     @property
     def static(self) -> Callable[[int, int], "StaticCaches"] | None:
         """A function that makes empty caches of fixed size, see `KVCache.static`. None if a cache does not support it."""
