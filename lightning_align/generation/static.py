@@ -117,7 +117,11 @@ class StaticDecoder:
         count = len(tokens)
         rows, width = bucket(count), min(columns_for(max(self.lengths) + 1), self.width)
         self.tokens[:count] = tokens
-        logits = self.captures.run((rows, width), lambda: self._prepared(rows, width))
+        prepare = getattr(self.cache, "prepare", None)
+        if prepare is not None and prepare(self.lengths):
+            logits = self._prepared(rows, width)()
+        else:
+            logits = self.captures.run((rows, width), lambda: self._prepared(rows, width))
         # An ended row may stay in the batch until others finish. It then overwrites its last column, and nobody reads that.
         most = min(self.width, self.context or self.width) - 1
         self.columns[:count].add_(1).clamp_(max=most)
