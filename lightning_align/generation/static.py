@@ -156,7 +156,7 @@ class StaticDecoder:
     def join(self, prompts: list[list[int]], *, limit: int, copies: int) -> Tensor:
         """Read more prompts into free rows."""
         rows = bucket(len(self.lengths) + len(prompts) * copies)
-        width = columns_for(max([*self.lengths, *map(len, prompts)]) + limit)
+        width = columns_for(max(map(len, prompts)) + limit)  # the other rows got their columns when they were read
         if rows > self.rows or width > self.width:
             self._resize(max(rows, self.rows), max(width, self.width))
         return self._read(prompts, copies)

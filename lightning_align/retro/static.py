@@ -90,6 +90,4 @@ class StepRetrieval:
 
 
 def _zeros(like: Tensor, dim: int, rows: int) -> Tensor:
-    return torch.zeros(
-        [rows if at == dim else size for at, size in enumerate(like.shape)], dtype=like.dtype, device=like.device
-    )
+    return like.new_zeros([rows if at == dim else size for at, size in enumerate(like.shape)])
