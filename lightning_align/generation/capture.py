@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lightning_align.generation.casting import num_cleared
 
+GRAPHS = ("cuda",)
+"""The types of devices whose steps are captured."""
 WARMUPS = 2
 """How often a step runs before it is captured, so that libraries allocate their memory outside of the graph."""
 
@@ -23,9 +25,9 @@ class Captures:
 
     def __init__(self, device: torch.device) -> None:
         # A device that is only pretended has no graphs.
-        self._captures = device.type == "cuda" and torch.cuda.is_available()
+        self._captures = device.type in GRAPHS and torch.cuda.is_available()
         self._steps: dict[Hashable, Callable[[], Tensor]] = {}
-        self._replays: dict[Hashable, tuple[Callable[[], Tensor], tuple[int, bool]]] = {}
+        self._replays: dict[Hashable, tuple[Callable[[], Tensor], int | None]] = {}
         self._pool: object = None
 
     def run(self, key: Hashable, make: Callable[[], Callable[[], Tensor]]) -> Tensor:
@@ -40,7 +42,7 @@ class Captures:
         if not self._captures:
             return self._steps[key]()
         # A graph reads the casts that autocast keeps. Once they are cleared, their memory may have other contents.
-        casts = num_cleared(), torch.is_autocast_enabled("cuda")
+        casts = num_cleared() if torch.is_autocast_enabled("cuda") else None
         replay, own = self._replays.get(key, (None, None))
         if replay is None or own != casts:
             replay = self._captured(self._steps[key])
