@@ -194,7 +194,7 @@ class PaLM(nn.Module):
             ff_dropout: The dropout probability inside the feed-forward layer.
             tie_embeddings: Whether the output layer shares the weight of the embedding.
             compile: The backend of `torch.compile` for the layers, such as `inductor`. By default the layers are not compiled.
-                Decoding with a cache is never compiled. Do not use it within RETRO, which reads between layers.
+                Decoding is compiled only on CUDA. Do not use it within RETRO, which reads between layers.
 
         Raises:
             ValueError: If a size is less than 1, `dim_head` is odd, or `compile` is not a known backend.

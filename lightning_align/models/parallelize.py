@@ -112,4 +112,5 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
     """
     if getattr(model, "compile_backend", None) is None or torch.compiler.is_compiling():
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance

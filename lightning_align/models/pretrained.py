@@ -81,7 +81,7 @@ class PretrainedLM(nn.Module):
             revision: The branch, tag or commit on the hub.
             gradient_checkpointing: Whether to recompute activations in the backward pass, which saves memory.
             compile: The backend of `torch.compile` for the layers, such as `inductor`. By default the layers are not compiled.
-                Decoding with a cache is never compiled. Do not use it within CALM or RETRO, which read between layers.
+                Decoding is compiled only on CUDA. Do not use it within CALM or RETRO, which read between layers.
             adapter: PEFT adapters (LoRA, DoRA, ...): a folder with trained adapters, or a configuration for new ones, such as
                 `{r: 8, use_dora: true}`. Only the adapters train. With new adapters, the model with its adapters switched off
                 can be the reference, which needs no extra memory.

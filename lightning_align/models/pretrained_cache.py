@@ -20,7 +20,7 @@ COARSE = 0.1
 class PretrainedCache:
     """A key-value cache of transformers, with the interface of `KVCache` that decoding needs."""
 
-    def __init__(self, past: Any, *, static: "Callable[[], type[Any] | None]" = lambda: None) -> None:
+    def __init__(self, past: Any, *, static: Callable[[], Callable[..., Any] | None] = lambda: None) -> None:
         """Wrap a cache.
 
         Args:
