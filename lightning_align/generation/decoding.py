@@ -171,7 +171,7 @@ class _Batch:
             )
         self.tokens: Tensor | None = None
         # The ranks of a sharded model agree on each look, and wait for each other anyway.
-        self.looks = Looks(device, late=not is_sharded(model))
+        self.looks = Looks[Row](device, late=not is_sharded(model))
 
     def advance(self, steps: int) -> None:
         """Draw up to `steps` tokens per row. On a GPU the rows get them one look later, and all with the last look."""

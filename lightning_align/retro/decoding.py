@@ -155,7 +155,7 @@ class RetrievalDecoder(nn.Module):
         if cache is None or positions is None:
             return self.model.hidden(tokens, mask=mask, positions=positions)
         read: _PromptReader | _StepReader
-        if cache.started:
+        if isinstance(cache, StepRetrieval) or cache.started:
             assert tokens.shape[1] == 1
             read = _StepReader(self, cache, tokens[:, 0], positions[:, 0], self._complete(cache))
         else:
