@@ -70,10 +70,11 @@ class Alignment:
         Returns:
             The input of each augment. None for an augment that has no tokenizer of its own.
         """
-        rows, pads = tokens.tolist(), [0] * len(tokens)
-        if mask is not None:
-            pads = mask.int().argmax(dim=1).tolist()
-            rows = [row[pad : pad + size] for row, pad, size in zip(rows, pads, mask.sum(dim=1).tolist(), strict=True)]
+        real = torch.ones_like(tokens) if mask is None else mask.to(tokens.dtype)
+        # One copy to the host. Nothing else waits for a device.
+        rows, reals = torch.stack((tokens, real)).tolist()
+        pads = [is_real.index(1) if 1 in is_real else 0 for is_real in reals]
+        rows = [row[pad : pad + sum(is_real)] for row, pad, is_real in zip(rows, pads, reals, strict=True)]
         starts = [0] * len(rows) if num_prompts is None else num_prompts
         return [
             None
@@ -143,9 +144,9 @@ def pad_readings(readings: Sequence[Reading], *, width: int, pad_id: int, device
         out = np.full((len(rows), width), value, dtype=np.int64)
         for padded, row in zip(out, rows, strict=True):
             padded[: len(row)] = row
-        return torch.from_numpy(out).to(device)
+        return torch.from_numpy(out).to(device, non_blocking=True)
 
-    lengths = torch.tensor([len(reading.ids) for reading in readings], device=device)
+    lengths = torch.tensor([len(reading.ids) for reading in readings]).to(device, non_blocking=True)
     return AugmentInput(
         pad([reading.ids for reading in readings], length, pad_id),
         torch.arange(length, device=device) < lengths[:, None],

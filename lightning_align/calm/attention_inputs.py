@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_align.calm.cache import Attended, CALMCache, update_cache
+from lightning_align.calm.cache import Attended, CALMCache
 from lightning_align.calm.connections import Visible, visible_where
 from lightning_align.calm.context import check_context, within_context
 from lightning_align.calm.own_cache import OwnCache
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.spec import AugmentInput, Inputs, Spot, check_realigned
+from lightning_align.calm.static import StepCALM
 from lightning_align.models.attention import attention_mask
 
 
@@ -23,7 +24,7 @@ def attention_inputs(
     *,
     mask: Tensor | None,
     positions: Tensor | None,
-    cache: CALMCache | None,
+    cache: CALMCache | StepCALM | None,
     inputs: Inputs | None,
 ) -> list[Attended]:
     """Read the augments and compute the keys and values of each connection.
@@ -33,7 +34,8 @@ def attention_inputs(
         spots: The layers that each connection connects.
         connections: The connections, in the order of ``spots``.
         tokens: (B, N) token ids of the anchor. With a cache, only the new tokens.
-        mask: (B, M) bool over the cached and the new columns, true at real tokens. None if all are real.
+        mask: (B, M) bool over the cached and the new columns, true at real tokens. (B, 1, N, M) is used as it is. None if all
+            are real.
         positions: (N,) or (B, N) int64. Default counts from the first column.
         cache: The cache, extended in place, or None.
         inputs: The input of each augment. None if every augment reads the anchor's tokens.
@@ -57,7 +59,7 @@ def attention_inputs(
     attended: list[Attended] = []
     for index, (reader, given) in enumerate(zip(readers, inputs, strict=True)):
         own_spots = [i for i, spot in enumerate(spots) if spot.augment == index]
-        if cache is not None and reader.prefix and past:
+        if isinstance(cache, CALMCache) and reader.prefix and past:
             # The prefix was read in the first step. Only the anchor's positions are new.
             attended += [at._replace(positions=positions) for i in own_spots if (at := cache.attended[i]) is not None]
             continue
@@ -80,7 +82,7 @@ def attention_inputs(
             if reader.prefix and k.shape[0] == 1:
                 k, v = (t.expand(tokens.shape[0], -1, -1, -1) for t in (k, v))
             at = Attended(k, v, anchor_positions, visible)
-            attended.append(at if cache is None else update_cache(cache, i, at, past, reader.prefix))
+            attended.append(at if cache is None else cache.update(i, at, past, reader.prefix))
     return attended
 
 
@@ -91,7 +93,7 @@ def visible_input(
     tokens: Tensor,
     mask: Tensor | None,
     past: int,
-    cache: CALMCache | None,
+    cache: CALMCache | StepCALM | None,
 ) -> tuple[AugmentInput, Visible]:
     """Determine what an augment reads now, and which of it each position of the anchor may see.
 
@@ -120,8 +122,8 @@ def visible_input(
     if cache is None and states is None:
         check_context(index, reader, tokens.shape[1])
     if mask is not None:
-        visible = Visible(attention_mask(mask, tokens.shape[1], causal=True))
-    elif cache is None:
+        visible = Visible(mask if mask.ndim == 4 else attention_mask(mask, tokens.shape[1], causal=True))
+    elif cache is None or (past == 0 and tokens.shape[1] > 1):
         visible = Visible(None, causal=True)
     else:
         all_real = torch.ones(tokens.shape[0], past + tokens.shape[1], dtype=torch.bool, device=tokens.device)
@@ -130,7 +132,12 @@ def visible_input(
 
 
 def _prefix_input(
-    index: int, reader: Reader, given: AugmentInput | None, tokens: Tensor, mask: Tensor | None, cache: CALMCache | None
+    index: int,
+    reader: Reader,
+    given: AugmentInput | None,
+    tokens: Tensor,
+    mask: Tensor | None,
+    cache: "CALMCache | StepCALM | None",
 ) -> tuple[AugmentInput, Visible]:
     if given is None and cache is not None:
         given = AugmentInput(tokens, mask)  # in generation, the first columns are the prompt, and the prompt is the prefix

@@ -27,6 +27,7 @@ from lightning_align.calm.readers import anchor_places, build_reader
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.recompute import recomputed_layers
 from lightning_align.calm.spec import Augment, Inputs, Spot, augment_model
+from lightning_align.calm.static import StepCALM
 from lightning_align.calm.unpadded import longest_unpadded, unpadded_inputs
 from lightning_align.models.activations import Run, recomputing
 from lightning_align.models.building import Backbone
@@ -159,7 +160,7 @@ class CALM(StoredModel):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: CALMCache | None = None,
+        cache: CALMCache | StepCALM | None = None,
         inputs: Inputs | None = None,
     ) -> Tensor:
         """Compute the logits (B, N, V). The arguments are those of `hidden`.
@@ -189,15 +190,15 @@ class CALM(StoredModel):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: CALMCache | None = None,
+        cache: CALMCache | StepCALM | None = None,
         inputs: Inputs | None = None,
     ) -> Tensor:
         """Compute the final hidden states, from which `head` computes the logits. The anchor must have both.
 
         Args:
             tokens: (B, N) int64 token ids. With a cache, the tokens after the cached ones.
-            mask: (B, M) bool, true at real tokens. M counts the cached and the new columns. None if all tokens are real or
-                the padding is on the right.
+            mask: (B, M) bool, true at real tokens. M counts the cached and the new columns. (B, 1, N, M) is used as it is.
+                None if all tokens are real or the padding is on the right.
             positions: (N,) or (B, N) int64. Default counts from the first column.
             cache: A cache from `make_cache`, extended in place.
             inputs: The input of each augment. None for an augment that reads the anchor's tokens, or has its prefix in the
@@ -206,14 +207,13 @@ class CALM(StoredModel):
         Returns:
             (B, N, D).
         """
-        past = 0 if cache is None else cache.length
         anchor: Any = self.anchor
         with self._composed(tokens, mask, positions, cache, inputs):
             hidden: Tensor = anchor.hidden(
                 tokens, mask=mask, positions=positions, cache=None if cache is None else cache.anchor
             )
         if cache is not None:
-            cache.length = past + tokens.shape[1]
+            cache.advance(tokens.shape[1])
         return hidden
 
     def longest_unpadded(self, device: torch.device) -> float | None:
@@ -279,7 +279,7 @@ class CALM(StoredModel):
         tokens: Tensor,
         mask: Tensor | None,
         positions: Tensor | None,
-        cache: CALMCache | None,
+        cache: CALMCache | StepCALM | None,
         inputs: Inputs | None,
     ) -> Iterator[None]:
         """Read the augments, then add the connections to the anchor's residual stream inside a ``with`` block."""

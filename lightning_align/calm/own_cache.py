@@ -82,14 +82,16 @@ class OwnCache:
         new = tokens.shape[1]
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask[:, past:]
         ends = torch.zeros(tokens.shape, dtype=torch.long)
+        # The augment cannot read the text of tokens that the host does not know. This is the only wait for the device.
+        ids_and_real = torch.stack((tokens, real.to(tokens.dtype))).tolist()
         added = [
-            self._feed(row, ids, is_real, past, end)
-            for row, ids, is_real, end in zip(self._rows, tokens.tolist(), real.tolist(), ends, strict=True)
+            self._feed(row, ids, [bool(one) for one in is_real], past, end)
+            for row, ids, is_real, end in zip(self._rows, *ids_and_real, ends, strict=True)
         ]
         if any(added) or self._cache is None:
             self._append(added, tokens.device)
-        ends = ends.to(tokens.device)
-        exists, columns = (part[:, None] for part in self._placed[[0, 2]].to(tokens.device))
+        ends = ends.to(tokens.device, non_blocking=True)
+        exists, columns = (part[:, None] for part in self._placed[[0, 2]].to(tokens.device, non_blocking=True))
         visible = visible_where(exists.bool() & (columns <= torch.arange(past, past + new, device=tokens.device)[:, None]))
         stop = self._length
         return [
@@ -141,9 +143,9 @@ class OwnCache:
         if self._context is not None:
             positions = positions.clamp(max=self._context - 1)  # of pads
         self._placed = torch.cat((self._placed, torch.stack((exists.long(), ends, columns))), dim=2)
-        mask = self._placed[0].bool().to(device)
-        states = self.reader.read(ids.to(device), mask, positions.to(device), self._cache)
-        ends = ends.to(device)
+        mask = self._placed[0].bool()
+        ids, mask, positions, ends = (part.to(device, non_blocking=True) for part in (ids, mask, positions, ends))
+        states = self.reader.read(ids, mask, positions, self._cache)
         new = [connection.keys_values(states[layer], ends) for layer, connection in self.connections]
         stop = self._length + width
         if not self._keys:

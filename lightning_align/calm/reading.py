@@ -102,7 +102,6 @@ class Reader:
 
             return visit
 
-        past: int = 0 if cache is None else cache.length
         with torch.no_grad(), visiting({tap: keep(depth) for depth, tap in self.taps.items()}):
             try:
                 if unpadded is not None:
@@ -111,8 +110,10 @@ class Reader:
                     mask = self.input_mask(tokens, mask)
                     run_model(self.model, tokens, mask=mask, positions=positions, cache=cache, mask_kwarg=self.mask_kwarg)
             except _StopReading:
-                if cache is not None:
-                    cache.length = past + tokens.shape[1]
+                if hasattr(cache, "advance"):
+                    cache.advance(tokens.shape[1])
+                elif cache is not None:  # of a model that is not of this package
+                    cache.length += tokens.shape[1]
         if missing := [depth for depth in self.depths if depth not in states]:
             raise ValueError(
                 f"The augment {type(self.model).__name__} did not run its layers {missing}. Do not use a composition after "

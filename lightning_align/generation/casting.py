@@ -10,6 +10,13 @@ from lightning_align.models.attention import attention_dtype
 from lightning_align.models.language_model import Head, HiddenModel
 from lightning_align.runtime.ranks import is_sharded
 
+_cleared = 0
+
+
+def num_cleared() -> int:
+    """Return how often `casts_kept` has freed the casts that autocast kept."""
+    return _cleared
+
 
 @contextmanager
 def casts_kept(model: nn.Module) -> Iterator[None]:
@@ -34,6 +41,8 @@ def casts_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        global _cleared
+        _cleared += 1
         for parameter in frozen:
             parameter.requires_grad_(False)
         weight = next(model.parameters(), None)

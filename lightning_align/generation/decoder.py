@@ -1,5 +1,6 @@
 """Decoders of a batch of rows: with a key-value cache, or with a full forward pass per token."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -8,7 +9,12 @@ from torch import Tensor, nn
 
 from lightning_align.generation.casting import fixed_head, to_device
 from lightning_align.generation.packing import pack
+from lightning_align.generation.static import StaticDecoder
 from lightning_align.models.language_model import Head, HiddenModel, context_length, has_cache, logits_of
+from lightning_align.runtime.ranks import is_sharded
+
+STATIC = ("cuda",)
+"""The types of devices whose steps have a fixed shape."""
 
 
 class Decoder(Protocol):
@@ -22,8 +28,8 @@ class Decoder(Protocol):
         """Append a token (B,) to each row and return the logits (B, V) after it."""
         ...
 
-    def select(self, rows: Tensor) -> bool:
-        """Keep only these rows (int64 indices). Return False if the decoder cannot drop rows."""
+    def select(self, rows: Sequence[int]) -> bool:
+        """Keep only these rows, in this order. Return False if the decoder cannot drop rows."""
         ...
 
     @property
@@ -54,6 +60,8 @@ def make_decoder(model: nn.Module, prompts: list[list[int]], *, limit: int, copi
     """
     if not has_cache(model):
         return _PlainDecoder(model, prompts, limit, device)
+    if device.type in STATIC and not is_sharded(model) and callable(getattr(model.make_cache(1, 1), "static", None)):
+        return StaticDecoder(model, prompts, limit=limit, copies=copies, device=device)
     cache = model.make_cache(len(prompts), max(map(len, prompts)) + limit)
     if copies > 1 and not hasattr(cache, "select"):
         # This cache cannot repeat rows, so each copy of a prompt is read separately.
@@ -103,7 +111,7 @@ class _CachedDecoder:
         if copies == 1 or self.repeated:
             return logits
         rows = torch.arange(len(logits), device=logits.device).repeat_interleave(copies)
-        self.select(rows)
+        self._select(rows)
         return logits.index_select(0, rows)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -117,7 +125,10 @@ class _CachedDecoder:
         head = self.head or self.model.head
         return head.logits(hidden[:, -1]) if self.linear is None else head.capped(self.linear(hidden[:, -1]))
 
-    def select(self, rows: Tensor) -> bool:
+    def select(self, rows: Sequence[int]) -> bool:
+        return self._select(to_device(list(rows), self.device))
+
+    def _select(self, rows: Tensor) -> bool:
         if not hasattr(self.cache, "select"):
             return False
         self.cache.select(rows)
@@ -159,7 +170,7 @@ class _PlainDecoder:
         if copies == 1:
             return logits
         rows = torch.arange(len(logits), device=logits.device).repeat_interleave(copies)
-        self.select(rows)
+        self._select(rows)
         return logits.index_select(0, rows)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -171,9 +182,12 @@ class _PlainDecoder:
         logits = logits_of(self.model, self.tokens[:, : self.width])
         return logits[torch.arange(len(logits), device=logits.device), self.places - 1]
 
-    def select(self, rows: Tensor) -> bool:
-        self.tokens, self.places = self.tokens.index_select(0, rows), self.places.index_select(0, rows)
+    def select(self, rows: Sequence[int]) -> bool:
+        self._select(to_device(list(rows), self.device))
         return True
+
+    def _select(self, rows: Tensor) -> None:
+        self.tokens, self.places = self.tokens.index_select(0, rows), self.places.index_select(0, rows)
 
     @property
     def joins(self) -> bool:

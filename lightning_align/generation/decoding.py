@@ -15,6 +15,7 @@ from lightning_align.generation.ends import Ends, say_once
 from lightning_align.generation.filter_function import FilterSettings, filtered_by_function
 from lightning_align.generation.filters import Filters, choose, num_draws
 from lightning_align.generation.history import History, Repetition
+from lightning_align.generation.looks import Looks
 from lightning_align.generation.noise import uniforms
 from lightning_align.runtime.ranks import everyone, is_sharded, largest
 
@@ -137,14 +138,6 @@ def _take(waiting: deque[Prompt], count: int) -> list[Prompt]:
     return [waiting.popleft() for _ in range(min(count, len(waiting)))]
 
 
-def _read(tokens: Tensor, logprobs: Tensor) -> tuple[list[list[int]], list[list[float]]]:
-    """Copy tokens and log-probs to the host. A device is waited for once: float64 holds both exactly."""
-    if tokens.device.type in ("cpu", "mps"):  # MPS has no float64
-        return tokens.tolist(), logprobs.tolist()
-    both = torch.stack((tokens.double(), logprobs.double())).cpu()
-    return both[0].long().tolist(), both[1].tolist()
-
-
 class _Batch:
     """The rows that are decoded together.
 
@@ -177,9 +170,11 @@ class _Batch:
                 "token of the tokenizer. They are never drawn."
             )
         self.tokens: Tensor | None = None
+        # The ranks of a sharded model agree on each look, and wait for each other anyway.
+        self.looks = Looks[Row](device, late=not is_sharded(model))
 
     def advance(self, steps: int) -> None:
-        """Draw up to `steps` tokens per row."""
+        """Draw up to `steps` tokens per row. On a GPU the rows get them one look later, and all with the last look."""
         drawn, logprobs = [], []
         steps = min(steps, self.limit)
         for step in range(steps):
@@ -189,14 +184,22 @@ class _Batch:
             drawn.append(self.tokens)
             logprobs.append(logps)
         self.noise, self.limit = self.noise[:, steps:], self.limit - steps
-        self._extend(self.rows, torch.stack(drawn, 1), torch.stack(logprobs, 1))
+        self.looks.add(self.rows, torch.stack(drawn, 1), torch.stack(logprobs, 1))
+        # Behind the last look nothing is left to start.
+        self.read(1 if self.limit else 0)
+
+    def read(self, late: int) -> None:
+        """Give the rows their tokens, except for those of the last `late` looks."""
+        for rows, tokens, logprobs in self.looks.read(late):
+            for row, new, values in zip(rows, tokens, logprobs, strict=True):
+                row.extend(new, values, self.ends)
 
     def keep(self, rows: list[int]) -> None:
         """Drop the other rows, if the decoder can."""
         if len(rows) == len(self.rows):
             return
         keep = to_device(rows, self.device)
-        if self.decoder.select(keep):
+        if self.decoder.select(rows):
             assert self.tokens is not None
             self.rows, self.tokens, self.noise = [self.rows[row] for row in rows], self.tokens[keep], self.noise[keep]
             self.history.select(keep)
@@ -210,7 +213,7 @@ class _Batch:
         noise = self._noise(new, self.limit + 1)
         history = History(texts, room=self.limit + 1, copies=copies, device=self.device, settings=self.config)
         tokens, logps = self._choose(logits, noise[:, 0], history)
-        self._extend(new, tokens[:, None], logps[:, None])
+        self.looks.add(new, tokens[:, None], logps[:, None])
         assert self.tokens is not None
         self.history.join(history, room=self.limit)
         self.tokens = torch.cat((self.tokens, tokens))
@@ -224,10 +227,6 @@ class _Batch:
         tokens, logps = choose(logits, noise, self.config, allowed=allowed)
         history.append(tokens)
         return tokens, logps
-
-    def _extend(self, rows: list[Row], tokens: Tensor, logprobs: Tensor) -> None:
-        for row, new, values in zip(rows, *_read(tokens, logprobs), strict=True):
-            row.extend(new, values, self.ends)
 
     def _noise(self, rows: list[Row], positions: int) -> Tensor:
         draws = num_draws(self.config) if self.config.temperature > 0 else 0

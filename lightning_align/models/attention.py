@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_align.models.static_cache import StaticKV, single_query
+
 
 class Attend(Protocol):
     """The attention of one layer. It returns its output in the layout of the queries."""
@@ -56,9 +58,7 @@ def attention_mask(mask: Tensor, num_queries: int, *, causal: bool) -> Tensor:
 def _mix(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
     """Compute the attention output: (B, N, H, K), (B, M, K), (B, M, K) -> (B, N, H, K)."""
     if q.shape[1] == 1 and not causal:
-        # With one position and one key head, the H heads can be treated as H queries of one head. The keys are then read
-        # once instead of H times.
-        return F.scaled_dot_product_attention(q, k.unsqueeze(1), v.unsqueeze(1), attn_mask=mask, dropout_p=dropout, scale=scale)
+        return single_query(q, k, v, mask=mask, scale=scale, dropout=dropout)
     # Expand the one key head (a view with stride 0). enable_gqa would be slower on CPU.
     k, v = (t.unsqueeze(1).expand(-1, q.shape[2], -1, -1) for t in (k, v))
     out = F.scaled_dot_product_attention(
@@ -129,6 +129,18 @@ class KVCache:
         """The number of columns S, filled or not."""
         return self.keys[0].shape[1]
 
+    def attend(self, layer: int, mask: Tensor | None) -> "CachedAttention":
+        """Return the attention of a layer. See `CachedAttention`."""
+        return CachedAttention(self, layer, mask)
+
+    def advance(self, new: int) -> None:
+        """Count new columns as filled, which every layer has written."""
+        self.length += new
+
+    def static(self, batch: int, length: int) -> StaticKV:
+        """Make an empty cache of fixed size, of the same model. See `lightning_align.models.static_cache`."""
+        return StaticKV(self, batch, length)
+
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, (B',) int64, in this order. A repeated row is copied. Only filled columns are copied."""
 
@@ -169,7 +181,8 @@ class CachedAttention:
     Args:
         cache: The cache to extend in place. The model itself advances its ``length``, after the last layer.
         layer: The index of this layer in the cache.
-        mask: (B, 1, N, length + N) from `attention_mask`, or None if every query may attend to every column.
+        mask: (B, 1, N, length + N) from `attention_mask`. None if every query may attend to every column up to its own: for
+            the first columns of all rows, or for one new column.
     """
 
     cache: KVCache
@@ -191,4 +204,6 @@ class CachedAttention:
             q = q.to(keys.dtype)  # casting the whole cache for each token would cost more than attention
         else:
             keys, values = keys.to(q.dtype), values.to(q.dtype)
-        return _mix(q, keys, values, mask=self.mask, causal=False, scale=scale, dropout=dropout)
+        # Without a mask a GPU has faster kernels. They count queries from the first column, so no column may be cached.
+        causal = self.mask is None and start == 0 and q.shape[1] > 1
+        return _mix(q, keys, values, mask=self.mask, causal=causal, scale=scale, dropout=dropout)

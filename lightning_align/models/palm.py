@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lightning_align.models.attention import (
     Attend,
-    CachedAttention,
     KVCache,
     PackedAttention,
     PaddedAttention,
@@ -26,6 +25,7 @@ from lightning_align.models.language_model import Head
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.palm_unpadded import WithoutPadding
 from lightning_align.models.parallelize import compile_blocks, uncompiled
+from lightning_align.models.static_cache import StepKV
 from lightning_align.runtime.ranks import local
 
 # xPos scales a query by s^(t/b - c) and a key by the inverse. The center c cancels in the product q.k, so any constant is
@@ -196,7 +196,7 @@ class PaLM(WithoutPadding):
             ff_dropout: The dropout probability inside the feed-forward layer.
             tie_embeddings: Whether the output layer shares the weight of the embedding.
             compile: The backend of `torch.compile` for the layers, such as `inductor`. By default the layers are not compiled.
-                Decoding with a cache is never compiled. Do not use it within RETRO, which reads between layers.
+                Decoding is compiled only on CUDA. Do not use it within RETRO, which reads between layers.
 
         Raises:
             ValueError: If a size is less than 1, `dim_head` is odd, or `compile` is not a known backend.
@@ -295,7 +295,7 @@ class PaLM(WithoutPadding):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StepKV | None = None,
         documents: Tensor | None = None,
         extra_embed: Tensor | None = None,
     ) -> Tensor:
@@ -304,7 +304,8 @@ class PaLM(WithoutPadding):
         Args:
             tokens: (B, N) int64 token ids. With a cache, these are the tokens that follow the cached ones.
             mask: (B, M) bool, true at real tokens, or (B, N, M) bool, true where a query may attend to a key. M is the number
-                of cached and new columns. None if there is no padding, or if the model is causal and padded on the right.
+                of cached and new columns. (B, 1, N, M) is used as it is, without adding causality. None if there is no padding,
+                or if the model is causal and padded on the right.
             positions: (N,) or (B, N) int64 positions. By default they are counted from the first column. This is also correct
                 with padding on the left, because attention depends only on distances.
             cache: A cache from `make_cache`. It is extended in place.
@@ -324,21 +325,19 @@ class PaLM(WithoutPadding):
             positions = torch.arange(past, past + new, device=tokens.device)
         allowed = None
         if mask is not None:
-            allowed = attention_mask(mask, new, causal=self.causal)
+            allowed = mask if mask.ndim == 4 else attention_mask(mask, new, causal=self.causal)
         elif past and new > 1:
             allowed = attention_mask(
                 torch.ones(tokens.shape[0], past + new, dtype=torch.bool, device=tokens.device), new, causal=True
             )
-        elif cache is not None and new > 1:
-            allowed = attention_mask(torch.ones_like(tokens, dtype=torch.bool), new, causal=True)
         padded = PaddedAttention(self.causal, allowed)
         table = rotary(positions, self.dim_head, xpos_scale_base=self.xpos_scale_base)
         x = self.token_emb(tokens) if extra_embed is None else self.token_emb(tokens) + extra_embed
         with nullcontext() if cache is None else uncompiled(self):
             for layer, block in enumerate(self.blocks):
-                x = block(x, table, padded if cache is None else CachedAttention(cache, layer, allowed))
+                x = block(x, table, padded if cache is None else cache.attend(layer, allowed))
         if cache is not None:
-            cache.length += new
+            cache.advance(new)
         return self._finish(x)
 
     def packed_hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -379,7 +378,7 @@ class PaLM(WithoutPadding):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StepKV | None = None,
         documents: Tensor | None = None,
         extra_embed: Tensor | None = None,
     ) -> Tensor:

@@ -129,6 +129,10 @@ def compile_blocks(blocks: nn.ModuleList, backend: str) -> None:
 def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
     """Run the layers of a model without compilation within a ``with`` block.
 
-    During decoding the cache grows with each token, so each step would be compiled again.
+    During decoding the cache grows with each token, so each step would be compiled again. A step that is compiled as a whole
+    stays so.
     """
-    return nullcontext() if getattr(model, "compile_backend", None) is None else torch.compiler.set_stance("force_eager")
+    if getattr(model, "compile_backend", None) is None or torch.compiler.is_compiling():
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance

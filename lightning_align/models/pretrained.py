@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from lightning_align.models.pretrained_loading import (
     is_composite,
     load_pretrained,
 )
+from lightning_align.models.pretrained_static import StepPretrained, static_form
 from lightning_align.models.pretrained_unpadded import UnpaddedDecoder
 from lightning_align.models.routers import RouterRecord, find_routers
 from lightning_align.runtime.ranks import is_sharded, local
@@ -73,7 +75,7 @@ class PretrainedLM(UnpaddedDecoder):
             revision: The branch, tag or commit on the hub.
             gradient_checkpointing: Whether to recompute activations in the backward pass, which saves memory.
             compile: The backend of `torch.compile` for the layers, such as `inductor`. By default the layers are not compiled.
-                Decoding with a cache is never compiled. Do not use it within CALM or RETRO, which read between layers.
+                Decoding is compiled only on CUDA. Do not use it within CALM or RETRO, which read between layers.
             adapter: PEFT adapters (LoRA, DoRA, ...): a folder with trained adapters, or a configuration for new ones, such as
                 `{r: 8, use_dora: true}`. Only the adapters train. With new adapters, the model with its adapters switched off
                 can be the reference, which needs no extra memory.
@@ -210,7 +212,7 @@ class PretrainedLM(UnpaddedDecoder):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: "PretrainedCache | None" = None,
+        cache: PretrainedCache | StepPretrained | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
         """Compute the final hidden states. `head` turns them into logits.
@@ -218,7 +220,7 @@ class PretrainedLM(UnpaddedDecoder):
         Args:
             tokens: (B, N) int64 token ids. With a cache, these are the tokens that follow the cached ones.
             mask: (B, M) bool, true at real tokens. M is the number of cached and new columns. None if there is no padding, or
-                if it is on the right.
+                if it is on the right. (B, 1, N, M) is used as it is.
             positions: (N,) or (B, N) int64 positions. By default they are counted from the first column.
             cache: A cache from `make_cache`. It is extended in place.
             documents: (B, N) int64 numbers of documents, as in a `TokenBatch`. Each document is computed as if it were a row of
@@ -244,7 +246,7 @@ class PretrainedLM(UnpaddedDecoder):
         if record is not None:
             record.add(out.router_logits, None if cache is not None else mask)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.advance(tokens.shape[1])
         hidden: Tensor = out.last_hidden_state.view(*shape, -1)
         return hidden if self._scale in (None, 1.0) else hidden * self._scale
 
@@ -305,7 +307,7 @@ class PretrainedLM(UnpaddedDecoder):
         """
         from transformers import DynamicCache
 
-        return PretrainedCache(DynamicCache(config=self.config))
+        return PretrainedCache(DynamicCache(config=self.config), static=partial(static_form, self))
 
     def _check_cache(self) -> bool:
         """Return whether rows can be decoded with a cache."""

@@ -1,6 +1,7 @@
 """Key-value caches of transformers, and the check that decoding with them is right."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,29 @@ COARSE = 0.1
 class PretrainedCache:
     """A key-value cache of transformers, with the interface of `KVCache` that decoding needs."""
 
-    def __init__(self, past: Any) -> None:
+    def __init__(self, past: Any, *, static: Callable[[], Callable[..., Any] | None] = lambda: None) -> None:
         """Wrap a cache.
 
         Args:
             past: A cache of transformers.
+            static: What returns the class of the static form, or None if the model cannot be decoded with it.
         """
         self.past = past
         self.length = 0
         """The number of filled columns."""
+        self._static = static
         if not _joins(past):
             self.join = None  # type: ignore[method-assign,assignment]
+
+    @property
+    def static(self) -> Callable[[int, int], Any] | None:
+        """A function that makes an empty cache of fixed size. See `lightning_align.models.static_cache`."""
+        static = self._static()
+        return None if static is None else partial(static, self)
+
+    def advance(self, new: int) -> None:
+        """Count new columns as filled, which every layer has written."""
+        self.length += new
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, (B',) int64, in this order. A repeated row is copied."""
@@ -118,15 +131,15 @@ def _compare(model: Any, weight: Tensor) -> str | None:
     token = torch.tensor([[following[row]] for row in chosen], device=device)
     hidden = model.hidden(token, mask=exists[rows], positions=positions[rows, width:], cache=cache)
     found.append(hidden[:, -1])
-    expected = [_last(model, prompts, device)]
-    expected.append(_last(model, [[*prompts[row], following[row]] for row in chosen], device))
+    expected = [last_states(model, prompts, device)]
+    expected.append(last_states(model, [[*prompts[row], following[row]] for row in chosen], device))
     right, cached = (model.head.logits(torch.cat(parts)).double() for parts in (expected, found))
     limit = max(TOLERANCE.get(parameter.dtype, COARSE) for parameter in model.parameters() if parameter.is_floating_point())
     difference = float((right - cached).abs().max() / right.std().clamp(min=1e-30))
     return None if difference <= limit else f"the logits differ by {difference:.1e} of their standard deviation"
 
 
-def _last(model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def last_states(model: nn.Module, prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Return the hidden state of the last token of each prompt (B, D), each read alone and without a cache."""
     states = [model.hidden(torch.tensor([list(prompt)], device=device))[:, -1] for prompt in prompts]  # type: ignore[operator]
     return torch.cat(states)

@@ -6,7 +6,9 @@ searches and encodes the neighbors of that chunk. They replace the previous ones
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from lightning_align.generation.casting import to_device
 from lightning_align.models.language_model import Head
 from lightning_align.retrieval.search import Found, Retriever
 from lightning_align.retro.attention import ChunkedCrossAttention
 from lightning_align.retro.model import RETRO, NeighborTokens
+from lightning_align.retro.static import StaticRetrieval, StepRetrieval
 
 
 @dataclass
@@ -40,6 +44,11 @@ class RetrievalCache:
     """Whether the prompts have been processed."""
     lengths: list[int] = field(default_factory=list)
     """The number of tokens that each row has, on the host, so that no step has to ask the device which chunks are complete."""
+
+    @property
+    def static(self) -> Callable[[int, int], StaticRetrieval] | None:
+        """A function that makes an empty cache of fixed size. See `lightning_align.models.static_cache`."""
+        return partial(StaticRetrieval, self) if callable(getattr(self.decoder, "static", None)) else None
 
 
 class RetrievalDecoder(nn.Module):
@@ -72,6 +81,8 @@ class RetrievalDecoder(nn.Module):
                 "model itself to generate."
             )
         self.model, self.retriever, self.num_neighbors = model, retriever, num_neighbors
+        self.needs_mask = True
+        """That prompts of different lengths must have a mask, also with padding on the right."""
         self.found: dict[tuple[int, ...], Found] = {}
         """The search results so far, by the tokens of the chunk. Each has shape (1, J)."""
 
@@ -127,15 +138,15 @@ class RetrievalDecoder(nn.Module):
         *,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: RetrievalCache | None = None,
+        cache: RetrievalCache | StepRetrieval | None = None,
     ) -> Tensor:
         """Compute the final hidden states of new tokens.
 
         Args:
-            tokens: (B, N) int64 token ids. The first call takes the prompts, padded on the left. Later calls take one token per
-                row.
+            tokens: (B, N) int64 token ids. The first call takes the prompts, padded on either side. Later calls take one token
+                per row.
             mask: (B, S) bool, true at real tokens among all S columns so far. None if there is no padding.
-            positions: (B, N) int64 positions of the new tokens in their rows.
+            positions: (N,) or (B, N) int64 positions of the new tokens in their rows.
             cache: The cache from `make_cache`, updated in place. Without a cache or positions, nothing is retrieved.
 
         Returns:
@@ -144,14 +155,21 @@ class RetrievalDecoder(nn.Module):
         if cache is None or positions is None:
             return self.model.hidden(tokens, mask=mask, positions=positions)
         read: _PromptReader | _StepReader
-        if not cache.started:
-            lengths = positions[:, -1] + 1
-            read, cache.started = _PromptReader(self, cache, tokens, lengths), True
-        else:
+        if isinstance(cache, StepRetrieval) or cache.started:
             assert tokens.shape[1] == 1
-            read = _StepReader(self, cache, tokens[:, 0], positions[:, 0])
+            read = _StepReader(self, cache, tokens[:, 0], positions[:, 0], self._complete(cache))
+        else:
+            read, cache.started = _PromptReader(self, cache, tokens, mask), True
         with self.model.reading(read):
             return self.model.hidden(tokens, mask=mask, positions=positions, cache=cache.decoder)
+
+    def _complete(self, cache: "RetrievalCache | StepRetrieval") -> list[int]:
+        """Return the rows whose chunk the next token completes. Which they are is known on the host."""
+        if isinstance(cache, StepRetrieval):
+            return cache.state.complete
+        most = self.max_seq_len or sys.maxsize
+        cache.lengths = [min(length + 1, most) for length in cache.lengths]
+        return [row for row, length in enumerate(cache.lengths) if length % self.model.chunk_size == 0]
 
     def search(self, chunks: Tensor) -> NeighborTokens:
         """Search for the neighbors of chunks: (G, M) -> (G, J, R)."""
@@ -174,15 +192,19 @@ class RetrievalDecoder(nn.Module):
 class _PromptReader:
     """A `Read` for whole prompts, which start at different columns."""
 
-    def __init__(self, owner: RetrievalDecoder, cache: RetrievalCache, tokens: Tensor, lengths: Tensor) -> None:
-        self.model, self.cache, self.lengths = owner.model, cache, lengths
+    def __init__(self, owner: RetrievalDecoder, cache: RetrievalCache, tokens: Tensor, mask: Tensor | None) -> None:
+        self.model, self.cache = owner.model, cache
         size = self.size = self.model.chunk_size
         self.columns = torch.arange(tokens.shape[1], device=tokens.device)
-        self.starts = (tokens.shape[1] - lengths)[:, None]
-        cache.lengths = lengths.tolist()
+        if mask is None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            cache.lengths = [tokens.shape[1]] * len(tokens)
+        self.lengths, self.starts = mask.sum(dim=1), mask.int().argmax(dim=1, keepdim=True)
+        lengths = self.lengths
+        cache.lengths = cache.lengths or lengths.tolist()
         self.chunks = max(cache.lengths) // size
-        full = (lengths // size)[:, None] > torch.arange(self.chunks, device=tokens.device)
-        self.rows, self.numbers = full.nonzero(as_tuple=True)
+        pairs = [(row, number) for row, length in enumerate(cache.lengths) for number in range(length // size)]
+        self.rows, self.numbers = to_device([list(part) for part in zip(*pairs, strict=True)] or [[], []], tokens.device).long()
         left = self._align_left(tokens)
         cache.chunk.copy_(self._last_per_place(left))
         self.last = (lengths // size - 1).clamp(min=0)
@@ -229,7 +251,9 @@ class _PromptReader:
 class _StepReader:
     """A `Read` for one new token per row."""
 
-    def __init__(self, owner: RetrievalDecoder, cache: RetrievalCache, tokens: Tensor, positions: Tensor) -> None:
+    def __init__(
+        self, owner: RetrievalDecoder, cache: RetrievalCache | StepRetrieval, tokens: Tensor, positions: Tensor, done: list[int]
+    ) -> None:
         self.model, self.cache = owner.model, cache
         size = self.model.chunk_size
         self.every = torch.arange(len(tokens), device=tokens.device)
@@ -237,11 +261,9 @@ class _StepReader:
         # Query positions relative to the start of the neighbors: m - 1 at the last token of a chunk, up to 2 m - 2.
         self.reader = (positions + 1) % size + size - 1
         cache.chunk[self.every, self.place] = tokens
-        most = owner.max_seq_len or sys.maxsize
-        cache.lengths = [min(length + 1, most) for length in cache.lengths]
-        done = [row for row, length in enumerate(cache.lengths) if length % size == 0]
-        self.done = torch.tensor(done, dtype=torch.long).to(tokens.device, non_blocking=True)
-        if len(self.done):
+        self.done: Tensor | None = None
+        if done:
+            self.done = to_device(done, tokens.device)
             self.neighbors = owner.search(cache.chunk[self.done])
             cache.mask[self.done] = self.neighbors.mask.flatten(-2)
         self.encodings: Tensor | None = None
@@ -251,7 +273,7 @@ class _StepReader:
         assert isinstance(cross, ChunkedCrossAttention)
         if index == 0:
             cache.states[self.every, self.place] = x[:, 0].to(cache.states.dtype)
-        if len(self.done):
+        if self.done is not None:
             if self.encodings is None:
                 self.encodings = self.model.encode(self.neighbors, cache.states[self.done])
             keys, values = cross.neighbor_keys_values(self.encodings)

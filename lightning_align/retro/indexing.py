@@ -133,7 +133,7 @@ def open_retriever(folder: str | Path, *, encoder: Encoder | None = None, device
         folder: The folder of the database.
         encoder: An encoder equal to the one of the build, if that was an object. Default is to load the encoder again by its
             name.
-        device: The device to encode queries on, in the precision of autocast if that is on. Default is where the encoder is.
+        device: The device to encode queries on, in the precision of the stored vectors. Default is where the encoder is.
 
     Returns:
         The retriever.

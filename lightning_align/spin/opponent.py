@@ -108,6 +108,40 @@ class Caches(NamedTuple):
 
         return join
 
+    @property
+    def static(self) -> Callable[[int, int], "StaticCaches"] | None:
+        """A function that makes empty caches of fixed size, see `KVCache.static`. None if a cache does not support it."""
+        one, two = (getattr(cache, "static", None) for cache in self)
+        if one is None or two is None:
+            return None
+        return lambda batch, length: StaticCaches(one(batch, length), two(batch, length))
+
+
+class StaticCaches(NamedTuple):
+    """The static form of `Caches`. See `lightning_align.models.static_cache`."""
+
+    first: Any
+    second: Any
+
+    def insert(self, cache: Caches, first: int, copies: int) -> None:
+        """See `StaticCache.insert`."""
+        for static, usual in zip(self, cache, strict=True):
+            static.insert(usual, first, copies)
+
+    def select(self, rows: Tensor, columns: int) -> None:
+        """See `StaticCache.select`."""
+        for static in self:
+            static.select(rows, columns)
+
+    def resize(self, batch: int, length: int) -> None:
+        """See `StaticCache.resize`."""
+        for static in self:
+            static.resize(batch, length)
+
+    def step(self, columns: Tensor, width: int) -> Caches:
+        """See `StaticCache.step`."""
+        return Caches(*(static.step(columns, width) for static in self))
+
 
 class GeometricMixture(nn.Module):
     """The geometric mixture of two models with the same vocabulary.

@@ -131,7 +131,7 @@ def run(case: Callable[[Path], Case], folder: Path, device: Any, *, precision: s
         default_root_dir=folder,
         limit_train_batches=STEPS,
         limit_val_batches=2,
-        limit_predict_batches=1,
+        limit_predict_batches=2,  # of which the last counts
         num_sanity_val_steps=0,
         log_every_n_steps=1000,
     )

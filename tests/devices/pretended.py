@@ -45,6 +45,8 @@ class PretendedGPU:
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
         self._table: dict[int, StorageWeakRef] = {}
+        self.unfinished: dict[int, StorageWeakRef] = {}
+        """The host memory of copies that may not be complete, until an event behind them has been waited for."""
         self._stack = ExitStack()
         self._counting = True
 
@@ -64,6 +66,7 @@ class PretendedGPU:
         # The generator of the GPU is that of the CPU, which is kept anyway where both are.
         self._stack.enter_context(mock.patch("torch.cuda.get_rng_state", lambda device: torch.get_rng_state()))
         self._stack.enter_context(mock.patch("torch.cuda.set_rng_state", lambda state, device: None))
+        self._stack.enter_context(mock.patch("torch.cuda.Event", lambda *_, **__: _Event(self)))
         self._stack.enter_context(_Questions(self))
         self._stack.enter_context(_Operators(self))
         return self
@@ -89,6 +92,12 @@ class PretendedGPU:
     def wait(self, reason: str) -> None:
         if self._counting:
             self.waits[f"{_line()}: {reason}"] += 1
+
+    def check_finished(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        found = self.unfinished.get(storage._cdata)
+        if found is not None and not found.expired():
+            raise WrongDevice(f"{_line()}: reading this copy to the host before it is complete gives anything")
 
     @contextmanager
     def not_counting(self) -> Iterator[None]:
@@ -120,6 +129,21 @@ class _Move(torch.autograd.Function):
         return ctx.gpu.put(grad.clone(), not ctx.to_gpu), None, None
 
 
+class _Event:
+    """An event of CUDA, which the host may wait for."""
+
+    def __init__(self, gpu: PretendedGPU) -> None:
+        self.gpu, self.copies = gpu, dict[int, StorageWeakRef]()
+
+    def record(self) -> None:
+        self.copies = dict(self.gpu.unfinished)
+
+    def synchronize(self) -> None:
+        self.gpu.wait("an event")
+        for key in self.copies:
+            self.gpu.unfinished.pop(key, None)
+
+
 class _Operators(TorchDispatchMode):
     def __init__(self, gpu: PretendedGPU) -> None:
         super().__init__()
@@ -129,6 +153,8 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_gpu = [self.gpu.has(tensor) for tensor in tensors]
+        for tensor in tensors if self.gpu.unfinished else ():
+            self.gpu.check_finished(tensor)
         if not any(on_gpu):
             return func(*args, **kwargs)
         space, _, name = func._schema.name.partition("::")
@@ -153,6 +179,9 @@ class _Operators(TorchDispatchMode):
             here, there = map(self.gpu.has, args[:2])
             if here != there and not non_blocking and (there or args[1].ndim):
                 self.gpu.wait("copy to the device" if here else "copy to the host")
+            if there and not here and non_blocking:
+                storage = args[0].untyped_storage()
+                self.gpu.unfinished[storage._cdata] = StorageWeakRef(storage)
         elif name.startswith(("index", "_index")):
             if not self.gpu.has(args[0]):
                 raise WrongDevice(f"{_line()}: a CPU tensor is indexed by one on cuda:0")
@@ -183,6 +212,8 @@ class _Questions(TorchFunctionMode):
                 return self._to(tensor, *args[1:], **kwargs)
             if name in ("cuda", "cpu"):
                 return self.gpu.move(tensor, name == "cuda", kwargs.get("non_blocking", False))
+            if name in ("numpy", "__array__", "tolist", "item"):
+                self.gpu.check_finished(tensor)
             if self.gpu.has(tensor):
                 if name in ("numpy", "__array__"):
                     raise WrongDevice(f"{_line()}: numpy cannot read a tensor on cuda:0")

@@ -66,8 +66,8 @@ OPTIONS: dict[str, tuple[Callable[[Path], Case], Budget]] = {
     "spin mixture": (lambda folder: spin(folder, opponent="mixture", monitor_kl=True), Budget()),
     "spin lora": (lambda folder: spin(folder, opponent="mixture", **base(folder)), Budget()),
     "calm prefix": (lambda folder: calm(folder, augment={"alignment": "prefix"}), Budget()),
-    # Every prompt is read again for each token, with the tokenizer of the augment.
-    "calm own tokens": (lambda folder: calm(folder, augment={"tokens": "own"}), Budget(prediction=265)),
+    # Beside the numbers and two looks, once per token of all rows, whose text the augment reads.
+    "calm own tokens": (lambda folder: calm(folder, augment={"tokens": "own"}), Budget(prediction=12)),
     "calm all tokens": (lambda folder: calm(folder, loss_on="all"), Budget()),
     # In the first epoch all rows are new. They are read from the device and written to a file.
     "calm stored, new rows": (lambda folder: calm(folder, store_states=str(folder / "states")), Budget(step=8)),
