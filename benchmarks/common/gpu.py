@@ -6,7 +6,9 @@ Nothing here or in the scripts calls CUDA with ``--dry-run``. The same code then
 import argparse
 import contextlib
 import datetime
+import functools
 import gc
+import itertools
 import json
 import os
 import platform
@@ -68,11 +70,11 @@ class Session:
         # What the device reaches: a matrix product of random numbers, and a copy, counting bytes read and written.
         size, numbers = (128, 1 << 16) if self.dry else (8192, 1 << 30)
         a, b = (torch.randn(size, size, device=self.device).bfloat16() for _ in range(2))
-        found["bf16_tflops"] = 2 * size**3 / self.median(lambda: a @ b, rounds=10) / 1e12
+        found["bf16_tflops"] = 2 * size**3 / self.median(functools.partial(torch.mm, a, b), rounds=10) / 1e12
         source = torch.randn(numbers, device=self.device).bfloat16()
-        target = torch.empty_like(source)
-        found["copy_tb_per_s"] = 4 * numbers / self.median(lambda: target.copy_(source), rounds=10) / 1e12
-        del a, b, source, target
+        copy = functools.partial(torch.empty_like(source).copy_, source)
+        found["copy_tb_per_s"] = 4 * numbers / self.median(copy, rounds=10) / 1e12
+        del a, b, source, copy
         self.free()
         return found
 
@@ -123,7 +125,7 @@ class Session:
             work()
             event.record()
         torch.cuda.synchronize(self.device)
-        return [before.elapsed_time(after) / 1e3 for before, after in zip(events, events[1:], strict=False)]
+        return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
 
     def median(self, work: Callable[[], object], *, rounds: int, warmup: int = 3) -> float:
         """The median of `times`."""
@@ -205,8 +207,8 @@ def markdown(results: dict[str, Any]) -> str:
     if results["dry_run"]:
         lines += [DRY, ""]
     lines += [
-        f"{results['text']} On {where}, torch {machine['torch']}, Python {machine['python']}. A bfloat16 matrix product reaches "
-        f"{machine['bf16_tflops']:.4g} TFLOP/s here, and a copy {machine['copy_tb_per_s']:.3g} TB/s.",
+        f"{results['text']} On {where}, torch {machine['torch']}, Python {machine['python']}. A bfloat16 matrix product "
+        f"reaches {machine['bf16_tflops']:.4g} TFLOP/s here, and a copy {machine['copy_tb_per_s']:.3g} TB/s.",
         "",
     ]
     if not results["complete"]:

@@ -11,7 +11,13 @@ from lightning_align.types import TokenBatch
 
 VOCABULARY = 128_256
 SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "tiny": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
     "0.5B": {
         "hidden_size": 1024,
         "intermediate_size": 4096,

@@ -171,7 +171,9 @@ def widths(session: gpu.Session) -> None:
                     session.synchronize()
                     found.append(1e3 * (time.perf_counter() - start))
             row = {"backend": name, "widths": len(firsts), "first call, ms": statistics.median(firsts)}
-            session.add("New widths", {**row, "slowest first call, ms": max(firsts), "second call, ms": statistics.median(seconds)})
+            session.add(
+                "New widths", {**row, "slowest first call, ms": max(firsts), "second call, ms": statistics.median(seconds)}
+            )
 
 
 def varlen(session: gpu.Session) -> None:

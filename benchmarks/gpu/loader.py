@@ -101,7 +101,11 @@ def adamw(session: gpu.Session) -> None:
     number = sum(parameter.numel() for parameter in parameters)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    ways: dict[str, dict[str, bool]] = {"one by one": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    ways: dict[str, dict[str, bool]] = {
+        "one by one": {"foreach": False},
+        "foreach": {"foreach": True},
+        "fused": {"fused": True},
+    }
     for name, options in ways.items():
         with session.part(f"AdamW, {name}"):
             optimizer = torch.optim.AdamW(parameters, lr=1e-9, **options)  # type: ignore[arg-type]
@@ -130,7 +134,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = rows(folder / "pairs.jsonl", sizes["count"], sizes["words"])
-        for workers, pinned in ((0, False), (0, True)) if session.dry else ((0, False), (0, True), (2, True), (4, True), (4, False)):
+        for workers, pinned in (
+            ((0, False), (0, True)) if session.dry else ((0, False), (0, True), (2, True), (4, True), (4, False))
+        ):
             with session.part(f"{workers} workers, {'pinned' if pinned else 'pageable'} memory", needs=40):
                 input_row(session, folder, data, workers=workers, pinned=pinned, sizes=sizes)
     with session.part("AdamW"):

@@ -31,7 +31,9 @@ def truth(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return chosen - torch.stack(parts).logsumexp(0)
 
 
-def measure(session: gpu.Session, name: str, score: Callable[[Tensor, Tensor, Tensor], Tensor], sizes: tuple[int, int, int]) -> None:
+def measure(
+    session: gpu.Session, name: str, score: Callable[[Tensor, Tensor, Tensor], Tensor], sizes: tuple[int, int, int]
+) -> None:
     """One row: the sum of log-probs and its gradients."""
     total, vocabulary, width = sizes
     torch.manual_seed(0)

@@ -72,7 +72,9 @@ class Curve(Callback):
 def train(session: gpu.Session, method: str, precision: str, data: str, folder: Path, sizes: dict[str, int]) -> Curve:
     """Train with the seed and the data of the other precisions."""
     L.seed_everything(0, verbose=False)
-    palm = PaLM(num_tokens=259, dim=sizes["dim"], depth=sizes["depth"], heads=sizes["heads"], dim_head=sizes["dim"] // sizes["heads"])
+    palm = PaLM(
+        num_tokens=259, dim=sizes["dim"], depth=sizes["depth"], heads=sizes["heads"], dim_head=sizes["dim"] // sizes["heads"]
+    )
     shared: dict[str, Any] = {"batch_size": sizes["batch"], "cache_dir": str(folder / "cache")}
     module, loader = (
         (SFTModule(palm), SFTDataModule(data, **shared))

@@ -76,7 +76,9 @@ class Waits(Callback):
     def _stop(self) -> None:
         self._mode("default")
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Count."""
         self._next("step", first=batch_idx == 0)
         if trainer.is_last_batch:

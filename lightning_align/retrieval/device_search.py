@@ -5,16 +5,18 @@ its own scores. A bound on the rounding of the scores tells which queries must b
 neighbors nor their distances depend on the device, nor on the shapes of tiles.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_align.retrieval.exact import Best, Doubles, ExactSearch
 from lightning_align.retrieval.neighbors import Forbidden, Nearest
+from lightning_align.retrieval.stages import Team
 from lightning_align.retrieval.tables import Floats, Ints
 
 ROWS, TILE_BYTES = 8192, 1 << 30
@@ -23,7 +25,8 @@ TABLE_BYTES = 64 << 20
 """Bytes of the table of which queries may not find which groups. With more groups, fewer queries are compared at a time."""
 SHARE = 0.5
 """Share of the free memory of the device that all vectors may take. Otherwise they are copied tile by tile for each search."""
-NO_GROUP = 0
+DEVICES = ("cuda", "xpu")
+"""The types of devices that searches run on."""
 
 
 class DeviceSearch(ExactSearch):
@@ -105,10 +108,36 @@ class DeviceSearch(ExactSearch):
                 scores = torch.addmm(shift[start:stop], points, part.T)
                 if len(kinds):
                     place = np.minimum(np.searchsorted(kinds, self.groups[start:stop]), len(kinds) - 1)
-                    column = np.where(kinds[place] == self.groups[start:stop], place + 1, NO_GROUP)
+                    column = np.where(kinds[place] == self.groups[start:stop], place + 1, 0)
                     if column.any():
                         scores.masked_fill_(table.index_select(1, torch.from_numpy(column).to(self.device)), -torch.inf)
             yield start, scores
+
+
+def exact_search(vectors: Floats, groups: Ints, device: torch.device | None) -> ExactSearch:
+    """Create the exact search for a device.
+
+    Args:
+        vectors: (C, d), can be memory-mapped.
+        groups: (C,) group of each vector's document, see `ExactSearch`.
+        device: The device. None, and a device that is not in `DEVICES`, search on the CPU.
+    """
+    if device is None or device.type not in DEVICES:
+        return ExactSearch(vectors, groups)
+    return DeviceSearch(vectors, groups, device=device)
+
+
+def search_device(make_trainer: Callable[[], L.Trainer], team: Team) -> torch.device | None:
+    """Return the device of this rank that searches, or None for the CPU. Rank 0 decides for all ranks. Call it on all.
+
+    Args:
+        make_trainer: Creates a Trainer on the devices of the ranks.
+        team: The ranks.
+    """
+    with team.together():
+        device = make_trainer().strategy.root_device if torch.accelerator.is_available() else torch.device("cpu")
+    kind = team.share(device.type)
+    return device if kind == device.type and kind in DEVICES else None
 
 
 def free_memory(device: torch.device) -> int:
