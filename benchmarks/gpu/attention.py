@@ -171,9 +171,8 @@ def widths(session: gpu.Session) -> None:
                     session.synchronize()
                     found.append(1e3 * (time.perf_counter() - start))
             row = {"backend": name, "widths": len(firsts), "first call, ms": statistics.median(firsts)}
-            session.add(
-                "New widths", {**row, "slowest first call, ms": max(firsts), "second call, ms": statistics.median(seconds)}
-            )
+            row |= {"slowest first call, ms": max(firsts), "second call, ms": statistics.median(seconds)}
+            session.add("New widths", row)
 
 
 def varlen(session: gpu.Session) -> None:

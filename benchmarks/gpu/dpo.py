@@ -220,8 +220,9 @@ def main() -> None:
     session = gpu.Session(
         "dpo",
         "DPO of a Llama",
-        f"bf16-mixed, {size} pairs per step, vocabulary {vocabulary:,}, AdamW and clipping; {steps} steps on batches of log-normal "
-        "lengths, after one step on each. Sorted batches have rows of similar length. Packed ones have rows one after the other.",
+        f"bf16-mixed, {size} pairs per step, vocabulary {vocabulary:,}, AdamW and clipping; {steps} steps on batches of "
+        "log-normal lengths, after one step on each. Sorted batches have rows of similar length. Packed ones have rows one "
+        "after the other.",
         arguments,
     )
     for name in ["tiny"] if session.dry else arguments.sizes:

@@ -101,14 +101,10 @@ def adamw(session: gpu.Session) -> None:
     number = sum(parameter.numel() for parameter in parameters)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    ways: dict[str, dict[str, bool]] = {
-        "one by one": {"foreach": False},
-        "foreach": {"foreach": True},
-        "fused": {"fused": True},
-    }
-    for name, options in ways.items():
+    ways = {"one by one": ("foreach", False), "foreach": ("foreach", True), "fused": ("fused", True)}
+    for name, (option, value) in ways.items():
         with session.part(f"AdamW, {name}"):
-            optimizer = torch.optim.AdamW(parameters, lr=1e-9, **options)  # type: ignore[arg-type]
+            optimizer = torch.optim.AdamW(parameters, lr=1e-9, **{option: value})  # type: ignore[arg-type]
             step: Callable[[], object] = optimizer.step
             seconds = session.median(step, rounds=10)
             moved = 28 * number / seconds / 1e12  # reads weight, gradient and two moments; writes three of them
@@ -122,8 +118,8 @@ def main() -> None:
     session = gpu.Session(
         "loader",
         "Input and optimizer",
-        "DPO of a PaLM in bf16-mixed through Trainer and data module, an epoch per row. Time on the host between steps includes "
-        "what the Trainer does there.",
+        "DPO of a PaLM in bf16-mixed through Trainer and data module, an epoch per row. Time on the host between steps "
+        "includes what the Trainer does there.",
         arguments,
     )
     sizes = (
@@ -134,9 +130,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = rows(folder / "pairs.jsonl", sizes["count"], sizes["words"])
-        for workers, pinned in (
-            ((0, False), (0, True)) if session.dry else ((0, False), (0, True), (2, True), (4, True), (4, False))
-        ):
+        ways = ((0, False), (0, True)) if session.dry else ((0, False), (0, True), (2, True), (4, True), (4, False))
+        for workers, pinned in ways:
             with session.part(f"{workers} workers, {'pinned' if pinned else 'pageable'} memory", needs=40):
                 input_row(session, folder, data, workers=workers, pinned=pinned, sizes=sizes)
     with session.part("AdamW"):

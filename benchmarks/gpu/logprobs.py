@@ -1,4 +1,4 @@
-"""Log-probs from hidden states, forward and backward: time, memory and error by size of the tiles, against Liger and plain torch.
+"""Log-probs from hidden states, forward and backward: time, memory and error by size of tiles, against Liger and torch.
 
 The bound is the time of three matrix products (6 T V D operations) at the speed of a large product on this device.
 """
@@ -31,9 +31,10 @@ def truth(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return chosen - torch.stack(parts).logsumexp(0)
 
 
-def measure(
-    session: gpu.Session, name: str, score: Callable[[Tensor, Tensor, Tensor], Tensor], sizes: tuple[int, int, int]
-) -> None:
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def measure(session: gpu.Session, name: str, score: Score, sizes: tuple[int, int, int]) -> None:
     """One row: the sum of log-probs and its gradients."""
     total, vocabulary, width = sizes
     torch.manual_seed(0)
@@ -89,15 +90,15 @@ def main() -> None:
     session = gpu.Session(
         "logprobs",
         "Log-probs from hidden states",
-        "bfloat16 factors, medians of 10. Errors are those of single log-probs against float64. The tile of the first row is the "
-        f"default of a CPU, {CHUNK_BYTES // MIB} MiB; Liger returns only the sum.",
+        "bfloat16 factors, medians of 10. Errors are those of single log-probs against float64. Tiles of a CPU have "
+        f"{CHUNK_BYTES // MIB} MiB. Liger returns only the sum.",
         arguments,
     )
     total, width = (48, 16) if session.dry else (arguments.targets, arguments.width)
     for vocabulary in (128,) if session.dry else (32_000, 128_256):
         everything = 4 * total * vocabulary
         tiles = {"default": None, "16 MiB": 16 * MIB, "64 MiB": 64 * MIB, "256 MiB": 256 * MIB, "1 GiB": 1024 * MIB}
-        sides: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        sides: dict[str, Score] = {
             f"ours, tiles of {name}": (
                 lambda h, w, t, given={} if size is None else {"chunk_bytes": size}: head_logprobs(h, w, None, t, **given)
             )

@@ -106,8 +106,8 @@ def main() -> None:
     session = gpu.Session(
         "precision",
         "Precisions",
-        "The same weights, rows and seeds in each precision. The loss is the mean over the last tenth of the steps; the largest "
-        "gap is that of means over a tenth of the steps from those of float32.",
+        "The same weights, rows and seeds in each precision. The loss is the mean over the last tenth of the steps. The "
+        "largest gap is that of means over a tenth of the steps from those of float32.",
         arguments,
     )
     sizes = (

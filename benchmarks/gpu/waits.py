@@ -1,7 +1,7 @@
 """Where training, validation and prediction wait for the device, in every method and option.
 
-The models are tiny: what counts is how often the host waits. CUDA itself reports the waits (`set_sync_debug_mode`), from the end
-of the first step on, so copies of the batches count too.
+The models are tiny: what counts is how often the host waits. CUDA itself reports the waits (`set_sync_debug_mode`), from the
+end of the first step on, so copies of the batches count too.
 """
 
 import tempfile
@@ -144,8 +144,8 @@ def main() -> None:
     session = gpu.Session(
         "waits",
         "Waits for the device",
-        f"Waits of the host as CUDA reports them, through the Trainer in {arguments.precision}: the last training step, the last "
-        "validation batch, and the last of two predicted batches. The budget is that of the tests on a pretended device.",
+        f"Waits of the host as CUDA reports them, through the Trainer in {arguments.precision}: the last training step, the "
+        "last validation batch, and the last of two predicted batches. The budget is that of the tests on a pretended device.",
         arguments,
     )
     cases = BASIC | OPTIONS

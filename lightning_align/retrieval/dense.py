@@ -33,8 +33,8 @@ forbidden, is searched again with the forbidden groups excluded."""
 class DenseSearcher:
     """Searches a faiss index, removes forbidden chunks, and searches again if too few chunks are left.
 
-    An exact index (Flat) is searched by `ExactSearch`, or on a device with the same results. If the index refines, forbidden chunks are removed before the candidates
-    are compared, so that no comparison is wasted.
+    An exact index (Flat) is searched by `ExactSearch`, or on a device with the same results. If the index refines, forbidden
+    chunks are removed before the candidates are compared, so that no comparison is wasted.
 
     Args:
         index: Index over the vectors of all chunks of a database, set to its effort.

@@ -43,7 +43,8 @@ class DeviceSearch(ExactSearch):
         super().__init__(vectors, groups)
         self.device, self.groups = device, groups
         self._memory = free_memory(device) if memory is None else memory
-        self._tile = max(1, min(TILE_BYTES, self._memory // 4) // 4)
+        # The highest scores of a tile are looked for in it, which takes about three times its own memory.
+        self._tile = max(1, min(TILE_BYTES, self._memory // 16) // 4)
         """Scores of a tile."""
         self.resident = 4 * vectors.size + 4 * 4 * self._tile <= self._memory
         """Whether all vectors stay on the device."""

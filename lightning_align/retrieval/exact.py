@@ -210,6 +210,7 @@ class Best(NamedTuple):
 
     @classmethod
     def empty(cls, num: int, width: int) -> "Best":
+        """Return empty slots."""
         return cls(np.zeros((num, width), dtype=np.int64), np.full((num, width), -np.inf, dtype=np.float32))
 
     def improve(self, column: int, scores: Floats) -> None:

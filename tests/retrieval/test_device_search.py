@@ -19,16 +19,27 @@ from tests.devices.pretended import GPU, PretendedGPU
 from tests.retrieval.test_exact import brute_force, case, check
 
 CPU = torch.device("cpu")
-# All vectors on the device in one tile; tiles of 2500 scores; and single columns of vectors that are copied for each search.
-MEMORY = {"resident": 1 << 30, "tiles": 200_000, "copied": 30_000}
+MEMORY = ("resident", "tiles", "copied")
+
+
+def memory_for(kind: str, vectors: Any) -> int:
+    """Memory for all vectors in one tile, for all in several tiles, or for tiles that are copied for each search."""
+    return {"resident": 1 << 30, "tiles": 3 * vectors.nbytes, "copied": vectors.nbytes}[kind]
+
+
+def few(num: int, **options: Any) -> Any:
+    """A case of `tests.retrieval.test_exact` with its first 60 queries."""
+    vectors, groups, queries, forbidden = case(num, **options)
+    kept = forbidden.rows < 60
+    return vectors, groups, queries[:60], Forbidden(forbidden.rows[kept], forbidden.groups[kept])
 
 
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("copies", [0, 2])
 @pytest.mark.parametrize("spread", [False, True], ids=["runs", "scattered"])
 def test_search_on_a_device_equals_brute_force(memory: str, copies: int, spread: bool) -> None:
-    vectors, groups, queries, forbidden = case(1300, copies=copies, spread=spread)
-    search = DeviceSearch(vectors, groups, device=CPU, memory=MEMORY[memory])
+    vectors, groups, queries, forbidden = few(1300, copies=copies, spread=spread)
+    search = DeviceSearch(vectors, groups, device=CPU, memory=memory_for(memory, vectors))
     assert search.resident == (memory != "copied")
     check(search.nearest(queries, 3, forbidden), brute_force(vectors, groups, queries, 3, forbidden))
 
@@ -41,7 +52,7 @@ def test_results_are_those_of_the_cpu_where_scores_round_away_the_difference(mem
     groups, rows = np.arange(900) // 10, np.arange(60)
     forbidden = Forbidden(rows, groups[rows])
     expected = ExactSearch(vectors, groups).nearest(vectors[rows], 4, forbidden)
-    found = DeviceSearch(vectors, groups, device=CPU, memory=MEMORY[memory]).nearest(vectors[rows], 4, forbidden)
+    found = DeviceSearch(vectors, groups, device=CPU, memory=memory_for(memory, vectors)).nearest(vectors[rows], 4, forbidden)
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -69,10 +80,10 @@ def test_many_forbidden_groups_shrink_the_blocks_and_not_the_results(monkeypatch
 
 @pytest.mark.parametrize("memory", MEMORY)
 def test_on_a_pretended_gpu_the_results_are_the_same(memory: str) -> None:
-    vectors, groups, queries, forbidden = case(500, copies=3, seed=3)
+    vectors, groups, queries, forbidden = few(500, copies=3, seed=3)
     truth = ExactSearch(vectors, groups).nearest(queries, 3, forbidden)
     with PretendedGPU() as device, torch.autocast("cuda", dtype=torch.bfloat16):
-        search = DeviceSearch(vectors, groups, device=GPU, memory=MEMORY[memory])
+        search = DeviceSearch(vectors, groups, device=GPU, memory=memory_for(memory, vectors))
         found = search.nearest(queries, 3, forbidden)
         assert device.has(search._placed[1]) and (search._placed[0] is None) == (memory == "copied")
     assert all(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
@@ -137,7 +148,12 @@ def test_on_a_gpu_the_results_are_the_same(memory: str) -> None:
     torch.set_float32_matmul_precision("high")
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            search = DeviceSearch(vectors, groups, device=torch.device("cuda", 0), memory=MEMORY.get(memory))
+            search = DeviceSearch(
+                vectors,
+                groups,
+                device=torch.device("cuda", 0),
+                memory=None if memory == "chosen" else memory_for(memory, vectors),
+            )
             found = search.nearest(queries, 5, forbidden)
     finally:
         torch.set_float32_matmul_precision(before)
