@@ -130,7 +130,7 @@ def backends(session: gpu.Session, name: str, inputs: Any, given: dict[str, Any]
     def work() -> None:
         out = F.scaled_dot_product_attention(q, k, v, **given)
         if grad:
-            out.backward(out.detach())
+            torch.autograd.grad(out, (q, k, v), out.detach())
 
     mask = given.get("attn_mask")
     shape = "×".join(map(str, q.shape))
@@ -167,7 +167,7 @@ def widths(session: gpu.Session) -> None:
                     start = time.perf_counter()
                     with sdpa_kernel(list(BACKENDS.values()) if name == "default" else [BACKENDS[name]]):
                         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                    out.backward(out.detach())
+                    torch.autograd.grad(out, (q, k, v), out.detach())
                     session.synchronize()
                     found.append(1e3 * (time.perf_counter() - start))
             row = {"backend": name, "widths": len(firsts), "first call, ms": statistics.median(firsts)}
@@ -188,12 +188,12 @@ def varlen(session: gpu.Session) -> None:
 
     def padded() -> None:
         out = F.scaled_dot_product_attention(*wide, is_causal=True)
-        out.backward(out.detach())
+        torch.autograd.grad(out, wide, out.detach())
 
     def packed() -> None:
         out = varlen_attn(q, k, v, ends, ends, most, most, window_size=(-1, 0))
         assert isinstance(out, Tensor)
-        out.backward(out.detach())
+        torch.autograd.grad(out, (q, k, v), out.detach())
 
     row: dict[str, Any] = {"rows": rows, "padding": 1 - total / (rows * longest)}
     row["padded, ms"] = 1e3 * session.median(padded, rounds=20)

@@ -6,6 +6,7 @@ neighbors nor their distances depend on the device, nor on the shapes of tiles.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_align.retrieval.exact import Best, Doubles, ExactSearch
+from lightning_align.retrieval.exact import FEW, Best, Doubles, ExactSearch
 from lightning_align.retrieval.neighbors import Forbidden, Nearest
 from lightning_align.retrieval.stages import Team
 from lightning_align.retrieval.tables import Floats, Ints
@@ -92,6 +93,18 @@ class DeviceSearch(ExactSearch):
             least = np.where(least > needed, np.nextafter(least, np.float32(-np.inf)), least)
             row, place = (scores >= torch.from_numpy(least).to(self.device)[:, None]).nonzero(as_tuple=True)
             yield row.cpu().numpy(), place.cpu().numpy() + start
+
+    def _distances(self, queries: Floats, ids: Ints, rows: Ints | None = None) -> Doubles:
+        """See `ExactSearch`. Each distance is computed alone, so several threads find the same."""
+        threads = torch.get_num_threads()
+        size = -(-len(ids) // threads)
+        if threads == 1 or len(ids) < FEW:
+            return super()._distances(queries, ids, rows)
+        rows = np.arange(len(ids)) if rows is None else rows
+        own = super()._distances
+        with ThreadPoolExecutor(threads) as pool:
+            parts = [slice(start, start + size) for start in range(0, len(ids), size)]
+            return np.concatenate(list(pool.map(lambda part: own(queries, ids[part], rows[part]), parts)))
 
     def _scores(self, queries: Floats, forbidden: Forbidden) -> Iterator[tuple[int, Tensor]]:
         """Yield the first column and the scores (n, columns) of each tile, with minus infinity at forbidden vectors."""

@@ -89,6 +89,18 @@ def test_on_a_pretended_gpu_the_results_are_the_same(memory: str) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    vectors, groups, queries, forbidden = case(700, copies=2, seed=1)
+    truth = ExactSearch(vectors, groups).nearest(queries, 3, forbidden)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = DeviceSearch(vectors, groups, device=CPU).nearest(queries, 3, forbidden)
+    finally:
+        torch.set_num_threads(before)
+    assert all(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
 def test_tf32_is_off_while_scores_are_computed_and_comes_back() -> None:
     vectors, groups, queries, forbidden = case(100, copies=0)
     seen: list[str] = []
