@@ -87,8 +87,8 @@ class Session:
 
     def free(self) -> None:
         """Return unused memory to the device, and start a new peak."""
-        gc.collect()
         if not self.dry:
+            gc.collect()
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
