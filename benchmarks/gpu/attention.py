@@ -147,7 +147,8 @@ def backends(session: gpu.Session, name: str, inputs: Any, given: dict[str, Any]
             with sdpa_kernel([chosen]):
                 row[f"{backend}, ms"] = 1e3 * session.median(work, rounds=20)
         except RuntimeError as error:
-            row[f"{backend}, ms"] = "refused" if "No available kernel" in str(error) else f"{type(error).__name__}"
+            refused = "kernel" in str(error).lower()
+            row[f"{backend}, ms"] = "refused" if refused else f"{type(error).__name__}: {str(error)[:60]}"
     row["kernels of the default"] = kernels(session, work)
     session.add("Kernels", row)
 

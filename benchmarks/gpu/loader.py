@@ -23,7 +23,7 @@ def rows(path: Path, count: int, words: int) -> str:
     lines = []
     for number in range(count):
         length = words // 4 + number * 37 % words
-        chosen, rejected = (" ".join(f"{(number * k + i) % 997}" for i in range(length)) for k in (3, 5))
+        chosen, rejected = (" ".join(f"{(number * 3 + i) % 997 + 1000 * k}" for i in range(length)) for k in (1, 2))
         lines.append(json.dumps({"prompt": f"Count from {number}:", "chosen": f" {chosen}", "rejected": f" {rejected}"}))
     path.write_text("\n".join(lines) + "\n")
     return str(path)
