@@ -12,6 +12,7 @@ next one starts.
 
 import argparse
 import ast
+import datetime
 import json
 import os
 import subprocess
@@ -31,6 +32,8 @@ class Script(NamedTuple):
 
     name: str
     seconds: int
+    prints: bool = False
+    """Whether it only prints its results, and ends in time by itself."""
 
 
 ORDER = (
@@ -38,7 +41,7 @@ ORDER = (
     Script("attention", 200),
     Script("dpo", 470),
     Script("logprobs", 200),
-    Script("decoding", 300),
+    Script("decoding", 450, prints=True),
     Script("loader", 300),
     Script("retrieval", 300),
     Script("faiss_gpu", 240),
@@ -67,7 +70,13 @@ def report(folder: Path) -> str:
     parts = []
     for script in ORDER:
         path = folder / f"{script.name}.json"
-        if path.exists():
+        printed = folder / f"{script.name}.md"
+        if script.prints and printed.exists():
+            text = printed.read_text(encoding="utf-8")
+            date = datetime.date.fromtimestamp(printed.stat().st_mtime).isoformat()
+            title = "" if "## " in text else f"## GPU: {script.name}\n\n"
+            parts.append(f"{title}{text[max(0, text.find('## ')) :].rstrip()}\n\n{MARKER} {script.name}`, {date}\n")
+        elif path.exists():
             results = json.loads(path.read_text(encoding="utf-8"))
             if {"title", "machine", "tables", "failed"} <= results.keys():
                 line = f"{MARKER} {script.name}`, {results['date']}"
@@ -87,16 +96,20 @@ def run(script: Script, folder: Path, *, dry: bool, left: float) -> str:
     # A dry run on a busy processor says nothing about the time on a GPU.
     seconds = left - GRACE if dry else min(script.seconds, left - GRACE)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    options = ["--output", str(folder), "--seconds", f"{seconds:.0f}", *(["--dry-run"] if dry else [])]
+    own = [] if script.prints else ["--output", str(folder), "--seconds", f"{seconds:.0f}"]
+    options = [*own, *(["--dry-run"] if dry else [])]
     # Segments that grow avoid fragments where the widths of batches change.
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    with open(folder / f"{script.name}.log", "w", encoding="utf-8") as log:
+    with (
+        open(folder / f"{script.name}.log", "w", encoding="utf-8") as log,
+        open(folder / f"{script.name}.{'md' if script.prints else 'out'}", "w", encoding="utf-8") as out,
+    ):
         try:
             ended = subprocess.run(
                 [sys.executable, str(HERE / f"{script.name}.py"), *options],
                 check=False,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=out,
+                stderr=log,
                 env=environment,
                 cwd=folder,
                 timeout=seconds + GRACE,
@@ -111,6 +124,8 @@ def publish(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.run import sections
 
+    if any("dry run" in path.read_text(encoding="utf-8").lower() for path in folder.glob("*.md")):
+        sys.exit(f"{folder} has results of a dry run, whose numbers mean nothing")
     for path in folder.glob("*.json"):
         if json.loads(path.read_text(encoding="utf-8")).get("dry_run"):
             sys.exit(f"{path} is of a dry run, whose numbers mean nothing")
