@@ -154,17 +154,18 @@ class Session:
 
         Args:
             name: Name of the part.
-            needs: Seconds that it takes. It is skipped if fewer are left.
+            needs: Seconds that it takes. If fewer are left, the measurement ends here.
         """
+        if self.left() < needs:
+            late = f"not run, and no part after it: {needs:.0f} s are needed, and {self.left():.0f} s were left"
+            self.results["failed"][name] = late
+            self.finish()
         try:
-            if self.left() < needs:
-                raise TimeUp(f"not run: {needs:.0f} s are needed, and {self.left():.0f} s were left")
             yield
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip()[:600]}"
             self.results["failed"][name] = reason
-            if not isinstance(error, TimeUp):
-                traceback.print_exc()
+            traceback.print_exc()
             print(f"[{time.monotonic() - self._start:.0f} s] {name} failed: {reason}", file=sys.stderr, flush=True)
             self._save()
         # Outside of the handler, where the traceback no longer keeps tensors alive.
@@ -183,10 +184,6 @@ class Session:
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, self._file)
-
-
-class TimeUp(Exception):
-    """A part was not run, because too little time is left."""
 
 
 class Missing(Exception):
