@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks.run
+from benchmarks.gpu import run as gpu
 from benchmarks.run import HERE, SECTIONS, marker, sections
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def commands(text: str) -> list[list[str]]:
 
 def test_every_script_is_on_the_list() -> None:
     files = {str(path.relative_to(HERE)) for path in HERE.rglob("*.py") if path.name not in ("run.py", "__init__.py")}
-    assert {name for name in files if not name.startswith("common/")} == set(SCRIPTS)
+    assert {name for name in files if not name.startswith(("common/", "gpu/"))} == set(SCRIPTS)
 
 
 def test_every_script_explains_itself_and_begins_no_work_before_its_arguments(help_texts: dict[str, str]) -> None:
@@ -86,7 +87,8 @@ def test_listed_options_and_named_commands_exist(help_texts: dict[str, str]) -> 
 
 
 def test_results_have_a_section_for_each_entry_and_no_other() -> None:
-    lines = list(sections((HERE / "RESULTS.md").read_text(encoding="utf-8")))
+    page = sections((HERE / "RESULTS.md").read_text(encoding="utf-8"))
+    lines = [line for line in page if not line.startswith(gpu.MARKER)]
     for script, *options in SECTIONS:
         assert sum(line.startswith(marker(script, tuple(options)) + "`") for line in lines) == 1, (script, options)
     assert len(lines) == len(SECTIONS)
@@ -94,7 +96,7 @@ def test_results_have_a_section_for_each_entry_and_no_other() -> None:
 
 def test_the_readme_of_the_benchmarks_has_every_script() -> None:
     rows = re.findall(r"^\| `([\w/]+\.py)` \|", (HERE / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(rows) == sorted(SCRIPTS)
+    assert sorted(rows) == sorted([*SCRIPTS, *(f"gpu/{script.name}.py" for script in gpu.there())])
 
 
 def test_paths_into_the_benchmarks_exist() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lightning_align.retrieval.chunks import DocumentSource, append_chunks, build_chunks
 from lightning_align.retrieval.database import HEAD, RetrievalDatabase
+from lightning_align.retrieval.device_search import search_device
 from lightning_align.retrieval.encoders import build_vectors
 from lightning_align.retrieval.generation import Parts, open_parts, publish_head, write_head
 from lightning_align.retrieval.index import append_index, build_index
@@ -170,8 +171,10 @@ class Builder:
             name: stage.key for name, stage in (("index", parts.index), ("lexical", parts.lexical)) if stage is not None
         }
 
+        device = None if tools.encoder is None else search_device(tools.trainer, self.team)
+
         def neighbors(chunks: Stage, vectors: Stage | None, *, hide_copies: bool | None = None) -> str:
-            searcher = make_searcher(parts, deleted, tools.kind, tools.decode, query_vectors=vectors)
+            searcher = make_searcher(parts, deleted, tools.kind, tools.decode, query_vectors=vectors, device=device)
             stage = build_neighbors(
                 self.root,
                 chunks,

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_align.retrieval.device_search import exact_search
 from lightning_align.retrieval.encoders import Encoder, in_precision
-from lightning_align.retrieval.exact import ExactSearch, append_to_rows
+from lightning_align.retrieval.exact import append_to_rows
 from lightning_align.retrieval.faiss_seam import (
     flat_vectors,
     free_neighbors,
@@ -31,17 +33,26 @@ forbidden, is searched again with the forbidden groups excluded."""
 class DenseSearcher:
     """Searches a faiss index, removes forbidden chunks, and searches again if too few chunks are left.
 
-    An exact index (Flat) is searched by `ExactSearch`. If the index refines, forbidden chunks are removed before the candidates
-    are compared, so that no comparison is wasted.
+    An exact index (Flat) is searched by `ExactSearch`, or on a device with the same results. If the index refines, forbidden
+    chunks are removed before the candidates are compared, so that no comparison is wasted.
 
     Args:
         index: Index over the vectors of all chunks of a database, set to its effort.
         groups: (C,) group of each chunk, see `group_of_chunks`.
         effort: The effort that the index is set to.
         vectors: (Q, d) vectors of the chunks that `queries_of` is called with.
+        device: The device for exact search. Default is the CPU, where all other searches run.
     """
 
-    def __init__(self, index: Any, groups: Ints, *, effort: int, vectors: NDArray[np.float16] | None = None) -> None:
+    def __init__(
+        self,
+        index: Any,
+        groups: Ints,
+        *,
+        effort: int,
+        vectors: NDArray[np.float16] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.index, self.groups, self.effort, self.vectors = index, groups, effort, vectors
         # The index that candidates come from, and the index that compares them if it is another one.
         both = load_faiss().downcast_index(index) if refines(index) else None
@@ -49,7 +60,7 @@ class DenseSearcher:
         self._refine: Any = None if both is None else both.refine_index
         self._candidates = 1 if both is None else num_candidates(index, effort)
         flat = flat_vectors(index if both is None else both.refine_index)
-        self._exact = None if flat is None else ExactSearch(flat, groups)
+        self._exact = None if flat is None else exact_search(flat, groups, device)
         self._free = free_neighbors(index, effort)
         self._num_groups = int(groups.max(initial=0)) + 1
         # Chunks sorted by group, so that the chunks of a group are a slice.

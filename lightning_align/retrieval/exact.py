@@ -94,11 +94,9 @@ class ExactSearch:
 
     def _nearest(self, queries: Floats, k: int, forbidden: Forbidden) -> tuple[Ints, Doubles]:
         """Return the numbers (n, at most k) of the nearest vectors and their distances, infinite in empty slots."""
-        areas, width = self._areas(forbidden), min(k, len(self.vectors))
+        width = min(k, len(self.vectors))
         # Keep one more than needed. Its score tells whether rounding may have hidden a nearer vector.
-        best = _Best.empty(len(queries), width + 1)
-        for column, scores in self._tiles(queries, areas):
-            best.improve(column, scores)
+        best = self._best(queries, width + 1, forbidden)
         lowest = best.scores[:, -1]
         distances = self._distances(queries, best.ids)
         distances[np.isneginf(best.scores)] = np.inf
@@ -111,26 +109,41 @@ class ExactSearch:
         needed = (np.square(norms) - distances[:, -1]) / 2 - rounding
         doubtful = np.flatnonzero(np.isfinite(lowest) & (lowest >= needed))
         if len(doubtful):
-            areas = [area for area in areas if np.isin(doubtful, area.rows).any()]
-            some = [area._replace(rows=np.flatnonzero(np.isin(doubtful, area.rows))) for area in areas]
+            selected = np.isin(forbidden.rows, doubtful)
+            some = Forbidden(np.searchsorted(doubtful, forbidden.rows[selected]), forbidden.groups[selected])
             ids[doubtful], distances[doubtful] = self._within(queries[doubtful], needed[doubtful], width, some)
         return ids, distances
 
-    def _within(self, queries: Floats, needed: Doubles, width: int, areas: list["_Area"]) -> tuple[Ints, Doubles]:
+    def _best(self, queries: Floats, wanted: int, forbidden: Forbidden) -> "Best":
+        """Find the vectors (n, wanted) with the highest scores. Of equal scores, any are kept."""
+        best = Best.empty(len(queries), wanted)
+        for column, scores in self._tiles(queries, self._areas(forbidden)):
+            best.improve(column, scores)
+        return best
+
+    def _within(self, queries: Floats, needed: Doubles, width: int, forbidden: Forbidden) -> tuple[Ints, Doubles]:
         """Find the nearest (n, width) of all vectors with the needed score, in order of distance, then number."""
         ids, distances = np.zeros((len(queries), width), dtype=np.int64), np.full((len(queries), width), np.inf)
-        for column, scores in self._tiles(queries, areas):
-            row, place = np.nonzero(scores >= needed[:, None])
+        for row, number in self._above(queries, needed, forbidden):
             some, inverse = _distinct(row)
-            near = self._distances(queries, (column + place)[:, None], row)[:, 0]
+            near = self._distances(queries, number[:, None], row)[:, 0]
             ids[some], distances[some] = _sorted(
-                append_to_rows(ids[some], inverse, column + place, 0),
+                append_to_rows(ids[some], inverse, number, 0),
                 append_to_rows(distances[some], inverse, near, np.inf),
                 width,
             )
             # Vectors come in order of number. At distance 0 in all slots, no later vector can be better.
             needed[distances[:, -1] == 0] = np.inf
         return ids, distances
+
+    def _above(self, queries: Floats, needed: Doubles, forbidden: Forbidden) -> Iterator[tuple[Ints, Ints]]:
+        """Yield rows, ascending, and numbers of vectors with at least the needed score (n,), tile by tile.
+
+        The caller may raise the needed scores meanwhile.
+        """
+        for column, scores in self._tiles(queries, self._areas(forbidden)):
+            row, place = np.nonzero(scores >= needed[:, None])
+            yield row, column + place
 
     def _tiles(self, queries: Floats, areas: list["_Area"]) -> Iterator[tuple[int, Floats]]:
         """Yield the first column and the scores (n, columns) of each tile. The next tile overwrites the scores.
@@ -189,14 +202,15 @@ class _Area(NamedTuple):
         scores[np.ix_(rows, columns) if both else (rows, columns)] = -np.inf  # type: ignore[arg-type]
 
 
-class _Best(NamedTuple):
+class Best(NamedTuple):
     """The best vectors per query so far, best first. The score is minus infinity in empty slots."""
 
     ids: Ints
     scores: Floats
 
     @classmethod
-    def empty(cls, num: int, width: int) -> "_Best":
+    def empty(cls, num: int, width: int) -> "Best":
+        """Return empty slots."""
         return cls(np.zeros((num, width), dtype=np.int64), np.full((num, width), -np.inf, dtype=np.float32))
 
     def improve(self, column: int, scores: Floats) -> None:

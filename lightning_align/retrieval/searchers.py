@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.dense import DenseQueries, DenseSearcher
@@ -19,7 +20,15 @@ from lightning_align.retrieval.tables import ChunkTable, Ints
 from lightning_align.retrieval.tools import Kind, Tools, check_encoder
 
 
-def make_searcher(parts: Parts, deleted: Ints, kind: Kind, decode: Decode, *, query_vectors: Stage | None = None) -> Searcher:
+def make_searcher(
+    parts: Parts,
+    deleted: Ints,
+    kind: Kind,
+    decode: Decode,
+    *,
+    query_vectors: Stage | None = None,
+    device: torch.device | None = None,
+) -> Searcher:
     """Create the searcher of a generation.
 
     Args:
@@ -28,6 +37,7 @@ def make_searcher(parts: Parts, deleted: Ints, kind: Kind, decode: Decode, *, qu
         kind: Kind of search.
         decode: Converts token ids to text.
         query_vectors: Vectors of the chunks that will be the queries, if they have been encoded.
+        device: The device for exact search. What is found does not depend on it. Default is the CPU.
     """
     groups = group_of_chunks(ChunkTable(parts.chunks.folder), deleted)
     lexical = None if parts.lexical is None else LexicalSearcher(parts.lexical, groups, decode)
@@ -37,16 +47,18 @@ def make_searcher(parts: Parts, deleted: Ints, kind: Kind, decode: Decode, *, qu
     manifest = parts.index.manifest()
     assert manifest is not None
     vectors = None if query_vectors is None else read_vectors(query_vectors)
-    dense = DenseSearcher(open_index(parts.index), groups, effort=manifest["table"]["effort"], vectors=vectors)
+    effort = manifest["table"]["effort"]
+    dense = DenseSearcher(open_index(parts.index), groups, effort=effort, vectors=vectors, device=device)
     return dense if lexical is None or kind == "dense" else HybridSearcher(dense, lexical)
 
 
-def make_retriever(root: Path, tools: Tools) -> DatabaseRetriever:
+def make_retriever(root: Path, tools: Tools, *, device: torch.device | None = None) -> DatabaseRetriever:
     """Create a live retriever over a finished database.
 
     Args:
         root: Folder of the database.
         tools: The tools that it was built with.
+        device: The device for exact search. Default is the CPU.
 
     Raises:
         ValueError: If there is no finished database, or it was built with another encoder.
@@ -55,7 +67,7 @@ def make_retriever(root: Path, tools: Tools) -> DatabaseRetriever:
     check_encoder(head, tools)
     parts, deleted = open_parts(root, head), np.array(head["deleted"], dtype=np.int64)
     kind: Kind = head["retriever"]
-    searcher = make_searcher(parts, deleted, kind, tools.decode)
+    searcher = make_searcher(parts, deleted, kind, tools.decode, device=device)
     stored = None if parts.vectors is None else parts.vectors.manifest()
     precision = None if stored is None else stored["table"].get("precision")  # not in databases of earlier versions
     dense = None if tools.encoder is None else DenseQueries(tools.encoder, precision=precision)

@@ -133,7 +133,8 @@ def open_retriever(folder: str | Path, *, encoder: Encoder | None = None, device
         folder: The folder of the database.
         encoder: An encoder equal to the one of the build, if that was an object. Default is to load the encoder again by its
             name.
-        device: The device to encode queries on, in the precision of the stored vectors. Default is where the encoder is.
+        device: The device to encode queries and to compare vectors on, in the precision of the stored vectors. Default is to
+            encode where the encoder is, and to compare on the CPU.
 
     Returns:
         The retriever.
@@ -144,7 +145,7 @@ def open_retriever(folder: str | Path, *, encoder: Encoder | None = None, device
     tools = _tools_of(folder, encoder)
     if device is not None and isinstance(tools.encoder, nn.Module):
         tools.encoder.to(device)  # a borrowed model stays where it is
-    return make_retriever(Path(folder), tools)
+    return make_retriever(Path(folder), tools, device=device)
 
 
 def make_tools(
