@@ -15,6 +15,7 @@ from lightning_align.retrieval.index import append_index, build_index
 from lightning_align.retrieval.lexical import build_lexical
 from lightning_align.retrieval.neighbors import build_neighbors
 from lightning_align.retrieval.searchers import make_retriever, make_searcher
+from lightning_align.retrieval.sources import changed_files, stamps
 from lightning_align.retrieval.stages import Stage, Team, open_stage
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retrieval.tools import Kind, Tools, check_encoder
@@ -68,6 +69,7 @@ class Builder:
         Raises:
             ValueError: If an argument cannot be used. Stages that are finished by then are kept.
         """
+        before = {name: stamps(each) for name, each in {"": source, **queries}.items()}
         base = self._chunks(source, chunk_size)
         head = self._head()
         lost = head is not None and self._intact_stage(self.root / head["stages"]["chunks"]) is None
@@ -81,7 +83,10 @@ class Builder:
             name: build_chunks(self.root, documents, self.tools.tokenizer, chunk_size=chunk_size, **self._shared)
             for name, documents in queries.items()
         }
-        return self._finish(head, parts, sets)
+        built = self._finish(head, parts, sets)
+        for name, each in {"": source, **queries}.items():
+            self._warn_of_changes(before[name], each)
+        return built
 
     def add(self, source: DocumentSource) -> RetrievalDatabase:
         """Add documents. Only the new documents are encoded, and the index is not trained again.
@@ -95,7 +100,9 @@ class Builder:
         head = self._existing_head()
         previous = self._previous(head, "vectors", "index")
         before = ChunkTable(previous.chunks.folder)
+        stamped = stamps(source)
         added = self._chunks(source, before.chunk_size)
+        self._warn_of_changes(stamped, source)
         chunks = append_chunks(self.root, previous.chunks, added, deleted=head["deleted"], team=self.team)
         return self._finish(
             {**head, "generation": head["generation"] + 1}, self._parts(chunks, previous=previous), self._query_stages(head)
@@ -131,6 +138,14 @@ class Builder:
             self._parts(previous.chunks, previous=previous),
             self._query_stages(head),
         )
+
+    def _warn_of_changes(self, before: Mapping[str, tuple[int, ...]], source: DocumentSource) -> None:
+        if self.team.rank == 0 and (names := changed_files(before, source)):
+            warnings.warn(
+                f"{len(names)} files were changed, added or removed while {self.root} was built, such as {names[0]}. The database"
+                " has their text as it was when it was read. Build again to take in the changes.",
+                stacklevel=3,
+            )
 
     # -- stages
 

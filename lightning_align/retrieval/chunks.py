@@ -1,5 +1,6 @@
 """Stage 1: cut documents into chunks of tokens, which a `ChunkTable` reads."""
 
+import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from lightning_align.retrieval.duplicates import group_documents, shingles, signature
+from lightning_align.retrieval.sources import DocumentSource as DocumentSource
+from lightning_align.retrieval.sources import Survey, check_unchanged, digests_of, is_current, survey
 from lightning_align.retrieval.stages import Arrays, Stage, Team, write_bytes, write_rows
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.types import Document, MarkedText
@@ -20,24 +23,11 @@ from lightning_align.types import Document, MarkedText
 T = TypeVar("T")
 R = TypeVar("R")
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file format. Increase it when the same settings lead to other bytes."""
 BLOCK_BYTES = 1 << 20
 """Minimum number of characters per block of documents (the last block can be smaller). A killed build loses only
 the blocks in progress."""
-
-
-class DocumentSource(Protocol):
-    """Source of documents."""
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of everything that the documents depend on."""
-        ...
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents. Every call yields the same documents in the same order."""
-        ...
 
 
 class ChunkTokenizer(Protocol):
@@ -85,8 +75,10 @@ def build_chunks(
     """
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, but got {chunk_size}.")
-    inputs = {"format": FORMAT, "source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "chunk_size": chunk_size}
-    stage = Stage(root, "chunks", {**inputs, "byte_counts": byte_counts})
+    with team.together():
+        surveyed = survey(source) if team.rank == 0 else Survey("", np.zeros((0, 2), np.uint64))
+    inputs = {"format": FORMAT, "documents": team.share(surveyed.key), "tokenizer": tokenizer_key(tokenizer)}
+    stage = Stage(root, "chunks", {**inputs, "chunk_size": chunk_size, "byte_counts": byte_counts})
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
     if team.tell(done):
@@ -100,7 +92,7 @@ def build_chunks(
             for number, documents in enumerate(_blocks(source, counts)):
                 num_blocks = number + 1
                 if number % team.size == team.rank:
-                    if not stage.has_block(number):
+                    if not is_current(stage, number, documents):
                         yield stage.write_block, number, documents
                     if stage.is_sampled(number, verify):
                         yield stage.check_block, number, documents
@@ -117,8 +109,19 @@ def build_chunks(
             )
     with team.together():
         if team.rank == 0:
+            check_unchanged(stage, surveyed, num_blocks)
             _merge(stage, num_blocks, tokenizer, chunk_size, counts)
     return stage
+
+
+def tokenizer_key(tokenizer: ChunkTokenizer) -> dict[str, Any]:
+    """Return all that can be known of a tokenizer: its own hash, its special ids, and the ids that it gives a text."""
+    special = {name: getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id")}
+    (probe,) = tokenizer.ids([_PROBE])
+    return {**special, "probe": hashlib.sha256(np.asarray(probe, dtype=np.int64).tobytes()).hexdigest()[:16]}
+
+
+_PROBE = "The naïve fox_jumpsOver 12,345 dogs.\n\tif (x != 0) { return 東京都; }\r\n  Größe e\u0301 <s> [UNK] \U0001f600"
 
 
 def _map_ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
@@ -184,6 +187,7 @@ def _chunk(
         "lengths": np.array([len(run) for run in tokens], dtype=np.int64),
         "num_bytes": np.array(num_bytes, dtype=np.uint32),
         "signatures": np.stack(signatures),
+        "digests": digests_of(documents),
         "ids": np.frombuffer(json.dumps([document.id for document in documents]).encode(), dtype=np.uint8),
     }
 
