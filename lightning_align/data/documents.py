@@ -39,8 +39,8 @@ class DocumentSource(ABC):
 class FolderDocuments(DocumentSource):
     """The text files of a folder. Each file is a document with its path in the folder as name. The paths are sorted.
 
-    Files that end in .gz or .zst are decompressed. Links to folders are not followed. They, links that lead nowhere, sockets and
-    folders that cannot be read are named in a warning.
+    Files that end in .gz or .zst are decompressed. Links to folders are not followed. They, links that lead nowhere, sockets
+    and folders that cannot be read are named in a warning.
 
     Args:
         folder: The path of the folder.
@@ -139,8 +139,8 @@ class FileDocuments(DocumentSource):
 
     Args:
         path: The path of the file.
-        separator: The text between two documents, such as an empty line (two line ends) or ``<|endoftext|>``. Default is that the
-            file is one document. No chunk of it then has a neighbor of the same file.
+        separator: The text between two documents, such as an empty line (two line ends) or ``<|endoftext|>``. Default is that
+            the file is one document. No chunk of it then has a neighbor of the same file.
         part: Which documents to use: ``all``, or one side of a split, ``train`` or ``held_out``. The side of a document depends
             only on its text.
         held_out: The fraction of the documents that the split holds out.

@@ -44,6 +44,9 @@ class Builder:
     def __init__(self, root: Path, tools: Tools) -> None:
         self.root, self.tools, self.team = root, tools, Team()
         self._shared: dict[str, Any] = {"team": self.team, "verify": tools.verify}
+        self._encoder_key = tools.encoder_key
+        self._precision: str | None = None
+        """The precision of all vectors. None if there are none yet, and no encoder is needed."""
         self._verified: set[Path] = set()
         """Folders of stages that were found intact. No stage is compared with its hashes twice."""
 
@@ -70,6 +73,8 @@ class Builder:
             ValueError: If an argument cannot be used. Stages that are finished by then are kept.
         """
         before = {name: stamps(each) for name, each in {"": source, **queries}.items()}
+        if self.tools.encoder is not None:
+            self._precision = str(self.tools.trainer().precision)
         base = self._chunks(source, chunk_size)
         head = self._head()
         lost = head is not None and self._intact_stage(self.root / head["stages"]["chunks"]) is None
@@ -142,8 +147,8 @@ class Builder:
     def _warn_of_changes(self, before: Mapping[str, tuple[int, ...]], source: DocumentSource) -> None:
         if self.team.rank == 0 and (names := changed_files(before, source)):
             warnings.warn(
-                f"{len(names)} files were changed, added or removed while {self.root} was built, such as {names[0]}. The database"
-                " has their text as it was when it was read. Build again to take in the changes.",
+                f"{len(names)} files were changed, added or removed while {self.root} was built, such as {names[0]}. The"
+                " database has their text as it was when it was read. Build again to take in the changes.",
                 stacklevel=3,
             )
 
@@ -164,8 +169,8 @@ class Builder:
             if previous.index is not None and previous.index.inputs["vectors"] == vectors.key:
                 index = previous.index
             elif previous.index is not None and previous.vectors is not None:
-                same_encoder = previous.vectors.inputs["encoder"] == vectors.inputs["encoder"]
-                if same_encoder and chunks.inputs.get("base") == previous.chunks.key:
+                alike = all(previous.vectors.inputs.get(n) == vectors.inputs[n] for n in ("encoder", "precision"))
+                if alike and chunks.inputs.get("base") == previous.chunks.key:
                     index = append_index(self.root, previous.index, previous.vectors, vectors, **self._shared)
             index = index or build_index(self.root, vectors, tools.index, **self._shared)
         if tools.kind != "dense":
@@ -175,7 +180,14 @@ class Builder:
     def _vectors(self, chunks: Stage, *, previous: Stage | None = None) -> Stage:
         assert self.tools.encoder is not None
         return build_vectors(
-            self.root, chunks, self.tools.encoder, trainer=self.tools.trainer, previous=previous, **self._shared
+            self.root,
+            chunks,
+            self.tools.encoder,
+            trainer=self.tools.trainer,
+            previous=previous,
+            key=self._encoder_key,
+            precision=self._precision,
+            **self._shared,
         )
 
     def _finish(self, head: Mapping[str, Any], parts: Parts, sets: Mapping[str, Stage]) -> RetrievalDatabase:
@@ -214,7 +226,7 @@ class Builder:
             "generation": head["generation"],
             "retriever": tools.kind,
             "made_with": dict(tools.made_with),
-            "encoder": None if tools.encoder is None else tools.encoder.fingerprint,
+            "encoder": self._encoder_key,
             "deleted": deleted.tolist(),
             "stages": stages,
             "queries": queries,
@@ -232,6 +244,9 @@ class Builder:
     def _existing_head(self) -> dict[str, Any]:
         head = RetrievalDatabase.open(self.root).manifest
         check_encoder(head, self.tools)
+        if "vectors" in head["stages"]:  # vectors of later additions are compared with those of the build
+            vectors = open_stage(self.root / head["stages"]["vectors"]).manifest()
+            self._precision = None if vectors is None else vectors["table"].get("precision")
         return head
 
     def _carry_deletions(self, head: Mapping[str, Any], base: Stage) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -37,6 +38,11 @@ class Tools:
     hide_copies: bool = True
     """Whether near-duplicates of a held-out document are hidden from it. Those of the database's own documents always are."""
 
+    @cached_property
+    def encoder_key(self) -> str | None:
+        """The fingerprint of the encoder at the first access, before a Trainer converts its weights. None for BM25 alone."""
+        return None if self.encoder is None else self.encoder.fingerprint
+
 
 def check_encoder(head: Mapping[str, Any], tools: Tools) -> None:
     """Check that the encoder is the encoder that the database was built with.
@@ -48,8 +54,8 @@ def check_encoder(head: Mapping[str, Any], tools: Tools) -> None:
     Raises:
         ValueError: If the fingerprints differ.
     """
-    fingerprint = None if tools.encoder is None else tools.encoder.fingerprint
-    if head["encoder"] != fingerprint:
+    fingerprint = tools.encoder_key
+    if head["encoder"] not in (fingerprint, *getattr(tools.encoder, "former_fingerprints", ())):
         raise ValueError(
             f"`encoder` must be the encoder that the database was built with, {head['encoder']}, but got {fingerprint}. "
             "Vectors of different encoders cannot be compared. Use that encoder, or build the database again with this one."
