@@ -13,11 +13,11 @@ from lightning_align.retrieval.encoders import build_vectors
 from lightning_align.retrieval.generation import Parts, open_parts, publish_head, write_head
 from lightning_align.retrieval.index import append_index, build_index
 from lightning_align.retrieval.lexical import build_lexical
-from lightning_align.retrieval.neighbors import build_neighbors
+from lightning_align.retrieval.neighbors import build_neighbors, warn_of_chunks_alone
 from lightning_align.retrieval.searchers import make_retriever, make_searcher
 from lightning_align.retrieval.sources import changed_files, stamps
 from lightning_align.retrieval.stages import Stage, Team, open_stage
-from lightning_align.retrieval.tables import ChunkTable
+from lightning_align.retrieval.tables import ChunkTable, Neighbors
 from lightning_align.retrieval.tools import Kind, Tools, check_encoder
 
 __all__ = [
@@ -174,7 +174,7 @@ class Builder:
                     index = append_index(self.root, previous.index, previous.vectors, vectors, **self._shared)
             index = index or build_index(self.root, vectors, tools.index, **self._shared)
         if tools.kind != "dense":
-            lexical = build_lexical(self.root, chunks, tools.decode, **self._shared)
+            lexical = build_lexical(self.root, chunks, tools.decode, words=tools.words, **self._shared)
         return Parts(chunks, vectors, index, lexical)
 
     def _vectors(self, chunks: Stage, *, previous: Stage | None = None) -> Stage:
@@ -197,7 +197,9 @@ class Builder:
             name: stage.key for name, stage in (("index", parts.index), ("lexical", parts.lexical)) if stage is not None
         }
 
-        def neighbors(chunks: Stage, vectors: Stage | None, *, hide_copies: bool | None = None) -> str:
+        table = ChunkTable(parts.chunks.folder)
+
+        def neighbors(chunks: Stage, vectors: Stage | None, *, what: str = "database", hide_copies: bool | None = None) -> str:
             searcher = make_searcher(parts, deleted, tools.kind, tools.decode, query_vectors=vectors)
             stage = build_neighbors(
                 self.root,
@@ -210,6 +212,10 @@ class Builder:
                 hide_copies=hide_copies,
                 **self._shared,
             )
+            # With query sets, the database's own documents may have no use for neighbors. Who trains on them asks again.
+            if self.team.rank == 0 and not (sets and hide_copies is None):
+                own = ChunkTable(chunks.folder)
+                warn_of_chunks_alone(Neighbors(stage.folder), own, table, tools.kind, what=f"{self.root}, {what}")
             return stage.folder.name
 
         stages = {name: stage.folder.name for name, stage in vars(parts).items() if stage is not None}
@@ -219,7 +225,7 @@ class Builder:
             vectors = None if tools.encoder is None else self._vectors(chunks)
             queries[name] = {
                 "chunks": chunks.folder.name,
-                "neighbors": neighbors(chunks, vectors, hide_copies=tools.hide_copies),
+                "neighbors": neighbors(chunks, vectors, what=f"query set {name}", hide_copies=tools.hide_copies),
             }
         content = {
             "base": head["base"],

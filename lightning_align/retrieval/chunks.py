@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from lightning_align.retrieval.duplicates import group_documents, shingles, signature
+from lightning_align.retrieval.duplicates import group_documents, shingles, signature, sketch
 from lightning_align.retrieval.sources import DocumentSource as DocumentSource
 from lightning_align.retrieval.sources import Survey, check_unchanged, digests_of, is_current, survey
 from lightning_align.retrieval.stages import Arrays, Stage, Team, write_bytes, write_rows
@@ -163,6 +163,7 @@ def _chunk(
     tokens: list[NDArray[Any]] = []
     num_bytes: list[int] = []
     signatures: list[NDArray[Any]] = []
+    sketches = []
     texts = [document.text for document in documents]
     encoded: Iterable[tuple[NDArray[Any], list[int]]]
     if byte_counts:
@@ -176,7 +177,9 @@ def _chunk(
                 f"{document.id}: ids must be below `tokenizer.vocab_size` {tokenizer.vocab_size}, but got {ids.max()}."
             )
         tokens.append(np.concatenate([bos, ids, [tokenizer.eos_id]]).astype(dtype))
-        signatures.append(signature(ids))
+        hashes = shingles(document.text)
+        signatures.append(signature(hashes))
+        sketches.append(sketch(hashes))
         if byte_counts:
             num_chunks = -(-len(tokens[-1]) // chunk_size)
             # If the last chunk consists of the end-of-sequence token alone, it begins where the text ends.
@@ -187,6 +190,9 @@ def _chunk(
         "lengths": np.array([len(run) for run in tokens], dtype=np.int64),
         "num_bytes": np.array(num_bytes, dtype=np.uint32),
         "signatures": np.stack(signatures),
+        "sketches": np.concatenate([each.hashes for each in sketches]),
+        "sketch_lengths": np.array([len(each.hashes) for each in sketches], dtype=np.int64),
+        "sketch_limits": np.array([each.limit for each in sketches], dtype=np.uint64),
         "digests": digests_of(documents),
         "ids": np.frombuffer(json.dumps([document.id for document in documents]).encode(), dtype=np.uint8),
     }
@@ -233,6 +239,9 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
                 num_bytes=(lambda: iter([first.num_bytes, second.num_bytes])) if both else None,
                 lengths=np.concatenate([np.diff(first.token_offsets), np.diff(second.token_offsets)]),
                 signatures=np.concatenate([first.signatures, second.signatures]),
+                sketches=lambda: iter([first.sketches, second.sketches]),
+                sketch_lengths=np.concatenate([np.diff(first.sketch_offsets), np.diff(second.sketch_offsets)]),
+                sketch_limits=np.concatenate([first.sketch_limits, second.sketch_limits]),
                 names=[*first.document_ids, *second.document_ids],
             )
             _write(stage, content, first.settings, {})
@@ -250,6 +259,12 @@ class Content(NamedTuple):
     """(D,) tokens per document."""
     signatures: NDArray[np.uint64]
     """(D, BINS)."""
+    sketches: Callable[[], Iterator[NDArray[Any]]]
+    """Yields the shingle hashes of all documents, in parts."""
+    sketch_lengths: NDArray[np.int64]
+    """(D,) shingle hashes per document."""
+    sketch_limits: NDArray[np.uint64]
+    """(D,)."""
     names: list[str]
     """(D,)."""
 
@@ -270,6 +285,9 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
         num_bytes=(lambda: parts("num_bytes")) if stage.inputs["byte_counts"] else None,
         lengths=np.concatenate(list(parts("lengths"))),
         signatures=np.concatenate(list(parts("signatures"))),
+        sketches=lambda: parts("sketches"),
+        sketch_lengths=np.concatenate(list(parts("sketch_lengths"))),
+        sketch_limits=np.concatenate(list(parts("sketch_limits"))),
         names=names,
     )
     settings = {
@@ -293,11 +311,18 @@ def _write(stage: Stage, content: Content, settings: Mapping[str, Any], counts: 
     if content.num_bytes is not None:
         write_rows(folder / "num_bytes.npy", content.num_bytes(), dtype=np.uint32, shape=(num_chunks,))
     write_bytes(folder / "document_ids.jsonl", "".join(json.dumps(name) + "\n" for name in content.names).encode())
-    arrays = {"token_offsets": token_offsets, "chunk_offsets": chunk_offsets, "signatures": content.signatures}
+    sketch_offsets = np.concatenate([[0], np.cumsum(content.sketch_lengths)])
+    write_rows(folder / "sketches.npy", content.sketches(), dtype=np.uint64, shape=(int(sketch_offsets[-1]),))
+    arrays = {
+        "token_offsets": token_offsets,
+        "chunk_offsets": chunk_offsets,
+        "signatures": content.signatures,
+        "sketch_offsets": sketch_offsets,
+        "sketch_limits": content.sketch_limits,
+    }
     for name, values in arrays.items():
         write_rows(folder / f"{name}.npy", [values], dtype=values.dtype, shape=values.shape)
-    table, has_bos = ChunkTable(folder), settings["bos_id"] is not None
-    groups = group_documents(content.signatures, lambda document: document_shingles(table, document, has_bos=has_bos))
+    groups = group_documents(content.signatures, ChunkTable(folder).sketch)
     write_rows(folder / "groups.npy", [groups], dtype=np.int64, shape=groups.shape)
     num_copies = int((groups != np.arange(len(groups))).sum())
     sizes = {"documents": len(content.names), "chunks": num_chunks, "tokens": num_tokens, "near_duplicates": num_copies}
@@ -311,18 +336,9 @@ FILES = (
     "chunk_offsets.npy",
     "num_bytes.npy",
     "signatures.npy",
+    "sketches.npy",
+    "sketch_offsets.npy",
+    "sketch_limits.npy",
     "groups.npy",
     "document_ids.jsonl",
 )
-
-
-def document_shingles(table: ChunkTable, document: int, *, has_bos: bool) -> NDArray[np.uint64]:
-    """Compute the shingles of the text of a document, without its beginning- and end-of-sequence tokens.
-
-    Args:
-        table: The table that has the document.
-        document: Number of the document.
-        has_bos: Whether documents begin with a beginning-of-sequence token.
-    """
-    start, stop = table.token_offsets[document : document + 2]
-    return shingles(np.asarray(table.tokens[start + has_bos : stop - 1]))

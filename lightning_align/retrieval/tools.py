@@ -1,7 +1,7 @@
 """The settings and components that a database is built and searched with."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from lightning_align.retrieval.chunks import ChunkTokenizer
 from lightning_align.retrieval.encoders import Encoder
 from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retrieval.lexical import Decode
+from lightning_align.retrieval.words import WordsConfig
 
 Kind = Literal["dense", "bm25", "hybrid"]
 
@@ -35,6 +36,8 @@ class Tools:
     index: IndexConfig
     verify: float
     """Fraction of the blocks that are computed twice and compared."""
+    words: WordsConfig = field(default_factory=WordsConfig)
+    """How BM25 finds the terms of a text."""
     hide_copies: bool = True
     """Whether near-duplicates of a held-out document are hidden from it. Those of the database's own documents always are."""
 

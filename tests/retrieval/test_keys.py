@@ -128,7 +128,9 @@ def test_every_setting_of_a_sentence_encoder_is_in_its_key() -> None:
     first = identity(model)
     model.encode(["a use of the model does not change it"])
     assert identity(model) == first
-    model[0].auto_model.embeddings.word_embeddings = torch.nn.Embedding(4, 384)  # as small as possible, for the time of the test
+    model[0].auto_model.embeddings.word_embeddings = torch.nn.Embedding(
+        4, 384
+    )  # as small as possible, for the time of the test
     first = identity(model)
     changes: dict[str, Callable[[], Any]] = {
         "maximum length": lambda: setattr(model, "max_seq_length", 128),
