@@ -65,7 +65,7 @@ def letters(text: str) -> NDArray[np.uint32]:
 
 
 def shingles(text: str) -> Hashes:
-    """Compute the sorted distinct hashes of the shingles of a document.
+    """Compute the hashes of the shingles of a document, in order, with repetitions.
 
     A document of fewer letters than a shingle has one hash, of its whole text with punctuation and inner white space, because a
     few letters alone are easily the same by chance.
@@ -80,13 +80,17 @@ def shingles(text: str) -> Hashes:
     while width < WINDOW:
         total = total[:-width] * _SEEDS[width.bit_length()] + total[width:]
         width *= 2
-    return np.unique(_mix(total))
+    return _mix(total)
 
 
 def sketch(hashes: Hashes) -> Sketch:
     """Return the sketch of a document, given its `shingles`."""
-    kept = max(KEPT, int(np.searchsorted(hashes, _FLOOR, side="right")))
-    return Sketch(hashes[:kept], _ALL if kept >= len(hashes) else max(hashes[kept - 1], _FLOOR))
+    # To sort all hashes of a long document would take longer than to compute them.
+    small = np.unique(hashes[hashes <= _FLOOR])
+    if len(small) >= KEPT:
+        return Sketch(small, _FLOOR)
+    found = np.unique(hashes)
+    return Sketch(found[:KEPT], _ALL if len(found) <= KEPT else found[KEPT - 1])
 
 
 def signature(hashes: Hashes) -> Hashes:

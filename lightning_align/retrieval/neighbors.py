@@ -18,7 +18,7 @@ FORMAT = 3
 """Version of the file format. Increase it when the same settings lead to other bytes."""
 BLOCK_CHUNKS = 8192
 """Chunks per block. A block is searched for at once. A killed build loses only the blocks in progress."""
-ALONE = 0.1
+ALONE = 0.5
 """The fraction of chunks without neighbors above which a build warns."""
 DELETED = -1
 """Group number of the chunks of deleted documents, which no search may return."""
