@@ -48,7 +48,6 @@ TIMED = (
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),
     ("retro/step.py",),
-    ("retro/copies.py",),
 )
 # Studies train models and look at what they learned, or kill runs and look at what survived. They take hours; other load on the
 # machine does not matter. A study with a .json file beside it stores each result there and runs only what is missing.

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.retro.copies import KINDS, audit, grams_of_letters, largest_share, planted, tokenizers
 from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.retrieval.leaks import COMMON, SHARE, find_leaks
 from lightning_align.retrieval.tables import ChunkTable
+from tests.retrieval.copies import KINDS, audit, grams_of_letters, largest_share, planted, tokenizers
 from tests.retrieval.helpers import chunk
 from tests.retrieval.test_duplicates import random_text
 
