@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_align.calm.model import CALM
     from lightning_align.calm.module import CALMModule
     from lightning_align.calm.spec import Augment, AugmentInput
-    from lightning_align.data.documents import FolderDocuments, RowDocuments, StandardLibrary
+    from lightning_align.data.documents import FileDocuments, FolderDocuments, RowDocuments, StandardLibrary
     from lightning_align.data.rows import RowTask
     from lightning_align.data.tasks.arithmetic import Arithmetic
     from lightning_align.data.tasks.facts import Facts
@@ -83,6 +83,7 @@ _HOME = {
     "Ends": "generation.ends",
     "ExportModel": "export.callback",
     "Facts": "data.tasks.facts",
+    "FileDocuments": "data.documents",
     "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
     "KeyValue": "data.tasks.key_value",
@@ -146,6 +147,7 @@ __all__ = [
     "Ends",
     "ExportModel",
     "Facts",
+    "FileDocuments",
     "FolderDocuments",
     "GenerationConfig",
     "KeyValue",

@@ -1,18 +1,18 @@
-"""Sources of documents: a folder of text files, rows of a file or hub dataset, and Python's standard library."""
+"""Sources of documents: text files, rows of a file or hub dataset, and Python's standard library."""
 
 import hashlib
 import sysconfig
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_align.data.rows import read_rows, source_fingerprint
+from lightning_align.data.rows import SUFFIXES, read_rows, source_files
+from lightning_align.data.texts import UNREADABLE, NotTextError, document_name, list_entries, read_pieces, read_text
 from lightning_align.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from lightning_align.types import Document, MarkedText
 
@@ -22,20 +22,25 @@ BATCH = 64
 
 
 class DocumentSource(ABC):
-    """A source of documents."""
+    """A source of documents.
 
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A hash of everything that the documents depend on."""
+    A database is keyed by the documents themselves: their names and texts are hashed as they are read.
+    """
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Yield the documents. Every call yields the same documents in the same order."""
+        """Yield the documents. Every call yields the same documents in the same order, as long as nothing changes them."""
+
+    def stamps(self) -> Mapping[str, tuple[int, ...]]:
+        """Return size and time of the last change of each file, by name. They show whether a file changes during a build."""
+        return {}
 
 
 class FolderDocuments(DocumentSource):
     """The text files of a folder. Each file is a document with its path in the folder as name. The paths are sorted.
+
+    Files that end in .gz or .zst are decompressed. Links to folders are not followed. They, links that lead nowhere, sockets
+    and folders that cannot be read are named in a warning.
 
     Args:
         folder: The path of the folder.
@@ -45,8 +50,10 @@ class FolderDocuments(DocumentSource):
         part: Which files to use: ``all``, or one side of a split, ``train`` or ``held_out``. The side of a file depends
             only on its path in the folder.
         held_out: The fraction of the files that the split holds out.
-        on_bad_file: What to do with a file that is not UTF-8 text: ``fail`` raises an error that names the file, ``skip``
-            leaves it out with a warning.
+        separator: The text between two documents of a file, such as ``<|endoftext|>``. The documents are named
+            ``<path>#<number>``, counted from 1. Default is that each file is one document.
+        on_bad_file: What to do with a file that is not UTF-8 text, or is PDF, HTML or an office document: ``fail`` raises an
+            error that names the file, ``skip`` leaves it out with a warning.
 
     Raises:
         ValueError: If there is no such folder, no file matches, or an argument is out of range.
@@ -60,67 +67,124 @@ class FolderDocuments(DocumentSource):
         exclude: list[str] | None = None,
         part: Part = "all",
         held_out: float = 0.1,
+        separator: str | None = None,
         on_bad_file: Literal["fail", "skip"] = "fail",
     ) -> None:
         self.folder = Path(folder)
         self.glob = [glob] if isinstance(glob, str) else list(glob)
         self.exclude = list(exclude or [])
         self.part, self.held_out, self.on_bad_file = part, held_out, on_bad_file
+        self.separator = _checked_separator(separator)
+        self._said: set[str] = set()
         if not self.folder.is_dir():
             what = "is a file: give its path itself as the source" if self.folder.exists() else "does not exist"
             raise ValueError(f"`folder` must be a folder, but {folder} {what} (searched from {Path.cwd()})")
-        if part not in ("all", "train", "held_out"):
-            raise ValueError(f"`part` must be 'all', 'train' or 'held_out', but got {part!r}")
-        if not 0 < held_out < 1:
-            raise ValueError(f"`held_out` must be a fraction between 0 and 1, but got {held_out}")
+        _check_part(part, held_out)
 
-    @cached_property
+    @property
     def files(self) -> list[str]:
-        """The paths of the files, relative to the folder and sorted."""
-        excluded = {path for pattern in self.exclude for path in self.folder.glob(pattern)}
-        found = {path for pattern in self.glob for path in self.folder.glob(pattern) if path.is_file()}
-        kept = (path for path in found if excluded.isdisjoint((path, *path.parents)))
-        names = sorted(path.relative_to(self.folder).as_posix() for path in kept)
-        if self.part != "all":
-            names = [name for name in names if (_hash_to_unit(name) < self.held_out) == (self.part == "held_out")]
-        if not names:
-            raise ValueError(
-                f"folder {self.folder} has no file that matches {', '.join(self.glob)}"
-                f"{' and not ' + ', '.join(self.exclude) if self.exclude else ''} (part: {self.part}). Change `glob`."
-            )
-        return names
+        """The names of the files: their paths, relative to the folder, sorted. The folder is listed at each access."""
+        return list(self._paths()[0])
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the names and contents of the files."""
-        digest = hashlib.sha256()
-        for name in self.files:
-            with (self.folder / name).open("rb") as file:
-                digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-        return f"folder:{digest.hexdigest()}:{self.on_bad_file}"
+    def stamps(self) -> Mapping[str, tuple[int, ...]]:
+        """See `DocumentSource.stamps`."""
+        return {name: _stamp(path) for name, path in self._paths()[0].items()}
 
     def documents(self) -> Iterator[Document]:
-        """See `DocumentSource.documents`."""
-        for name in self.files:
-            content = (self.folder / name).read_bytes()
-            problem = ""
+        """See `DocumentSource.documents`. Nothing is remembered from an earlier call: the files are listed and read again."""
+        paths, odd = self._paths()
+        remedy = "Leave it out with `exclude` or `glob`, convert it, or set `on_bad_file` to 'skip'."
+        for reason, names in odd.items():
+            more = "" if len(names) <= 3 else f" and {len(names) - 3} more"
+            message = f"{self.folder}: left out {len(names)} ({', '.join(names[:3])}{more}): {reason}"
+            if reason == UNREADABLE and self.on_bad_file == "fail":
+                raise ValueError(f"{message}. Change the permissions, or set `on_bad_file` to 'skip'.")
+            self._warn(message)
+        for name, path in paths.items():
             try:
-                text = content.decode("utf-8")
-                if "\0" in text:
-                    problem = f"byte {content.index(0) + 1} is 0, as in a binary file"
-            except UnicodeDecodeError as error:
-                problem = f"byte {error.start + 1} is {content[error.start]:#04x}, which is not UTF-8"
-            if not problem:
-                yield Document(name, text)
-                continue
-            remedy = "Leave it out with `exclude` or `glob`, convert it, or set `on_bad_file` to 'skip'."
-            if self.on_bad_file == "fail":
-                raise ValueError(f"{self.folder / name} is not a text file: {problem}. {remedy}")
-            warnings.warn(f"{self.folder / name} is skipped: {problem}", stacklevel=2)
+                if self.separator is None:
+                    yield Document(name, read_text(path))
+                else:
+                    yield from _numbered(name, read_pieces(path, self.separator))
+            except NotTextError as error:
+                if self.on_bad_file == "fail":
+                    raise ValueError(f"{self.folder / name} is not a text file: {error}. {remedy}") from error
+                self._warn(f"{self.folder / name} is skipped: {error}")
+
+    def _paths(self) -> tuple[dict[str, Path], dict[str, list[str]]]:
+        found, odd = list_entries(self.folder, self.glob, self.exclude)
+        held_out = self.part == "held_out"
+        paths = {n: p for n, p in found.items() if self.part == "all" or _is_held_out(n, self.held_out) == held_out}
+        if not paths:
+            remedy = "Change `glob`."
+            if found:
+                remedy = (
+                    f"{len(found)} match, but are in the other part. Change `held_out`, which is {self.held_out}, or add files."
+                    " One big file can be cut into documents with a `separator`, and FileDocuments splits these."
+                )
+            raise ValueError(
+                f"folder {self.folder} has no file that matches {', '.join(self.glob)}"
+                f"{' and not ' + ', '.join(self.exclude) if self.exclude else ''} (part: {self.part}). {remedy}"
+            )
+        return paths, odd
+
+    def _warn(self, message: str) -> None:
+        if message not in self._said:  # a build reads the documents twice
+            self._said.add(message)
+            warnings.warn(message, stacklevel=3)
+
+
+class FileDocuments(DocumentSource):
+    """The documents of one text file, which a separator divides. A file that ends in .gz or .zst is decompressed.
+
+    Args:
+        path: The path of the file.
+        separator: The text between two documents, such as an empty line (two line ends) or ``<|endoftext|>``. Default is that
+            the file is one document. No chunk of it then has a neighbor of the same file.
+        part: Which documents to use: ``all``, or one side of a split, ``train`` or ``held_out``. The side of a document depends
+            only on its text.
+        held_out: The fraction of the documents that the split holds out.
+
+    Raises:
+        ValueError: If there is no such file, or an argument is out of range.
+    """
+
+    def __init__(self, path: str, *, separator: str | None = None, part: Part = "all", held_out: float = 0.1) -> None:
+        self.path, self.separator = Path(path), _checked_separator(separator)
+        self.part, self.held_out = part, held_out
+        _check_part(part, held_out)
+        if not self.path.is_file():
+            raise ValueError(f"`path` must be a text file, but got {path} (searched from {Path.cwd()})")
+
+    def stamps(self) -> Mapping[str, tuple[int, ...]]:
+        """See `DocumentSource.stamps`."""
+        return {self.path.name: _stamp(self.path)}
+
+    def documents(self) -> Iterator[Document]:
+        """See `DocumentSource.documents`. The documents are named ``<file>#<number>``, counted from 1."""
+        name = document_name(Path(self.path.name))
+        num_texts = num_used = 0
+        try:
+            if self.separator is None:
+                documents = iter([Document(name, read_text(self.path))])
+            else:
+                documents = _numbered(name, read_pieces(self.path, self.separator))
+            for document in documents:
+                num_texts += 1
+                if self.part == "all" or _is_held_out(document.text, self.held_out) == (self.part == "held_out"):
+                    num_used += 1
+                    yield document
+        except NotTextError as error:
+            raise ValueError(f"{self.path} is not a text file: {error}.") from error
+        if not num_used and self.part != "all":
+            raise ValueError(
+                f"{self.path} has no document in the part {self.part!r}: all {num_texts} are in the other part. Change"
+                f" `held_out`, which is {self.held_out}, or use a `separator` that gives more documents."
+            )
 
 
 class RowDocuments(DocumentSource):
-    """The rows of a file (.jsonl, .jsonl.gz, .parquet, .csv) or of a hub dataset. Each row is a document.
+    """The rows of a file (.jsonl, .json, .csv, also with .gz or .zst, .parquet) or of a hub dataset. Each row is a document.
 
     Args:
         rows: The path of the file, or the dataset as ``name``, ``name:split`` or ``name:config:split``.
@@ -131,10 +195,9 @@ class RowDocuments(DocumentSource):
     def __init__(self, rows: str, *, text: str = "text", id: str | None = None) -> None:
         self.rows, self.text, self.id = rows, text, id
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of the content of the file and the names of the fields."""
-        return f"rows:{self.text}:{self.id}:{source_fingerprint(self.rows)}"
+    def stamps(self) -> Mapping[str, tuple[int, ...]]:
+        """See `DocumentSource.stamps`."""
+        return {name: _stamp(Path(name)) for name in source_files(self.rows) or ()}
 
     def documents(self) -> Iterator[Document]:
         """See `DocumentSource.documents`."""
@@ -176,10 +239,12 @@ class StandardLibrary(FolderDocuments):
 
 
 def load_documents(source: str | DocumentSource) -> DocumentSource:
-    """Create a source of documents from a folder, a file of rows, or a hub dataset. A `DocumentSource` is returned as is."""
+    """Create a source of documents from a folder, a file, or a hub dataset. A `DocumentSource` is returned as is."""
     if isinstance(source, DocumentSource):
         return source
-    return FolderDocuments(source) if Path(source).is_dir() else RowDocuments(source)
+    if Path(source).is_dir():
+        return FolderDocuments(source)
+    return FileDocuments(source) if Path(source).is_file() and not source.endswith(SUFFIXES) else RowDocuments(source)
 
 
 class DocumentTokenizer:
@@ -237,6 +302,33 @@ class DocumentTokenizer:
         return MarkedText(content.astype(np.int64) + 3, marks.tolist())
 
 
-def _hash_to_unit(name: str) -> float:
-    """Hash a name to a number in [0, 1)."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
+def _numbered(name: str, pieces: Iterator[str]) -> Iterator[Document]:
+    """Name the pieces of a file that are not blank."""
+    texts = (piece for piece in pieces if piece.strip())
+    yield from (Document(f"{name}#{number}", text) for number, text in enumerate(texts, start=1))
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _check_part(part: str, held_out: float) -> None:
+    if part not in ("all", "train", "held_out"):
+        raise ValueError(f"`part` must be 'all', 'train' or 'held_out', but got {part!r}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"`held_out` must be a fraction between 0 and 1, but got {held_out}")
+
+
+def _checked_separator(separator: str | None) -> str | None:
+    if separator == "":
+        raise ValueError("`separator` must be a text such as '\\n\\n', but got an empty one. Leave it out for one document.")
+    return separator
+
+
+def _is_held_out(name: str, share: float) -> bool:
+    """Whether the hash of a name, as a number in [0, 1), is below a share."""
+    return int(hashlib.sha256(name.encode("utf-8", errors="surrogatepass")).hexdigest()[:8], 16) / 16**8 < share

@@ -14,10 +14,11 @@ from lightning_align.retrieval.encoders import build_vectors
 from lightning_align.retrieval.generation import Parts, open_parts, publish_head, write_head
 from lightning_align.retrieval.index import append_index, build_index
 from lightning_align.retrieval.lexical import build_lexical
-from lightning_align.retrieval.neighbors import build_neighbors
+from lightning_align.retrieval.neighbors import build_neighbors, warn_of_chunks_alone
 from lightning_align.retrieval.searchers import make_retriever, make_searcher
+from lightning_align.retrieval.sources import changed_files, stamps
 from lightning_align.retrieval.stages import Stage, Team, open_stage
-from lightning_align.retrieval.tables import ChunkTable
+from lightning_align.retrieval.tables import ChunkTable, Neighbors
 from lightning_align.retrieval.tools import Kind, Tools, check_encoder
 
 __all__ = [
@@ -44,6 +45,9 @@ class Builder:
     def __init__(self, root: Path, tools: Tools) -> None:
         self.root, self.tools, self.team = root, tools, Team()
         self._shared: dict[str, Any] = {"team": self.team, "verify": tools.verify}
+        self._encoder_key = tools.encoder_key
+        self._precision: str | None = None
+        """The precision of all vectors. None if there are none yet, and no encoder is needed."""
         self._verified: set[Path] = set()
         """Folders of stages that were found intact. No stage is compared with its hashes twice."""
 
@@ -69,6 +73,9 @@ class Builder:
         Raises:
             ValueError: If an argument cannot be used. Stages that are finished by then are kept.
         """
+        before = {name: stamps(each) for name, each in {"": source, **queries}.items()}
+        if self.tools.encoder is not None:
+            self._precision = str(self.tools.trainer().precision)
         base = self._chunks(source, chunk_size)
         head = self._head()
         lost = head is not None and self._intact_stage(self.root / head["stages"]["chunks"]) is None
@@ -82,7 +89,10 @@ class Builder:
             name: build_chunks(self.root, documents, self.tools.tokenizer, chunk_size=chunk_size, **self._shared)
             for name, documents in queries.items()
         }
-        return self._finish(head, parts, sets)
+        built = self._finish(head, parts, sets)
+        for name, each in {"": source, **queries}.items():
+            self._warn_of_changes(before[name], each)
+        return built
 
     def add(self, source: DocumentSource) -> RetrievalDatabase:
         """Add documents. Only the new documents are encoded, and the index is not trained again.
@@ -96,7 +106,9 @@ class Builder:
         head = self._existing_head()
         previous = self._previous(head, "vectors", "index")
         before = ChunkTable(previous.chunks.folder)
+        stamped = stamps(source)
         added = self._chunks(source, before.chunk_size)
+        self._warn_of_changes(stamped, source)
         chunks = append_chunks(self.root, previous.chunks, added, deleted=head["deleted"], team=self.team)
         return self._finish(
             {**head, "generation": head["generation"] + 1}, self._parts(chunks, previous=previous), self._query_stages(head)
@@ -133,6 +145,14 @@ class Builder:
             self._query_stages(head),
         )
 
+    def _warn_of_changes(self, before: Mapping[str, tuple[int, ...]], source: DocumentSource) -> None:
+        if self.team.rank == 0 and (names := changed_files(before, source)):
+            warnings.warn(
+                f"{len(names)} files were changed, added or removed while {self.root} was built, such as {names[0]}. The"
+                " database has their text as it was when it was read. Build again to take in the changes.",
+                stacklevel=3,
+            )
+
     # -- stages
 
     def _chunks(self, source: DocumentSource, chunk_size: int) -> Stage:
@@ -150,18 +170,25 @@ class Builder:
             if previous.index is not None and previous.index.inputs["vectors"] == vectors.key:
                 index = previous.index
             elif previous.index is not None and previous.vectors is not None:
-                same_encoder = previous.vectors.inputs["encoder"] == vectors.inputs["encoder"]
-                if same_encoder and chunks.inputs.get("base") == previous.chunks.key:
+                alike = all(previous.vectors.inputs.get(n) == vectors.inputs[n] for n in ("encoder", "precision"))
+                if alike and chunks.inputs.get("base") == previous.chunks.key:
                     index = append_index(self.root, previous.index, previous.vectors, vectors, **self._shared)
             index = index or build_index(self.root, vectors, tools.index, **self._shared)
         if tools.kind != "dense":
-            lexical = build_lexical(self.root, chunks, tools.decode, **self._shared)
+            lexical = build_lexical(self.root, chunks, tools.decode, words=tools.words, **self._shared)
         return Parts(chunks, vectors, index, lexical)
 
     def _vectors(self, chunks: Stage, *, previous: Stage | None = None) -> Stage:
         assert self.tools.encoder is not None
         return build_vectors(
-            self.root, chunks, self.tools.encoder, trainer=self.tools.trainer, previous=previous, **self._shared
+            self.root,
+            chunks,
+            self.tools.encoder,
+            trainer=self.tools.trainer,
+            previous=previous,
+            key=self._encoder_key,
+            precision=self._precision,
+            **self._shared,
         )
 
     def _finish(self, head: Mapping[str, Any], parts: Parts, sets: Mapping[str, Stage]) -> RetrievalDatabase:
@@ -172,8 +199,9 @@ class Builder:
         }
 
         device = None if tools.encoder is None else search_device(tools.trainer, self.team)
+        table = ChunkTable(parts.chunks.folder)
 
-        def neighbors(chunks: Stage, vectors: Stage | None, *, hide_copies: bool | None = None) -> str:
+        def neighbors(chunks: Stage, vectors: Stage | None, *, what: str = "database", hide_copies: bool | None = None) -> str:
             searcher = make_searcher(parts, deleted, tools.kind, tools.decode, query_vectors=vectors, device=device)
             stage = build_neighbors(
                 self.root,
@@ -186,6 +214,10 @@ class Builder:
                 hide_copies=hide_copies,
                 **self._shared,
             )
+            # With query sets, the database's own documents may have no use for neighbors. Who trains on them asks again.
+            if self.team.rank == 0 and not (sets and hide_copies is None):
+                own = ChunkTable(chunks.folder)
+                warn_of_chunks_alone(Neighbors(stage.folder), own, table, tools.kind, what=f"{self.root}, {what}")
             return stage.folder.name
 
         stages = {name: stage.folder.name for name, stage in vars(parts).items() if stage is not None}
@@ -195,14 +227,14 @@ class Builder:
             vectors = None if tools.encoder is None else self._vectors(chunks)
             queries[name] = {
                 "chunks": chunks.folder.name,
-                "neighbors": neighbors(chunks, vectors, hide_copies=tools.hide_copies),
+                "neighbors": neighbors(chunks, vectors, what=f"query set {name}", hide_copies=tools.hide_copies),
             }
         content = {
             "base": head["base"],
             "generation": head["generation"],
             "retriever": tools.kind,
             "made_with": dict(tools.made_with),
-            "encoder": None if tools.encoder is None else tools.encoder.fingerprint,
+            "encoder": self._encoder_key,
             "deleted": deleted.tolist(),
             "stages": stages,
             "queries": queries,
@@ -220,6 +252,9 @@ class Builder:
     def _existing_head(self) -> dict[str, Any]:
         head = RetrievalDatabase.open(self.root).manifest
         check_encoder(head, self.tools)
+        if "vectors" in head["stages"]:  # vectors of later additions are compared with those of the build
+            vectors = open_stage(self.root / head["stages"]["vectors"]).manifest()
+            self._precision = None if vectors is None else vectors["table"].get("precision")
         return head
 
     def _carry_deletions(self, head: Mapping[str, Any], base: Stage) -> list[int]:

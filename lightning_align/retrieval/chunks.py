@@ -1,5 +1,6 @@
 """Stage 1: cut documents into chunks of tokens, which a `ChunkTable` reads."""
 
+import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from lightning_align.retrieval.duplicates import group_documents, shingles, signature
+from lightning_align.retrieval.duplicates import group_documents, shingles, signature, sketch
+from lightning_align.retrieval.sources import DocumentSource as DocumentSource
+from lightning_align.retrieval.sources import Survey, check_unchanged, digests_of, is_current, survey
 from lightning_align.retrieval.stages import Arrays, Stage, Team, write_bytes, write_rows
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.types import Document, MarkedText
@@ -20,24 +23,11 @@ from lightning_align.types import Document, MarkedText
 T = TypeVar("T")
 R = TypeVar("R")
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file format. Increase it when the same settings lead to other bytes."""
 BLOCK_BYTES = 1 << 20
 """Minimum number of characters per block of documents (the last block can be smaller). A killed build loses only
 the blocks in progress."""
-
-
-class DocumentSource(Protocol):
-    """Source of documents."""
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of everything that the documents depend on."""
-        ...
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents. Every call yields the same documents in the same order."""
-        ...
 
 
 class ChunkTokenizer(Protocol):
@@ -85,8 +75,10 @@ def build_chunks(
     """
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, but got {chunk_size}.")
-    inputs = {"format": FORMAT, "source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "chunk_size": chunk_size}
-    stage = Stage(root, "chunks", {**inputs, "byte_counts": byte_counts})
+    with team.together():
+        surveyed = survey(source) if team.rank == 0 else Survey("", np.zeros((0, 2), np.uint64))
+    inputs = {"format": FORMAT, "documents": team.share(surveyed.key), "tokenizer": tokenizer_key(tokenizer)}
+    stage = Stage(root, "chunks", {**inputs, "chunk_size": chunk_size, "byte_counts": byte_counts})
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
     if team.tell(done):
@@ -100,7 +92,7 @@ def build_chunks(
             for number, documents in enumerate(_blocks(source, counts)):
                 num_blocks = number + 1
                 if number % team.size == team.rank:
-                    if not stage.has_block(number):
+                    if not is_current(stage, number, documents):
                         yield stage.write_block, number, documents
                     if stage.is_sampled(number, verify):
                         yield stage.check_block, number, documents
@@ -117,8 +109,19 @@ def build_chunks(
             )
     with team.together():
         if team.rank == 0:
+            check_unchanged(stage, surveyed, num_blocks)
             _merge(stage, num_blocks, tokenizer, chunk_size, counts)
     return stage
+
+
+def tokenizer_key(tokenizer: ChunkTokenizer) -> dict[str, Any]:
+    """Return all that can be known of a tokenizer: its own hash, its special ids, and the ids that it gives a text."""
+    special = {name: getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id")}
+    (probe,) = tokenizer.ids([_PROBE])
+    return {**special, "probe": hashlib.sha256(np.asarray(probe, dtype=np.int64).tobytes()).hexdigest()[:16]}
+
+
+_PROBE = "The naïve fox_jumpsOver 12,345 dogs.\n\tif (x != 0) { return 東京都; }\r\n  Größe e\u0301 <s> [UNK] \U0001f600"
 
 
 def _map_ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
@@ -160,6 +163,7 @@ def _chunk(
     tokens: list[NDArray[Any]] = []
     num_bytes: list[int] = []
     signatures: list[NDArray[Any]] = []
+    sketches = []
     texts = [document.text for document in documents]
     encoded: Iterable[tuple[NDArray[Any], list[int]]]
     if byte_counts:
@@ -173,7 +177,9 @@ def _chunk(
                 f"{document.id}: ids must be below `tokenizer.vocab_size` {tokenizer.vocab_size}, but got {ids.max()}."
             )
         tokens.append(np.concatenate([bos, ids, [tokenizer.eos_id]]).astype(dtype))
-        signatures.append(signature(ids))
+        hashes = shingles(document.text)
+        signatures.append(signature(hashes))
+        sketches.append(sketch(hashes))
         if byte_counts:
             num_chunks = -(-len(tokens[-1]) // chunk_size)
             # If the last chunk consists of the end-of-sequence token alone, it begins where the text ends.
@@ -184,6 +190,10 @@ def _chunk(
         "lengths": np.array([len(run) for run in tokens], dtype=np.int64),
         "num_bytes": np.array(num_bytes, dtype=np.uint32),
         "signatures": np.stack(signatures),
+        "sketches": np.concatenate([each.hashes for each in sketches]),
+        "sketch_lengths": np.array([len(each.hashes) for each in sketches], dtype=np.int64),
+        "sketch_limits": np.array([each.limit for each in sketches], dtype=np.uint64),
+        "digests": digests_of(documents),
         "ids": np.frombuffer(json.dumps([document.id for document in documents]).encode(), dtype=np.uint8),
     }
 
@@ -229,6 +239,9 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
                 num_bytes=(lambda: iter([first.num_bytes, second.num_bytes])) if both else None,
                 lengths=np.concatenate([np.diff(first.token_offsets), np.diff(second.token_offsets)]),
                 signatures=np.concatenate([first.signatures, second.signatures]),
+                sketches=lambda: iter([first.sketches, second.sketches]),
+                sketch_lengths=np.concatenate([np.diff(first.sketch_offsets), np.diff(second.sketch_offsets)]),
+                sketch_limits=np.concatenate([first.sketch_limits, second.sketch_limits]),
                 names=[*first.document_ids, *second.document_ids],
             )
             _write(stage, content, first.settings, {})
@@ -246,6 +259,12 @@ class Content(NamedTuple):
     """(D,) tokens per document."""
     signatures: NDArray[np.uint64]
     """(D, BINS)."""
+    sketches: Callable[[], Iterator[NDArray[Any]]]
+    """Yields the shingle hashes of all documents, in parts."""
+    sketch_lengths: NDArray[np.int64]
+    """(D,) shingle hashes per document."""
+    sketch_limits: NDArray[np.uint64]
+    """(D,)."""
     names: list[str]
     """(D,)."""
 
@@ -266,6 +285,9 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
         num_bytes=(lambda: parts("num_bytes")) if stage.inputs["byte_counts"] else None,
         lengths=np.concatenate(list(parts("lengths"))),
         signatures=np.concatenate(list(parts("signatures"))),
+        sketches=lambda: parts("sketches"),
+        sketch_lengths=np.concatenate(list(parts("sketch_lengths"))),
+        sketch_limits=np.concatenate(list(parts("sketch_limits"))),
         names=names,
     )
     settings = {
@@ -289,11 +311,18 @@ def _write(stage: Stage, content: Content, settings: Mapping[str, Any], counts: 
     if content.num_bytes is not None:
         write_rows(folder / "num_bytes.npy", content.num_bytes(), dtype=np.uint32, shape=(num_chunks,))
     write_bytes(folder / "document_ids.jsonl", "".join(json.dumps(name) + "\n" for name in content.names).encode())
-    arrays = {"token_offsets": token_offsets, "chunk_offsets": chunk_offsets, "signatures": content.signatures}
+    sketch_offsets = np.concatenate([[0], np.cumsum(content.sketch_lengths)])
+    write_rows(folder / "sketches.npy", content.sketches(), dtype=np.uint64, shape=(int(sketch_offsets[-1]),))
+    arrays = {
+        "token_offsets": token_offsets,
+        "chunk_offsets": chunk_offsets,
+        "signatures": content.signatures,
+        "sketch_offsets": sketch_offsets,
+        "sketch_limits": content.sketch_limits,
+    }
     for name, values in arrays.items():
         write_rows(folder / f"{name}.npy", [values], dtype=values.dtype, shape=values.shape)
-    table, has_bos = ChunkTable(folder), settings["bos_id"] is not None
-    groups = group_documents(content.signatures, lambda document: document_shingles(table, document, has_bos=has_bos))
+    groups = group_documents(content.signatures, ChunkTable(folder).sketch)
     write_rows(folder / "groups.npy", [groups], dtype=np.int64, shape=groups.shape)
     num_copies = int((groups != np.arange(len(groups))).sum())
     sizes = {"documents": len(content.names), "chunks": num_chunks, "tokens": num_tokens, "near_duplicates": num_copies}
@@ -307,18 +336,9 @@ FILES = (
     "chunk_offsets.npy",
     "num_bytes.npy",
     "signatures.npy",
+    "sketches.npy",
+    "sketch_offsets.npy",
+    "sketch_limits.npy",
     "groups.npy",
     "document_ids.jsonl",
 )
-
-
-def document_shingles(table: ChunkTable, document: int, *, has_bos: bool) -> NDArray[np.uint64]:
-    """Compute the shingles of the text of a document, without its beginning- and end-of-sequence tokens.
-
-    Args:
-        table: The table that has the document.
-        document: Number of the document.
-        has_bos: Whether documents begin with a beginning-of-sequence token.
-    """
-    start, stop = table.token_offsets[document : document + 2]
-    return shingles(np.asarray(table.tokens[start + has_bos : stop - 1]))

@@ -1,9 +1,16 @@
-"""Near-duplicate documents: MinHash over 13-grams of tokens finds candidates, and exact Jaccard similarity decides.
+"""Near-duplicate documents and leaks. Texts are compared, not token ids, so the tokenizer makes no difference.
 
-See Broder 1997 (resemblance), Li, Owen and Zhang 2012 (one permutation, arXiv 1208.1259) and Shrivastava 2017 (empty bins,
-arXiv 1703.04664). RETRO (arXiv 2112.04426, section 2.6) filters at a similarity of 0.8 on 13-grams.
+A text is reduced to its letters and digits, in one Unicode form and without case, before it is cut into shingles of 32
+characters. White space, line ends, indentation, line breaks and punctuation make no difference then. MinHash finds candidates
+for near-duplicates, and the Jaccard similarity of sketches decides. A sketch has all hashes of a short document, and the
+smallest of a long one, at least one in 16. Leaks are found by the hashes that a held-out document shares with each document.
+
+See Broder 1997 (resemblance and containment), Li, Owen and Zhang 2012 (one permutation, arXiv 1208.1259) and Shrivastava 2017
+(empty bins, arXiv 1703.04664). RETRO (arXiv 2112.04426, section 2.6) filters at a Jaccard similarity of 0.8.
 """
 
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -15,8 +22,10 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 
-GRAM = 13
-"""Tokens per shingle."""
+WINDOW = 32
+"""Characters per shingle. A power of 2."""
+RATE, KEPT = 16, 256
+"""A sketch has one hash in `RATE`, and at least `KEPT` if the document has as many."""
 BANDS, ROWS = 25, 5
 """A pair is a candidate if it agrees on all rows of a band.
 
@@ -24,40 +33,74 @@ At similarity 0.8 the probability of this is 1 - (1 - 0.8^5)^25 = 0.99995.
 """
 BINS = BANDS * ROWS
 THRESHOLD = 0.8
+"""The Jaccard similarity of near-duplicates."""
 _CACHED = 4096
-"""Sets of shingles that are kept in memory."""
+"""Sketches that are kept in memory."""
 
 _ATTEMPTS = 128
 _EMPTY = np.uint64(2**64 - 1)
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_ALL = np.uint64(2**64 - 1)
+"""The limit of a sketch that has all hashes."""
+_FLOOR = np.uint64(2**64 // RATE)
+"""Each sketch has all hashes below this."""
+_SEEDS = [np.uint64(0x9E3779B97F4A7C15 + 2 * level * 0x5851F42D4C957F2D & (2**64 - 1)) | np.uint64(1) for level in range(8)]
+_NOT_LETTERS = re.compile(r"[\W_]+")
+_ASCII_OTHERS = bytes(code for code in range(128) if not chr(code).isalnum())
 
 
-class Pair(NamedTuple):
-    """A query document and a document of the database that are near-duplicates."""
+class Sketch(NamedTuple):
+    """The smallest shingle hashes of a document."""
 
-    first: int
-    second: int
-    similarity: float
+    hashes: Hashes
+    """Sorted, distinct."""
+    limit: np.uint64
+    """The sketch has all hashes of the document up to this."""
 
 
-def shingles(tokens: NDArray[Any]) -> Hashes:
-    """Compute the sorted distinct hashes of the 13-grams of a document. A shorter document has one hash, of all its tokens.
+def letters(text: str) -> NDArray[np.uint32]:
+    """Return the letters and digits of a text, as numbers, in one Unicode form (NFKC) and without case."""
+    if text.isascii():
+        return np.frombuffer(text.lower().encode().translate(None, _ASCII_OTHERS), dtype=np.uint8).astype(np.uint32)
+    return _numbers(_NOT_LETTERS.sub("", _one_form(text)))
 
-    Args:
-        tokens: (L,) ids of the text, without beginning- and end-of-sequence tokens.
+
+def shingles(text: str) -> Hashes:
+    """Compute the hashes of the shingles of a document, in order, with repetitions.
+
+    A document of fewer letters than a shingle has one hash, of its whole text with punctuation and inner white space, because a
+    few letters alone are easily the same by chance.
     """
-    return np.unique(_grams(tokens))
+    found = letters(text)
+    if len(found) < WINDOW:
+        whole = _numbers("\n".join(_one_form(text).strip().splitlines()))
+        places = _mix(np.arange(len(whole), dtype=np.uint64) + np.uint64(1))
+        return _mix(np.array([(_mix(whole.astype(np.uint64)) * places).sum()], dtype=np.uint64))
+    # The hash of a window is made of those of its halves.
+    total, width = _mix(found.astype(np.uint64)), 1
+    while width < WINDOW:
+        total = total[:-width] * _SEEDS[width.bit_length()] + total[width:]
+        width *= 2
+    return _mix(total)
 
 
-def signature(tokens: NDArray[Any]) -> Hashes:
+def sketch(hashes: Hashes) -> Sketch:
+    """Return the sketch of a document, given its `shingles`."""
+    # To sort all hashes of a long document would take longer than to compute them.
+    small = np.unique(hashes[hashes <= _FLOOR])
+    if len(small) >= KEPT:
+        return Sketch(small, _FLOOR)
+    found = np.unique(hashes)
+    return Sketch(found[:KEPT], _ALL if len(found) <= KEPT else found[KEPT - 1])
+
+
+def signature(hashes: Hashes) -> Hashes:
     """Compute the MinHash signature (BINS,) of a document: the smallest hash of each bin.
 
     An empty bin takes the hash of another bin. Which bins it tries is the same for every document.
 
     Args:
-        tokens: (L,) ids of the text, without beginning- and end-of-sequence tokens.
+        hashes: The `shingles` of the document.
     """
-    hashes = _grams(tokens)
     bins = np.full(BINS, _EMPTY)
     np.minimum.at(bins, (hashes % np.uint64(BINS)).astype(np.int64), hashes)
     filled = bins != _EMPTY
@@ -79,21 +122,26 @@ def _donor_bins(block: int) -> NDArray[np.int64]:
     return (_mix(np.arange(BINS, dtype=np.uint64) * np.uint64(1_000_003) + attempts) % np.uint64(BINS)).astype(np.int64)
 
 
-def jaccard(first: Hashes, second: Hashes) -> float:
-    """Compute the Jaccard similarity of two sets of distinct hashes: size of the intersection over size of the union."""
-    both = np.concatenate((first, second))
+def jaccard(first: Sketch, second: Sketch) -> float:
+    """Estimate the Jaccard similarity of two documents: size of the intersection of their shingles over size of the union.
+
+    It is exact for documents whose sketches have all hashes. The standard error of others is at most 0.03.
+    """
+    limit = min(first.limit, second.limit)
+    one, other = (each.hashes[: np.searchsorted(each.hashes, limit, side="right")] for each in (first, second))
+    both = np.concatenate((one, other))
     both.sort(kind="stable")  # detects the two sorted runs and merges them
     common = int(np.count_nonzero(both[1:] == both[:-1]))
-    union = len(first) + len(second) - common
+    union = len(both) - common
     return common / union if union else 1.0
 
 
-def group_documents(signatures: Hashes, shingles_of: Callable[[int], Hashes]) -> NDArray[np.int64]:
+def group_documents(signatures: Hashes, sketch_of: Callable[[int], Sketch]) -> NDArray[np.int64]:
     """Group near-duplicate documents. Near-duplicates of near-duplicates are in the same group.
 
     Args:
         signatures: (D, BINS) signatures of the documents.
-        shingles_of: Returns the `shingles` of a document, given by its number.
+        sketch_of: Returns the sketch of a document, given by its number.
 
     Returns:
         (D,) number of the first document of each document's group.
@@ -109,7 +157,7 @@ def group_documents(signatures: Hashes, shingles_of: Callable[[int], Hashes]) ->
     # Copies have the same signature. Group them first, because n copies would be n^2 candidate pairs.
     _, first, inverse = np.unique(signatures, axis=0, return_index=True, return_inverse=True)
     parent[:] = first[inverse.reshape(-1)]
-    read = lru_cache(maxsize=_CACHED)(shingles_of)
+    read = lru_cache(maxsize=_CACHED)(sketch_of)
     seen: set[tuple[int, int]] = set()
     for bucket in _candidates(signatures, np.sort(first)):
         for one, other in combinations(bucket, 2):
@@ -120,47 +168,6 @@ def group_documents(signatures: Hashes, shingles_of: Callable[[int], Hashes]) ->
             if _may_be_similar(signatures[one], signatures[other]) and jaccard(read(one), read(other)) >= THRESHOLD:
                 parent[roots[1]] = roots[0]
     return np.array([root(document) for document in range(len(signatures))], dtype=np.int64)
-
-
-def find_copies(
-    queries: Hashes,
-    shingles_of_query: Callable[[int], Hashes],
-    signatures: Hashes,
-    shingles_of: Callable[[int], Hashes],
-    groups: NDArray[np.int64],
-) -> list[Pair]:
-    """Find the near-duplicates of query documents in a database.
-
-    Args:
-        queries: (Q, BINS) signatures of the query documents.
-        shingles_of_query: Returns the `shingles` of a query document, given by its number.
-        signatures: (D, BINS) signatures of the documents of the database.
-        shingles_of: Returns the `shingles` of a document of the database, given by its number.
-        groups: (D,) group of each document of the database, see `group_documents`.
-
-    Returns:
-        A pair for each query document and each group that has a near-duplicate of it: the most similar pair that was compared.
-        The most similar pairs come first.
-    """
-    read_query, read = lru_cache(maxsize=_CACHED)(shingles_of_query), lru_cache(maxsize=_CACHED)(shingles_of)
-    best: dict[tuple[int, int], Pair] = {}
-    seen: set[tuple[int, int]] = set()
-    _, first = np.unique(signatures, axis=0, return_index=True)
-    both = np.concatenate([queries, signatures])
-    for bucket in _candidates(both, np.concatenate([np.arange(len(queries)), len(queries) + np.sort(first)])):
-        stored = [document - len(queries) for document in bucket if document >= len(queries)]
-        for query in (document for document in bucket if document < len(queries)):
-            for document in stored:
-                if (query, document) in seen:
-                    continue
-                seen.add((query, document))
-                if not _may_be_similar(queries[query], signatures[document]):
-                    continue
-                similarity = jaccard(read_query(query), read(document))
-                key = (query, int(groups[document]))
-                if similarity >= THRESHOLD and (key not in best or similarity > best[key].similarity):
-                    best[key] = Pair(query, document, similarity)
-    return sorted(best.values(), key=lambda pair: (-pair.similarity, pair.first, pair.second))
 
 
 def _may_be_similar(first: Hashes, second: Hashes) -> bool:
@@ -178,14 +185,12 @@ def _candidates(signatures: Hashes, documents: NDArray[Any]) -> Iterator[list[in
         yield from (bucket for bucket in buckets.values() if len(bucket) > 1)
 
 
-def _grams(tokens: NDArray[Any]) -> Hashes:
-    """Compute the hashes of the 13-grams, in order, with repetitions."""
-    ids = tokens.astype(np.uint64) + np.uint64(1)
-    width = min(GRAM, len(ids))
-    total = np.zeros(len(ids) - width + 1 if width else 0, dtype=np.uint64)
-    for offset in range(width):
-        total = total * _MULTIPLIER + ids[offset : offset + len(total)]
-    return _mix(total)
+def _one_form(text: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).removeprefix("\ufeff")
+
+
+def _numbers(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
 
 
 def _mix(values: Hashes) -> Hashes:

@@ -1,10 +1,11 @@
 """Stage 2: encoders convert chunks to vectors. Chunks of similar content should have vectors that are close to each other."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import lightning as L
 import numpy as np
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lightning_align.retrieval.identity import identity
 from lightning_align.retrieval.stages import Stage, Team, write_rows
-from lightning_align.retrieval.tables import ChunkTable, Floats
+from lightning_align.retrieval.tables import ChunkTable, Floats, Ints
 from lightning_align.runtime.modes import evaluating
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file format. Increase it when the same settings lead to other bytes."""
 BLOCK_CHUNKS = 2048
 """Chunks per block. A block is encoded at once. A killed build loses only the blocks in progress."""
@@ -27,15 +29,37 @@ IDLE = -1
 """Block number of a work item without work."""
 
 
+SAMPLED = 1024
+"""Chunks that are tokenized to learn how many an encoder truncates."""
+COMPARED = 8
+"""Chunks that are encoded again before the vectors of an earlier run are used."""
+TOLERANCE = 0.05
+"""The largest relative difference of vectors of one encoder on two kinds of processors. bf16 accounts for 0.02."""
+
+
+class Truncation(NamedTuple):
+    """How much of some chunks an encoder does not read."""
+
+    limit: int
+    """The number of its tokens that the encoder reads."""
+    num_cut: int
+    """The number of chunks that are longer."""
+    longest: int
+    """The tokens of the longest chunk."""
+    share: float
+    """The fraction of all tokens that are not read."""
+
+
 class Encoder(Protocol):
     """Converts chunks to vectors, which are compared by Euclidean distance.
 
-    If an encoder is an ``nn.Module``, the Trainer moves it to its device.
+    If an encoder is an ``nn.Module``, the Trainer moves it to its device. An encoder that does not read long chunks to their
+    end should have a method ``truncation(chunks) -> Truncation``, which is found by name.
     """
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that the vectors depend on."""
+        """A hash of everything that the vectors depend on. A few chunks are encoded again to check that it is."""
         ...
 
     def encode(self, chunks: Sequence[ArrayLike]) -> Floats:
@@ -57,12 +81,12 @@ class LMEncoder(nn.Module):
     changes the angles between vectors but not their distances.
     """
 
-    def __init__(self, model: nn.Module, *, fingerprint: str, batch_size: int = 64, borrowed: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, fingerprint: str = "", batch_size: int = 64, borrowed: bool = False) -> None:
         """Create the encoder. It does not change the parameters of the model.
 
         Args:
             model: A model with a method ``hidden(tokens) -> (B, N, D)``, see `lightning_align.models.language_model`.
-            fingerprint: Hash of its weights.
+            fingerprint: Hash of its weights, by which databases of release 0.1.0 know it.
             batch_size: Chunks per forward pass.
             borrowed: Whether the model belongs to another module. If so, the Trainer that runs the encoder does not move it.
 
@@ -79,7 +103,12 @@ class LMEncoder(nn.Module):
         self._borrowed, self.batch_size = (model,) if borrowed else (), batch_size
         if not borrowed:
             self.owned = model
-        self.fingerprint = f"lm-mean:{fingerprint}"
+        self.former_fingerprints = (f"lm-mean:{fingerprint}",)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Encoder`. It is computed at each access, because a policy goes on training."""
+        return f"lm-mean-2:{identity(self.model)}"
 
     @property
     def model(self) -> nn.Module:
@@ -141,7 +170,22 @@ class SentenceEncoder(nn.Module):
         digest = hashlib.sha256()
         for parameter in self.model.parameters():
             digest.update(parameter.detach().float().contiguous().numpy().data)
-        self.fingerprint = f"sentence:{Path(name).name}:{digest.hexdigest()[:16]}"
+        self.former_fingerprints = (f"sentence:{Path(name).name}:{digest.hexdigest()[:16]}",)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Encoder`. It has pooling, maximum length, prompts, normalization and tokenizer of the model."""
+        return f"sentence-2:{identity(self.model)}"
+
+    def truncation(self, chunks: Sequence[ArrayLike]) -> Truncation | None:
+        """Count the tokens of chunks that the model does not read. None if that is not known."""
+        limit, tokenizer = self.model.max_seq_length, getattr(self.model, "tokenizer", None)
+        if limit is None or not callable(tokenizer):
+            return None
+        texts = [self.decode(np.asarray(chunk).tolist()) for chunk in chunks]
+        lengths = np.array([len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]])
+        lost = np.maximum(lengths - limit, 0)
+        return Truncation(int(limit), int((lost > 0).sum()), int(lengths.max()), float(lost.sum() / lengths.sum()))
 
     @torch.no_grad()
     def encode(self, chunks: Sequence[ArrayLike]) -> Floats:
@@ -194,6 +238,8 @@ def build_vectors(
     verify: float,
     trainer: Callable[[], L.Trainer],
     previous: Stage | None = None,
+    key: str | None = None,
+    precision: str | None = None,
 ) -> Stage:
     """Encode all chunks to ``vectors.npy``, (C, d) float16, unless the finished stage exists.
 
@@ -205,16 +251,28 @@ def build_vectors(
         verify: Fraction of the blocks that are computed twice and compared.
         trainer: Creates the Trainer that runs the encoder with ``predict``, on the devices of `team`.
         previous: Vectors of a former generation. Its chunks must be the first chunks of this stage. Its vectors are reused.
+        key: The fingerprint of the encoder as it was loaded. A Trainer can convert its weights. Default is to ask the encoder.
+        precision: The precision to encode in. Default is that of `previous`, or of the Trainer.
 
     Raises:
-        ValueError: If the vectors are not finite, or the disk is full.
+        ValueError: If the vectors are not finite, those of an earlier run are not of this encoder, or the disk is full.
     """
-    stage = Stage(root, "vectors", {"format": FORMAT, "chunks": chunks.key, "encoder": encoder.fingerprint})
+    key = encoder.fingerprint if key is None else key
+    if precision is None and previous is not None and previous.inputs["encoder"] == key:
+        precision = _precision_of(previous)
+    run = None if precision else trainer()
+    # Vectors are compared with each other, so all of a stage are encoded alike, and stages of other precisions have other keys.
+    precision = precision or str(run and run.precision)
+    stage = Stage(root, "vectors", {"format": FORMAT, "chunks": chunks.key, "encoder": key, "precision": precision})
+    table = ChunkTable(chunks.folder)
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
+        if team.rank == 0:
+            _warn_of_truncation(encoder, table)
+        if done and verify:
+            _check_encoder(stage, encoder, table, precision)
     if team.tell(done):
         return stage
-    table = ChunkTable(chunks.folder)
     num_blocks = -(-len(table) // BLOCK_CHUNKS)
     with team.together():
         own_blocks = range(team.rank, num_blocks, team.size)
@@ -230,21 +288,55 @@ def build_vectors(
             # Each rank's loader has the blocks of this rank only, an item per block, so the Trainer must not shard it again. A
             # rank without work gets an idle item, because the Trainer rejects an empty loader.
             loader: Any = DataLoader(work or [(IDLE, False)], batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
-            run = trainer()
-            # Vectors are compared with each other, so new ones are encoded like those that are reused.
-            precision = (_precision_of(previous) if len(old) else None) or str(run.precision)
-            run.predict(_Embedder(encoder, table, stage, bar, precision), loader, return_predictions=False)
+            (run or trainer()).predict(_Embedder(encoder, table, stage, bar, precision), loader, return_predictions=False)
     with team.together():
         if team.rank == 0:
             dim = stage.read_block(0)["vectors"].shape[1]
             parts = (stage.read_block(number)["vectors"] for number in range(num_blocks))
             write_rows(stage.folder / "vectors.npy", parts, dtype=np.float16, shape=(len(table), dim))
             stage.finish(
-                table={"dim": dim, "encoder": encoder.fingerprint, "precision": precision},
+                table={"dim": dim, "encoder": key, "precision": precision},
                 counts={"chunks": len(table)},
                 files=["vectors.npy"],
             )
     return stage
+
+
+def _warn_of_truncation(encoder: Encoder, table: ChunkTable) -> None:
+    measure: Callable[[list[Ints]], Truncation | None] | None = getattr(encoder, "truncation", None)
+    if measure is None:
+        return
+    numbers = np.unique(np.linspace(0, len(table) - 1, min(SAMPLED, len(table))).astype(np.int64)).tolist()
+    found = measure([table.chunk(number) for number in numbers])
+    if found is None or not found.num_cut:
+        return
+    warnings.warn(
+        f"The encoder reads at most {found.limit} of its tokens, but {found.num_cut} of {len(numbers)} sampled chunks are"
+        f" longer, at most {found.longest} tokens: {found.share:.0%} of the text is truncated and cannot be found. Use a"
+        f" `chunk_size` of at most {table.chunk_size * found.limit // found.longest} instead of {table.chunk_size}, an encoder"
+        " that reads longer texts, or bm25.",
+        stacklevel=3,
+    )
+
+
+def _check_encoder(stage: Stage, encoder: Encoder, table: ChunkTable, precision: str) -> None:
+    """Compare some vectors of a finished stage with those that the encoder computes now.
+
+    Raises:
+        ValueError: If they differ by more than the precision of processors.
+    """
+    numbers = np.unique(np.linspace(0, len(table) - 1, min(COMPARED, len(table))).astype(np.int64))
+    kept = read_vectors(stage)[numbers].astype(np.float32)
+    with in_precision(encoder, precision):
+        now = encoder.encode([table.chunk(number) for number in numbers.tolist()])
+    scale = float(np.linalg.norm(kept)) or 1.0
+    difference = float(np.linalg.norm(kept - now)) / scale if now.shape == kept.shape else np.inf
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"The `fingerprint` of {type(encoder).__name__} must change with everything that its vectors depend on, but it is"
+            f" that of {stage.folder}, whose vectors differ by {difference:.0%} from those that it computes now. Add what was"
+            " changed to the fingerprint, or delete this folder and build again."
+        )
 
 
 def _precision_of(stage: Stage | None) -> str | None:
@@ -256,7 +348,7 @@ def _precision_of(stage: Stage | None) -> str | None:
 
 def _old_blocks(stage: Stage, previous: Stage | None) -> list[NDArray[np.float16]]:
     """Return the complete blocks of vectors of a former generation, which has the same chunks in these blocks."""
-    if previous is None or previous.inputs["encoder"] != stage.inputs["encoder"]:
+    if previous is None or any(previous.inputs.get(name) != stage.inputs[name] for name in ("encoder", "precision")):
         return []
     vectors = read_vectors(previous)
     return [vectors[number * BLOCK_CHUNKS :][:BLOCK_CHUNKS] for number in range(len(vectors) // BLOCK_CHUNKS)]

@@ -40,7 +40,7 @@ class LanceRetriever:
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{uri} has no table {TABLE!r} ({error}). Create it with LanceRetriever.create.") from error
         settings = {key.decode(): value.decode() for key, value in (self.table.schema.metadata or {}).items()}
-        if settings["encoder"] != encoder.fingerprint:
+        if settings["encoder"] not in (encoder.fingerprint, *getattr(encoder, "former_fingerprints", ())):
             raise ValueError(
                 f"`encoder` must be the encoder that {uri} was created with, {settings['encoder']}, but got "
                 f"{encoder.fingerprint}. Vectors of different encoders cannot be compared. Use that encoder, or create the "
@@ -64,7 +64,7 @@ class LanceRetriever:
         """
         import pyarrow as pa
 
-        if database.manifest["encoder"] != encoder.fingerprint:
+        if database.manifest["encoder"] not in (encoder.fingerprint, *getattr(encoder, "former_fingerprints", ())):
             raise ValueError(
                 f"`encoder` must be the encoder that {database.folder} was built with, {database.manifest['encoder']}, but got "
                 f"{encoder.fingerprint}. Use that encoder. A database of bm25 alone (None) has no vectors and cannot be copied."

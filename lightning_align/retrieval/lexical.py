@@ -5,8 +5,8 @@ library bm25s computes all scores at indexing time (arXiv 2407.03618).
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,18 @@ from lightning_align.retrieval.dense import DenseSearcher
 from lightning_align.retrieval.neighbors import DELETED, Forbidden, Nearest, pick
 from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.retrieval.tables import ChunkTable, Floats, Ints
+from lightning_align.retrieval.words import WordsConfig, config_of, earlier_terms, terms, words_key
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file format. Increase it when the same settings lead to other bytes."""
 _BLOCK = 64
 """Scores per block in `_largest`."""
-_WORD = re.compile(r"\w+")
 Decode = Callable[[list[int]], str]
 
 
-def words(text: str) -> list[str]:
-    """Split a text into its words, in lower case."""
-    return _WORD.findall(text.lower())
-
-
-def build_lexical(root: Path, chunks: Stage, decode: Decode, *, team: Team, verify: float) -> Stage:
+def build_lexical(
+    root: Path, chunks: Stage, decode: Decode, *, team: Team, verify: float, words: WordsConfig | None = None
+) -> Stage:
     """Index the words of all chunks, unless the finished stage exists. Rank 0 does it alone, because it is fast.
 
     Args:
@@ -41,32 +38,34 @@ def build_lexical(root: Path, chunks: Stage, decode: Decode, *, team: Team, veri
         decode: Converts token ids to text.
         team: The ranks. Rank 0 does the work and the others wait.
         verify: If above 0, the files of a finished stage are compared with their hashes.
+        words: How the terms of a text are found. Default is `WordsConfig()`.
 
     Raises:
         ValueError: If no chunk has a word, or the disk is full.
     """
-    stage = Stage(root, "lexical", {"format": FORMAT, "chunks": chunks.key})
+    words = words or WordsConfig()
+    stage = Stage(root, "lexical", {"format": FORMAT, "chunks": chunks.key, "words": words_key(words)})
     with team.together():
         if team.rank == 0 and not stage.is_finished(verify=verify > 0):
-            _index(stage, ChunkTable(chunks.folder), decode)
+            _index(stage, ChunkTable(chunks.folder), decode, words)
     return stage
 
 
-def _index(stage: Stage, table: ChunkTable, decode: Decode) -> None:
+def _index(stage: Stage, table: ChunkTable, decode: Decode, config: WordsConfig) -> None:
     import bm25s
 
     vocabulary: dict[str, int] = {}
-    terms = []
+    numbers = []
     for chunk in tqdm(range(len(table)), desc="lexical", unit=" chunks", disable=None, leave=False):
-        found = words(decode(table.chunk(chunk).tolist()))
-        terms.append([vocabulary.setdefault(word, len(vocabulary)) for word in found])
+        found = terms(decode(table.chunk(chunk).tolist()), config)
+        numbers.append([vocabulary.setdefault(word, len(vocabulary)) for word in found])
     if not vocabulary:
         raise ValueError(
             "Chunks must have words for BM25, but no chunk has one. Increase `chunk_size` (a byte tokenizer needs several "
             "times the size of a word tokenizer), or use a dense encoder."
         )
     model = bm25s.BM25()
-    model.index((terms, vocabulary), create_empty_token=False, show_progress=False)
+    model.index((numbers, vocabulary), create_empty_token=False, show_progress=False)
     stage.folder.mkdir(parents=True, exist_ok=True)
     try:
         for name in _ARRAYS:
@@ -76,7 +75,7 @@ def _index(stage: Stage, table: ChunkTable, decode: Decode) -> None:
     except OSError as error:
         raise ValueError(f"{stage.folder} cannot be written ({error.strerror or error}). Free disk space.") from error
     counts = {"words": len(vocabulary), "chunks": len(table)}
-    stage.finish(table={}, counts=counts, files=[*(f"{name}.npy" for name in _ARRAYS), "words.json"])
+    stage.finish(table={"words": words_key(config)}, counts=counts, files=[*(f"{name}.npy" for name in _ARRAYS), "words.json"])
 
 
 _ARRAYS = ("data", "indices", "indptr")
@@ -101,6 +100,9 @@ class LexicalSearcher:
         self.model.scores = {**arrays, "num_docs": content["num_docs"]}
         self.model.nonoccurrence_array = None
         self.groups, self.decode = groups, decode
+        manifest = stage.manifest()
+        config = config_of(None if manifest is None else manifest["table"].get("words"))
+        self._terms: Callable[[str], list[str]] = earlier_terms if config is None else partial(terms, config=config)
         self._by_group = np.argsort(groups, kind="stable")
         self._sorted_groups = groups[self._by_group]
 
@@ -111,7 +113,7 @@ class LexicalSearcher:
     def terms(self, queries: Sequence[ArrayLike]) -> list[list[int]]:
         """Return the distinct words of sequences of tokens, as word numbers. Words that no chunk has are dropped."""
         texts = (self.decode(np.asarray(query).tolist()) for query in queries)
-        return [sorted({self.vocabulary[word] for word in words(text) if word in self.vocabulary}) for text in texts]
+        return [sorted({self.vocabulary[word] for word in self._terms(text) if word in self.vocabulary}) for text in texts]
 
     def scores(self, query: list[int]) -> Any:
         """Compute the score (C,) of every chunk, float32."""

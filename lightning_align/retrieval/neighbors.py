@@ -1,6 +1,7 @@
 """Stage 4: the neighbors of every chunk. It also defines the search with forbidden documents that live retrieval uses too."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -9,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from lightning_align.retrieval.chunks import document_shingles
-from lightning_align.retrieval.duplicates import Pair, find_copies
+from lightning_align.retrieval.leaks import Pair, find_leaks
 from lightning_align.retrieval.stages import Stage, Team, write_bytes, write_rows
-from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints
+from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints, Neighbors
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file format. Increase it when the same settings lead to other bytes."""
 BLOCK_CHUNKS = 8192
 """Chunks per block. A block is searched for at once. A killed build loses only the blocks in progress."""
+ALONE = 0.5
+"""The fraction of chunks without neighbors above which a build warns."""
 DELETED = -1
 """Group number of the chunks of deleted documents, which no search may return."""
 
@@ -150,12 +152,14 @@ def build_neighbors(
                 stage.check_block(number, make(number))
     with team.together():
         if team.rank == 0:
-            num_missing = 0
+            num_missing = num_alone = 0
             for name, dtype in (("ids", np.int64), ("mask", np.bool_), ("distances", np.float32)):
                 parts = (stage.read_block(number)[name] for number in range(num_blocks))
                 write_rows(stage.folder / f"{name}.npy", parts, dtype=dtype, shape=(len(own), k))
             for number in range(num_blocks):
-                num_missing += int((~stage.read_block(number)["mask"]).sum())
+                mask = stage.read_block(number)["mask"]
+                num_missing += int((~mask).sum())
+                num_alone += int((~mask[:, 0]).sum())
             leaks = [
                 {
                     "document": own.document_ids[pair.first],
@@ -167,25 +171,48 @@ def build_neighbors(
             write_bytes(stage.folder / "leaks.json", json.dumps(leaks, indent=2).encode())
             stage.finish(
                 table={"k": k},
-                counts={"chunks": len(own), "missing_neighbors": num_missing, "leaks": len(leaks)},
+                counts={
+                    "chunks": len(own),
+                    "missing_neighbors": num_missing,
+                    "chunks_without_neighbors": num_alone,
+                    "leaks": len(leaks),
+                },
                 files=["ids.npy", "mask.npy", "distances.npy", "leaks.json"],
             )
     return stage
 
 
-def find_leaks(queries: ChunkTable, database: ChunkTable) -> list[Pair]:
-    """Find documents that have a near-duplicate in a database, the most similar first.
+def warn_of_chunks_alone(neighbors: Neighbors, queries: ChunkTable, database: ChunkTable, kind: str, *, what: str) -> None:
+    """Warn if many chunks of a table have no neighbor at all, with the reason and what to do.
 
     Args:
-        queries: Held-out documents, which should not be in the database.
-        database: The chunks of the database.
+        neighbors: The neighbors of the chunks of the table.
+        queries: The table.
+        database: The chunks that can be neighbors.
+        kind: Kind of search.
+        what: The name of the table in the message.
     """
-    return find_copies(
-        np.asarray(queries.signatures),
-        lambda document: document_shingles(queries, document, has_bos=queries.has_bos),
-        np.asarray(database.signatures),
-        lambda document: document_shingles(database, document, has_bos=database.has_bos),
-        database.groups,
+    alone, num = int((~np.asarray(neighbors.mask[:, 0])).sum()), len(queries)
+    if alone <= ALONE * num:
+        return
+    num_groups, names = len(np.unique(np.asarray(database.groups))), database.document_ids
+    if num_groups == 1:
+        copies = "" if len(names) == 1 else f", and its {len(names)} documents are near-duplicates of each other"
+        reason = (
+            f"All chunks of the database are of one document ({names[0]!r}{copies}), and a document never finds itself. Divide"
+            " it: pass FileDocuments with the file and the `separator` between its documents, such as '\\n\\n', or add other"
+            " documents."
+        )
+    elif kind == "bm25":
+        reason = (
+            "They share no word with a chunk of another document. Increase `chunk_size`, which is"
+            f" {database.chunk_size} tokens, add documents on the same subjects, or use a dense encoder."
+        )
+    else:
+        reason = f"The database has {len(names)} documents in {num_groups} groups of near-duplicates. Add other documents."
+    warnings.warn(
+        f"{what}: {alone} of {num} chunks ({alone / num:.0%}) are without neighbors, so retrieval cannot help there. {reason}",
+        stacklevel=3,
     )
 
 

@@ -146,6 +146,11 @@ class Stage:
         content = _pack(arrays)
         write_bytes(self._block_folder(number) / f"{number:08d}-{hashlib.sha256(content).hexdigest()}.npz", content)
 
+    def drop_block(self, number: int) -> None:
+        """Delete a block, so that the next run computes it again."""
+        for path in self._block_folder(number).glob(f"{number:08d}-*.npz"):
+            path.unlink()
+
     def check_block(self, number: int, arrays: Arrays) -> None:
         """Compare a block with its recomputation.
 

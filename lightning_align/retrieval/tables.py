@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_align.retrieval.duplicates import Sketch
+
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -125,6 +127,26 @@ class ChunkTable(_Folder):
     def signatures(self) -> NDArray[np.uint64]:
         """(D, bins) MinHash signature of each document, to find near-duplicates by."""
         return self._map("signatures")
+
+    @cached_property
+    def sketches(self) -> NDArray[np.uint64]:
+        """The shingle hashes of all documents, concatenated. See `sketch`."""
+        return self._map("sketches")
+
+    @cached_property
+    def sketch_offsets(self) -> Ints:
+        """(D + 1,) position of each document's first shingle hash, then the number of all."""
+        return self._map("sketch_offsets")
+
+    @cached_property
+    def sketch_limits(self) -> NDArray[np.uint64]:
+        """(D,) up to which number the sketch of a document has all its hashes."""
+        return self._map("sketch_limits")
+
+    def sketch(self, document: int) -> Sketch:
+        """Return the sketch of the text of a document, given by its number."""
+        start, stop = self.sketch_offsets[document : document + 2]
+        return Sketch(np.asarray(self.sketches[start:stop]), self.sketch_limits[document])
 
     @cached_property
     def document_ids(self) -> list[str]:

@@ -1,7 +1,8 @@
 """The settings and components that a database is built and searched with."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -10,6 +11,7 @@ from lightning_align.retrieval.chunks import ChunkTokenizer
 from lightning_align.retrieval.encoders import Encoder
 from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retrieval.lexical import Decode
+from lightning_align.retrieval.words import WordsConfig
 
 Kind = Literal["dense", "bm25", "hybrid"]
 
@@ -34,8 +36,15 @@ class Tools:
     index: IndexConfig
     verify: float
     """Fraction of the blocks that are computed twice and compared."""
+    words: WordsConfig = field(default_factory=WordsConfig)
+    """How BM25 finds the terms of a text."""
     hide_copies: bool = True
     """Whether near-duplicates of a held-out document are hidden from it. Those of the database's own documents always are."""
+
+    @cached_property
+    def encoder_key(self) -> str | None:
+        """The fingerprint of the encoder at the first access, before a Trainer converts its weights. None for BM25 alone."""
+        return None if self.encoder is None else self.encoder.fingerprint
 
 
 def check_encoder(head: Mapping[str, Any], tools: Tools) -> None:
@@ -48,8 +57,8 @@ def check_encoder(head: Mapping[str, Any], tools: Tools) -> None:
     Raises:
         ValueError: If the fingerprints differ.
     """
-    fingerprint = None if tools.encoder is None else tools.encoder.fingerprint
-    if head["encoder"] != fingerprint:
+    fingerprint = tools.encoder_key
+    if head["encoder"] not in (fingerprint, *getattr(tools.encoder, "former_fingerprints", ())):
         raise ValueError(
             f"`encoder` must be the encoder that the database was built with, {head['encoder']}, but got {fingerprint}. "
             "Vectors of different encoders cannot be compared. Use that encoder, or build the database again with this one."

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -18,6 +19,7 @@ from lightning_align.retrieval.build import publish_head
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, LMEncoder
 from lightning_align.retrieval.index import IndexConfig
+from lightning_align.retrieval.words import WordsConfig
 from lightning_align.retro.indexing import build_database, quiet_trainer
 from lightning_align.runtime.lightning_internals import reload_interval
 
@@ -30,18 +32,20 @@ class RetrievalIndexing(Callback):
     `setup` of the callbacks.
 
     Args:
-        database: The folder of the database.
-        documents: The documents that can be retrieved: a folder of text files, a file of rows with a field `text`, or a source
-            such as FolderDocuments or StandardLibrary.
+        database: The folder of the database. Default is that of the data module.
+        documents: The documents that can be retrieved: a folder of text files, a text file, a file of rows with a field
+            `text`, or a source such as FolderDocuments or FileDocuments.
         queries: Further documents that are not in the database but need neighbors, such as validation documents. Each source
             has a name.
         encoder: The encoder that retrieves the neighbors: a checkpoint of a language model (.ckpt, .pt, .safetensors), the name
             of a sentence-transformers model, or bm25. Default is the checkpoint in `init_from` of the module.
         rerank: Whether BM25 reranks the neighbors that the encoder finds.
         tokenizer: The tokenizer, in the same form as in the data module. Default is the tokenizer of the data module.
-        chunk_size: The number of tokens per chunk.
+        chunk_size: The number of tokens per chunk. Default is that of the model, or 64 if the model has none.
         k: The number of neighbors per chunk. Training can use fewer.
         index: How the vectors are indexed: factory (a faiss factory string, or auto), min_recall, recall_at, shard_size, seed.
+        words: How BM25 finds the terms of a text: language, stop_words, stemming, identifiers, segmenter. Default is a setting
+            for any language and script.
         hide_copies: Whether near-duplicates of a document of `queries` are excluded from its neighbors. False shows the effect
             of a leak. For documents of the database they are always excluded.
         verify: The share of the blocks of each stage that are computed twice and compared.
@@ -58,16 +62,17 @@ class RetrievalIndexing(Callback):
 
     def __init__(
         self,
-        database: str,
+        database: str | None = None,
         *,
         documents: str | DocumentSource,
         queries: dict[str, str | DocumentSource] | None = None,
         encoder: str | None = None,
         rerank: bool = False,
         tokenizer: str | None = None,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         k: int = 8,
         index: IndexConfig | None = None,
+        words: WordsConfig | None = None,
         hide_copies: bool = True,
         verify: float = 0.01,
         precision: str | None = None,
@@ -79,7 +84,9 @@ class RetrievalIndexing(Callback):
             )
         if isinstance(index, Mapping):
             index = IndexConfig(**index)
-        self.database, self.documents, self.queries = database, documents, queries or {}
+        if isinstance(words, Mapping):
+            words = WordsConfig(**words)
+        self._database, self.documents, self.queries = database, documents, queries or {}
         self.encoder, self.tokenizer = encoder, tokenizer
         self.precision, self.refresh_every_n_epochs = precision, refresh_every_n_epochs
         self._settings: dict[str, Any] = {
@@ -87,6 +94,7 @@ class RetrievalIndexing(Callback):
             "chunk_size": chunk_size,
             "k": k,
             "index": index,
+            "words": words,
             "hide_copies": hide_copies,
             "verify": verify,
         }
@@ -96,7 +104,14 @@ class RetrievalIndexing(Callback):
     @property
     def state_key(self) -> str:
         """A key that differs per database, because a run can have several."""
-        return self._generate_state_key(database=self.database)
+        return self._generate_state_key(database=self._database)
+
+    @property
+    def database(self) -> str:
+        """The folder of the database."""
+        if self._database is None:
+            raise ValueError("RetrievalIndexing: `database` is required, because the data module has no folder of a database.")
+        return self._database
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Build the missing stages of the database. Evaluation does not change a refreshed database.
@@ -111,6 +126,10 @@ class RetrievalIndexing(Callback):
         """
         if self.refresh_every_n_epochs and stage == "fit":
             self._check_refresh(trainer)
+        folder = getattr(getattr(trainer, "datamodule", None), "folder", None)
+        self._database = self._database or (None if folder is None else str(folder))
+        if self._settings["chunk_size"] is None:
+            self._settings["chunk_size"] = _chunk_size_of(pl_module) or 64
         encoder = self.encoder or getattr(pl_module, "init_from", None)
         if encoder is None:
             raise ValueError(
@@ -210,10 +229,11 @@ class RetrievalIndexing(Callback):
             **self._settings,
         )
         generation = database.manifest["generation"]
+        alone = int((~np.asarray(database.neighbors.mask[:, 0])).sum())
         rank_zero_info(
             f"Retrieval database {Path(self.database)}: {len(database.chunks):,} chunks of {database.chunks.num_documents:,} "
             f"documents, generation {generation}, retriever {database.manifest['retriever']}, {database.neighbors.k} neighbors "
-            "per chunk."
+            f"per chunk, {alone:,} chunks without neighbors."
         )
         return database
 
@@ -230,6 +250,19 @@ class RetrievalIndexing(Callback):
                 "`refresh_every_n_epochs` needs the whole policy on each rank, but the strategy "
                 f"{type(trainer.strategy).__name__} shards it. Use the strategy ddp, or set `refresh_every_n_epochs` to 0."
             )
+
+
+def _chunk_size_of(module: L.LightningModule) -> int | None:
+    """Return the tokens per chunk of a model that may not be built yet. None if it has no chunks."""
+    source: Any = getattr(module, "source", None)
+    for model in (getattr(module, "policy", None), getattr(source, "backbone", None)):
+        if isinstance(size := getattr(model, "chunk_size", None), int):
+            return size
+    # The command line gives a factory, which is not called yet, and keeps its description.
+    described: Any = module.hparams.get("backbone") or (None if source is None else source.described())
+    arguments = described.get("init_args") if hasattr(described, "get") else None
+    size = arguments.get("chunk_size") if hasattr(arguments, "get") else None
+    return size if isinstance(size, int) else None
 
 
 def trainer_like(trainer: L.Trainer, *, precision: str | None = None) -> L.Trainer:

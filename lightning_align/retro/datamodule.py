@@ -21,6 +21,7 @@ from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tok
 from lightning_align.models.weights import weights_hash
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import LMEncoder
+from lightning_align.retrieval.neighbors import warn_of_chunks_alone
 from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows, count_neighbors
@@ -178,6 +179,14 @@ class RETRODataModule(L.LightningDataModule):
         """Make the loader of the training windows. Each epoch has its own order. The loader can resume from a checkpoint."""
         database, name = self.database, self.train_set
         documents = database if name is None else database.queries(name)
+        if self.trainer is None or self.trainer.is_global_zero:
+            warn_of_chunks_alone(
+                documents.neighbors,
+                documents.chunks,
+                database.chunks,
+                database.manifest["retriever"],
+                what=f"{self.folder}, {name or 'database'}",
+            )
         rows = RetrievalWindows(
             documents.chunks,
             documents.neighbors,

@@ -21,6 +21,7 @@ from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, LMEncoder, SentenceEncoder
 from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retrieval.search import Retriever
+from lightning_align.retrieval.words import WordsConfig
 
 WEIGHTS = (".ckpt", ".pt", ".safetensors")
 """The file suffixes of language model checkpoints."""
@@ -39,6 +40,7 @@ def build_database(
     k: int = 8,
     rerank: bool = False,
     index: IndexConfig | None = None,
+    words: WordsConfig | None = None,
     hide_copies: bool = True,
     verify: float = 0.01,
     trainer: Callable[[], L.Trainer] | None = None,
@@ -61,6 +63,8 @@ def build_database(
         k: The number of neighbors per chunk.
         rerank: Whether BM25 reranks the neighbors that the encoder finds.
         index: How the vectors are indexed. Default is `IndexConfig()`.
+        words: How BM25 finds the terms of a text: language, stop words, stemming, scripts without spaces. Default is
+            `WordsConfig()`, for any language.
         hide_copies: Whether near-duplicates of a document of `queries` are excluded from its neighbors. False shows the effect
             of a leak. For documents of the database they are always excluded.
         verify: The share of the blocks of each stage that are computed twice and compared.
@@ -78,6 +82,7 @@ def build_database(
         k=k,
         rerank=rerank,
         index=index or IndexConfig(),
+        words=words or WordsConfig(),
         hide_copies=hide_copies,
         verify=verify,
         trainer=trainer,
@@ -155,6 +160,7 @@ def make_tools(
     k: int,
     rerank: bool,
     index: IndexConfig,
+    words: WordsConfig,
     hide_copies: bool,
     verify: float,
     trainer: Callable[[], L.Trainer] | None = None,
@@ -178,11 +184,13 @@ def make_tools(
             "encoder": encoder if isinstance(encoder, str) else None,
             "k": k,
             "index": dataclasses.asdict(index),
+            "words": dataclasses.asdict(words),
             "hide_copies": hide_copies,
         },
         trainer=trainer or local_trainer,
         k=k,
         index=index,
+        words=words,
         verify=verify,
         hide_copies=hide_copies,
     )
@@ -241,6 +249,7 @@ def _tools_of(folder: str | Path, encoder: Encoder | None) -> Tools:
         k=made_with["k"],
         rerank=head["retriever"] == "hybrid",
         index=IndexConfig(**made_with["index"]),
+        words=WordsConfig(**made_with.get("words", {})),  # not in databases of release 0.1.0
         hide_copies=made_with["hide_copies"],
         verify=0.01,
     )

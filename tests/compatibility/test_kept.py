@@ -143,8 +143,15 @@ def test_a_run_goes_on(name: str, expected: dict[str, Any]) -> None:
     first, second = losses(Path(str(trainer.log_dir)))
     assert first == pytest.approx(expected["losses"][name][0], **NEAR)
     assert second == pytest.approx(expected["losses"][name][1], **AFTER_A_STEP)
-    # What was tokenised, scored, generated and indexed is found: nothing is written again, and nothing besides.
-    assert files("cache", "database", "sets", "documents") == before
+    # What was tokenised, scored and generated is found: nothing is written again, and nothing besides.
+    after = files("cache", "database", "sets", "documents")
+    if name == "retro":
+        # A database of this release is keyed by what its sources said of themselves, and looks for copies among raw ids. A fit
+        # builds it again beside the old stages, which stay as they are.
+        head = "database/database.json"
+        assert before.pop(head) != after[head]
+        after = {path: after[path] for path in after if path in before or not path.startswith("database/")}
+    assert after == before
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo_moving", "retro"])

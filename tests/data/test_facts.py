@@ -33,8 +33,7 @@ def test_editions_differ_only_in_the_held_out_values() -> None:
     first, second = (Facts(num_facts=20, num_held_out=5, edition=edition).facts() for edition in (0, 1))
     assert first[:20] == second[:20]
     assert all(a[0] == b[0] and a[1] != b[1] for a, b in zip(first[20:], second[20:], strict=True))
-    assert Facts(edition=0).fingerprint != Facts(edition=1).fingerprint
-    assert Facts("train").fingerprint != Facts("database").fingerprint
+    assert list(Facts("train").documents()) != list(Facts("database").documents())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Small documents and encoders for several tests."""
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +21,6 @@ class Listed(DocumentSource):
 
     def __init__(self, texts: dict[str, str]) -> None:
         self.texts = texts
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
         return (Document(*item) for item in self.texts.items())

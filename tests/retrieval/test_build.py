@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_align.data.documents import FileDocuments, load_documents
 from lightning_align.retrieval import chunks as chunks_module
 from lightning_align.retrieval import encoders, neighbors, stages
 from lightning_align.retrieval.database import RetrievalDatabase
@@ -261,7 +262,13 @@ def test_another_encoder_raises(tmp_path):
     ids=["one giant document", "a thousand one-line documents"],
 )
 def test_unusual_corpora_can_be_built(tmp_path, source, masked):
-    database = build(tmp_path, source)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        database = build(tmp_path, source)
+    said = [str(each.message) for each in seen if "without neighbors" in str(each.message)]
+    assert len(said) == masked
+    if masked:
+        assert "chunks (100%) are without neighbors" in said[0] and "All chunks of the database are of one document" in said[0]
     assert database.neighbors.mask.any() != masked and database.neighbors.mask.all() != masked
     assert len(database.chunks) > 700
 
@@ -315,8 +322,32 @@ def test_sentence_encoder_maps_similar_texts_to_near_vectors():
     vectors = encoder.encode([encoding.ids for encoding in BYTES.tokenizer.encode_batch(texts)])
     assert vectors.shape == (3, 384) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert vectors[0] @ vectors[1] > 0.5 > 0.2 > vectors[0] @ vectors[2]
+    long, short = (BYTES.tokenizer.encode_batch(["one two " * count])[0].ids for count in (200, 9))
+    cut = encoder.truncation([long, short])  # 400 and 18 words, and the first and last token of each
+    assert (cut.limit, cut.num_cut, cut.longest, cut.share) == (256, 1, 402, pytest.approx((402 - 256) / (402 + 20)))
     with pytest.raises(ValueError, match="no-such-model' cannot be loaded"):
         SentenceEncoder("./no-such-model", decode=BYTES.tokenizer.decode)
+
+
+def test_an_encoder_that_truncates_chunks_is_warned_about(tmp_path):
+    class Short(Projection):
+        def truncation(self, chunks):
+            lengths = np.array([len(chunk) for chunk in chunks])
+            lost = np.maximum(lengths - 20, 0)
+            return encoders.Truncation(20, int((lost > 0).sum()), int(lengths.max()), float(lost.sum() / lengths.sum()))
+
+    with pytest.warns(UserWarning, match=r"at most 20 of its tokens, but \d+ of .* at most 32 tokens: 3\d% .* at most 20 "):
+        build(tmp_path, texts(6), encoder=Short())
+    build(tmp_path, texts(6), encoder=Short(), chunk_size=20)  # as it says, without a warning
+
+
+def test_chunks_without_neighbors_are_warned_about_with_a_remedy_that_works(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(f"{text} a paragraph" for text in texts(30).values()))
+    with pytest.warns(UserWarning, match=r"chunks \(100%\) are without neighbors.*'corpus.txt'.*FileDocuments"):
+        build(tmp_path / "db", load_documents(str(path)), encoder="bm25")
+    database = build(tmp_path / "db", FileDocuments(str(path), separator="\n\n"), encoder="bm25")
+    assert database.chunks.num_documents == 30 and database.neighbors.mask[:, 0].mean() > 0.9
 
 
 def test_kill_right_after_a_manifest_leaves_no_blocks(tmp_path, monkeypatch):

@@ -107,9 +107,12 @@ def test_stopped_build_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     whole = chunk(tmp_path / "whole", texts(30))
 
     class Failing(Listed):
+        readings = 0
+
         def documents(self):
+            self.readings += 1
             for number, document in enumerate(super().documents()):
-                if number == 20:
+                if self.readings == 2 and number == 20:
                     raise KeyboardInterrupt
                 yield document
 
@@ -172,10 +175,10 @@ def test_folder_yields_its_files_in_order(tmp_path):
     write_folder(tmp_path, {"b.txt": "B", "a/x.txt": "A", "a/skip/y.txt": "no", "c.md": "C"})
     source = FolderDocuments(str(tmp_path), glob=["**/*.txt", "*.md"], exclude=["**/skip"])
     assert [tuple(document) for document in source.documents()] == [("a/x.txt", "A"), ("b.txt", "B"), ("c.md", "C")]
-    other = FolderDocuments(str(tmp_path), glob="**/*.txt", exclude=["**/skip"])
-    assert other.fingerprint != source.fingerprint
     (tmp_path / "b.txt").write_text("changed")
-    assert FolderDocuments(str(tmp_path), glob=["**/*.txt", "*.md"], exclude=["**/skip"]).fingerprint != source.fingerprint
+    (tmp_path / "c.md").unlink()
+    write_folder(tmp_path, {"d.txt": "D"})
+    assert [tuple(document) for document in source.documents()] == [("a/x.txt", "A"), ("b.txt", "changed"), ("d.txt", "D")]
 
 
 def test_a_split_is_by_file_and_complete(tmp_path):

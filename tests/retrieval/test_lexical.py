@@ -1,12 +1,15 @@
 import math
+import unicodedata
 
 import numpy as np
 import pytest
 
-from lightning_align.retrieval.lexical import LexicalSearcher, build_lexical, words
+from lightning_align.retrieval.lexical import LexicalSearcher, build_lexical
 from lightning_align.retrieval.neighbors import Forbidden, group_of_chunks
 from lightning_align.retrieval.stages import Team
 from lightning_align.retrieval.tables import ChunkTable
+from lightning_align.retrieval.words import WordsConfig, words_key
+from lightning_align.retrieval.words import terms as terms_of
 from tests.retrieval.helpers import BYTES, chunk, texts
 
 DECODE = BYTES.tokenizer.decode
@@ -39,7 +42,7 @@ def built(tmp_path_factory):
 def test_scores_equal_the_formula(built):
     table, stage = built
     searcher = LexicalSearcher(stage, group_of_chunks(table, NOTHING), DECODE)
-    chunks = [words(DECODE(table.chunk(i).tolist())) for i in range(len(table))]
+    chunks = [terms_of(DECODE(table.chunk(i).tolist()), WordsConfig()) for i in range(len(table))]
     for number in (0, 7, len(table) - 1):
         (terms,) = searcher.terms([table.chunk(number)])
         assert np.allclose(searcher.scores(terms), slow_bm25(chunks, chunks[number]), atol=1e-4)
@@ -69,3 +72,68 @@ def test_unknown_words_find_nothing(built):
 def test_chunks_without_words_raise(tmp_path):
     with pytest.raises(ValueError, match="no chunk has one"):
         build_lexical(tmp_path, chunk(tmp_path, {"a": "... --- ..."}), DECODE, team=Team(), verify=0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Größe STRASSE straße", ["grösse", "strasse", "strasse"]),
+        ("caf\u0065\u0301 café \uff21\ufb01", ["café", "café", "afi"]),
+        ("getUserName", ["getusername", "get", "user", "name"]),
+        ("parseHTTPHeader2 utf8", ["parsehttpheader2", "parse", "http", "header2", "utf8"]),
+        ("get_user_name __init__", ["get_user_name", "get", "user", "name", "init"]),
+        ("ABC Title lower", ["abc", "title", "lower"]),
+        ("東京の天気abc", ["東京", "京の", "の天", "天気", "abc"]),
+        ("猫 x", ["猫", "x"]),
+        ("हिन्दी", ["हिन्दी"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("x\u200dy... --- don't", ["xy", "don", "t"]),
+    ],
+)
+def test_terms_by_hand(text, expected):
+    assert terms_of(text, WordsConfig()) == expected
+
+
+def test_terms_do_not_depend_on_the_form_of_a_text():
+    for text in ("Größere Bäume é", "ガギグ がぎぐ", "เมืองหลวงน้ำ", "한국어", "हिन्दी"):
+        forms = {str(terms_of(unicodedata.normalize(form, text), WordsConfig())) for form in ("NFC", "NFD", "NFKC", "NFKD")}
+        assert len(forms) == 1, text
+
+
+def test_language_and_segmenter_are_settings():
+    text = "The cats are running"
+    assert terms_of(text, WordsConfig()) == ["the", "cats", "are", "running"]
+    assert terms_of(text, WordsConfig(language="english", stop_words=True)) == ["cats", "running"]
+    assert terms_of("aB_c", WordsConfig(identifiers=False)) == ["ab_c"]
+    assert terms_of("東京都", WordsConfig(segmenter="builtins:list")) == ["東", "京", "都"]
+    keys = [
+        words_key(config) for config in (WordsConfig(), WordsConfig(identifiers=False), WordsConfig(segmenter="builtins:list"))
+    ]
+    assert len({key["probe"] for key in keys}) == 3
+    for message, options in (
+        ("need a `language`", {"stemming": True}),
+        ("must be module:function", {"segmenter": "jieba"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WordsConfig(**options)
+    for message, options in (
+        ("must have stop words in bm25s .*, but got 'klingon'", {"language": "klingon", "stop_words": True}),
+        ("can be imported, but got 'no_such:f'", {"segmenter": "no_such:f"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            terms_of("東京 the", WordsConfig(**options))
+
+
+def test_the_search_analyzes_as_the_index_did(tmp_path):
+    chunks = chunk(tmp_path, {"a": "getUserName(x)", "b": "東京都の天気", "c": "other things"}, size=64)
+    for config, query, found in (
+        (WordsConfig(), "user name", [0]),
+        (WordsConfig(identifiers=False), "user name", []),
+        (WordsConfig(), "京都", [1]),
+        (WordsConfig(segmenter="builtins:list"), "都", [1]),
+    ):
+        stage = build_lexical(tmp_path, chunks, DECODE, team=Team(), verify=0.0, words=config)
+        searcher = LexicalSearcher(stage, group_of_chunks(ChunkTable(chunks.folder), NOTHING), DECODE)
+        ids = [3 + byte for byte in query.encode()]
+        nearest = searcher.nearest(searcher.terms([ids]), 2, Forbidden(NOTHING, NOTHING))
+        assert nearest.ids[0][nearest.mask[0]].tolist() == found, (config, query)

@@ -6,7 +6,6 @@ the neighbors of the first chunk can therefore predict the second. Values are ra
 log2(10) bits per digit, regardless of what the model has learned.
 """
 
-import json
 import random
 from collections.abc import Iterator
 from typing import Literal, get_args
@@ -16,8 +15,6 @@ from lightning_align.types import Document
 
 Role = Literal["database", "train", "validation"]
 
-_RULES = 7
-"""A version in the fingerprint. Increase it when the same arguments produce other documents."""
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KEY_LETTERS, VALUE_DIGITS = 4, 8
 
@@ -68,11 +65,6 @@ class Facts(DocumentSource):
         self.role: Role = role
         self.num_facts, self.num_held_out, self.num_notes = num_facts, num_held_out, num_notes
         self.chunk_size, self.seed, self.edition = chunk_size, seed, edition
-
-    @property
-    def fingerprint(self) -> str:
-        """The arguments and the version of the task, as JSON."""
-        return "facts:" + json.dumps({"rules": _RULES} | vars(self), sort_keys=True)
 
     def documents(self) -> Iterator[Document]:
         """See `DocumentSource.documents`. The names are ``fact/<key>``, ``note/<number>`` and ``question/<key>``."""

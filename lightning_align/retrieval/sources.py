@@ -1,0 +1,124 @@
+"""Reading a source of documents twice: once for the key of the chunks, once to cut them, with the two compared.
+
+The key of a database is made of the names and texts that a reading yields, not of what a source says about itself. A source
+that was changed cannot be mistaken for what it was, whether or not it is another object, and a document that changes between
+the two readings is found by its hash and named.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_align.retrieval.stages import Stage
+from lightning_align.types import Document
+
+Digests = NDArray[np.uint64]
+
+
+class DocumentSource(Protocol):
+    """Source of documents. It may have a method ``stamps()``; see `changed_files`."""
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents. Every call yields the same documents in the same order, as long as nothing changes them."""
+        ...
+
+
+class Survey(NamedTuple):
+    """What a first reading of a source found."""
+
+    key: str
+    """A hash of the names and texts of all documents, in order."""
+    digests: Digests
+    """(D, 2) a hash of each document that has text."""
+
+
+def survey(source: DocumentSource) -> Survey:
+    """Read all documents of a source, and hash them. 16 bytes per document stay in memory."""
+    digests, whole = array("Q"), hashlib.sha256()
+    for document in source.documents():
+        if document.text:
+            content = _digest(document)
+            digests.frombytes(content[:16])
+            whole.update(content)
+    return Survey(whole.hexdigest(), np.array(digests, dtype=np.uint64).reshape(-1, 2))
+
+
+def digests_of(documents: Sequence[Document]) -> Digests:
+    """Hash each document (D, 2), as `survey` does."""
+    return np.frombuffer(b"".join(_digest(document)[:16] for document in documents), dtype=np.uint64).reshape(-1, 2)
+
+
+def is_current(stage: Stage, number: int, documents: Sequence[Document]) -> bool:
+    """Whether a block exists and is of these documents. A block of others, which a source had for a while, is deleted."""
+    if not stage.has_block(number):
+        return False
+    if np.array_equal(stage.read_block(number)["digests"], digests_of(documents)):
+        return True
+    stage.drop_block(number)
+    return False
+
+
+def check_unchanged(stage: Stage, surveyed: Survey, num_blocks: int) -> None:
+    """Compare the documents that were cut with those that the key of the stage was made of.
+
+    Args:
+        stage: The stage of the chunks, whose blocks have the digests of their documents.
+        surveyed: The first reading.
+        num_blocks: The number of blocks of the second reading. Other blocks are deleted.
+
+    Raises:
+        ValueError: If a document was changed between the two readings.
+    """
+    extra = num_blocks
+    while stage.has_block(extra):
+        stage.drop_block(extra)
+        extra += 1
+    start, names = 0, [""]
+    for number in range(num_blocks):
+        block = stage.read_block(number)
+        read, names = block["digests"], json.loads(block["ids"].tobytes())
+        expected = surveyed.digests[start : start + len(read)]
+        differ = np.flatnonzero((expected != read[: len(expected)]).any(axis=1))
+        if len(differ) or len(expected) < len(read):
+            raise _changed(f"{names[differ[0] if len(differ) else len(expected)]!r}")
+        start += len(read)
+    if start < len(surveyed.digests):
+        raise _changed(f"after {names[-1]!r}")
+
+
+def _changed(which: str) -> ValueError:
+    return ValueError(
+        f"The document {which} was changed, added or removed while the database was built: the second reading of the documents"
+        " differs from the first. Build again when nothing changes them. Blocks of documents that are the same are kept."
+    )
+
+
+def stamps(source: DocumentSource) -> Mapping[str, tuple[int, ...]]:
+    """Return the stamps of the files of a source, by name. Empty if the source has none."""
+    found: Mapping[str, tuple[int, ...]] = getattr(source, "stamps", dict)()
+    return found
+
+
+def changed_files(before: Mapping[str, tuple[int, ...]], source: DocumentSource) -> list[str]:
+    """List the files that were changed, added or removed since their stamps were taken.
+
+    Args:
+        before: The `stamps` of the source at an earlier time.
+        source: The source.
+    """
+    try:
+        now = stamps(source)
+    except ValueError:  # nothing is left of it
+        now = {}
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
+def _digest(document: Document) -> bytes:
+    # A name of a file can have bytes that are not UTF-8, and a text half a character. Both must have a hash.
+    name, text = (part.encode("utf-8", errors="surrogatepass") for part in document)
+    return hashlib.sha256(b"%d:%b%b" % (len(name), name, text)).digest()
