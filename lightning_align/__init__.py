@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from lightning_align.retro.callbacks import RetrievalIndexing
     from lightning_align.retro.datamodule import RETRODataModule
     from lightning_align.retro.decoding import RetrievalDecoder
-    from lightning_align.retro.indexing import add_documents, build_database, delete_documents, open_retriever
+    from lightning_align.retro.indexing import add_documents, build_database, compact_database, delete_documents, open_retriever
     from lightning_align.retro.model import RETRO
     from lightning_align.retro.module import RETROModule
     from lightning_align.retro.panel import NeighborPanel
@@ -116,6 +116,7 @@ _HOME = {
     "add_lora": "models.lora",
     "build_database": "retro.indexing",
     "collate_ids": "spin.batches",
+    "compact_database": "retro.indexing",
     "delete_documents": "retro.indexing",
     "generate": "generation.sampler",
     "load_composition": "calm.folder",
@@ -180,6 +181,7 @@ __all__ = [
     "add_lora",
     "build_database",
     "collate_ids",
+    "compact_database",
     "delete_documents",
     "generate",
     "load_composition",

@@ -104,7 +104,7 @@ def write_readings(
         turns: For each augment the turns of rows, by the index of the row, of which it reads other text than the anchor's. Or
             a function that finds them.
     """
-    with locked(path.with_suffix(".lock"), on_wait=lambda: None):
+    with locked(path.with_suffix(".lock"), on_wait=lambda _: None):
         try:
             if path.exists() and _read(str(path)).num_rows == len(store):
                 return

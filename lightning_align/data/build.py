@@ -110,8 +110,8 @@ class Build:
         manifest = self.path.with_suffix(".json")
         before = _signature(manifest)
 
-        def tell() -> None:
-            _logger.warning("waiting for another process that tokenizes %s", job.name)
+        def tell(holder: str) -> None:
+            _logger.warning("waiting for another process that tokenizes %s (%s)", job.name, holder or "unknown")
 
         with locked(self.path.with_suffix(_LOCK), on_wait=tell) as is_locked:
             if _signature(manifest) != before:
@@ -195,7 +195,7 @@ class Build:
 def clean(path: Path) -> None:
     """Remove what a process left that was killed after it had built a store, before it had removed the parts."""
     if any(path.with_suffix(suffix).exists() for suffix in (*_SUFFIXES, _LOCK)):
-        with locked(path.with_suffix(_LOCK), on_wait=lambda: None) as is_locked:
+        with locked(path.with_suffix(_LOCK), on_wait=lambda _: None) as is_locked:
             if is_locked:
                 _remove_parts(path)
 

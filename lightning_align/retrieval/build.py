@@ -2,16 +2,19 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 
+from lightning_align.retrieval.access import is_read_only, one_build
 from lightning_align.retrieval.chunks import DocumentSource, append_chunks, build_chunks
+from lightning_align.retrieval.compaction import keep_documents, keep_vectors, remove_unused
 from lightning_align.retrieval.database import HEAD, RetrievalDatabase
 from lightning_align.retrieval.device_search import search_device
 from lightning_align.retrieval.encoders import build_vectors
-from lightning_align.retrieval.generation import Parts, open_parts, publish_head, write_head
+from lightning_align.retrieval.generation import Parts, open_parts, publish_head, read_head, write_head
 from lightning_align.retrieval.index import append_index, build_index
 from lightning_align.retrieval.lexical import build_lexical
 from lightning_align.retrieval.neighbors import build_neighbors, warn_of_chunks_alone
@@ -20,6 +23,7 @@ from lightning_align.retrieval.sources import changed_files, stamps
 from lightning_align.retrieval.stages import Stage, Team, open_stage
 from lightning_align.retrieval.tables import ChunkTable, Neighbors
 from lightning_align.retrieval.tools import Kind, Tools, check_encoder
+from lightning_align.runtime.stopping import ends_at_sigterm
 
 __all__ = [
     "Builder",
@@ -48,14 +52,20 @@ class Builder:
         self._encoder_key = tools.encoder_key
         self._precision: str | None = None
         """The precision of all vectors. None if there are none yet, and no encoder is needed."""
+        self._held = ExitStack()
         self._verified: set[Path] = set()
         """Folders of stages that were found intact. No stage is compared with its hashes twice."""
 
     def __enter__(self) -> Self:
+        """Wait until no other process builds the database."""
+        self._held.enter_context(ends_at_sigterm(f"Repeat the command to go on: {self.root} keeps all finished blocks."))
+        self._held.callback(self.team.close)
+        with self.team.together():
+            self._held.enter_context(one_build(self.root, self.team))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.team.close()
+    def __exit__(self, *error: Any) -> None:
+        self._held.__exit__(*error)
 
     # -- public operations
 
@@ -76,9 +86,11 @@ class Builder:
         before = {name: stamps(each) for name, each in {"": source, **queries}.items()}
         if self.tools.encoder is not None:
             self._precision = str(self.tools.trainer().precision)
-        base = self._chunks(source, chunk_size)
         head = self._head()
         lost = head is not None and self._intact_stage(self.root / head["stages"]["chunks"]) is None
+        # A compacted database has no use for the chunks that it was built from, which contain deleted documents.
+        kept = head["base"] if head is not None and head.get("compacted") and not lost else None
+        base = self._chunks(source, chunk_size, kept=kept)
         if head is None or head["base"] != base.folder.name or lost:
             deleted = [] if head is None else self._carry_deletions(head, base)
             head = {"base": base.folder.name, "generation": 0, "deleted": deleted, "stages": {"chunks": base.folder.name}}
@@ -110,8 +122,12 @@ class Builder:
         added = self._chunks(source, before.chunk_size)
         self._warn_of_changes(stamped, source)
         chunks = append_chunks(self.root, previous.chunks, added, deleted=head["deleted"], team=self.team)
+        names = set(ChunkTable(added.folder).document_ids)
+        removed = [name for name in head.get("removed", ()) if name not in names]
         return self._finish(
-            {**head, "generation": head["generation"] + 1}, self._parts(chunks, previous=previous), self._query_stages(head)
+            {**head, "generation": head["generation"] + 1, "removed": removed},
+            self._parts(chunks, previous=previous),
+            self._query_stages(head),
         )
 
     def delete(self, names: Sequence[str]) -> RetrievalDatabase:
@@ -145,6 +161,34 @@ class Builder:
             self._query_stages(head),
         )
 
+    def compact(self) -> RetrievalDatabase:
+        """Remove the text of deleted documents and the stages of former generations from disk.
+
+        The kept documents are copied to new stages, which are published before the former ones are removed. So it can be
+        stopped at any time. Nothing is encoded again. A former generation cannot be restored afterwards.
+
+        Raises:
+            ValueError: If there is no finished database, or the disk is full.
+        """
+        head = self._existing_head()
+        current, deleted = RetrievalDatabase(self.root, head), set(head["deleted"])
+        previous = self._previous(head, "vectors", "index")
+        if deleted:
+            names = ChunkTable(previous.chunks.folder).document_ids
+            removed = sorted({*head.get("removed", ()), *(names[number] for number in deleted)})
+            chunks = keep_documents(self.root, previous.chunks, deleted=deleted, team=self.team)
+            if previous.vectors is not None:
+                keep_vectors(self.root, previous.vectors, chunks, all_chunks=previous.chunks, deleted=deleted, team=self.team)
+            head = {**head, "generation": head["generation"] + 1, "deleted": [], "compacted": True, "removed": removed}
+            current = self._finish(head, self._parts(chunks, previous=Parts(chunks)), self._query_stages(head))
+        with self.team.together():
+            if self.team.rank == 0:
+                if not current.manifest.get("compacted"):
+                    current = RetrievalDatabase(self.root, {**current.manifest, "compacted": True})
+                    write_head(self.root, current.manifest)
+                remove_unused(self.root, current.manifest)
+        return RetrievalDatabase.open(self.root)
+
     def _warn_of_changes(self, before: Mapping[str, tuple[int, ...]], source: DocumentSource) -> None:
         if self.team.rank == 0 and (names := changed_files(before, source)):
             warnings.warn(
@@ -155,10 +199,19 @@ class Builder:
 
     # -- stages
 
-    def _chunks(self, source: DocumentSource, chunk_size: int) -> Stage:
+    def _chunks(self, source: DocumentSource, chunk_size: int, *, kept: str | None = None) -> Stage:
         """Build the chunks that can be neighbors."""
-        chunks = build_chunks(self.root, source, self.tools.tokenizer, chunk_size=chunk_size, byte_counts=False, **self._shared)
-        self._verified.add(chunks.folder)
+        chunks = build_chunks(
+            self.root,
+            source,
+            self.tools.tokenizer,
+            chunk_size=chunk_size,
+            byte_counts=False,
+            kept=kept,
+            **self._shared,
+        )
+        if chunks.folder.name != kept:
+            self._verified.add(chunks.folder)
         return chunks
 
     def _parts(self, chunks: Stage, *, previous: Parts) -> Parts:
@@ -239,10 +292,16 @@ class Builder:
             "stages": stages,
             "queries": queries,
         }
+        content |= {name: head[name] for name in ("compacted", "removed") if head.get(name)}
         with self.team.together():
             if self.team.rank == 0:
+                if tools.keep_tokenizer is not None and (own := tools.keep_tokenizer(self.root)) is not None:
+                    content["tokenizer"] = own
+                now = read_head(self.root)
+                if now is not None and is_read_only(self.root) and all(content.get(name) == now[name] for name in now):
+                    content = now  # of an earlier version, which lists less
                 write_head(self.root, content)
-        return RetrievalDatabase(self.root, content)
+        return RetrievalDatabase(self.root, self.team.share(content))
 
     # -- the head
 
@@ -280,7 +339,7 @@ class Builder:
                 f"{len(head['deleted'])} documents were deleted from {self.root}, but their names were lost with its chunks. "
                 f"Delete {self.root / HEAD} to build the database with all documents, then delete the documents again."
             )
-        deleted_names = {names[number] for number in known}
+        deleted_names = {*(names[number] for number in known), *head.get("removed", ())}
         deleted = [number for number, name in enumerate(ChunkTable(base.folder).document_ids) if name in deleted_names]
         if len(deleted) == ChunkTable(base.folder).num_documents:
             raise ValueError(

@@ -57,6 +57,7 @@ def build_chunks(
     team: Team,
     verify: float,
     byte_counts: bool = True,
+    kept: str | None = None,
 ) -> Stage:
     """Cut documents into chunks, unless the finished stage exists.
 
@@ -69,6 +70,8 @@ def build_chunks(
         verify: Fraction of the blocks that are computed twice and compared.
         byte_counts: Whether to count the bytes of each chunk. Bits per byte need them, so documents that a model is evaluated
             on have them. Without them the tokenizer does not report token positions, which saves a third of its time.
+        kept: Name of a stage's folder. If that is the stage of these documents, it is returned and not built. It was removed
+            because a later generation has all that is needed of it.
 
     Raises:
         ValueError: If no document has text, two documents have the same name, or the disk is full.
@@ -79,6 +82,8 @@ def build_chunks(
         surveyed = survey(source) if team.rank == 0 else Survey("", np.zeros((0, 2), np.uint64))
     inputs = {"format": FORMAT, "documents": team.share(surveyed.key), "tokenizer": tokenizer_key(tokenizer)}
     stage = Stage(root, "chunks", {**inputs, "chunk_size": chunk_size, "byte_counts": byte_counts})
+    if stage.folder.name == kept:
+        return stage
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
     if team.tell(done):
@@ -244,7 +249,7 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
                 sketch_limits=np.concatenate([first.sketch_limits, second.sketch_limits]),
                 names=[*first.document_ids, *second.document_ids],
             )
-            _write(stage, content, first.settings, {})
+            write_table(stage, content, first.settings, {})
     return stage
 
 
@@ -297,10 +302,10 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
         "bos_id": tokenizer.bos_id,
         "tokenizer": tokenizer.fingerprint,
     }
-    _write(stage, content, settings, counts)
+    write_table(stage, content, settings, counts)
 
 
-def _write(stage: Stage, content: Content, settings: Mapping[str, Any], counts: Mapping[str, int]) -> None:
+def write_table(stage: Stage, content: Content, settings: Mapping[str, Any], counts: Mapping[str, int]) -> None:
     """Write a chunk table, then finish its stage."""
     token_offsets = np.concatenate([[0], np.cumsum(content.lengths)])
     chunk_offsets = np.concatenate([[0], np.cumsum(-(-content.lengths // settings["chunk_size"]))])

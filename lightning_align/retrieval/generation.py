@@ -38,8 +38,19 @@ def open_parts(root: Path, head: Mapping[str, Any]) -> Parts:
     return Parts(**stages)
 
 
+def read_head(root: Path) -> dict[str, Any] | None:
+    """Return the content of ``database.json``, or None if it is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads((root / HEAD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content
+
+
 def write_head(root: Path, head: Mapping[str, Any]) -> None:
-    """Write ``database.json``, which makes a generation the current one."""
+    """Write ``database.json``, which makes a generation the current one. Nothing is written if it is so already."""
+    if read_head(root) == head:
+        return
     write_bytes(root / HEAD, (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode())
 
 

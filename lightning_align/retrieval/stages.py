@@ -14,6 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,9 +86,19 @@ class Stage:
         return True
 
     def _discard(self, problem: str) -> None:
-        """Warn about the damage, and mark the stage as not finished."""
+        """Warn about the damage, and mark the stage as not finished.
+
+        Raises:
+            ValueError: If the folder may not be written to.
+        """
         warnings.warn(f"{self.folder} is damaged and will be rebuilt. {problem}", stacklevel=4)
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        try:
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder} is damaged, and cannot be rebuilt because it may not be written to ({error.strerror}). "
+                f"{problem} Build the database again as a user who may write to it."
+            ) from error
 
     def finish(self, *, table: Mapping[str, Any], counts: Mapping[str, Any], files: Iterable[str]) -> None:
         """Write the manifest, which marks the stage as finished, then delete the blocks.
@@ -113,7 +124,8 @@ class Stage:
         """Delete the blocks and temporary files, which a finished stage no longer needs and a killed process may have left."""
         shutil.rmtree(self._blocks, ignore_errors=True)
         for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            with suppress(OSError):  # in a folder that may only be read
+                leftover.unlink(missing_ok=True)
 
     # -- blocks
 

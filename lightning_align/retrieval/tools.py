@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -36,6 +37,8 @@ class Tools:
     index: IndexConfig
     verify: float
     """Fraction of the blocks that are computed twice and compared."""
+    keep_tokenizer: Callable[[Path], str | None] | None = None
+    """Saves the tokenizer in the folder of the database, and returns its name there. None if it cannot be saved."""
     words: WordsConfig = field(default_factory=WordsConfig)
     """How BM25 finds the terms of a text."""
     hide_copies: bool = True

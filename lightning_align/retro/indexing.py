@@ -3,10 +3,12 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -22,6 +24,7 @@ from lightning_align.retrieval.encoders import Encoder, LMEncoder, SentenceEncod
 from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.words import WordsConfig
+from lightning_align.retro.own_tokenizer import database_tokenizer, keep_tokenizer
 
 WEIGHTS = (".ckpt", ".pt", ".safetensors")
 """The file suffixes of language model checkpoints."""
@@ -93,14 +96,20 @@ def build_database(
         return builder.build(load_documents(documents), sources, chunk_size=chunk_size)
 
 
-def add_documents(folder: str | Path, documents: str | DocumentSource, *, encoder: Encoder | None = None) -> RetrievalDatabase:
+def add_documents(
+    folder: str | Path,
+    documents: str | DocumentSource,
+    *,
+    encoder: str | Encoder | None = None,
+    tokenizer: str | Tokenizer | None = None,
+) -> RetrievalDatabase:
     """Add documents to a database. Only the new documents are encoded, and the index is not trained again.
 
     Args:
         folder: The folder of the database.
         documents: The documents, in the same form as in `build_database`. Their names must not be in the database.
-        encoder: An encoder equal to the one of the build, if that was an object. Default is to load the encoder again by its
-            name.
+        encoder: The encoder of the build, or where it is now. Default is to load it by the name that the build was given.
+        tokenizer: The tokenizer of the build. Default is the copy that the database holds.
 
     Returns:
         The database with the new documents.
@@ -108,18 +117,28 @@ def add_documents(folder: str | Path, documents: str | DocumentSource, *, encode
     Raises:
         ValueError: If a name is already in the database, or if the encoder is not that of the database.
     """
-    with isolate_rng(include_cuda=False), Builder(Path(folder), _tools_of(folder, encoder)) as builder:
+    with isolate_rng(include_cuda=False), Builder(Path(folder), _tools_of(folder, encoder, tokenizer)) as builder:
         return builder.add(load_documents(documents))
 
 
-def delete_documents(folder: str | Path, names: Sequence[str], *, encoder: Encoder | None = None) -> RetrievalDatabase:
+def delete_documents(
+    folder: str | Path,
+    names: Sequence[str],
+    *,
+    encoder: str | Encoder | None = None,
+    tokenizer: str | Tokenizer | None = None,
+    compact_above: float = 0.5,
+) -> RetrievalDatabase:
     """Delete documents from a database. They are not retrieved from then on.
+
+    Their text stays on disk until `compact_database` removes it.
 
     Args:
         folder: The folder of the database.
         names: The ids of the documents.
-        encoder: An encoder equal to the one of the build, if that was an object. Default is to load the encoder again by its
-            name.
+        encoder: The encoder of the build, or where it is now. Default is to load it by the name that the build was given.
+        tokenizer: The tokenizer of the build. Default is the copy that the database holds.
+        compact_above: The share of deleted chunks above which the database is compacted at once; see `compact_database`.
 
     Returns:
         The database without the documents.
@@ -127,17 +146,52 @@ def delete_documents(folder: str | Path, names: Sequence[str], *, encoder: Encod
     Raises:
         ValueError: If there is no such document, or if the encoder is not that of the database.
     """
-    with isolate_rng(include_cuda=False), Builder(Path(folder), _tools_of(folder, encoder)) as builder:
-        return builder.delete(names)
+    if not 0 <= compact_above <= 1:
+        raise ValueError(f"`compact_above` must be a share of chunks from 0 to 1, but got {compact_above}. 1 never compacts.")
+    with isolate_rng(include_cuda=False), Builder(Path(folder), _tools_of(folder, encoder, tokenizer)) as builder:
+        database = builder.delete(names)
+        sizes = np.diff(database.chunks.chunk_offsets)
+        share = sizes[database.manifest["deleted"]].sum() / sizes.sum()
+        return builder.compact() if share > compact_above else database
 
 
-def open_retriever(folder: str | Path, *, encoder: Encoder | None = None, device: torch.device | None = None) -> Retriever:
+def compact_database(
+    folder: str | Path, *, encoder: str | Encoder | None = None, tokenizer: str | Tokenizer | None = None
+) -> RetrievalDatabase:
+    """Remove the text of deleted documents, and all former generations, from the disk.
+
+    The kept documents get a new index and new neighbors. Their vectors are copied, not computed again. The call can be stopped
+    at any time and repeated. Open databases and retrievers of the former generation must be opened again. Later builds of the
+    same documents leave the deleted ones out.
+
+    Args:
+        folder: The folder of the database.
+        encoder: See `open_retriever`.
+        tokenizer: See `open_retriever`.
+
+    Returns:
+        The database.
+
+    Raises:
+        ValueError: If there is no finished database, or the encoder or the tokenizer is not that of the database.
+    """
+    with isolate_rng(include_cuda=False), Builder(Path(folder), _tools_of(folder, encoder, tokenizer)) as builder:
+        return builder.compact()
+
+
+def open_retriever(
+    folder: str | Path,
+    *,
+    encoder: str | Encoder | None = None,
+    tokenizer: str | Tokenizer | None = None,
+    device: torch.device | None = None,
+) -> Retriever:
     """Open a finished database for live retrieval, in the main process.
 
     Args:
         folder: The folder of the database.
-        encoder: An encoder equal to the one of the build, if that was an object. Default is to load the encoder again by its
-            name.
+        encoder: The encoder of the build, or where it is now. Default is to load it by the name that the build was given.
+        tokenizer: The tokenizer of the build. Default is the copy that the database holds.
         device: The device to encode queries and to compare vectors on, in the precision of the stored vectors. Default is to
             encode where the encoder is, and to compare on the CPU.
 
@@ -147,7 +201,7 @@ def open_retriever(folder: str | Path, *, encoder: Encoder | None = None, device
     Raises:
         ValueError: If there is no finished database, or if the encoder is not that of the database.
     """
-    tools = _tools_of(folder, encoder)
+    tools = _tools_of(folder, encoder, tokenizer)
     if device is not None and isinstance(tools.encoder, nn.Module):
         tools.encoder.to(device)  # a borrowed model stays where it is
     return make_retriever(Path(folder), tools, device=device)
@@ -178,6 +232,7 @@ def make_tools(
         kind=kind,
         tokenizer=DocumentTokenizer(loaded),
         decode=loaded.decode,
+        keep_tokenizer=partial(keep_tokenizer, tokenizer=loaded),
         encoder=_load_encoder(encoder, loaded) if isinstance(encoder, str) else encoder,
         made_with={
             "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
@@ -234,18 +289,18 @@ def _load_encoder(name: str, tokenizer: Tokenizer) -> Encoder | None:
     return LMEncoder(model, fingerprint=weights_hash(model))
 
 
-def _tools_of(folder: str | Path, encoder: Encoder | None) -> Tools:
+def _tools_of(folder: str | Path, encoder: str | Encoder | None = None, tokenizer: str | Tokenizer | None = None) -> Tools:
     """Collect the tools that a database was built with, according to its manifest."""
-    head = RetrievalDatabase.open(folder).manifest
+    database = RetrievalDatabase.open(folder)
+    head = database.manifest
     made_with = head["made_with"]
-    for what in ("tokenizer", *(() if head["retriever"] == "bm25" or encoder is not None else ("encoder",))):
-        if made_with[what] is None:
-            raise ValueError(
-                f"{folder} was built with the {what} as an object, which cannot be loaded again. Pass an equal {what}."
-            )
+    if encoder is None and head["retriever"] != "bm25" and made_with["encoder"] is None:
+        raise ValueError(
+            f"{folder} was built with an object as the encoder, which cannot be loaded again. Pass an equal one as `encoder`."
+        )
     return make_tools(
         encoder or made_with["encoder"],
-        tokenizer=made_with["tokenizer"],
+        tokenizer=database_tokenizer(database, tokenizer),
         k=made_with["k"],
         rerank=head["retriever"] == "hybrid",
         index=IndexConfig(**made_with["index"]),

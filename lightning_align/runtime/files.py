@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
@@ -62,12 +63,13 @@ def check_writable(path: str | Path) -> None:
 
 
 @contextmanager
-def locked(path: str | Path, *, on_wait: Callable[[], None]) -> Iterator[bool]:
+def locked(path: str | Path, *, on_wait: Callable[[str], None]) -> Iterator[bool]:
     """Hold a lock on a path that no other process holds at the same time. The lock ends with the process.
 
     Args:
         path: The file of the lock. It is created, and removed at the end.
-        on_wait: Is called once if another process holds the lock, before this one waits for it.
+        on_wait: Is called once if another process holds the lock, before this one waits for it. It gets what the file says of
+            that process: its host, its process id and since when.
 
     Yields:
         Whether there is a lock. Some file systems have none.
@@ -93,7 +95,7 @@ def locked(path: str | Path, *, on_wait: Callable[[], None]) -> Iterator[bool]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                on_wait()
+                on_wait(path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else "")
                 fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
             os.close(handle)
@@ -105,6 +107,10 @@ def locked(path: str | Path, *, on_wait: Callable[[], None]) -> Iterator[bool]:
                 break
         os.close(handle)
     try:
+        with suppress(OSError):  # a full disk does not weaken the lock
+            os.truncate(handle, 0)
+            since = datetime.now().astimezone().isoformat(timespec="seconds")
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
         yield True
     finally:
         path.unlink(missing_ok=True)

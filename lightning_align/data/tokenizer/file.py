@@ -62,14 +62,15 @@ class FileTokenizer:
         ids = dict.fromkeys(i for i in (eos_id, bos_id, self.pad_id) if i is not None)
         self.markers: tuple[str, ...] = tuple(str(self._model.id_to_token(i)) for i in ids)
         self.fingerprint: str = hash_parts(self._model.to_str(), str((bos_id, eos_id, self.pad_id)))
-        self._text = text
+        self.text = text
+        """The content of the file."""
         self.vocabulary_fingerprint = hash_vocabulary(self._model)
 
     def save(self, folder: str | Path) -> None:
         """Save the tokenizer in the format that `AutoTokenizer.from_pretrained` loads. It adds the same tokens as here."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         specials = {name: str(self._model.id_to_token(i)) for name, i in ids.items() if i is not None}
-        write_tokenizer(tokenizers.Tokenizer.from_str(self._text), folder, specials=specials, has_bos=self.bos_id is not None)
+        write_tokenizer(tokenizers.Tokenizer.from_str(self.text), folder, specials=specials, has_bos=self.bos_id is not None)
 
     def _set_model(self, model: tokenizers.Tokenizer) -> None:
         model.no_padding()

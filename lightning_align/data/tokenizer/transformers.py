@@ -115,11 +115,17 @@ class TransformersTokenizer(FileTokenizer):
                 break
         return faults
 
-    def save(self, folder: str | Path) -> None:
-        """Save the tokenizer with its chat template. Without one, it is saved with the built-in template, as it is used."""
+    def save(self, folder: str | Path, *, own_template: bool = False) -> None:
+        """Save the tokenizer with its chat template. Without one, it is saved with the built-in template, as it is used.
+
+        Args:
+            folder: The folder to save it in.
+            own_template: Whether to save a tokenizer without a template as it is. When it is loaded, it equals this one.
+        """
         own = self._source.chat_template
         try:
-            self._source.chat_template = own or plain_template(has_bos=self.bos_id is not None)
+            template = plain_template(has_bos=self.bos_id is not None)
+            self._source.chat_template = own if own or own_template else template
             self._source.save_pretrained(folder)
         finally:
             self._source.chat_template = own
