@@ -1,24 +1,28 @@
 """Sources of documents: a folder of text files, rows of a file or hub dataset, and Python's standard library."""
 
+import codecs
 import hashlib
 import sysconfig
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_align.data.rows import read_rows, source_fingerprint
 from lightning_align.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from lightning_align.data.tokenizer.pieces import continuing_model
 from lightning_align.types import Document, MarkedText
 
 Part = Literal["all", "train", "held_out"]
 BATCH = 64
 """The number of documents per call of the tokenizer."""
+PIECE = 1 << 22
+"""The number of bytes of a file that are read at a time. A larger file is a long document, see `DocumentSource.open_texts`."""
 
 
 class DocumentSource(ABC):
@@ -32,6 +36,10 @@ class DocumentSource(ABC):
     @abstractmethod
     def documents(self) -> Iterator[Document]:
         """Yield the documents. Every call yields the same documents in the same order."""
+
+    def open_texts(self) -> Iterator[tuple[Document, Iterable[str]]]:
+        """Yield each document, or the beginning of a long one with what follows it, which need not fit into memory."""
+        return ((document, ()) for document in self.documents())
 
 
 class FolderDocuments(DocumentSource):
@@ -101,22 +109,49 @@ class FolderDocuments(DocumentSource):
 
     def documents(self) -> Iterator[Document]:
         """See `DocumentSource.documents`."""
+        for document, rest in self.open_texts():
+            yield Document(document.id, "".join([document.text, *rest])) if rest else document
+
+    def open_texts(self) -> Iterator[tuple[Document, Iterable[str]]]:
+        """See `DocumentSource.open_texts`."""
         for name in self.files:
-            content = (self.folder / name).read_bytes()
-            problem = ""
-            try:
-                text = content.decode("utf-8")
-                if "\0" in text:
-                    problem = f"byte {content.index(0) + 1} is 0, as in a binary file"
-            except UnicodeDecodeError as error:
-                problem = f"byte {error.start + 1} is {content[error.start]:#04x}, which is not UTF-8"
+            path = self.folder / name
+            problem = _text_problem(path)
             if not problem:
-                yield Document(name, text)
+                pieces = _pieces(path)
+                yield Document(name, next(pieces, "")), (pieces if path.stat().st_size > PIECE else ())
                 continue
             remedy = "Leave it out with `exclude` or `glob`, convert it, or set `on_bad_file` to 'skip'."
             if self.on_bad_file == "fail":
-                raise ValueError(f"{self.folder / name} is not a text file: {problem}. {remedy}")
-            warnings.warn(f"{self.folder / name} is skipped: {problem}", stacklevel=2)
+                raise ValueError(f"{path} is not a text file: {problem}. {remedy}")
+            warnings.warn(f"{path} is skipped: {problem}", stacklevel=2)
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """Yield the text of a file, `PIECE` bytes at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        while content := file.read(PIECE):
+            yield decoder.decode(content)
+        decoder.decode(b"", final=True)
+
+
+def _text_problem(path: Path) -> str:
+    """Say why a file is not a text file. Empty if it is one."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while True:
+            content = file.read(PIECE)
+            before = len(decoder.getstate()[0])
+            try:
+                decoder.decode(content, final=not content)
+            except UnicodeDecodeError as error:
+                return f"byte {start - before + error.start + 1} is {error.object[error.start]:#04x}, which is not UTF-8"
+            if b"\0" in content:
+                return f"byte {start + content.index(0) + 1} is 0, as in a binary file"
+            if not content:
+                return ""
+            start += len(content)
 
 
 class RowDocuments(DocumentSource):
@@ -193,6 +228,7 @@ class DocumentTokenizer:
         self.tokenizer = tokenizer
         self.vocab_size, self.fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
         self.bos_id, self.eos_id, self.pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+        self._continuing: Any = continuing_model(tokenizer)
 
     def encode(self, texts: Sequence[str], *, start: int, step: int) -> Iterator[MarkedText]:
         """Encode each text, with the character positions of the tokens ``start``, ``start + step``, ``start + 2 * step`` ...
@@ -226,6 +262,30 @@ class DocumentTokenizer:
                     yield np.array(encoding.ids, dtype=np.int64)
         else:
             yield from (np.array(plain.ids, dtype=np.int64) for plain in self.tokenizer.encode_batch(texts))
+
+    def split_point(self, text: str) -> int:
+        """Return a place in a text such that what is before it has the same ids, whatever follows the text. 0 if unknown."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return len(text)
+        return int(getattr(self.tokenizer, "split_point", lambda text: 0)(text))
+
+    def part(self, text: str, *, is_first: bool) -> MarkedText:
+        """Encode a part of a text, with the character position of each token.
+
+        Args:
+            text: The part.
+            is_first: Whether it begins its text. A tokenizer that begins each text with a space does not do so for others.
+        """
+        if is_first or self._continuing is None:
+            return next(iter(self.encode([text], start=0, step=1)))
+        encoding = self._continuing.encode(text, add_special_tokens=False)
+        return MarkedText(np.array(encoding.ids, dtype=np.int64), [start for start, _ in encoding.offsets])
+
+    def part_ids(self, text: str, *, is_first: bool) -> NDArray[np.int64]:
+        """Encode a part of a text, without character positions."""
+        if is_first or self._continuing is None:
+            return next(iter(self.ids([text])))
+        return np.array(self._continuing.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     @staticmethod
     def _bytes(text: str, start: int, step: int) -> MarkedText:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from lightning_align.retrieval.duplicates import group_documents, shingles, signature
+from lightning_align.retrieval.duplicates import BINS, group_documents, shingles, signature, signature_of_parts
+from lightning_align.retrieval.parts import Part, chunk_bytes, cut, encode_part, text_tokens
 from lightning_align.retrieval.stages import Arrays, Stage, Team, write_bytes, write_rows
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.types import Document, MarkedText
@@ -20,7 +21,7 @@ from lightning_align.types import Document, MarkedText
 T = TypeVar("T")
 R = TypeVar("R")
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file format. Increase it when the same settings lead to other bytes."""
 BLOCK_BYTES = 1 << 20
 """Minimum number of characters per block of documents (the last block can be smaller). A killed build loses only
@@ -55,6 +56,18 @@ class ChunkTokenizer(Protocol):
 
     def ids(self, texts: Sequence[str]) -> Iterable[NDArray[Any]]:
         """Encode each text without marks, which can be much faster. The ids are the same."""
+        ...
+
+    def split_point(self, text: str) -> int:
+        """Return a place in a text such that what is before it has the same ids, whatever follows. 0 if unknown."""
+        ...
+
+    def part(self, text: str, *, is_first: bool) -> MarkedText:
+        """Encode a part of a text, with a mark for each token."""
+        ...
+
+    def part_ids(self, text: str, *, is_first: bool) -> NDArray[Any]:
+        """Encode a part of a text without marks."""
         ...
 
 
@@ -95,9 +108,9 @@ def build_chunks(
     with team.together():
         num_blocks = 0
 
-        def work() -> Iterator[tuple[Callable[[int, Arrays], None], int, list[Document]]]:
+        def work() -> Iterator[tuple[Callable[[int, Arrays], None], int, list[Document] | Part]]:
             nonlocal num_blocks
-            for number, documents in enumerate(_blocks(source, counts)):
+            for number, documents in enumerate(_blocks(source, tokenizer, counts)):
                 num_blocks = number + 1
                 if number % team.size == team.rank:
                     if not stage.has_block(number):
@@ -136,26 +149,34 @@ def _map_ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
             yield waiting.popleft().result()
 
 
-def _blocks(source: DocumentSource, counts: dict[str, int]) -> Iterator[list[Document]]:
+def _blocks(source: DocumentSource, tokenizer: ChunkTokenizer, counts: dict[str, int]) -> Iterator[list[Document] | Part]:
+    """Yield blocks: several short documents, or a part of a long one."""
     block: list[Document] = []
     size = 0
-    for document in source.documents():
+    read: Any = getattr(source, "open_texts", None)
+    for document, rest in read() if read else ((document, ()) for document in source.documents()):
         if not document.text:
             counts["empty_documents"] += 1
             continue
-        block.append(document)
-        size += len(document.text)
-        if size >= BLOCK_BYTES:
-            yield block
-            block, size = [], 0
+        for piece in cut(document, rest, tokenizer.split_point):
+            if block and (size >= BLOCK_BYTES or isinstance(piece, Part)):
+                yield block
+                block, size = [], 0
+            if isinstance(piece, Part):
+                yield piece
+            else:
+                block.append(piece)
+                size += len(piece.text)
     if block:
         yield block
 
 
 def _chunk(
-    documents: Sequence[Document], tokenizer: ChunkTokenizer, chunk_size: int, byte_counts: bool
+    documents: Sequence[Document] | Part, tokenizer: ChunkTokenizer, chunk_size: int, byte_counts: bool
 ) -> dict[str, NDArray[Any]]:
     dtype = token_dtype(tokenizer.vocab_size)
+    if isinstance(documents, Part):
+        return encode_part(documents, tokenizer, dtype, byte_counts=byte_counts)
     bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=np.int64)
     tokens: list[NDArray[Any]] = []
     num_bytes: list[int] = []
@@ -228,7 +249,7 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
                 tokens=lambda: iter([first.tokens, second.tokens]),
                 num_bytes=(lambda: iter([first.num_bytes, second.num_bytes])) if both else None,
                 lengths=np.concatenate([np.diff(first.token_offsets), np.diff(second.token_offsets)]),
-                signatures=np.concatenate([first.signatures, second.signatures]),
+                signatures=lambda: iter([first.signatures, second.signatures]),
                 names=[*first.document_ids, *second.document_ids],
             )
             _write(stage, content, first.settings, {})
@@ -244,17 +265,42 @@ class Content(NamedTuple):
     """Yields the byte counts of all chunks, in parts. None if they were not counted."""
     lengths: NDArray[np.int64]
     """(D,) tokens per document."""
-    signatures: NDArray[np.uint64]
-    """(D, BINS)."""
+    signatures: Callable[[], Iterator[NDArray[np.uint64]]]
+    """Yields the signatures (D, BINS) of all documents, in parts."""
     names: list[str]
     """(D,)."""
 
 
 def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size: int, counts: dict[str, int]) -> None:
-    def parts(name: str) -> Iterator[NDArray[Any]]:
-        return (stage.read_block(number)[name] for number in range(num_blocks))
+    names: list[str] = []
+    lengths: list[NDArray[np.int64]] = []
+    long: dict[int, int] = {}  # the blocks of each long document: its first block, and how many there are
+    first = 0
+    for number in range(num_blocks):
+        block = stage.read_block(number)
+        if "part" not in block:
+            names += json.loads(block["ids"].tobytes())
+            lengths.append(block["lengths"])
+            continue
+        if block["part"][0]:
+            first = number
+            names.append(block["name"].tobytes().decode())
+            lengths.append(np.zeros(1, dtype=np.int64))
+        long[first] = number - first + 1
+        lengths[-1] += len(block["tokens"])
 
-    names = [name for part in parts("ids") for name in json.loads(part.tobytes())]
+    def parts(name: str, of_long: Callable[[Iterator[Arrays]], NDArray[Any]] | None = None) -> Iterator[NDArray[Any]]:
+        """Yield an array of each block. With `of_long`, the blocks of a long document give one array together."""
+        number = 0
+        while number < num_blocks:
+            size = long.get(number, 1) if of_long is not None else 1
+            if of_long is not None and number in long:
+                yield of_long(stage.read_block(part) for part in range(number, number + size))
+            else:
+                yield stage.read_block(number)[name]
+            number += size
+
+    has_bos = tokenizer.bos_id is not None
     if len(set(names)) != len(names):
         twice = next(name for name, number in Counter(names).items() if number > 1)
         raise ValueError(
@@ -263,9 +309,13 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
         )
     content = Content(
         tokens=lambda: parts("tokens"),
-        num_bytes=(lambda: parts("num_bytes")) if stage.inputs["byte_counts"] else None,
-        lengths=np.concatenate(list(parts("lengths"))),
-        signatures=np.concatenate(list(parts("signatures"))),
+        num_bytes=(lambda: parts("num_bytes", lambda blocks: chunk_bytes(blocks, chunk_size)))
+        if stage.inputs["byte_counts"]
+        else None,
+        lengths=np.concatenate(lengths),
+        signatures=lambda: parts(
+            "signatures", lambda blocks: signature_of_parts(text_tokens(blocks, has_bos=has_bos))[None]
+        ),
         names=names,
     )
     settings = {
@@ -289,11 +339,12 @@ def _write(stage: Stage, content: Content, settings: Mapping[str, Any], counts: 
     if content.num_bytes is not None:
         write_rows(folder / "num_bytes.npy", content.num_bytes(), dtype=np.uint32, shape=(num_chunks,))
     write_bytes(folder / "document_ids.jsonl", "".join(json.dumps(name) + "\n" for name in content.names).encode())
-    arrays = {"token_offsets": token_offsets, "chunk_offsets": chunk_offsets, "signatures": content.signatures}
+    write_rows(folder / "signatures.npy", content.signatures(), dtype=np.uint64, shape=(len(content.names), BINS))
+    arrays = {"token_offsets": token_offsets, "chunk_offsets": chunk_offsets}
     for name, values in arrays.items():
         write_rows(folder / f"{name}.npy", [values], dtype=values.dtype, shape=values.shape)
     table, has_bos = ChunkTable(folder), settings["bos_id"] is not None
-    groups = group_documents(content.signatures, lambda document: document_shingles(table, document, has_bos=has_bos))
+    groups = group_documents(table.signatures, lambda document: document_shingles(table, document, has_bos=has_bos))
     write_rows(folder / "groups.npy", [groups], dtype=np.int64, shape=groups.shape)
     num_copies = int((groups != np.arange(len(groups))).sum())
     sizes = {"documents": len(content.names), "chunks": num_chunks, "tokens": num_tokens, "near_duplicates": num_copies}

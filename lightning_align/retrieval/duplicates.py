@@ -4,8 +4,8 @@ See Broder 1997 (resemblance), Li, Owen and Zhang 2012 (one permutation, arXiv 1
 arXiv 1703.04664). RETRO (arXiv 2112.04426, section 2.6) filters at a similarity of 0.8 on 13-grams.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -24,8 +24,10 @@ At similarity 0.8 the probability of this is 1 - (1 - 0.8^5)^25 = 0.99995.
 """
 BINS = BANDS * ROWS
 THRESHOLD = 0.8
-_CACHED = 4096
-"""Sets of shingles that are kept in memory."""
+_CACHED = 1 << 25
+"""Shingles that are kept in memory, 256 MiB."""
+_BLOCK = 1 << 14
+"""Signatures that are read at a time."""
 
 _ATTEMPTS = 128
 _EMPTY = np.uint64(2**64 - 1)
@@ -57,12 +59,31 @@ def signature(tokens: NDArray[Any]) -> Hashes:
     Args:
         tokens: (L,) ids of the text, without beginning- and end-of-sequence tokens.
     """
-    hashes = _grams(tokens)
+    return _filled(_smallest(_grams(tokens)))
+
+
+def signature_of_parts(parts: Iterable[NDArray[Any]]) -> Hashes:
+    """Compute the `signature` of a document that is given in parts, in memory that does not grow with the document."""
+    bins, rest = np.full(BINS, _EMPTY), np.zeros(0, dtype=np.int64)
+    for part in parts:
+        run = np.concatenate([rest, part])
+        if len(run) >= GRAM:
+            np.minimum(bins, _smallest(_grams(run)), out=bins)
+        rest = run[1 - GRAM :]
+    return _filled(bins) if (bins != _EMPTY).any() else signature(rest)
+
+
+def _smallest(hashes: Hashes) -> Hashes:
+    """Return the smallest hash of each bin (BINS,), `_EMPTY` where there is none."""
     bins = np.full(BINS, _EMPTY)
     np.minimum.at(bins, (hashes % np.uint64(BINS)).astype(np.int64), hashes)
+    return bins
+
+
+def _filled(bins: Hashes) -> Hashes:
     filled = bins != _EMPTY
     empty, full, block = np.flatnonzero(~filled), bins.copy(), 0
-    while len(empty) and len(hashes):
+    while len(empty) and filled.any():
         hit = filled[_donor_bins(block)[:, empty]]  # (attempts, empty)
         first = hit.argmax(axis=0)
         donated = hit[first, np.arange(len(empty))]
@@ -107,11 +128,10 @@ def group_documents(signatures: Hashes, shingles_of: Callable[[int], Hashes]) ->
         return document
 
     # Copies have the same signature. Group them first, because n copies would be n^2 candidate pairs.
-    _, first, inverse = np.unique(signatures, axis=0, return_index=True, return_inverse=True)
-    parent[:] = first[inverse.reshape(-1)]
-    read = lru_cache(maxsize=_CACHED)(shingles_of)
+    parent[:] = first = _first_equal(signatures)
+    read = _Cache(shingles_of)
     seen: set[tuple[int, int]] = set()
-    for bucket in _candidates(signatures, np.sort(first)):
+    for bucket in _candidates(_bands(signatures, np.unique(first))):
         for one, other in combinations(bucket, 2):
             roots = sorted((root(one), root(other)))
             if roots[0] == roots[1] or (one, other) in seen:
@@ -142,12 +162,12 @@ def find_copies(
         A pair for each query document and each group that has a near-duplicate of it: the most similar pair that was compared.
         The most similar pairs come first.
     """
-    read_query, read = lru_cache(maxsize=_CACHED)(shingles_of_query), lru_cache(maxsize=_CACHED)(shingles_of)
+    read_query, read = _Cache(shingles_of_query), _Cache(shingles_of)
     best: dict[tuple[int, int], Pair] = {}
     seen: set[tuple[int, int]] = set()
-    _, first = np.unique(signatures, axis=0, return_index=True)
-    both = np.concatenate([queries, signatures])
-    for bucket in _candidates(both, np.concatenate([np.arange(len(queries)), len(queries) + np.sort(first)])):
+    stored_bands = _bands(signatures, np.unique(_first_equal(signatures)))
+    stored_bands.documents += len(queries)
+    for bucket in _candidates(_bands(queries, np.arange(len(queries))), stored_bands):
         stored = [document - len(queries) for document in bucket if document >= len(queries)]
         for query in (document for document in bucket if document < len(queries)):
             for document in stored:
@@ -168,14 +188,75 @@ def _may_be_similar(first: Hashes, second: Hashes) -> bool:
     return int(np.count_nonzero(first == second)) > 0.3 * BINS
 
 
-def _candidates(signatures: Hashes, documents: NDArray[Any]) -> Iterator[list[int]]:
-    """Yield sets of two or more documents that agree on a band."""
+class _Cache:
+    """The sets of shingles that were read last, as many as fit into `_CACHED`."""
+
+    def __init__(self, read: Callable[[int], Hashes]) -> None:
+        self._read, self._size = read, 0
+        self._sets: OrderedDict[int, Hashes] = OrderedDict()
+
+    def __call__(self, document: int) -> Hashes:
+        if document in self._sets:
+            self._sets.move_to_end(document)
+            return self._sets[document]
+        found = self._read(document)
+        self._sets[document] = found
+        self._size += len(found)
+        while self._size > _CACHED and len(self._sets) > 1:
+            self._size -= len(self._sets.popitem(last=False)[1])
+        return found
+
+
+def _first_equal(signatures: Hashes) -> NDArray[np.int64]:
+    """Return the number (D,) of the first document that has the same signature."""
+    keys = np.concatenate([_fold(part) for part in _blocks(signatures)]) if len(signatures) else np.zeros(0, dtype=np.uint64)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    first = first[inverse.reshape(-1)]
+    for start in range(0, len(first), _BLOCK):  # keys can collide
+        numbers = np.arange(start, min(start + _BLOCK, len(first)))
+        differ = (signatures[first[numbers]] != signatures[numbers]).any(axis=1)
+        first[numbers[differ]] = numbers[differ]
+    return first
+
+
+class _Bands:
+    """A key of each band of documents, equal where all rows of the band are."""
+
+    def __init__(self, documents: NDArray[np.int64], keys: Hashes) -> None:
+        self.documents, self.keys = documents, keys
+        """(n,) and (n, BANDS)."""
+
+
+def _bands(signatures: Hashes, documents: NDArray[np.int64]) -> _Bands:
+    parts = [
+        _fold(np.asarray(signatures[documents[start : start + _BLOCK]]).reshape(-1, BANDS, ROWS))
+        for start in range(0, len(documents), _BLOCK)
+    ]
+    return _Bands(documents, np.concatenate(parts) if parts else np.zeros((0, BANDS), dtype=np.uint64))
+
+
+def _candidates(*sides: _Bands) -> Iterator[list[int]]:
+    """Yield sets of two or more documents that agree on a band. Each set is ascending."""
+    documents = np.concatenate([side.documents for side in sides])
     for band in range(BANDS):
-        buckets: dict[bytes, list[int]] = defaultdict(list)
-        rows = np.ascontiguousarray(signatures[documents, band * ROWS : (band + 1) * ROWS])
-        for document, row in zip(documents.tolist(), rows, strict=True):
-            buckets[row.tobytes()].append(document)
-        yield from (bucket for bucket in buckets.values() if len(bucket) > 1)
+        keys = np.concatenate([side.keys[:, band] for side in sides])
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order[:1]] + np.uint64(1)))
+        sizes = np.diff(starts, append=len(order))
+        for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
+            yield documents[order[start : start + size]].tolist()
+
+
+def _blocks(signatures: Hashes) -> Iterator[Hashes]:
+    return (np.asarray(signatures[start : start + _BLOCK]) for start in range(0, len(signatures), _BLOCK))
+
+
+def _fold(values: Hashes) -> Hashes:
+    """Hash the last dimension."""
+    total = np.zeros(values.shape[:-1], dtype=np.uint64)
+    for column in range(values.shape[-1]):
+        total = _mix(total * _MULTIPLIER + values[..., column])
+    return total
 
 
 def _grams(tokens: NDArray[Any]) -> Hashes:
