@@ -313,9 +313,7 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
         if stage.inputs["byte_counts"]
         else None,
         lengths=np.concatenate(lengths),
-        signatures=lambda: parts(
-            "signatures", lambda blocks: signature_of_parts(text_tokens(blocks, has_bos=has_bos))[None]
-        ),
+        signatures=lambda: parts("signatures", lambda blocks: signature_of_parts(text_tokens(blocks, has_bos=has_bos))[None]),
         names=names,
     )
     settings = {

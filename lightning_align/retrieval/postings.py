@@ -13,6 +13,7 @@ no other chunk can be among the k best. The chunks that can be are scored exactl
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +159,7 @@ def _invert(folder: Path, starts: Ints, lengths: NDArray[np.int32], frequencies:
         cuts.append(max(cuts[-1] + 1, int(np.searchsorted(ends, ends[cuts[-1]] + _SORTED, side="right")) - 1))
 
     def lists() -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             found = [(c.astype(np.int32), t, s.astype(np.float32), _tier(s, edges)) for c, t, s in parts(first, last)]
             chunks, terms, share, tier = (np.concatenate(column) for column in zip(*found, strict=True))
             del found
@@ -300,9 +301,8 @@ class Postings:
         """Add the weights of tiers to the scores. Return their chunks, with repetitions, and the tiers taken per term."""
         now = taken + np.bincount(tiers // TIERS, minlength=len(taken))
         rows = np.flatnonzero(now > taken)
-        spans = [
-            slice(a, b) for a, b in zip(bounds[rows, taken[rows]].tolist(), bounds[rows, now[rows]].tolist(), strict=True) if a < b
-        ]
+        starts, stops = bounds[rows, taken[rows]].tolist(), bounds[rows, now[rows]].tolist()
+        spans = [slice(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
         if not spans:
             return np.zeros(0, dtype=np.int64), now
         chunks = np.concatenate([self._chunks[span] for span in spans], dtype=np.int64)
