@@ -1,7 +1,7 @@
 """Peak memory of each stage of a database against the size of the text.
 
-Each stage runs in a process of its own, on the stages before it. The text is made from lines of the standard library: documents of
-20 kB, each of random lines with names of its own, so that documents differ and the vocabulary grows with the text. A line of
+Each stage runs in a process of its own, on the stages before it. The text is made from lines of the standard library: documents
+of 20 kB, each of random lines with names of its own, so that documents differ and the vocabulary grows with the text. A line of
 200 MB is one document. The encoder looks up a vector per token and averages, and it is loaded before memory is measured.
 """
 
@@ -192,8 +192,8 @@ def main() -> None:
         tokenizer = f"{next(package.rglob('tokenizer.json'))}?bos=[CLS]&eos=[SEP]&pad=[PAD]"
     common.heading(
         "Retrieval: peak memory of each stage",
-        f"MiB above what the process had once the encoder was loaded: resident (anonymous). Resident memory counts pages of mapped "
-        f"files, which the system takes back when it needs memory. WordPiece vocabulary of 30,522, chunks of 64 tokens, "
+        "MiB above what the process had once the encoder was loaded: resident (anonymous). Resident memory counts mapped "
+        "files, which the system takes back when it needs memory. WordPiece vocabulary of 30,522, chunks of 64 tokens, "
         f"{DIM} dimensions, IVF1024,SQ8.",
     )
     rows = []

@@ -4,7 +4,6 @@ import codecs
 import hashlib
 import sysconfig
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_align.data.remote import RemoteDocuments
 from lightning_align.data.rows import read_rows, source_fingerprint
+from lightning_align.data.sources import PIECE, DocumentSource
 from lightning_align.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from lightning_align.data.tokenizer.pieces import continuing_model
 from lightning_align.types import Document, MarkedText
@@ -21,25 +22,6 @@ from lightning_align.types import Document, MarkedText
 Part = Literal["all", "train", "held_out"]
 BATCH = 64
 """The number of documents per call of the tokenizer."""
-PIECE = 1 << 22
-"""The number of bytes of a file that are read at a time. A larger file is a long document, see `DocumentSource.open_texts`."""
-
-
-class DocumentSource(ABC):
-    """A source of documents."""
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A hash of everything that the documents depend on."""
-
-    @abstractmethod
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents. Every call yields the same documents in the same order."""
-
-    def open_texts(self) -> Iterator[tuple[Document, Iterable[str]]]:
-        """Yield each document, or the beginning of a long one with what follows it, which need not fit into memory."""
-        return ((document, ()) for document in self.documents())
 
 
 class FolderDocuments(DocumentSource):
@@ -211,9 +193,11 @@ class StandardLibrary(FolderDocuments):
 
 
 def load_documents(source: str | DocumentSource) -> DocumentSource:
-    """Create a source of documents from a folder, a file of rows, or a hub dataset. A `DocumentSource` is returned as is."""
+    """Create a source from a folder, a URL of object storage, a file of rows, or a hub dataset. A source is returned as is."""
     if isinstance(source, DocumentSource):
         return source
+    if "://" in source:
+        return RemoteDocuments(source)
     return FolderDocuments(source) if Path(source).is_dir() else RowDocuments(source)
 
 

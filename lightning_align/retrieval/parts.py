@@ -1,7 +1,8 @@
 """Documents of any length in bounded memory: a long document is cut into parts, which are tokenized one by one.
 
-Tokens of the parts are the tokens of the whole text where the tokenizer shows it (bytes, and byte-level BPE that splits words at
-spaces). For another tokenizer a part ends before a white space, or where the text has none. Tokens at such a place can differ.
+Tokens of the parts are the tokens of the whole text where the tokenizer shows it (bytes, and byte-level BPE that splits words
+at spaces). For another tokenizer a part ends before a white space, or anywhere if there is none. Tokens at such a place can
+differ.
 """
 
 import re

@@ -4,8 +4,8 @@ The score of a chunk for a query is the sum over the distinct terms of the query
 
     idf · tf / (tf + k1 · (1 - b + b · length / mean length)),   idf = ln(1 + (C - df + 0.5) / (df + 0.5))
 
-(Robertson and Zaragoza 2009, with the idf of Lucene, which is never negative). C is the number of chunks, df the number of chunks
-with the term, tf how often a chunk has it, and length the number of terms of a chunk.
+(Robertson and Zaragoza 2009, with the idf of Lucene, which is never negative). C is the number of chunks, df the number of
+chunks with the term, tf how often a chunk has it, and length the number of terms of a chunk.
 
 A search adds up only as many lists as it needs (MaxScore, Turtle and Flood 1995). The list of a term is cut into tiers of
 falling weight, so that the weight of what was left out is known closely. Once it is below the k-th best score that was found,
@@ -42,8 +42,8 @@ _CALL = 24.0
 """Postings that take as long as the work to begin a list."""
 _MANY = 512
 """Candidates above which a search raises the bar first."""
-_SHARE = 0.6
-"""A search adds up lists until what is left out is below this share of the k-th best score. Then few chunks are left to score."""
+_SHARE = 0.5
+"""A search adds up lists until what is left out is below this share of the k-th best score. Then few chunks remain."""
 
 
 class Span(NamedTuple):
