@@ -59,8 +59,8 @@ def advise(num: int, dim: int, *, memory: int | None = None, cores: int | None =
     if num <= 200_000:
         candidates = ["Flat", f"{coarse},SQ8", f"{reduced},{coarse},PQ{subs}"]
     else:
-        # A byte per dimension keeps the recall that packed codes alone lose. Codes of four bits are not chosen: faiss packs them
-        # by the sizes of the shards, so their bytes would depend on these.
+        # A byte per dimension keeps the recall that packed codes alone lose. Codes of four bits are not chosen: faiss packs
+        # them by the sizes of the shards, so their bytes would depend on these.
         half = max(1, subs // 2)
         packed = [f"{reduced},{coarse},PQ{subs}", f"OPQ{half}_{min(dim, 4 * half)},{coarse},PQ{half}"]
         candidates = [f"{coarse},SQ8", *packed]
