@@ -210,8 +210,8 @@ class _Cache:
 def _first_equal(signatures: Hashes) -> NDArray[np.int64]:
     """Return the number (D,) of the first document that has the same signature."""
     keys = np.concatenate([_fold(part) for part in _blocks(signatures)]) if len(signatures) else np.zeros(0, dtype=np.uint64)
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    first = first[inverse.reshape(-1)]
+    _, places, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    first: NDArray[np.int64] = places[inverse.reshape(-1)]
     for start in range(0, len(first), _BLOCK):  # keys can collide
         numbers = np.arange(start, min(start + _BLOCK, len(first)))
         differ = (signatures[first[numbers]] != signatures[numbers]).any(axis=1)
