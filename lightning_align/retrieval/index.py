@@ -204,10 +204,10 @@ def _write(
     Args:
         stage: The stage.
         index: The index. With shards, it is trained and empty.
-        data: (C, d) its vectors.
-        config: The settings.
-        factory: The factory string.
-        shards: Files of the shards that it consists of.
+        data: (C, d) vectors of the index.
+        config: Settings with the recall to reach.
+        factory: Factory string of the index.
+        shards: Files of the shards that the index consists of.
     """
     path = stage.folder / "index.faiss"
 
@@ -295,11 +295,10 @@ def _load(packed: NDArray[np.uint8]) -> Any:
 def _is_mergeable(trained: NDArray[np.uint8]) -> bool:
     """Whether shards can be merged.
 
-    If not, rank 0 adds all vectors to one index. Graphs (HNSW) cannot be merged. Vectors of a flat index are added faster than
-    shards of them are written. Packed codes (fast scan) would depend on the sizes of the shards.
+    If not, rank 0 adds all vectors to one index. Graphs (HNSW) cannot be merged. A flat index is filled faster than shards are
+    written. Packed codes (fast scan) would depend on the shards.
     """
-    index = _load(trained)
-    if is_flat(index) or is_fast_scan(index):
+    if is_flat(index := _load(trained)) or is_fast_scan(index):
         return False
     try:
         merge(_load(trained), _load(trained))
