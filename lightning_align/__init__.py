@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_align.references.update import ReferenceUpdate
     from lightning_align.retrieval.database import RetrievalDatabase
     from lightning_align.retrieval.lance import LanceRetriever
+    from lightning_align.retrieval.qdrant import QdrantRetriever
     from lightning_align.retro.callbacks import RetrievalIndexing
     from lightning_align.retro.datamodule import RETRODataModule
     from lightning_align.retro.decoding import RetrievalDecoder
@@ -94,6 +95,7 @@ _HOME = {
     "PaLM": "models.palm",
     "PretrainedLM": "models.pretrained",
     "PreferenceMonitor": "dpo.monitor",
+    "QdrantRetriever": "retrieval.qdrant",
     "ReferenceUpdate": "references.update",
     "RETRO": "retro.model",
     "RETRODataModule": "retro.datamodule",
@@ -159,6 +161,7 @@ __all__ = [
     "PaLM",
     "PreferenceMonitor",
     "PretrainedLM",
+    "QdrantRetriever",
     "RETRODataModule",
     "RETROModule",
     "ReferenceUpdate",

@@ -3,37 +3,25 @@
 import hashlib
 import sysconfig
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_align.data.remote import RemoteDocuments
 from lightning_align.data.rows import SUFFIXES, read_rows, source_files
-from lightning_align.data.texts import UNREADABLE, NotTextError, document_name, list_entries, read_pieces, read_text
+from lightning_align.data.sources import DocumentSource
+from lightning_align.data.texts import UNREADABLE, NotTextError, document_name, list_entries, open_text, read_pieces
 from lightning_align.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from lightning_align.data.tokenizer.pieces import continuing_model
 from lightning_align.types import Document, MarkedText
 
 Part = Literal["all", "train", "held_out"]
 BATCH = 64
 """The number of documents per call of the tokenizer."""
-
-
-class DocumentSource(ABC):
-    """A source of documents.
-
-    A database is keyed by the documents themselves: their names and texts are hashed as they are read.
-    """
-
-    @abstractmethod
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents. Every call yields the same documents in the same order, as long as nothing changes them."""
-
-    def stamps(self) -> Mapping[str, tuple[int, ...]]:
-        """Return size and time of the last change of each file, by name. They show whether a file changes during a build."""
-        return {}
 
 
 class FolderDocuments(DocumentSource):
@@ -92,6 +80,10 @@ class FolderDocuments(DocumentSource):
 
     def documents(self) -> Iterator[Document]:
         """See `DocumentSource.documents`. Nothing is remembered from an earlier call: the files are listed and read again."""
+        return _whole(self.open_texts())
+
+    def open_texts(self) -> Iterator[tuple[Document, Iterable[str]]]:
+        """See `DocumentSource.open_texts`."""
         paths, odd = self._paths()
         remedy = "Leave it out with `exclude` or `glob`, convert it, or set `on_bad_file` to 'skip'."
         for reason, names in odd.items():
@@ -103,9 +95,10 @@ class FolderDocuments(DocumentSource):
         for name, path in paths.items():
             try:
                 if self.separator is None:
-                    yield Document(name, read_text(path))
+                    text, rest = open_text(path)
+                    yield Document(name, text), rest
                 else:
-                    yield from _numbered(name, read_pieces(path, self.separator))
+                    yield from ((each, ()) for each in _numbered(name, read_pieces(path, self.separator)))
             except NotTextError as error:
                 if self.on_bad_file == "fail":
                     raise ValueError(f"{self.folder / name} is not a text file: {error}. {remedy}") from error
@@ -162,18 +155,20 @@ class FileDocuments(DocumentSource):
 
     def documents(self) -> Iterator[Document]:
         """See `DocumentSource.documents`. The documents are named ``<file>#<number>``, counted from 1."""
+        return _whole(self.open_texts())
+
+    def open_texts(self) -> Iterator[tuple[Document, Iterable[str]]]:
+        """See `DocumentSource.open_texts`. A document between two separators is read whole."""
         name = document_name(Path(self.path.name))
         num_texts = num_used = 0
         try:
-            if self.separator is None:
-                documents = iter([Document(name, read_text(self.path))])
-            else:
-                documents = _numbered(name, read_pieces(self.path, self.separator))
-            for document in documents:
+            for document, rest in self._opened(name):
                 num_texts += 1
-                if self.part == "all" or _is_held_out(document.text, self.held_out) == (self.part == "held_out"):
+                # The text of a long document is read once more to tell its side.
+                again = () if self.part == "all" or not rest else open_text(self.path)[1]
+                if self.part == "all" or _is_held_out(document.text, self.held_out, again) == (self.part == "held_out"):
                     num_used += 1
-                    yield document
+                    yield document, rest
         except NotTextError as error:
             raise ValueError(f"{self.path} is not a text file: {error}.") from error
         if not num_used and self.part != "all":
@@ -181,6 +176,13 @@ class FileDocuments(DocumentSource):
                 f"{self.path} has no document in the part {self.part!r}: all {num_texts} are in the other part. Change"
                 f" `held_out`, which is {self.held_out}, or use a `separator` that gives more documents."
             )
+
+    def _opened(self, name: str) -> Iterator[tuple[Document, Iterable[str]]]:
+        if self.separator is None:
+            text, rest = open_text(self.path)
+            yield Document(name, text), rest
+        else:
+            yield from ((document, ()) for document in _numbered(name, read_pieces(self.path, self.separator)))
 
 
 class RowDocuments(DocumentSource):
@@ -239,9 +241,11 @@ class StandardLibrary(FolderDocuments):
 
 
 def load_documents(source: str | DocumentSource) -> DocumentSource:
-    """Create a source of documents from a folder, a file, or a hub dataset. A `DocumentSource` is returned as is."""
+    """Create a source from a folder, a file, a URL of object storage or a hub dataset. A `DocumentSource` is returned as is."""
     if isinstance(source, DocumentSource):
         return source
+    if "://" in source:
+        return RemoteDocuments(source)
     if Path(source).is_dir():
         return FolderDocuments(source)
     return FileDocuments(source) if Path(source).is_file() and not source.endswith(SUFFIXES) else RowDocuments(source)
@@ -258,6 +262,7 @@ class DocumentTokenizer:
         self.tokenizer = tokenizer
         self.vocab_size, self.fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
         self.bos_id, self.eos_id, self.pad_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+        self._continuing: Any = continuing_model(tokenizer)
 
     def encode(self, texts: Sequence[str], *, start: int, step: int) -> Iterator[MarkedText]:
         """Encode each text, with the character positions of the tokens ``start``, ``start + step``, ``start + 2 * step`` ...
@@ -292,6 +297,30 @@ class DocumentTokenizer:
         else:
             yield from (np.array(plain.ids, dtype=np.int64) for plain in self.tokenizer.encode_batch(texts))
 
+    def split_point(self, text: str) -> int:
+        """Return a place in a text such that what is before it has the same ids, whatever follows the text. 0 if unknown."""
+        if isinstance(self.tokenizer, ByteTokenizer):
+            return len(text)
+        return int(getattr(self.tokenizer, "split_point", lambda text: 0)(text))
+
+    def part(self, text: str, *, is_first: bool) -> MarkedText:
+        """Encode a part of a text, with the character position of each token.
+
+        Args:
+            text: The part.
+            is_first: Whether it begins its text. A tokenizer that begins each text with a space does not do so for others.
+        """
+        if is_first or self._continuing is None:
+            return next(iter(self.encode([text], start=0, step=1)))
+        encoding = self._continuing.encode(text, add_special_tokens=False)
+        return MarkedText(np.array(encoding.ids, dtype=np.int64), [start for start, _ in encoding.offsets])
+
+    def part_ids(self, text: str, *, is_first: bool) -> NDArray[np.int64]:
+        """Encode a part of a text, without character positions."""
+        if is_first or self._continuing is None:
+            return next(iter(self.ids([text])))
+        return np.array(self._continuing.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
     @staticmethod
     def _bytes(text: str, start: int, step: int) -> MarkedText:
         content = np.frombuffer(text.encode(), dtype=np.uint8)
@@ -300,6 +329,12 @@ class DocumentTokenizer:
             # A character starts at each byte that is not a continuation byte. A token within a character has its position.
             marks = np.cumsum((content & 0xC0) != 0x80)[marks] - 1
         return MarkedText(content.astype(np.int64) + 3, marks.tolist())
+
+
+def _whole(opened: Iterator[tuple[Document, Iterable[str]]]) -> Iterator[Document]:
+    """Join the text of each document."""
+    for document, rest in opened:
+        yield Document(document.id, "".join([document.text, *rest])) if rest else document
 
 
 def _numbered(name: str, pieces: Iterator[str]) -> Iterator[Document]:
@@ -329,6 +364,9 @@ def _checked_separator(separator: str | None) -> str | None:
     return separator
 
 
-def _is_held_out(name: str, share: float) -> bool:
-    """Whether the hash of a name, as a number in [0, 1), is below a share."""
-    return int(hashlib.sha256(name.encode("utf-8", errors="surrogatepass")).hexdigest()[:8], 16) / 16**8 < share
+def _is_held_out(name: str, share: float, rest: Iterable[str] = ()) -> bool:
+    """Whether the hash of a name or text and its rest, as a number in [0, 1), is below a share."""
+    found = hashlib.sha256()
+    for part in chain([name], rest):
+        found.update(part.encode("utf-8", errors="surrogatepass"))
+    return int(found.hexdigest()[:8], 16) / 16**8 < share

@@ -4,7 +4,7 @@ import codecs
 import gzip
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -28,6 +28,8 @@ _KINDS = {
 _BEGINNINGS = {b"%PDF-": "PDF", b"<!doctype html": "HTML", b"<html": "HTML", rb"{\rtf": "an office document"}
 _PIECE = 1 << 20
 """The number of bytes that are read at a time."""
+LONG = 1 << 22
+"""The number of characters above which a text is not read as a whole; see `open_text`."""
 
 
 class NotTextError(ValueError):
@@ -87,6 +89,29 @@ def read_text(path: Path) -> str:
         NotTextError: If it is not a text file, or cannot be read.
     """
     return "".join(text_parts(path))
+
+
+def open_text(path: Path) -> tuple[str, Iterable[str]]:
+    """Open a text file that need not fit into memory; see `read_text`.
+
+    Returns:
+        The text and nothing, or the beginning of a long text and an iterator over the rest.
+
+    Raises:
+        NotTextError: If it is not a text file, or cannot be read. A long file is read to its end to find it out.
+    """
+    held: list[str] = []
+    size, parts = 0, text_parts(path)
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size > LONG:
+            held.clear()
+            for _ in parts:
+                pass
+            again = filter(None, text_parts(path))
+            return next(again, ""), again
+    return "".join(held), ()
 
 
 def read_pieces(path: Path, separator: str) -> Iterator[str]:

@@ -58,10 +58,12 @@ def advise(num: int, dim: int, *, memory: int | None = None, cores: int | None =
     coarse = f"IVF{small}" if num < POINTS_PER_CENTROID * 65536 else f"IVF{lists}_HNSW32"
     if num <= 200_000:
         candidates = ["Flat", f"{coarse},SQ8", f"{reduced},{coarse},PQ{subs}"]
-    elif num <= 2_000_000:
-        candidates = [f"{coarse},SQ8", f"{reduced},{coarse},PQ{subs}"]
     else:
-        candidates = [f"{reduced},{coarse},PQ{subs}", f"{reduced},{coarse},PQ{subs}x4fsr"]
+        # A byte per dimension keeps the recall that packed codes alone lose. Codes of four bits are not chosen: faiss packs
+        # them by the sizes of the shards, so their bytes would depend on these.
+        half = max(1, subs // 2)
+        packed = [f"{reduced},{coarse},PQ{subs}", f"OPQ{half}_{min(dim, 4 * half)},{coarse},PQ{half}"]
+        candidates = [f"{coarse},SQ8", *packed]
     for factory in candidates:
         size = index_bytes(factory, num, dim)
         if size <= memory:

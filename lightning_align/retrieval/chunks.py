@@ -1,24 +1,26 @@
 """Stage 1: cut documents into chunks of tokens, which a `ChunkTable` reads."""
 
-import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from lightning_align.retrieval.duplicates import group_documents, shingles, signature, sketch
+from lightning_align.retrieval.duplicates import BINS, group_documents, shingles, signature, sketch
+from lightning_align.retrieval.parts import Part, WholeText, chunk_bytes, cut, encode_part
 from lightning_align.retrieval.sources import DocumentSource as DocumentSource
-from lightning_align.retrieval.sources import Survey, check_unchanged, digests_of, is_current, survey
+from lightning_align.retrieval.sources import Survey, check_unchanged, digests_of, is_current, opened, survey
 from lightning_align.retrieval.stages import Arrays, Stage, Team, write_bytes, write_rows
 from lightning_align.retrieval.tables import ChunkTable
-from lightning_align.types import Document, MarkedText
+from lightning_align.retrieval.token_ids import ChunkTokenizer as ChunkTokenizer
+from lightning_align.retrieval.token_ids import token_dtype, tokenizer_key
+from lightning_align.types import Document
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,24 +30,6 @@ FORMAT = 3
 BLOCK_BYTES = 1 << 20
 """Minimum number of characters per block of documents (the last block can be smaller). A killed build loses only
 the blocks in progress."""
-
-
-class ChunkTokenizer(Protocol):
-    """Tokenizer that also reports where in a text each chunk begins."""
-
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int
-    pad_id: int
-    fingerprint: str
-
-    def encode(self, texts: Sequence[str], *, start: int, step: int) -> Iterable[MarkedText]:
-        """Encode each text, and mark where its tokens number start, start + step, start + 2 * step, ... begin."""
-        ...
-
-    def ids(self, texts: Sequence[str]) -> Iterable[NDArray[Any]]:
-        """Encode each text without marks, which can be much faster. The ids are the same."""
-        ...
 
 
 def build_chunks(
@@ -92,9 +76,9 @@ def build_chunks(
     with team.together():
         num_blocks = 0
 
-        def work() -> Iterator[tuple[Callable[[int, Arrays], None], int, list[Document]]]:
+        def work() -> Iterator[tuple[Callable[[int, Arrays], None], int, list[Document] | Part]]:
             nonlocal num_blocks
-            for number, documents in enumerate(_blocks(source, counts)):
+            for number, documents in enumerate(_blocks(source, tokenizer, counts)):
                 num_blocks = number + 1
                 if number % team.size == team.rank:
                     if not is_current(stage, number, documents):
@@ -119,16 +103,6 @@ def build_chunks(
     return stage
 
 
-def tokenizer_key(tokenizer: ChunkTokenizer) -> dict[str, Any]:
-    """Return all that can be known of a tokenizer: its own hash, its special ids, and the ids that it gives a text."""
-    special = {name: getattr(tokenizer, name) for name in ("fingerprint", "vocab_size", "bos_id", "eos_id", "pad_id")}
-    (probe,) = tokenizer.ids([_PROBE])
-    return {**special, "probe": hashlib.sha256(np.asarray(probe, dtype=np.int64).tobytes()).hexdigest()[:16]}
-
-
-_PROBE = "The naïve fox_jumpsOver 12,345 dogs.\n\tif (x != 0) { return 東京都; }\r\n  Größe e\u0301 <s> [UNK] \U0001f600"
-
-
 def _map_ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
     """Map a function over items in order. Two threads compute the next two results ahead.
 
@@ -144,26 +118,33 @@ def _map_ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
             yield waiting.popleft().result()
 
 
-def _blocks(source: DocumentSource, counts: dict[str, int]) -> Iterator[list[Document]]:
+def _blocks(source: DocumentSource, tokenizer: ChunkTokenizer, counts: dict[str, int]) -> Iterator[list[Document] | Part]:
+    """Yield blocks: several short documents, or a part of a long one."""
     block: list[Document] = []
     size = 0
-    for document in source.documents():
+    for document, rest in opened(source):
         if not document.text:
             counts["empty_documents"] += 1
             continue
-        block.append(document)
-        size += len(document.text)
-        if size >= BLOCK_BYTES:
-            yield block
-            block, size = [], 0
+        for piece in cut(document, rest, tokenizer.split_point):
+            if block and (size >= BLOCK_BYTES or isinstance(piece, Part)):
+                yield block
+                block, size = [], 0
+            if isinstance(piece, Part):
+                yield piece
+            else:
+                block.append(piece)
+                size += len(piece.text)
     if block:
         yield block
 
 
 def _chunk(
-    documents: Sequence[Document], tokenizer: ChunkTokenizer, chunk_size: int, byte_counts: bool
+    documents: Sequence[Document] | Part, tokenizer: ChunkTokenizer, chunk_size: int, byte_counts: bool
 ) -> dict[str, NDArray[Any]]:
     dtype = token_dtype(tokenizer.vocab_size)
+    if isinstance(documents, Part):
+        return encode_part(documents, tokenizer, dtype, byte_counts=byte_counts)
     bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=np.int64)
     tokens: list[NDArray[Any]] = []
     num_bytes: list[int] = []
@@ -203,11 +184,6 @@ def _chunk(
     }
 
 
-def token_dtype(vocab_size: int) -> type[np.generic]:
-    """Return the smallest integer type that holds every id."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.int32
-
-
 def _byte_counts(text: str, marks: Sequence[int]) -> list[int]:
     """Count the UTF-8 bytes of the text between consecutive marks."""
     if text.isascii():
@@ -243,7 +219,7 @@ def append_chunks(root: Path, before: Stage, added: Stage, *, deleted: Sequence[
                 tokens=lambda: iter([first.tokens, second.tokens]),
                 num_bytes=(lambda: iter([first.num_bytes, second.num_bytes])) if both else None,
                 lengths=np.concatenate([np.diff(first.token_offsets), np.diff(second.token_offsets)]),
-                signatures=np.concatenate([first.signatures, second.signatures]),
+                signatures=lambda: iter([first.signatures, second.signatures]),
                 sketches=lambda: iter([first.sketches, second.sketches]),
                 sketch_lengths=np.concatenate([np.diff(first.sketch_offsets), np.diff(second.sketch_offsets)]),
                 sketch_limits=np.concatenate([first.sketch_limits, second.sketch_limits]),
@@ -262,8 +238,8 @@ class Content(NamedTuple):
     """Yields the byte counts of all chunks, in parts. None if they were not counted."""
     lengths: NDArray[np.int64]
     """(D,) tokens per document."""
-    signatures: NDArray[np.uint64]
-    """(D, BINS)."""
+    signatures: Callable[[], Iterator[NDArray[np.uint64]]]
+    """Yields the signatures (D, BINS) of all documents, in parts."""
     sketches: Callable[[], Iterator[NDArray[Any]]]
     """Yields the shingle hashes of all documents, in parts."""
     sketch_lengths: NDArray[np.int64]
@@ -275,10 +251,44 @@ class Content(NamedTuple):
 
 
 def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size: int, counts: dict[str, int]) -> None:
-    def parts(name: str) -> Iterator[NDArray[Any]]:
-        return (stage.read_block(number)[name] for number in range(num_blocks))
+    names: list[str] = []
+    lengths: list[NDArray[np.int64]] = []
+    sketch_lengths: list[NDArray[np.int64]] = []
+    sketch_limits: list[NDArray[np.uint64]] = []
+    signatures: dict[int, NDArray[np.uint64]] = {}  # of long documents, by the first block of each
+    long: dict[int, int] = {}  # the blocks of each long document: its first block, and how many there are
+    first = 0
+    for number in range(num_blocks):
+        block = stage.read_block(number)
+        if "part" not in block:
+            names += json.loads(block["ids"].tobytes())
+            lengths.append(block["lengths"])
+            sketch_lengths.append(block["sketch_lengths"])
+            sketch_limits.append(block["sketch_limits"])
+            continue
+        if block["part"][0]:
+            first = number
+            names += json.loads(block["ids"].tobytes())
+            lengths.append(np.zeros(1, dtype=np.int64))
+        long[first] = number - first + 1
+        lengths[-1] += len(block["tokens"])
+        if block["part"][1]:
+            text = WholeText(stage.read_block(part) for part in range(first, number + 1))
+            found, signatures[first] = text.sketch(), text.signature()
+            sketch_lengths.append(np.array([len(found.hashes)]))
+            sketch_limits.append(np.array([found.limit], dtype=np.uint64))
 
-    names = [name for part in parts("ids") for name in json.loads(part.tobytes())]
+    def parts(name: str, of_long: Callable[[int, Iterator[Arrays]], NDArray[Any]] | None = None) -> Iterator[NDArray[Any]]:
+        """Yield an array of each block. With `of_long`, the blocks of a long document give one array together."""
+        number = 0
+        while number < num_blocks:
+            size = long.get(number, 1) if of_long is not None else 1
+            if of_long is not None and number in long:
+                yield of_long(number, (stage.read_block(part) for part in range(number, number + size)))
+            else:
+                yield stage.read_block(number)[name]
+            number += size
+
     if len(set(names)) != len(names):
         twice = next(name for name, number in Counter(names).items() if number > 1)
         raise ValueError(
@@ -287,12 +297,14 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
         )
     content = Content(
         tokens=lambda: parts("tokens"),
-        num_bytes=(lambda: parts("num_bytes")) if stage.inputs["byte_counts"] else None,
-        lengths=np.concatenate(list(parts("lengths"))),
-        signatures=np.concatenate(list(parts("signatures"))),
-        sketches=lambda: parts("sketches"),
-        sketch_lengths=np.concatenate(list(parts("sketch_lengths"))),
-        sketch_limits=np.concatenate(list(parts("sketch_limits"))),
+        num_bytes=(lambda: parts("num_bytes", lambda _, blocks: chunk_bytes(blocks, chunk_size)))
+        if stage.inputs["byte_counts"]
+        else None,
+        lengths=np.concatenate(lengths),
+        signatures=lambda: parts("signatures", lambda number, _: signatures[number][None]),
+        sketches=lambda: parts("sketches", lambda _, blocks: WholeText(blocks).sketch().hashes),
+        sketch_lengths=np.concatenate(sketch_lengths),
+        sketch_limits=np.concatenate(sketch_limits),
         names=names,
     )
     settings = {
@@ -316,18 +328,19 @@ def write_table(stage: Stage, content: Content, settings: Mapping[str, Any], cou
     if content.num_bytes is not None:
         write_rows(folder / "num_bytes.npy", content.num_bytes(), dtype=np.uint32, shape=(num_chunks,))
     write_bytes(folder / "document_ids.jsonl", "".join(json.dumps(name) + "\n" for name in content.names).encode())
+    write_rows(folder / "signatures.npy", content.signatures(), dtype=np.uint64, shape=(len(content.names), BINS))
     sketch_offsets = np.concatenate([[0], np.cumsum(content.sketch_lengths)])
     write_rows(folder / "sketches.npy", content.sketches(), dtype=np.uint64, shape=(int(sketch_offsets[-1]),))
     arrays = {
         "token_offsets": token_offsets,
         "chunk_offsets": chunk_offsets,
-        "signatures": content.signatures,
         "sketch_offsets": sketch_offsets,
         "sketch_limits": content.sketch_limits,
     }
     for name, values in arrays.items():
         write_rows(folder / f"{name}.npy", [values], dtype=values.dtype, shape=values.shape)
-    groups = group_documents(content.signatures, ChunkTable(folder).sketch)
+    table = ChunkTable(folder)
+    groups = group_documents(table.signatures, table.sketch)
     write_rows(folder / "groups.npy", [groups], dtype=np.int64, shape=groups.shape)
     num_copies = int((groups != np.arange(len(groups))).sum())
     sizes = {"documents": len(content.names), "chunks": num_chunks, "tokens": num_tokens, "near_duplicates": num_copies}

@@ -44,7 +44,7 @@ def keep_documents(root: Path, before: Stage, *, deleted: Collection[int], team:
                 tokens=lambda: spans(table.token_offsets, table.tokens),
                 num_bytes=(lambda: spans(table.chunk_offsets, table.num_bytes)) if table.has_byte_counts else None,
                 lengths=np.diff(table.token_offsets)[keep],
-                signatures=table.signatures[keep],
+                signatures=lambda: (table.signatures[start:stop] for start, stop in runs),
                 sketches=lambda: spans(table.sketch_offsets, table.sketches),
                 sketch_lengths=np.diff(table.sketch_offsets)[keep],
                 sketch_limits=table.sketch_limits[keep],

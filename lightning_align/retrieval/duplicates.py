@@ -11,11 +11,11 @@ See Broder 1997 (resemblance and containment), Li, Owen and Zhang 2012 (one perm
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +34,16 @@ At similarity 0.8 the probability of this is 1 - (1 - 0.8^5)^25 = 0.99995.
 BINS = BANDS * ROWS
 THRESHOLD = 0.8
 """The Jaccard similarity of near-duplicates."""
-_CACHED = 4096
-"""Sketches that are kept in memory."""
+_CACHED = 1 << 25
+"""Hashes of sketches that are kept in memory, 256 MiB."""
+_BLOCK = 1 << 14
+"""Signatures that are read at a time."""
 
 _ATTEMPTS = 128
-_EMPTY = np.uint64(2**64 - 1)
-_ALL = np.uint64(2**64 - 1)
+EMPTY = np.uint64(2**64 - 1)
+"""No hash, in a bin."""
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+ALL = np.uint64(2**64 - 1)
 """The limit of a sketch that has all hashes."""
 _FLOOR = np.uint64(2**64 // RATE)
 """Each sketch has all hashes below this."""
@@ -61,36 +65,52 @@ def letters(text: str) -> NDArray[np.uint32]:
     """Return the letters and digits of a text, as numbers, in one Unicode form (NFKC) and without case."""
     if text.isascii():
         return np.frombuffer(text.lower().encode().translate(None, _ASCII_OTHERS), dtype=np.uint8).astype(np.uint32)
-    return _numbers(_NOT_LETTERS.sub("", _one_form(text)))
+    return _numbers(_NOT_LETTERS.sub("", one_form(text)))
 
 
 def shingles(text: str) -> Hashes:
     """Compute the hashes of the shingles of a document, in order, with repetitions.
 
-    A document of fewer letters than a shingle has one hash, of its whole text with punctuation and inner white space, because a
-    few letters alone are easily the same by chance.
+    A document of fewer letters than a shingle has one hash, of its whole text with punctuation, because a few letters alone are
+    easily the same by chance. Each white space in it counts as one space.
     """
     found = letters(text)
     if len(found) < WINDOW:
-        whole = _numbers("\n".join(_one_form(text).strip().splitlines()))
-        places = _mix(np.arange(len(whole), dtype=np.uint64) + np.uint64(1))
-        return _mix(np.array([(_mix(whole.astype(np.uint64)) * places).sum()], dtype=np.uint64))
+        return mix(sum_of_characters(" ".join(one_form(text).removeprefix("\ufeff").split()), 0))
+    return windows(found)
+
+
+def sum_of_characters(text: str, start: int) -> Hashes:
+    """Return the sum (1,) of the hashes of characters with their places. The sums of the parts of a text add up to its sum.
+
+    Args:
+        text: A part of a text.
+        start: The number of characters before it.
+    """
+    places = mix(np.arange(start + 1, start + len(text) + 1, dtype=np.uint64))
+    return (mix(_numbers(text).astype(np.uint64)) * places).sum(keepdims=True)
+
+
+def windows(found: NDArray[np.uint32]) -> Hashes:
+    """Compute the hashes of the shingles of `letters`, in order. None if there are fewer letters than a shingle has."""
+    if len(found) < WINDOW:
+        return np.zeros(0, dtype=np.uint64)
     # The hash of a window is made of those of its halves.
-    total, width = _mix(found.astype(np.uint64)), 1
+    total, width = mix(found.astype(np.uint64)), 1
     while width < WINDOW:
         total = total[:-width] * _SEEDS[width.bit_length()] + total[width:]
         width *= 2
-    return _mix(total)
+    return mix(total)
 
 
 def sketch(hashes: Hashes) -> Sketch:
-    """Return the sketch of a document, given its `shingles`."""
+    """Return the sketch of a document, given its `shingles`, or of a part of it."""
     # To sort all hashes of a long document would take longer than to compute them.
     small = np.unique(hashes[hashes <= _FLOOR])
     if len(small) >= KEPT:
         return Sketch(small, _FLOOR)
     found = np.unique(hashes)
-    return Sketch(found[:KEPT], _ALL if len(found) <= KEPT else found[KEPT - 1])
+    return Sketch(found[:KEPT], ALL if len(found) <= KEPT else found[KEPT - 1])
 
 
 def signature(hashes: Hashes) -> Hashes:
@@ -101,16 +121,26 @@ def signature(hashes: Hashes) -> Hashes:
     Args:
         hashes: The `shingles` of the document.
     """
-    bins = np.full(BINS, _EMPTY)
+    return fill(smallest(hashes))
+
+
+def smallest(hashes: Hashes) -> Hashes:
+    """Return the smallest hash of each bin (BINS,), `EMPTY` where there is none."""
+    bins = np.full(BINS, EMPTY)
     np.minimum.at(bins, (hashes % np.uint64(BINS)).astype(np.int64), hashes)
-    filled = bins != _EMPTY
+    return bins
+
+
+def fill(bins: Hashes) -> Hashes:
+    """Return bins of which no empty one is left; see `signature`."""
+    filled = bins != EMPTY
     empty, full, block = np.flatnonzero(~filled), bins.copy(), 0
-    while len(empty) and len(hashes):
+    while len(empty) and filled.any():
         hit = filled[_donor_bins(block)[:, empty]]  # (attempts, empty)
         first = hit.argmax(axis=0)
         donated = hit[first, np.arange(len(empty))]
         receiver, attempt = empty[donated], first[donated]
-        full[receiver] = _mix(bins[_donor_bins(block)[attempt, receiver]] + (block * _ATTEMPTS + attempt + 1).astype(np.uint64))
+        full[receiver] = mix(bins[_donor_bins(block)[attempt, receiver]] + (block * _ATTEMPTS + attempt + 1).astype(np.uint64))
         empty, block = empty[~donated], block + 1
     return full
 
@@ -119,7 +149,7 @@ def signature(hashes: Hashes) -> Hashes:
 def _donor_bins(block: int) -> NDArray[np.int64]:
     """Return the bins (attempts, BINS) that each empty bin tries in turn. The first that is not empty provides the hash."""
     attempts = np.arange(block * _ATTEMPTS + 1, (block + 1) * _ATTEMPTS + 1, dtype=np.uint64)[:, None]
-    return (_mix(np.arange(BINS, dtype=np.uint64) * np.uint64(1_000_003) + attempts) % np.uint64(BINS)).astype(np.int64)
+    return (mix(np.arange(BINS, dtype=np.uint64) * np.uint64(1_000_003) + attempts) % np.uint64(BINS)).astype(np.int64)
 
 
 def jaccard(first: Sketch, second: Sketch) -> float:
@@ -155,11 +185,10 @@ def group_documents(signatures: Hashes, sketch_of: Callable[[int], Sketch]) -> N
         return document
 
     # Copies have the same signature. Group them first, because n copies would be n^2 candidate pairs.
-    _, first, inverse = np.unique(signatures, axis=0, return_index=True, return_inverse=True)
-    parent[:] = first[inverse.reshape(-1)]
-    read = lru_cache(maxsize=_CACHED)(sketch_of)
+    parent[:] = first = _first_equal(signatures)
+    read = _Cache(sketch_of)
     seen: set[tuple[int, int]] = set()
-    for bucket in _candidates(signatures, np.sort(first)):
+    for bucket in _candidates(_bands(signatures, np.unique(first))):
         for one, other in combinations(bucket, 2):
             roots = sorted((root(one), root(other)))
             if roots[0] == roots[1] or (one, other) in seen:
@@ -175,25 +204,87 @@ def _may_be_similar(first: Hashes, second: Hashes) -> bool:
     return int(np.count_nonzero(first == second)) > 0.3 * BINS
 
 
-def _candidates(signatures: Hashes, documents: NDArray[Any]) -> Iterator[list[int]]:
-    """Yield sets of two or more documents that agree on a band."""
+class _Cache:
+    """The sketches that were read last, as many as fit into `_CACHED`."""
+
+    def __init__(self, read: Callable[[int], Sketch]) -> None:
+        self._read, self._size = read, 0
+        self._sets: OrderedDict[int, Sketch] = OrderedDict()
+
+    def __call__(self, document: int) -> Sketch:
+        if document in self._sets:
+            self._sets.move_to_end(document)
+            return self._sets[document]
+        found = self._read(document)
+        self._sets[document] = found
+        self._size += len(found.hashes)
+        while self._size > _CACHED and len(self._sets) > 1:
+            self._size -= len(self._sets.popitem(last=False)[1].hashes)
+        return found
+
+
+def _first_equal(signatures: Hashes) -> NDArray[np.int64]:
+    """Return the number (D,) of the first document that has the same signature."""
+    keys = np.concatenate([_fold(part) for part in _blocks(signatures)]) if len(signatures) else np.zeros(0, dtype=np.uint64)
+    _, places, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    first: NDArray[np.int64] = places[inverse.reshape(-1)]
+    for start in range(0, len(first), _BLOCK):  # keys can collide
+        numbers = np.arange(start, min(start + _BLOCK, len(first)))
+        differ = (signatures[first[numbers]] != signatures[numbers]).any(axis=1)
+        first[numbers[differ]] = numbers[differ]
+    return first
+
+
+class _Bands:
+    """A key of each band of documents, equal where all rows of the band are."""
+
+    def __init__(self, documents: NDArray[np.int64], keys: Hashes) -> None:
+        self.documents, self.keys = documents, keys
+        """(n,) and (n, BANDS)."""
+
+
+def _bands(signatures: Hashes, documents: NDArray[np.int64]) -> _Bands:
+    parts = [
+        _fold(np.asarray(signatures[documents[start : start + _BLOCK]]).reshape(-1, BANDS, ROWS))
+        for start in range(0, len(documents), _BLOCK)
+    ]
+    return _Bands(documents, np.concatenate(parts) if parts else np.zeros((0, BANDS), dtype=np.uint64))
+
+
+def _candidates(*sides: _Bands) -> Iterator[list[int]]:
+    """Yield sets of two or more documents that agree on a band. Each set is ascending."""
+    documents = np.concatenate([side.documents for side in sides])
     for band in range(BANDS):
-        buckets: dict[bytes, list[int]] = defaultdict(list)
-        rows = np.ascontiguousarray(signatures[documents, band * ROWS : (band + 1) * ROWS])
-        for document, row in zip(documents.tolist(), rows, strict=True):
-            buckets[row.tobytes()].append(document)
-        yield from (bucket for bucket in buckets.values() if len(bucket) > 1)
+        keys = np.concatenate([side.keys[:, band] for side in sides])
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order[:1]] + np.uint64(1)))
+        sizes = np.diff(starts, append=len(order))
+        for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
+            yield documents[order[start : start + size]].tolist()
 
 
-def _one_form(text: str) -> str:
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).removeprefix("\ufeff")
+def _blocks(signatures: Hashes) -> Iterator[Hashes]:
+    return (np.asarray(signatures[start : start + _BLOCK]) for start in range(0, len(signatures), _BLOCK))
+
+
+def _fold(values: Hashes) -> Hashes:
+    """Hash the last dimension."""
+    total = np.zeros(values.shape[:-1], dtype=np.uint64)
+    for column in range(values.shape[-1]):
+        total = mix(total * _MULTIPLIER + values[..., column])
+    return total
+
+
+def one_form(text: str) -> str:
+    """Return a text in one Unicode form (NFKC) and without case."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def _numbers(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
 
 
-def _mix(values: Hashes) -> Hashes:
+def mix(values: Hashes) -> Hashes:
     """Apply the finalizer of splitmix64, in which every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

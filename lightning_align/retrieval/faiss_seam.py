@@ -4,6 +4,8 @@
 because the threads that it starts do not survive a fork.
 """
 
+import struct
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -110,11 +112,89 @@ def merge(index: Any, shard: Any) -> None:
     both.ntotal = both.base_index.ntotal
 
 
+def has_plain_lists(index: Any) -> bool:
+    """Whether an index consists of inverted lists of codes, without packed codes and without vectors to refine by."""
+    return is_ivf(index) and not refines(index) and not is_fast_scan(index)
+
+
+def lists_on_disk(index: Any) -> bool:
+    """Whether the inverted lists of an index can be written to its file list by list, see `write_merged`."""
+    return has_plain_lists(index) and _head(index) is not None
+
+
+def _head(index: Any) -> bytes | None:
+    """Return the content of the file of an index up to its inverted lists. None if lists are not the end of the file."""
+    faiss = load_faiss()
+    ivf = faiss.extract_index_ivf(index)
+    lists, owned = ivf.invlists, ivf.own_invlists
+    empty = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+    ivf.own_invlists = False  # or the lists would be deleted
+    ivf.replace_invlists(empty, False)
+    content: bytes = faiss.serialize_index(index).tobytes()
+    ivf.replace_invlists(lists, owned)
+    tail = b"ilar" + struct.pack("<QQ", ivf.nlist, ivf.code_size) + b"sprs" + struct.pack("<Q", 0)
+    return content.removesuffix(tail) if content.endswith(tail) else None
+
+
+def is_fast_scan(index: Any) -> bool:
+    """Whether an index, or the base of a refining one, packs the codes of several vectors together."""
+    faiss = load_faiss()
+    ivf = faiss.try_extract_index_ivf(index)
+    return isinstance(inner(index) if ivf is None else faiss.downcast_index(ivf), (faiss.IndexFastScan, faiss.IndexIVFFastScan))
+
+
+def emptied(path: Path) -> Any:
+    """Read an index of plain lists without what is in them."""
+    faiss = load_faiss()
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    ivf = faiss.extract_index_ivf(index)
+    lists = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+    ivf.replace_invlists(lists, True)
+    lists.this.disown()  # the index owns it
+    ivf.ntotal = index.ntotal = 0
+    return index
+
+
+def write_merged(index: Any, shards: list[Path], path: Path) -> None:
+    """Write an index whose inverted lists are those of shards one after another. Memory does not grow with the lists.
+
+    Args:
+        index: An index that was trained like the shards.
+        shards: Files of the shards. They are memory-mapped. Their vectors have the numbers that they will have.
+        path: The file to write.
+    """
+    faiss = load_faiss()
+    parts = [faiss.read_index(str(shard), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY) for shard in shards]
+    lists = [faiss.extract_index_ivf(part).invlists for part in parts]
+    ivf = faiss.extract_index_ivf(index)
+    ivf.ntotal = index.ntotal = sum(part.ntotal for part in parts)
+    head = _head(index)
+    assert head is not None
+    sizes = np.array([[part.list_size(number) for part in lists] for number in range(ivf.nlist)], dtype=np.uint64)
+    width = int(ivf.code_size)
+    with path.open("wb") as file:
+        file.write(head + b"ilar" + struct.pack("<QQ", ivf.nlist, width) + b"full" + struct.pack("<Q", ivf.nlist))
+        file.write(sizes.sum(1).astype(np.uint64).data)
+        for number, some in enumerate(sizes.tolist()):
+            filled = [(part, size) for part, size in zip(lists, some, strict=True) if size]
+            for part, size in filled:
+                file.write(faiss.rev_swig_ptr(part.get_codes(number), size * width).data)
+            for part, size in filled:
+                file.write(faiss.rev_swig_ptr(part.get_ids(number), size).data)
+
+
+def is_flat(index: Any) -> bool:
+    """Whether an index is exact (Flat, Euclidean distance)."""
+    faiss = load_faiss()
+    index = faiss.downcast_index(index)
+    return type(index) in (faiss.IndexFlat, faiss.IndexFlatL2) and index.metric_type == faiss.METRIC_L2
+
+
 def flat_vectors(index: Any) -> NDArray[np.float32] | None:
     """Return the vectors (C, d) of an exact index (Flat, Euclidean distance), or None for another index or an empty index."""
     faiss = load_faiss()
     index = faiss.downcast_index(index)
-    if type(index) not in (faiss.IndexFlat, faiss.IndexFlatL2) or index.metric_type != faiss.METRIC_L2 or not index.ntotal:
+    if not is_flat(index) or not index.ntotal:
         return None
     vectors: NDArray[np.float32] = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d)
     return vectors

@@ -1,5 +1,7 @@
 """Stage 3: a faiss index over the vectors of all chunks. It is trained on a uniform sample, filled in shards, and measured."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,30 @@ from tqdm.auto import tqdm
 
 from lightning_align.retrieval.advisor import advise, check_training, needed_to_train
 from lightning_align.retrieval.encoders import read_vectors
-from lightning_align.retrieval.faiss_seam import is_ivf, load_faiss, max_effort, merge, num_gpus, set_effort
+from lightning_align.retrieval.faiss_seam import (
+    emptied,
+    has_plain_lists,
+    is_fast_scan,
+    is_flat,
+    is_ivf,
+    lists_on_disk,
+    load_faiss,
+    max_effort,
+    merge,
+    num_gpus,
+    set_effort,
+    write_merged,
+)
 from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.retrieval.tables import Floats, Ints
 from lightning_align.runtime.files import publish
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file format. Increase it when the same settings lead to other bytes."""
+
+
+_ADDED = 1 << 15
+"""Vectors that are added at a time to an index in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +47,14 @@ class IndexConfig:
         min_recall: Fraction of the true nearest chunks that the index must find. Searches visit more of the index until it is
             reached. Default is 0.95.
         recall_at: The number of nearest chunks that the recall is measured on. Default is 2.
-        shard_size: Vectors per shard. Each shard is added by one rank. Default is 1048576.
+        shard_size: Vectors per shard. Each shard is added by one rank. Default is 262144.
         seed: Seed of the samples that the index is trained and measured on. Default is 0.
     """
 
     factory: str = "auto"
     min_recall: float = 0.95
     recall_at: int = 2
-    shard_size: int = 1 << 20
+    shard_size: int = 1 << 18
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,21 +108,49 @@ def build_index(root: Path, vectors: Stage, config: IndexConfig, *, team: Team, 
             if not mergeable or number % team.size != team.rank:
                 continue
             if not stage.has_block(number):
-                stage.write_block(number, {"index": _shard(trained, data[start : start + config.shard_size])})
+                stage.write_block(number, {"index": _shard(trained, data[start : start + config.shard_size], start)})
             if stage.is_sampled(number, verify):
-                stage.check_block(number, {"index": _shard(trained, data[start : start + config.shard_size])})
+                stage.check_block(number, {"index": _shard(trained, data[start : start + config.shard_size], start)})
         bar.close()
     with team.together():
         if team.rank == 0:
             index = _load(trained)
-            for number, start in enumerate(starts, start=1):
-                if mergeable:
-                    shard = _load(stage.read_block(number)["index"])
-                    merge(index, shard)
-                else:
-                    index.add(data[start : start + config.shard_size].astype(np.float32))
+            if mergeable and lists_on_disk(index):
+                with _shard_files(stage, (stage.read_block(number)["index"] for number in range(1, len(starts) + 1))) as files:
+                    _write(stage, index, data, config, factory, shards=files)
+                return stage
+            if mergeable:
+                for number in range(1, len(starts) + 1):
+                    merge(index, _load(stage.read_block(number)["index"]))
+            else:
+                _add(index, data, config)
             _write(stage, index, data, config, factory)
     return stage
+
+
+@contextmanager
+def _shard_files(stage: Stage, shards: Iterable[NDArray[np.uint8]], *, before: Path | None = None) -> Iterator[list[Path]]:
+    """Write shards to files that can be mapped, after a file that exists. The files are deleted at the end."""
+    files = [] if before is None else [before]
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for shard in shards:
+            path = stage.folder / f".shard-{len(files)}.tmp"
+            shard.tofile(path)
+            files.append(path)
+        yield files
+    except OSError as error:
+        raise ValueError(f"{stage.folder} cannot be written ({error.strerror or error}). Free disk space.") from error
+    finally:
+        for path in files[before is not None :]:
+            path.unlink(missing_ok=True)
+
+
+def _add(index: Any, data: NDArray[np.float16], config: IndexConfig, *, start: int = 0) -> None:
+    """Add vectors to an index in memory, a part at a time."""
+    step = min(config.shard_size, _ADDED)
+    for first in range(start, len(data), step):
+        index.add(data[first : first + step].astype(np.float32))
 
 
 def append_index(root: Path, before: Stage, old: Stage, vectors: Stage, *, team: Team, verify: float) -> Stage:
@@ -127,34 +174,76 @@ def append_index(root: Path, before: Stage, old: Stage, vectors: Stage, *, team:
     with team.together():
         if team.rank == 0 and not stage.is_finished(verify=verify > 0):
             config, data = IndexConfig(**before.inputs["config"]), read_vectors(vectors)
-            index = faiss.read_index(str(before.folder / "index.faiss"))
-            for start in range(len(read_vectors(old)), len(data), config.shard_size):
-                index.add(data[start : start + config.shard_size].astype(np.float32))
-            _write(stage, index, data, config, config.factory)
+            first = before.folder / "index.faiss"
+            index = faiss.read_index(str(first), faiss.IO_FLAG_MMAP)
+            if lists_on_disk(index):
+                index = emptied(first)
+                trained = _dump(index)
+                starts = range(len(read_vectors(old)), len(data), config.shard_size)
+                shards = (_shard(trained, data[start : start + config.shard_size], start) for start in starts)
+                with _shard_files(stage, shards, before=first) as files:
+                    _write(stage, index, data, config, config.factory, shards=files)
+            else:
+                index = faiss.read_index(str(first))
+                _add(index, data, config, start=len(read_vectors(old)))
+                _write(stage, index, data, config, config.factory)
     return stage
 
 
-def _write(stage: Stage, index: Any, data: NDArray[np.float16], config: IndexConfig, factory: str) -> None:
-    """Measure the recall of an index, write it, and finish its stage."""
-    table = {"factory": factory, **tune(index, data, config, factory=factory)}
+def _write(
+    stage: Stage,
+    index: Any,
+    data: NDArray[np.float16],
+    config: IndexConfig,
+    factory: str,
+    *,
+    shards: list[Path] | None = None,
+) -> None:
+    """Write an index, measure its recall, and finish its stage.
+
+    Args:
+        stage: The stage.
+        index: The index. With shards, it is trained and empty.
+        data: (C, d) vectors of the index.
+        config: Settings with the recall to reach.
+        factory: Factory string of the index.
+        shards: Files of the shards that the index consists of.
+    """
+    path = stage.folder / "index.faiss"
 
     def write(temporary: Path) -> None:
+        if shards is not None:
+            write_merged(index, shards, temporary)
+            return
         try:
             load_faiss().write_index(index, str(temporary))
         except RuntimeError as error:  # faiss raises this if the disk is full
             raise OSError(str(error).strip().splitlines()[-1]) from error
 
-    publish(stage.folder / "index.faiss", write)
+    publish(path, write)
+    filled = index if shards is None else _read(path)
+    table = {"factory": factory, **tune(filled, data, config, factory=factory)}
     stage.finish(table=table, counts={"vectors": len(data)}, files=["index.faiss"])
 
 
 def open_index(stage: Stage) -> Any:
     """Open a finished index with its measured search effort. It is memory-mapped if its type supports that."""
-    faiss = load_faiss()
     manifest = stage.manifest()
     assert manifest is not None, f"{stage.folder} is not finished"
-    index = faiss.read_index(str(stage.folder / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
+    index = _read(stage.folder / "index.faiss")
     set_effort(index, manifest["table"]["effort"])
+    return index
+
+
+def _read(path: Path) -> Any:
+    """Read an index. Flat vectors, or inverted lists, stay in the file."""
+    faiss = load_faiss()
+    with path.open("rb") as file:
+        is_exact = file.read(4) in (b"IxF2", b"IxFI")  # these are not read twice
+    index = None if is_exact else faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    if index is None or not has_plain_lists(index):
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists).prefetch_nthread = 0
     return index
 
 
@@ -183,9 +272,14 @@ def _train(data: NDArray[np.float16], factory: str, config: IndexConfig) -> Any:
     return index
 
 
-def _shard(trained: NDArray[np.uint8], part: NDArray[np.float16]) -> NDArray[np.uint8]:
-    index = _load(trained)
-    index.add(part.astype(np.float32))
+def _shard(trained: NDArray[np.uint8], part: NDArray[np.float16], start: int) -> NDArray[np.uint8]:
+    index, step = _load(trained), min(len(part), _ADDED)
+    for first in range(0, len(part), max(step, 1)):
+        some = part[first : first + step].astype(np.float32)
+        if lists_on_disk(index):
+            index.add_with_ids(some, np.arange(start + first, start + first + len(some)))
+        else:
+            index.add(some)
     return _dump(index)
 
 
@@ -199,7 +293,13 @@ def _load(packed: NDArray[np.uint8]) -> Any:
 
 
 def _is_mergeable(trained: NDArray[np.uint8]) -> bool:
-    """Whether shards can be merged. Graphs (HNSW) cannot, so rank 0 adds all vectors to one index."""
+    """Whether shards can be merged.
+
+    If not, rank 0 adds all vectors to one index. Graphs (HNSW) cannot be merged. A flat index is filled faster than shards are
+    written. Packed codes (fast scan) would depend on the shards.
+    """
+    if is_flat(index := _load(trained)) or is_fast_scan(index):
+        return False
     try:
         merge(_load(trained), _load(trained))
     except RuntimeError:

@@ -1,11 +1,10 @@
 """Lexical retrieval: BM25 over the words of chunks, alone or to rerank the results of dense search.
 
-For language modeling BM25 outperforms dense retrieval, and reranking with BM25 keeps a part of the gain (arXiv 2305.16243). The
-library bm25s computes all scores at indexing time (arXiv 2407.03618).
+For language modeling BM25 outperforms dense retrieval, and reranking with BM25 keeps a part of the gain (arXiv 2305.16243).
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from lightning_align.retrieval.dense import DenseSearcher
-from lightning_align.retrieval.neighbors import DELETED, Forbidden, Nearest, pick
-from lightning_align.retrieval.stages import Stage, Team
+from lightning_align.retrieval.neighbors import Forbidden, Nearest, pick
+from lightning_align.retrieval.postings import FILES, Postings, count_terms, write_postings
+from lightning_align.retrieval.stages import Stage, Team, write_bytes
 from lightning_align.retrieval.tables import ChunkTable, Floats, Ints
 from lightning_align.retrieval.words import WordsConfig, config_of, earlier_terms, terms, words_key
 
 FORMAT = 3
 """Version of the file format. Increase it when the same settings lead to other bytes."""
-_BLOCK = 64
-"""Scores per block in `_largest`."""
 Decode = Callable[[list[int]], str]
 
 
@@ -52,33 +50,21 @@ def build_lexical(
 
 
 def _index(stage: Stage, table: ChunkTable, decode: Decode, config: WordsConfig) -> None:
-    import bm25s
-
     vocabulary: dict[str, int] = {}
-    numbers = []
-    for chunk in tqdm(range(len(table)), desc="lexical", unit=" chunks", disable=None, leave=False):
-        found = terms(decode(table.chunk(chunk).tolist()), config)
-        numbers.append([vocabulary.setdefault(word, len(vocabulary)) for word in found])
-    if not vocabulary:
+
+    def numbers() -> Iterator[list[int]]:
+        for chunk in tqdm(range(len(table)), desc="lexical", unit=" chunks", disable=None, leave=False):
+            found = terms(decode(table.chunk(chunk).tolist()), config)
+            yield [vocabulary.setdefault(word, len(vocabulary)) for word in found]
+
+    if not write_postings(stage.folder, count_terms(numbers())):
         raise ValueError(
             "Chunks must have words for BM25, but no chunk has one. Increase `chunk_size` (a byte tokenizer needs several "
             "times the size of a word tokenizer), or use a dense encoder."
         )
-    model = bm25s.BM25()
-    model.index((numbers, vocabulary), create_empty_token=False, show_progress=False)
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        for name in _ARRAYS:
-            np.save(stage.folder / f"{name}.npy", model.scores[name], allow_pickle=False)
-        text = json.dumps({"vocabulary": vocabulary, "num_docs": int(model.scores["num_docs"])}, ensure_ascii=False)
-        (stage.folder / "words.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{stage.folder} cannot be written ({error.strerror or error}). Free disk space.") from error
+    write_bytes(stage.folder / "words.json", json.dumps(list(vocabulary), ensure_ascii=False).encode())
     counts = {"words": len(vocabulary), "chunks": len(table)}
-    stage.finish(table={"words": words_key(config)}, counts=counts, files=[*(f"{name}.npy" for name in _ARRAYS), "words.json"])
-
-
-_ARRAYS = ("data", "indices", "indptr")
+    stage.finish(table={"words": words_key(config)}, counts=counts, files=[*(f"{name}.npy" for name in FILES), "words.json"])
 
 
 class LexicalSearcher:
@@ -91,20 +77,12 @@ class LexicalSearcher:
     """
 
     def __init__(self, stage: Stage, groups: Ints, decode: Decode) -> None:
-        import bm25s
-
-        content = json.loads((stage.folder / "words.json").read_text(encoding="utf-8"))
-        self.vocabulary: dict[str, int] = content["vocabulary"]
-        self.model = bm25s.BM25()
-        arrays = {name: np.load(stage.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-        self.model.scores = {**arrays, "num_docs": content["num_docs"]}
-        self.model.nonoccurrence_array = None
-        self.groups, self.decode = groups, decode
+        names: list[str] = json.loads((stage.folder / "words.json").read_text(encoding="utf-8"))
+        self.vocabulary = {name: number for number, name in enumerate(names)}
+        self.postings, self.decode = Postings(stage.folder, groups), decode
         manifest = stage.manifest()
         config = config_of(None if manifest is None else manifest["table"].get("words"))
         self._terms: Callable[[str], list[str]] = earlier_terms if config is None else partial(terms, config=config)
-        self._by_group = np.argsort(groups, kind="stable")
-        self._sorted_groups = groups[self._by_group]
 
     def queries_of(self, table: ChunkTable, chunks: range) -> list[list[int]]:
         """See `Searcher`. Queries are lists of word numbers."""
@@ -115,39 +93,19 @@ class LexicalSearcher:
         texts = (self.decode(np.asarray(query).tolist()) for query in queries)
         return [sorted({self.vocabulary[word] for word in self._terms(text) if word in self.vocabulary}) for text in texts]
 
-    def scores(self, query: list[int]) -> Any:
-        """Compute the score (C,) of every chunk, float32."""
-        return self.model.get_scores_from_ids(query)
+    def scores(self, query: list[int], chunks: Ints) -> Any:
+        """Compute the scores (n,) of chunks (n,), float64."""
+        return self.postings.scores(query, chunks)
 
     def nearest(self, queries: list[list[int]], k: int, forbidden: Forbidden) -> Nearest:
         """See `Searcher`. The distance is the negated score."""
-        forbidden_groups = _groups_of_rows(forbidden, len(queries))
-        candidates = min(k, len(self.groups))
-        ids = np.zeros((len(queries), candidates), dtype=np.int64)
-        best = np.zeros((len(queries), candidates), dtype=np.float32)
-        for row, query in enumerate(queries):
-            scores = self.scores(query)
-            for group in (DELETED, *forbidden_groups[row]):
-                scores[self._chunks_of_group(group)] = 0
-            top = _largest(scores, candidates)
-            ids[row, : len(top)] = top
-            best[row, : len(top)] = scores[top]
-        return pick(ids, 0 - best, best > 0, k)
-
-    def _chunks_of_group(self, group: int) -> Ints:
-        first, last = np.searchsorted(self._sorted_groups, (group, group + 1))
-        return self._by_group[first:last]
-
-
-def _largest(scores: Floats, count: int) -> Ints:
-    """Return the indices of the `count` largest positive scores, or fewer if there are fewer. Of equal scores the first win."""
-    # A partition of all scores would read them several times. Instead, compute the maximum of each block. `count` blocks have a
-    # maximum of at least `bound`, so none of the `count` largest scores is below it.
-    whole = len(scores) // _BLOCK * _BLOCK
-    peaks = np.append(scores[:whole].reshape(-1, _BLOCK).max(axis=1), scores[whole:].max(initial=0))
-    bound = np.partition(peaks, -count)[-count] if count <= len(peaks) else 0
-    near = np.flatnonzero(scores >= bound if bound > 0 else scores > 0)
-    return near[np.argsort(-scores[near], kind="stable")[:count]]
+        shape = len(queries), k
+        ids, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
+        distances = np.full(shape, np.inf, dtype=np.float32)
+        for row, (query, groups) in enumerate(zip(queries, _groups_of_rows(forbidden, len(queries)), strict=True)):
+            found, scores = self.postings.best(query, k, groups)
+            ids[row, : len(found)], mask[row, : len(found)], distances[row, : len(found)] = found, True, 0 - scores
+        return Nearest(ids, mask, distances)
 
 
 class HybridSearcher:
@@ -170,7 +128,7 @@ class HybridSearcher:
         """See `Searcher`. Candidates without a common word come last, in the order of dense search, at distance 0."""
         vectors, terms = queries
         found = self.dense.nearest(vectors, max(k, self.num_candidates), forbidden)
-        scores = np.stack([self.lexical.scores(query)[ids] for query, ids in zip(terms, found.ids, strict=True)])
+        scores = np.stack([self.lexical.scores(query, ids) for query, ids in zip(terms, found.ids, strict=True)])
         distances: Floats = np.where(found.mask, 0 - scores, np.inf).astype(np.float32)
         order = np.argsort(distances, axis=1, kind="stable")
         mask = np.take_along_axis(found.mask, order, axis=1)

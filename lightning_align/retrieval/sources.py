@@ -8,8 +8,8 @@ the two readings is found by its hash and named.
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,39 @@ Digests = NDArray[np.uint64]
 
 
 class DocumentSource(Protocol):
-    """Source of documents. It may have a method ``stamps()``; see `changed_files`."""
+    """Source of documents. It may have methods ``stamps()``, see `changed_files`, and ``open_texts()``, see `opened`."""
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents. Every call yields the same documents in the same order, as long as nothing changes them."""
+        ...
+
+
+class Piece(Protocol):
+    """A part of a long document."""
+
+    @property
+    def id(self) -> str:
+        """The name of the document."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """The text of the part."""
+        ...
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the document begins with it."""
+        ...
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the document ends with it."""
+        ...
+
+    @property
+    def digest(self) -> bytes:
+        """The hash of the whole document, at its last part."""
         ...
 
 
@@ -40,24 +69,70 @@ class Survey(NamedTuple):
 def survey(source: DocumentSource) -> Survey:
     """Read all documents of a source, and hash them. 16 bytes per document stay in memory."""
     digests, whole = array("Q"), hashlib.sha256()
-    for document in source.documents():
+    for document, rest in opened(source):
         if document.text:
-            content = _digest(document)
-            digests.frombytes(content[:16])
-            whole.update(content)
+            content = Digest(document.id)
+            content.update(document.text)
+            for text in rest:
+                content.update(text)
+            digests.frombytes(content.digest())
+            whole.update(content.all())
     return Survey(whole.hexdigest(), np.array(digests, dtype=np.uint64).reshape(-1, 2))
+
+
+def opened(source: DocumentSource) -> Iterator[tuple[Document, Iterable[str]]]:
+    """Yield each document, or the beginning of a long one with what follows it."""
+    read: Any = getattr(source, "open_texts", None)
+    return ((document, ()) for document in source.documents()) if read is None else read()
+
+
+class Digest:
+    """The hash of a document that is given in pieces.
+
+    Args:
+        name: The name of the document.
+    """
+
+    def __init__(self, name: str) -> None:
+        # A name of a file can have bytes that are not UTF-8, and a text half a character. Both must have a hash.
+        content = name.encode("utf-8", errors="surrogatepass")
+        self._hash = hashlib.sha256(b"%d:%b" % (len(content), content))
+
+    def update(self, text: str) -> None:
+        """Add the next piece of the text."""
+        self._hash.update(text.encode("utf-8", errors="surrogatepass"))
+
+    def all(self) -> bytes:
+        """Return the hash, 32 bytes."""
+        return self._hash.digest()
+
+    def digest(self) -> bytes:
+        """Return the 16 bytes that are kept."""
+        return self.all()[:16]
+
+
+def content_of(part: Piece) -> Digests:
+    """Hash a part of a long document (2,), its place included."""
+    content = Digest(f"{part.id}\0{part.is_first}{part.is_last}{part.digest.hex()}")
+    content.update(part.text)
+    return np.frombuffer(content.digest(), dtype=np.uint64)
 
 
 def digests_of(documents: Sequence[Document]) -> Digests:
     """Hash each document (D, 2), as `survey` does."""
-    return np.frombuffer(b"".join(_digest(document)[:16] for document in documents), dtype=np.uint64).reshape(-1, 2)
+    return np.frombuffer(b"".join(_digest(document) for document in documents), dtype=np.uint64).reshape(-1, 2)
 
 
-def is_current(stage: Stage, number: int, documents: Sequence[Document]) -> bool:
+def is_current(stage: Stage, number: int, documents: Sequence[Document] | Piece) -> bool:
     """Whether a block exists and is of these documents. A block of others, which a source had for a while, is deleted."""
     if not stage.has_block(number):
         return False
-    if np.array_equal(stage.read_block(number)["digests"], digests_of(documents)):
+    block = stage.read_block(number)
+    if isinstance(documents, Sequence) and not hasattr(documents, "is_first"):
+        same = "content" not in block and np.array_equal(block["digests"], digests_of(documents))
+    else:
+        same = "content" in block and np.array_equal(block["content"], content_of(documents))
+    if same:
         return True
     stage.drop_block(number)
     return False
@@ -119,6 +194,6 @@ def changed_files(before: Mapping[str, tuple[int, ...]], source: DocumentSource)
 
 
 def _digest(document: Document) -> bytes:
-    # A name of a file can have bytes that are not UTF-8, and a text half a character. Both must have a hash.
-    name, text = (part.encode("utf-8", errors="surrogatepass") for part in document)
-    return hashlib.sha256(b"%d:%b%b" % (len(name), name, text)).digest()
+    content = Digest(document.id)
+    content.update(document.text)
+    return content.digest()

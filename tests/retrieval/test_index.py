@@ -141,10 +141,11 @@ def test_advice_depends_on_the_size_of_the_corpus():
     gib = 2**30
     assert advise(10_000, 384, memory=gib).factory == "Flat"
     assert advise(1_000_000, 384, memory=8 * gib).factory == "IVF8192,SQ8"
-    assert advise(5_000_000, 768, memory=8 * gib).factory == "OPQ64_256,IVF65536_HNSW32,PQ64"
+    assert advise(5_000_000, 768, memory=8 * gib).factory == "IVF65536_HNSW32,SQ8"
+    assert advise(5_000_000, 768, memory=2 * gib).factory == "OPQ64_256,IVF65536_HNSW32,PQ64"
     big = advise(10**9, 768, memory=100 * gib)
     assert big.factory == "OPQ64_256,IVF1048576_HNSW32,PQ64" and 70e9 < big.num_bytes < 80e9
-    assert advise(10**9, 768, memory=50 * gib).factory.endswith("PQ64x4fsr")
+    assert advise(10**9, 768, memory=50 * gib).factory.endswith("PQ32")
     assert advise(10**9, 768, memory=100 * gib, cores=64).hours < advise(10**9, 768, memory=100 * gib, cores=8).hours
     assert advise(200_000, 384, memory=200 * 2**20).factory == "IVF4096,SQ8"  # Flat would take 293 MiB
     with pytest.raises(ValueError, match=r"an index of 1,000,000,000 vectors of 768 dimensions, but got 1\.0 GiB"):
@@ -261,3 +262,20 @@ def test_gpu_trains_the_index_that_a_cpu_searches(tmp_path):
         pytest.skip("faiss sees no GPU: needs faiss-gpu")
     manifest = build(tmp_path, vectors_of(20_000), factory="IVF64,Flat").manifest()
     assert manifest["table"]["recall"] >= 0.95
+
+
+def test_the_index_above_two_million_vectors_passes_the_gate_that_packed_codes_fail(tmp_path):
+    # The same coding with fewer lists: the 65,536 lists that auto chooses need 2.5 million vectors.
+    data = vectors_of(10_500, dim=32)
+    with pytest.raises(ValueError, match="finds at most 0"):
+        build(tmp_path / "packed", data, factory="IVF16,PQ8", min_recall=0.95)
+    table = build(tmp_path / "bytes", data, factory="IVF16,SQ8", min_recall=0.95).manifest()["table"]
+    assert table["recall"] >= 0.95
+
+
+def test_packed_codes_do_not_depend_on_shards(tmp_path):
+    data = vectors_of(3000)
+    one, many = (
+        build(tmp_path / str(size), data, factory="IVF16,PQ4x4fs", min_recall=0.0, shard_size=size) for size in (3000, 700)
+    )
+    assert (one.folder / "index.faiss").read_bytes() == (many.folder / "index.faiss").read_bytes()

@@ -1,16 +1,19 @@
 import math
 import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from lightning_align.retrieval import postings
 from lightning_align.retrieval.lexical import LexicalSearcher, build_lexical
 from lightning_align.retrieval.neighbors import Forbidden, group_of_chunks
+from lightning_align.retrieval.postings import Postings, count_terms, write_postings
 from lightning_align.retrieval.stages import Team
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retrieval.words import WordsConfig, words_key
 from lightning_align.retrieval.words import terms as terms_of
-from tests.retrieval.helpers import BYTES, chunk, texts
+from tests.retrieval.helpers import BYTES, chunk, hashes, texts
 
 DECODE = BYTES.tokenizer.decode
 NOTHING = np.zeros(0, dtype=np.int64)
@@ -45,7 +48,7 @@ def test_scores_equal_the_formula(built):
     chunks = [terms_of(DECODE(table.chunk(i).tolist()), WordsConfig()) for i in range(len(table))]
     for number in (0, 7, len(table) - 1):
         (terms,) = searcher.terms([table.chunk(number)])
-        assert np.allclose(searcher.scores(terms), slow_bm25(chunks, chunks[number]), atol=1e-4)
+        assert np.allclose(searcher.scores(terms, np.arange(len(table))), slow_bm25(chunks, chunks[number]), rtol=1e-12)
 
 
 def test_best_allowed_chunks_are_returned_in_order(built):
@@ -56,7 +59,7 @@ def test_best_allowed_chunks_are_returned_in_order(built):
     queries = searcher.queries_of(table, range(0, 5))
     found = searcher.nearest(queries, 6, Forbidden(np.arange(5), groups[:5]))
     for row, query in enumerate(queries):
-        scores = np.where((groups == groups[row]) | (groups == -1), 0, searcher.scores(query))
+        scores = np.where((groups == groups[row]) | (groups == -1), 0, searcher.scores(query, np.arange(len(table))))
         best = np.sort(scores)[::-1][:6]
         assert np.allclose(-found.distances[row][found.mask[row]], best[best > 0], atol=1e-6)
         assert 3 not in table.document_of(found.ids[row][found.mask[row]])
@@ -137,3 +140,46 @@ def test_the_search_analyzes_as_the_index_did(tmp_path):
         ids = [3 + byte for byte in query.encode()]
         nearest = searcher.nearest(searcher.terms([ids]), 2, Forbidden(NOTHING, NOTHING))
         assert nearest.ids[0][nearest.mask[0]].tolist() == found, (config, query)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """An index over 4,000 chunks whose words are as frequent as those of a language, and the chunks."""
+    draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("postings")
+    lists = [(draw.zipf(1.4, draw.integers(0, 40)) % 900).tolist() for _ in range(4000)]
+    vocabulary: dict[int, int] = {}
+    lists = [[vocabulary.setdefault(word, len(vocabulary)) for word in words] for words in lists]
+    return folder, lists, write_postings(folder, count_terms(lists))
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.6, 2048), (0.2, 50), (1.0, 1), (0.9, 500)])
+def test_the_best_of_the_pruned_search_are_the_best_of_all(many, monkeypatch, share, first):
+    folder, lists, _ = many
+    monkeypatch.setattr(postings, "_SHARE", share)
+    monkeypatch.setattr(postings, "_FIRST", first)
+    monkeypatch.setattr(postings, "_MANY", 40)
+    groups = np.arange(4000) // 10
+    groups[50:70] = -1
+    search, counts = Postings(folder, groups), [Counter(words) for words in lists]
+    mean, frequencies = np.mean([len(words) for words in lists]), Counter(word for words in counts for word in words)
+    for number in range(0, 4000, 199):
+        query = sorted(set(lists[number]))
+        scores = np.zeros(4000)
+        for word in query:
+            idf = math.log(1 + (4000 - frequencies[word] + 0.5) / (frequencies[word] + 0.5))
+            tf = np.array([found[word] for found in counts])
+            scores += idf * tf / (tf + 1.5 * (0.25 + 0.75 * np.array([len(words) for words in lists]) / mean))
+        scores[(groups == groups[number]) | (groups == -1)] = 0
+        for k in (1, 8):
+            ids, found = search.best(query, k, [groups[number]])
+            best = np.sort(scores)[::-1][:k]
+            assert np.allclose(found, best[best > 0], rtol=1e-12)
+            assert np.allclose(found, scores[ids], rtol=1e-12) and len(set(ids.tolist())) == len(ids)
+
+
+def test_the_index_does_not_depend_on_how_much_is_sorted_at_a_time(many, monkeypatch, tmp_path):
+    folder, lists, num_terms = many
+    for name, value in (("_SORTED", 700), ("_PART", 333), ("_BLOCK", 100)):
+        monkeypatch.setattr(postings, name, value)
+    assert write_postings(tmp_path, count_terms(lists)) == num_terms
+    assert hashes(tmp_path) == hashes(folder)

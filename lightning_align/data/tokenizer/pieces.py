@@ -23,7 +23,7 @@ class PieceEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._model = _continuing(tokenizer)
+        self._model = continuing_model(tokenizer)
         self._known: dict[tuple[bool, str], tuple[list[int], list[int]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class PieceEncoder:
         return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
 
 
-def _continuing(tokenizer: Any) -> tokenizers.Tokenizer | None:
+def continuing_model(tokenizer: Any) -> tokenizers.Tokenizer | None:
     """Return a model that puts no space in front of a text. None if the tokenizer puts none there."""
     model = getattr(tokenizer, "_model", None)
     if not isinstance(model, tokenizers.Tokenizer):
