@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_align.data.remote import RemoteDocuments
 from lightning_align.data.rows import SUFFIXES, read_rows, source_files
-from lightning_align.data.sources import DocumentSource
+from lightning_align.data.sources import DocumentSource as DocumentSource
 from lightning_align.data.texts import UNREADABLE, NotTextError, document_name, list_entries, open_text, read_pieces
 from lightning_align.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from lightning_align.data.tokenizer.pieces import continuing_model

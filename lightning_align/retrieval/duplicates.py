@@ -88,7 +88,8 @@ def sum_of_characters(text: str, start: int) -> Hashes:
         start: The number of characters before it.
     """
     places = mix(np.arange(start + 1, start + len(text) + 1, dtype=np.uint64))
-    return (mix(_numbers(text).astype(np.uint64)) * places).sum(keepdims=True)
+    total: Hashes = (mix(_numbers(text).astype(np.uint64)) * places).sum(keepdims=True)
+    return total
 
 
 def windows(found: NDArray[np.uint32]) -> Hashes:

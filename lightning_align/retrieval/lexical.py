@@ -18,7 +18,7 @@ from lightning_align.retrieval.neighbors import Forbidden, Nearest, pick
 from lightning_align.retrieval.postings import FILES, Postings, count_terms, write_postings
 from lightning_align.retrieval.stages import Stage, Team, write_bytes
 from lightning_align.retrieval.tables import ChunkTable, Floats, Ints
-from lightning_align.retrieval.words import WordsConfig, config_of, earlier_terms, terms, words_key
+from lightning_align.retrieval.words import WordsConfig, config_of, terms, words_key
 
 FORMAT = 3
 """Version of the file format. Increase it when the same settings lead to other bytes."""
@@ -77,12 +77,17 @@ class LexicalSearcher:
     """
 
     def __init__(self, stage: Stage, groups: Ints, decode: Decode) -> None:
-        names: list[str] = json.loads((stage.folder / "words.json").read_text(encoding="utf-8"))
+        names: Any = json.loads((stage.folder / "words.json").read_text(encoding="utf-8"))
+        if not isinstance(names, list):
+            raise ValueError(
+                f"{stage.folder} has the BM25 index of an earlier release, which is not read any more. Build the database again"
+                " from the same documents, or search with kind='dense'. Stages that are the same are kept."
+            )
         self.vocabulary = {name: number for number, name in enumerate(names)}
         self.postings, self.decode = Postings(stage.folder, groups), decode
         manifest = stage.manifest()
-        config = config_of(None if manifest is None else manifest["table"].get("words"))
-        self._terms: Callable[[str], list[str]] = earlier_terms if config is None else partial(terms, config=config)
+        assert manifest is not None
+        self._terms = partial(terms, config=config_of(manifest["table"]["words"]))
 
     def queries_of(self, table: ChunkTable, chunks: range) -> list[list[int]]:
         """See `Searcher`. Queries are lists of word numbers."""

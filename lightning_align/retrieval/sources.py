@@ -123,16 +123,13 @@ def digests_of(documents: Sequence[Document]) -> Digests:
     return np.frombuffer(b"".join(_digest(document) for document in documents), dtype=np.uint64).reshape(-1, 2)
 
 
-def is_current(stage: Stage, number: int, documents: Sequence[Document] | Piece) -> bool:
+def is_current(stage: Stage, number: int, documents: list[Document] | Piece) -> bool:
     """Whether a block exists and is of these documents. A block of others, which a source had for a while, is deleted."""
     if not stage.has_block(number):
         return False
     block = stage.read_block(number)
-    if isinstance(documents, Sequence) and not hasattr(documents, "is_first"):
-        same = "content" not in block and np.array_equal(block["digests"], digests_of(documents))
-    else:
-        same = "content" in block and np.array_equal(block["content"], content_of(documents))
-    if same:
+    name, expected = ("digests", digests_of(documents)) if isinstance(documents, list) else ("content", content_of(documents))
+    if ("content" in block) == (name == "content") and np.array_equal(block[name], expected):
         return True
     stage.drop_block(number)
     return False

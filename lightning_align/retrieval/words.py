@@ -89,14 +89,9 @@ def words_key(config: WordsConfig | None) -> dict[str, Any]:
     return {**asdict(config), "probe": hashlib.sha256(" ".join(terms(_PROBE, config)).encode()).hexdigest()[:16]}
 
 
-def config_of(settings: Mapping[str, Any] | None) -> WordsConfig | None:
-    """Return the settings that an index was built with, given its ``words_key``. None for indices of release 0.1.0."""
-    return None if settings is None else WordsConfig(**{k: v for k, v in settings.items() if k != "probe"})
-
-
-def earlier_terms(text: str) -> list[str]:
-    """Return the terms of a text for indices of release 0.1.0."""
-    return re.findall(r"\w+", text.lower())
+def config_of(settings: Mapping[str, Any]) -> WordsConfig:
+    """Return the settings that an index was built with, given its ``words_key``."""
+    return WordsConfig(**{k: v for k, v in settings.items() if k != "probe"})
 
 
 _ASCII_WORD = re.compile(r"\w+")
@@ -159,8 +154,10 @@ def _segmenter(name: str | None) -> Callable[[str], list[str]]:
 
 @cache
 def _stop_words(language: str) -> frozenset[str]:
-    from bm25s import stopwords
-
+    try:
+        from bm25s import stopwords
+    except ImportError as error:
+        raise ValueError("`stop_words` needs bm25s. Run pip install bm25s, or set `stop_words` to false.") from error
     known = {name.removeprefix("STOPWORDS_"): value for name, value in vars(stopwords).items() if name.startswith("STOPWORDS_")}
     short = "EN" if language.lower() == "english" else language.upper()
     if short not in known:

@@ -7,7 +7,7 @@ from lightning_align.data.remote import RemoteDocuments
 from lightning_align.retrieval.sources import changed_files, stamps, survey
 from lightning_align.retro.indexing import build_database
 
-TEXTS = {"a.txt": "one two three " * 30, "sub/b.txt": "Größe 🙂 " * 200, "c.md": "another one " * 20}
+TEXTS = {"a.txt": "one two three " * 30, "sub/b.txt": "Größe 🙂 one " * 200, "c.md": "another one " * 20}
 
 
 @pytest.fixture
