@@ -28,7 +28,8 @@ from lightning_align.models.building import Backbone
 from lightning_align.models.causality import check_causal
 from lightning_align.models.composed import FROZEN
 from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
-from lightning_align.training.checkpoints import drop_composed, restore_composed
+from lightning_align.runtime.plain import plain
+from lightning_align.training.checkpoints import drop_composed, make_storable, restore_composed
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
@@ -154,7 +155,7 @@ class CALMModule(AlignModule):
             models = [_build(augment.model, f"augments[{i}].model") for i, augment in enumerate(self._augments)]
             policy = CALM(
                 anchor,
-                [dataclasses.replace(augment, model=model) for augment, model in zip(self._augments, models, strict=True)],
+                [augment.with_changes(model=model) for augment, model in zip(self._augments, models, strict=True)],
                 connection=self.connection,
                 combine=self.combine,
                 anchor_layers=self.anchor_layers,
@@ -343,6 +344,7 @@ class CALMModule(AlignModule):
         A sharded strategy restores every weight from the checkpoint, so there the frozen weights stay in it.
         """
         self.clock.save(checkpoint, trainer_of(self))
+        make_storable(checkpoint)
         add_record(checkpoint, datamodule_of(trainer_of(self)))
         drop_composed(checkpoint, self.policy, sharded=self.is_sharded)
         if not self.is_sharded:
@@ -384,4 +386,5 @@ def _described(source: Any) -> Any:
     """Return what a checkpoint can store about the source of a model: a path or a description, else None."""
     if isinstance(source, nn.Module):
         return None
+    source = plain(source)
     return source if isinstance(source, (str, dict)) else None

@@ -28,7 +28,16 @@ from lightning_align.runtime.lightning_internals import (
     trainer_of,
 )
 from lightning_align.runtime.memory import keep_freed_memory
-from lightning_align.training.checkpoints import drop_composed, drop_frozen, number_parameters, restore_composed, restore_frozen
+from lightning_align.runtime.plain import plain
+from lightning_align.training.checkpoints import (
+    drop_composed,
+    drop_frozen,
+    make_storable,
+    number_parameters,
+    restore_composed,
+    restore_frozen,
+    storable_hyperparameters,
+)
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
 from lightning_align.training.optimizers import build_optimizer
 from lightning_align.training.place import Clock
@@ -106,6 +115,7 @@ class AlignModule(PrecisionHooks):
             self.hparams["backbone"] = self.source.described()
             self.hparams["lora"] = None if lora is None else dataclasses.asdict(lora)
             self.hparams["generation"] = None if generation is None else dataclasses.asdict(generation)
+        storable_hyperparameters(self)
         self.init_from, self.lora, self.generation = init_from, lora, generation or GenerationConfig()
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.learning_rate: float | None = None
@@ -248,9 +258,10 @@ class AlignModule(PrecisionHooks):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the run's place, make the checkpoint independent of ``init_from``, and leave out frozen base models."""
         self.clock.save(checkpoint, trainer_of(self))
+        make_storable(checkpoint)
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
-            checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
+            checkpoint["hyper_parameters"]["backbone"] = plain(backbone_spec(self.policy))
         add_record(checkpoint, datamodule_of(trainer_of(self)))
         drop_composed(checkpoint, self.policy, sharded=self.is_sharded)
         if self.is_sharded:
