@@ -191,6 +191,12 @@ class CALMModule(AlignModule):
 
     # -- training
 
+    def check_by_hand(self) -> None:
+        """Raise if hidden states are to be stored, which the hooks of a Trainer do."""
+        super().check_by_hand()
+        if self.store_states is not None:
+            raise ValueError("CALMModule: `store_states` needs a Trainer. Train with a Trainer, or set it to None.")
+
     def on_fit_start(self) -> None:
         """Ignore Lightning's warning about modules in eval mode. The frozen models are always in eval mode."""
         warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
@@ -245,6 +251,7 @@ class CALMModule(AlignModule):
 
         The gradient is divided by the number of target tokens in the optimizer batch before the optimizer step.
         """
+        self.begin_by_hand()
         inputs = self._inputs(batch, stored=True)
         if self.logs_this_step:
             with self.policy.tracing() as traces:

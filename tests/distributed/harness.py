@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 # Imports take a rank longer than all else, so one process does them, and ranks are forks of it. It runs nothing itself.
 CONTEXT = multiprocessing.get_context("forkserver")
 SCRIPTS = (
+    "distributed.by_hand",
     "distributed.train",
     "distributed.spin",
     "distributed.index",
