@@ -178,10 +178,11 @@ class DPOModule(AlignModule):
             ValueError: If it is scored before the run, or moved by a callback.
         """
         super().check_by_hand()
-        if (kind := self.initial_policy.kind) in ("stored", "moving") and self.objective.needs_reference:
+        kind = self.initial_policy.kind
+        if kind in NEEDS_TRAINER and self.objective.needs_reference:
             raise ValueError(
-                f"`reference` is {kind!r}, which needs a Trainer: it is {NEEDS_TRAINER[kind]}. Train with a Trainer, or set `reference` "
-                "to 'frozen'."
+                f"`reference` is {kind!r}, which needs a Trainer: it is {NEEDS_TRAINER[kind]}. Train with a Trainer, or set "
+                "`reference` to 'frozen'."
             )
 
     def on_fit_start(self) -> None:
