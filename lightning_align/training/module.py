@@ -31,13 +31,22 @@ from lightning_align.runtime.lightning_internals import (
     trainer_of,
 )
 from lightning_align.runtime.memory import keep_freed_memory
+from lightning_align.runtime.plain import plain
 from lightning_align.runtime.ranks import data_world
-from lightning_align.training.checkpoints import drop_composed, drop_frozen, number_parameters, restore_composed, restore_frozen
+from lightning_align.training.by_hand import LoopByHand
+from lightning_align.training.checkpoints import (
+    drop_composed,
+    drop_frozen,
+    make_storable,
+    number_parameters,
+    restore_composed,
+    restore_frozen,
+    storable_hyperparameters,
+)
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
 from lightning_align.training.optimizers import build_optimizer
 from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
-from lightning_align.training.precision import PrecisionHooks
 from lightning_align.training.prediction import prediction_rows
 from lightning_align.training.routers import RouterLoss
 from lightning_align.training.tensorboard import log_hyperparameters
@@ -48,7 +57,7 @@ from lightning_align.training.watch import RankWatch
 from lightning_align.types import TokenBatch
 
 
-class AlignModule(PrecisionHooks):
+class AlignModule(LoopByHand):
     """A LightningModule that trains one policy.
 
     The policy is built in ``configure_model``, where Lightning expects it for sharded strategies, as ``self.policy``.
@@ -114,6 +123,7 @@ class AlignModule(PrecisionHooks):
             self.hparams["backbone"] = self.source.described()
             self.hparams["lora"] = None if lora is None else dataclasses.asdict(lora)
             self.hparams["generation"] = None if generation is None else dataclasses.asdict(generation)
+        storable_hyperparameters(self)
         self.init_from, self.lora, self.generation = init_from, lora, generation or GenerationConfig()
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.learning_rate: float | None = None
@@ -182,6 +192,10 @@ class AlignModule(PrecisionHooks):
         """Raise if the policy's weights were to come from a file that is missing and no checkpoint has brought them."""
         self.source.check_weights()
 
+    def check_by_hand(self) -> None:
+        """Check that the weights are loaded."""
+        self.check_weights_loaded()
+
     def on_validation_start(self) -> None:
         """Check that the weights are loaded."""
         self.check_weights_loaded()
@@ -209,17 +223,6 @@ class AlignModule(PrecisionHooks):
         position = (seed, data_world()[0], self.current_epoch, self.trainer.global_step, batch_idx)
         torch.manual_seed(hash(position) % 2**63)
         self.dropout.start(self.policy)
-
-    def weighted(self, loss_sum: Tensor, count: Tensor | int) -> Tensor:
-        """Return a summed loss from a training step, and count what it is a sum over.
-
-        Args:
-            loss_sum: Scalar, the sum over the tokens or pairs of the micro-batch.
-            count: How many tokens or pairs there were. The gradient is divided by their total over the optimizer batch.
-        """
-        self.fit_scale(count)
-        self.batch_mean.add(count)
-        return loss_sum
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Average the gradient, after unscaling and before clipping."""
@@ -264,9 +267,10 @@ class AlignModule(PrecisionHooks):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the run's place, make the checkpoint independent of ``init_from``, and leave out frozen base models."""
         self.clock.save(checkpoint, trainer_of(self))
+        make_storable(checkpoint)
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
-            checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
+            checkpoint["hyper_parameters"]["backbone"] = plain(backbone_spec(self.policy))
         add_record(checkpoint, datamodule_of(trainer_of(self)))
         drop_composed(checkpoint, self.policy, sharded=self.is_sharded)
         if self.is_sharded:
@@ -323,7 +327,7 @@ class AlignModule(PrecisionHooks):
         each_step = self.device.type == "cpu"
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=each_step and name == progress_bar, batch_size=batch_size)
-        if not each_step and (self.logs_this_step or self.trainer.global_step == 0):
+        if not each_step and not self.by_hand and (self.logs_this_step or self.trainer.global_step == 0):
             self.trainer.progress_bar_metrics[f"train/{progress_bar}"] = float(values[progress_bar])
 
     def count_tokens(self, batch: TokenBatch) -> None:
