@@ -45,7 +45,8 @@ def plain(value: Any) -> Any:
         return plain(value.value)
     if isinstance(value, np.generic):
         return value.item()
-    for primitive in (str, int, float, complex, bytes):
+    bases: tuple[Any, ...] = (str, int, float, complex, bytes)
+    for primitive in bases:
         if isinstance(value, primitive):
             return primitive(value)
     if isinstance(value, os.PathLike):

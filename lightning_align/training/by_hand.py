@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_align.models.activations import Checkpointing
 from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.runtime.lightning_internals import trainer_of
 from lightning_align.training.gradient import BatchMean, gradients_of
@@ -102,9 +103,9 @@ class LoopByHand(PrecisionHooks):
     dropout: DropoutSwitch
     batch_mean: BatchMean
 
-    def __init__(self) -> None:
+    def __init__(self, activation_checkpointing: Checkpointing = False) -> None:
         """Start without a loop."""
-        super().__init__()
+        super().__init__(activation_checkpointing)
         self._no_trainer: NoTrainer | None = None
 
     @property
@@ -153,6 +154,7 @@ class LoopByHand(PrecisionHooks):
             )
         if self.trainer.global_step == 0:
             self.check_by_hand()
+        self.activations.start(self.policy)
         self.dropout.start(self.policy)
 
     def check_by_hand(self) -> None:
@@ -194,5 +196,6 @@ class LoopByHand(PrecisionHooks):
             total=loop.total,
             device=next((p.device for p in self.policy.parameters()), torch.device("cpu")),
         )
+        self.activations.end()
         self.dropout.end()
         loop.global_step += 1

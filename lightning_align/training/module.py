@@ -13,8 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_align.generation.ends import Ends
-from lightning_align.generation.sampler import Generation, GenerationConfig, generate
+from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.activations import Checkpointing
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
 from lightning_align.models.composed import prepare_frozen
@@ -33,7 +32,6 @@ from lightning_align.runtime.lightning_internals import (
 from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.runtime.plain import plain
 from lightning_align.runtime.ranks import data_world
-from lightning_align.training.by_hand import LoopByHand
 from lightning_align.training.checkpoints import (
     drop_composed,
     drop_frozen,
@@ -47,7 +45,7 @@ from lightning_align.training.gradient import BatchMean, clip_gradients, gradien
 from lightning_align.training.optimizers import build_optimizer
 from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
-from lightning_align.training.prediction import prediction_rows
+from lightning_align.training.responding import Responding
 from lightning_align.training.routers import RouterLoss
 from lightning_align.training.tensorboard import log_hyperparameters
 from lightning_align.training.throughput import Throughput
@@ -57,7 +55,7 @@ from lightning_align.training.watch import RankWatch
 from lightning_align.types import TokenBatch
 
 
-class AlignModule(LoopByHand):
+class AlignModule(Responding):
     """A LightningModule that trains one policy.
 
     The policy is built in ``configure_model``, where Lightning expects it for sharded strategies, as ``self.policy``.
@@ -360,52 +358,3 @@ class AlignModule(LoopByHand):
             values = self.throughput.report(step, world_size=data_world()[1], device=self.device)
             if values:
                 self.log_dict(values)
-
-    # -- prediction
-
-    def ends(self, config: GenerationConfig | None = None) -> Ends:
-        """Return how responses end, and which ids exist: what the tokenizer of the data, the policy and the user say.
-
-        Args:
-            config: The generation settings. What they leave open, `generation` decides.
-        """
-        return Ends.of(tokenizer=self.data_tokenizer, model=self.policy, config=config, default=self.generation)
-
-    def continue_prompts(
-        self,
-        prompts: Sequence[Sequence[int]],
-        config: GenerationConfig,
-        *,
-        ends: Ends | None = None,
-        ids: Sequence[int] | None = None,
-    ) -> list[list[Generation]]:
-        """Generate responses to prompts with the policy, for `predict_step` and the callbacks.
-
-        Subclasses override it if their policy needs more than the tokens of the prompts.
-
-        Args:
-            prompts: See `generate`.
-            config: See `generate`.
-            ends: How responses end. Default is `ends`.
-            ids: See `generate`.
-        """
-        return generate(self.policy, prompts, config, ends=ends or self.ends(config), ids=ids)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Generate responses to prompts.
-
-        Args:
-            batch: A `PromptBatch`, prompts of any lengths.
-            batch_idx: Not used. A response depends on the number of its row, not on the batch.
-
-        Returns:
-            See `prediction_rows`. Responses are text if the data module has a tokenizer, otherwise token ids.
-        """
-        batch = {**batch, "rows": batch["rows"].cpu()}
-        results = self.continue_prompts(batch["prompts"], self.generation, ids=batch["rows"].tolist())
-        return prediction_rows(batch, results, self.data_tokenizer)
-
-    @property
-    def data_tokenizer(self) -> Any:
-        """The data module's tokenizer, or None."""
-        return getattr(datamodule_of(trainer_of(self)), "tokenizer", None)
