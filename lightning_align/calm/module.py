@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -147,6 +147,10 @@ class CALMModule(AlignModule):
         """Return the path of the anchor, if it is given as one, or `init_from`. Its token ids are the ids of the data."""
         anchor: Any = self.init_from or self.source.backbone
         return [anchor] if isinstance(anchor, str) else []
+
+    def build_for_sharding(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Build the composition whole: it reads the weights of its models, and a second attempt would add hooks again."""
+        return build()
 
     def build_policy(self) -> CALM:
         """Build the composition of the anchor and its augments."""
