@@ -75,7 +75,9 @@ def test_what_cannot_be_held_is_found_with_its_path() -> None:
     assert not opens(value)
 
 
-@pytest.mark.parametrize("value", [object(), len, np.ones(2), Mode, slice(1), Exception("x")], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [object(), len, np.ones(2), Mode, slice(1), Exception("x")], ids=lambda value: type(value).__name__
+)
 def test_foreign_is_at_least_as_strict_as_torch(value: Any) -> None:
     assert list(foreign(plain(value))) or opens(plain(value))
 
