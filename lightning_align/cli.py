@@ -34,6 +34,7 @@ from lightning_align.runtime.team import of_first_rank
 from lightning_align.training.callbacks import PredictionWriter
 from lightning_align.training.interrupts import InterruptCheckpoint
 from lightning_align.training.module import AlignModule
+from lightning_align.training.newest import checkpoint_folders, choose_checkpoint
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "tokenizer": train_tokenizer,
@@ -177,6 +178,8 @@ class AlignCLI(LightningCLI):
         """Use the checkpoint's arguments where the command line gives none. Lightning lets the checkpoint override both."""
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
+        if path == "auto":
+            path = self._choose_checkpoint(command)
         if not path or path in KEYWORDS or "://" in path:
             return
         if (Path(path) / "config.json").is_file():
@@ -202,6 +205,25 @@ class AlignCLI(LightningCLI):
         arguments = _overlay(own, given.init_args.as_dict() if "init_args" in (given or ()) else {})
         merged = {"class_path": model.class_path, "init_args": arguments}
         self.config = self.parser.parse_object({command: {"model": merged}}, self.config)
+
+    def _choose_checkpoint(self, command: str) -> str | None:
+        """Replace ``auto`` by the newest complete checkpoint of the run, and print which one it is."""
+        config = self.config[command]
+        trainer = config.trainer.as_dict()
+        found = choose_checkpoint(trainer, resumes=command == "fit", module=config.model.class_path)
+        path = None if found.path is None else str(found.path)
+        for reason in found.skipped:
+            rank_zero_info(f"--ckpt_path auto skips a file: {reason}")
+        if path is None and command != "fit":
+            places = ", ".join(map(str, checkpoint_folders(trainer)))
+            raise ValueError(f"--ckpt_path auto must find a checkpoint, but there is none in {places}. Run `fit` first.")
+        rank_zero_info(
+            "--ckpt_path auto finds no checkpoint: the run starts from the beginning"
+            if path is None
+            else f"--ckpt_path auto takes {path} (step {found.step})"
+        )
+        self.config[command]["ckpt_path"] = path
+        return path
 
     def _use_folder(self, path: str, command: str) -> None:
         """Use the model of an exported folder in place of the one in the configuration."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -29,7 +29,8 @@ from lightning_align.models.building import Backbone
 from lightning_align.models.causality import check_causal
 from lightning_align.models.composed import FROZEN
 from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
-from lightning_align.training.checkpoints import drop_composed, restore_composed
+from lightning_align.runtime.plain import plain
+from lightning_align.training.checkpoints import drop_composed, make_storable, restore_composed
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
@@ -147,6 +148,10 @@ class CALMModule(AlignModule):
         anchor: Any = self.init_from or self.source.backbone
         return [anchor] if isinstance(anchor, str) else []
 
+    def build_for_sharding(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """Build the composition whole: it reads the weights of its models, and a second attempt would add hooks again."""
+        return build()
+
     def build_policy(self) -> CALM:
         """Build the composition of the anchor and its augments."""
         if self.init_from is not None:
@@ -157,7 +162,7 @@ class CALMModule(AlignModule):
             models = [_build(augment.model, f"augments[{i}].model") for i, augment in enumerate(self._augments)]
             policy = CALM(
                 anchor,
-                [dataclasses.replace(augment, model=model) for augment, model in zip(self._augments, models, strict=True)],
+                [augment.with_changes(model=model) for augment, model in zip(self._augments, models, strict=True)],
                 connection=self.connection,
                 combine=self.combine,
                 anchor_layers=self.anchor_layers,
@@ -191,6 +196,12 @@ class CALMModule(AlignModule):
                 check_realigned(index, prefix=augment.alignment == "prefix", own=augment.tokens == "own")
 
     # -- training
+
+    def check_by_hand(self) -> None:
+        """Raise if hidden states are to be stored, which the hooks of a Trainer do."""
+        super().check_by_hand()
+        if self.store_states is not None:
+            raise ValueError("CALMModule: `store_states` needs a Trainer. Train with a Trainer, or set it to None.")
 
     def on_fit_start(self) -> None:
         """Ignore Lightning's warning about modules in eval mode. The frozen models are always in eval mode."""
@@ -246,6 +257,7 @@ class CALMModule(AlignModule):
 
         The gradient is divided by the number of target tokens in the optimizer batch before the optimizer step.
         """
+        self.begin_by_hand()
         inputs = self._inputs(batch, stored=True)
         if self.logs_this_step:
             with self.policy.tracing() as traces:
@@ -345,6 +357,7 @@ class CALMModule(AlignModule):
         A sharded strategy restores every weight from the checkpoint, so there the frozen weights stay in it.
         """
         self.clock.save(checkpoint, trainer_of(self))
+        make_storable(checkpoint)
         add_record(checkpoint, datamodule_of(trainer_of(self)))
         drop_composed(checkpoint, self.policy, sharded=self.is_sharded)
         if not self.is_sharded:
@@ -386,4 +399,5 @@ def _described(source: Any) -> Any:
     """Return what a checkpoint can store about the source of a model: a path or a description, else None."""
     if isinstance(source, nn.Module):
         return None
+    source = plain(source)
     return source if isinstance(source, (str, dict)) else None

@@ -42,7 +42,7 @@ def build_augments(augments: Any) -> list[Augment]:
     given = [augments] if isinstance(augments, (Augment, nn.Module, str, Mapping)) or callable(augments) else list(augments)
     specs = [Augment(**a) if isinstance(a, Mapping) and "model" in a else a for a in given]
     specs = [spec if isinstance(spec, Augment) else Augment(spec) for spec in specs]
-    return [dataclasses.replace(spec, model=build_part(spec.model)) for spec in specs]
+    return [spec.with_changes(model=build_part(spec.model)) for spec in specs]
 
 
 def reference_of(model: nn.Module) -> Any:
@@ -77,7 +77,7 @@ def described_augment(spec: Augment, spots: Sequence[Spot], index: int) -> dict[
         spots: The layers that each connection connects.
         index: The index of the augment.
     """
-    described = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.name != "model"}
+    described = {name: getattr(spec, name) for name in spec.settings}
     pairs = [[spot.augment_layer, spot.anchor_layer] for spot in spots if spot.augment == index]
     described |= {"connections": pairs, "num_connections": None, "every": None}
     return {**described, "layers": layer_names(spec.layers, spec.model)}

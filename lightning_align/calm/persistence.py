@@ -1,6 +1,5 @@
 """What a composition keeps and writes: its description, the hashes of its frozen models, its connections, and its folder."""
 
-import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -143,7 +142,7 @@ class StoredModel(nn.Module):
 
     def twin(self) -> Self:
         """Return a copy with its own connections that shares the frozen models. Call it before the models are sharded."""
-        specs = [dataclasses.replace(spec, model=model) for spec, model in zip(self.specs, self.augments, strict=True)]
+        specs = [spec.with_changes(model=model) for spec, model in zip(self.specs, self.augments, strict=True)]
         with isolate_rng():
             make: Any = type(self)
             other: Self = make(self.anchor, specs, check=False, **self.arguments)

@@ -1,6 +1,5 @@
 """From the description of an augment to its reader: layers, connections and widths."""
 
-import dataclasses
 import inspect
 import math
 from collections.abc import Sequence
@@ -83,7 +82,7 @@ def build_reader(
     layers = [] if returned is not None else find_layers(model, spec.layers)
     if spec.connections is not None:
         listed = [_numbered(pair, layers, anchor_layers, what) for pair in spec.connections]
-        spec = dataclasses.replace(spec, connections=listed)
+        spec = spec.with_changes(connections=listed)
     pairs = pairs_of(spec, len(returned or layers), len(anchor_layers), what)
     if returned is not None:
         depths = sorted({depth for depth, _ in pairs})

@@ -1,8 +1,7 @@
 """The description of a composition: the augments, how each is connected, and what it reads."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Self, final
 
 from torch import Tensor, nn
 
@@ -14,7 +13,8 @@ LAYERS_PER_CONNECTION = 4
 """The paper's N_A / n, the number of augment layers per connection in all its experiments."""
 
 
-@dataclass
+# Not a dataclass: OmegaConf makes configurations of dataclasses in a list, and knows no modules.
+@final
 class Augment:
     """An augmenting model and how it is connected. Set at most one of `connections`, `num_connections` and `every`.
 
@@ -42,19 +42,54 @@ class Augment:
             returns, as in transformers. Its layers need not be found then.
     """
 
-    model: str | Backbone
-    connections: Sequence[Sequence[Any]] | None = None
-    num_connections: int | None = None
-    every: int | None = None
-    position: Position | list[Position] = "output"
-    layers: LayerChoice | None = None
-    alignment: Literal["aligned", "prefix"] = "aligned"
-    tokens: Literal["shared", "own"] | None = None
-    dim: int | None = None
-    input_shape: list[int] | None = None
-    anchor_position: Position | list[Position] | None = None
-    mask_kwarg: str | None = None
-    return_hiddens: bool = False
+    settings: ClassVar[tuple[str, ...]] = (
+        "connections",
+        "num_connections",
+        "every",
+        "position",
+        "layers",
+        "alignment",
+        "tokens",
+        "dim",
+        "input_shape",
+        "anchor_position",
+        "mask_kwarg",
+        "return_hiddens",
+    )
+    """The names of all arguments but the model."""
+
+    def __init__(
+        self,
+        model: str | Backbone,
+        connections: Sequence[Sequence[Any]] | None = None,
+        num_connections: int | None = None,
+        every: int | None = None,
+        position: Position | list[Position] = "output",
+        layers: LayerChoice | None = None,
+        alignment: Literal["aligned", "prefix"] = "aligned",
+        tokens: Literal["shared", "own"] | None = None,
+        dim: int | None = None,
+        input_shape: list[int] | None = None,
+        anchor_position: Position | list[Position] | None = None,
+        mask_kwarg: str | None = None,
+        return_hiddens: bool = False,
+    ) -> None:
+        """Keep the arguments."""
+        self.model, self.connections, self.num_connections, self.every = model, connections, num_connections, every
+        self.position, self.layers, self.alignment, self.tokens = position, layers, alignment, tokens
+        self.dim, self.input_shape, self.anchor_position = dim, input_shape, anchor_position
+        self.mask_kwarg, self.return_hiddens = mask_kwarg, return_hiddens
+
+    def __repr__(self) -> str:
+        """Name the kind of the model and the settings that are not the defaults."""
+        default = Augment("")
+        changed = {name: getattr(self, name) for name in self.settings if getattr(self, name) != getattr(default, name)}
+        model = self.model if isinstance(self.model, (str, Mapping)) else type(self.model).__name__
+        return f"Augment({model}{''.join(f', {name}={value!r}' for name, value in changed.items())})"
+
+    def with_changes(self, **changes: Any) -> Self:
+        """Return a copy with other arguments."""
+        return type(self)(**{"model": self.model, **{name: getattr(self, name) for name in self.settings}, **changes})
 
 
 class AugmentInput(NamedTuple):
@@ -138,7 +173,7 @@ def storable(choice: Any, model: Any) -> Any:
 
 def described_augment(spec: Augment) -> dict[str, Any]:
     """Return the settings of an augment, without its model, as a checkpoint can hold them."""
-    settings = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name != "model"}
+    settings = {name: getattr(spec, name) for name in spec.settings}
     return {**settings, **{name: storable(settings[name], spec.model) for name in ("layers", "connections")}}
 
 

@@ -39,6 +39,7 @@ METRICS = (
     "logps/rejected",
 )
 PROGRESS_BAR = ("loss", "rewards/accuracies")
+NEEDS_TRAINER = {"stored": "scored before the first step", "moving": "moved by the callback ReferenceUpdate"}
 
 
 class DPOModule(AlignModule):
@@ -171,6 +172,20 @@ class DPOModule(AlignModule):
         super().check_weights_loaded()
         self.initial_policy.restore(self.policy)
 
+    def check_by_hand(self) -> None:
+        """Check that the reference needs no Trainer.
+
+        Raises:
+            ValueError: If it is scored before the run, or moved by a callback.
+        """
+        super().check_by_hand()
+        kind = self.initial_policy.kind
+        if kind in NEEDS_TRAINER and self.objective.needs_reference:
+            raise ValueError(
+                f"`reference` is {kind!r}, which needs a Trainer: it is {NEEDS_TRAINER[kind]}. Train with a Trainer, or set "
+                "`reference` to 'frozen'."
+            )
+
     def on_fit_start(self) -> None:
         """Score all rows under a stored reference, and check that a moving reference is updated.
 
@@ -257,6 +272,7 @@ class DPOModule(AlignModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Any]:
         """Return the sum of the pairs' losses, and what `score` returned, for callbacks."""
+        self.begin_by_hand()
         with self.router_loss.recorded(self.policy):
             policy, ratios = self.score(batch)
         if batch_idx == 0 and self.trainer.global_step == 0:

@@ -260,8 +260,8 @@ def _chunk_size_of(module: L.LightningModule) -> int | None:
             return size
     # The command line gives a factory, which is not called yet, and keeps its description.
     described: Any = module.hparams.get("backbone") or (None if source is None else source.described())
-    arguments = described.get("init_args") if hasattr(described, "get") else None
-    size = arguments.get("chunk_size") if hasattr(arguments, "get") else None
+    arguments: Any = described.get("init_args") if described is not None and hasattr(described, "get") else None
+    size = arguments.get("chunk_size") if arguments is not None and hasattr(arguments, "get") else None
     return size if isinstance(size, int) else None
 
 

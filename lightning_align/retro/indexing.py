@@ -298,7 +298,7 @@ def _tools_of(folder: str | Path, encoder: str | Encoder | None = None, tokenize
         raise ValueError(
             f"{folder} was built with an object as the encoder, which cannot be loaded again. Pass an equal one as `encoder`."
         )
-    return make_tools(
+    tools = make_tools(
         encoder or made_with["encoder"],
         tokenizer=database_tokenizer(database, tokenizer),
         k=made_with["k"],
@@ -308,3 +308,5 @@ def _tools_of(folder: str | Path, encoder: str | Encoder | None = None, tokenize
         hide_copies=made_with["hide_copies"],
         verify=0.01,
     )
+    # A generation that follows is made with the same settings, wherever its tokenizer and its encoder are now.
+    return dataclasses.replace(tools, made_with=made_with)

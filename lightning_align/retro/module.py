@@ -161,6 +161,7 @@ class RETROModule(AlignModule):
 
         The gradient is divided by the number of targets in the optimizer batch later, see `AlignModule`.
         """
+        self.begin_by_hand()
         neighbors = self._read(batch["neighbors"], self.num_neighbors)
         k = self._draw(neighbors.tokens.shape[2], batch_idx // self.trainer.accumulate_grad_batches)
         lengths = batch.get("neighbor_lengths")

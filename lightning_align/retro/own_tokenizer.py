@@ -20,13 +20,14 @@ def keep_tokenizer(root: Path, tokenizer: Tokenizer) -> str | None:
     """
     if isinstance(tokenizer, ByteTokenizer):
         return "bytes"
-    if not isinstance(tokenizer, (FileTokenizer, TransformersTokenizer)):
+    if not isinstance(tokenizer, FileTokenizer):
         return None
+    of_transformers = isinstance(tokenizer, TransformersTokenizer)  # which is a FileTokenizer, too
     folder = root / f"tokenizer-{tokenizer.fingerprint[:16]}"
     _, mark, options = tokenizer.name.partition("?")
-    name = f"{folder.name}/tokenizer.json" if isinstance(tokenizer, FileTokenizer) else folder.name
+    name = folder.name if of_transformers else f"{folder.name}/tokenizer.json"
     if not folder.is_dir():
-        if isinstance(tokenizer, FileTokenizer):
+        if not isinstance(tokenizer, TransformersTokenizer):
             publish_text(folder / "tokenizer.json", tokenizer.text)
         else:
             temporary = temporary_path(folder)

@@ -30,6 +30,7 @@ class SFTModule(AlignModule):
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Return the sum of -log p(response) over the micro-batch, and count its target tokens."""
+        self.begin_by_hand()
         with self.router_loss.recorded(self.policy):
             logprobs = response_logprobs(self.policy, batch)
         loss, count = -logprobs.sums.sum(), logprobs.counts.sum()

@@ -229,10 +229,16 @@ class SPINModule(AlignModule):
         super().on_before_optimizer_step(optimizer)
         self._stepping = True
 
+    def average_gradients(self, optimizer: Optimizer) -> None:
+        """Do what `AlignModule.average_gradients` does, and mark the next optimizer step as real."""
+        super().average_gradients(optimizer)
+        self._stepping = True
+
     # -- training
 
     def training_step(self, batch: SelfPlayBatch | TokenBatch, batch_idx: int) -> Tensor:
         """Return the sum of the losses of all pairs except ties. It is later divided by their number in the optimizer batch."""
+        self.begin_by_hand()
         both = self.paired(batch, "train")
         with self.router_loss.recorded(self.policy):
             policy, ratios, ties = self.score(both)
@@ -282,6 +288,12 @@ class SPINModule(AlignModule):
         if self.generate_mode == "per_step":
             # All validations use the same random numbers, so that they can be compared.
             return self.play(rows, iteration=self.trainer.global_step if stage == "train" else 0)
+        if self.by_hand:
+            raise ValueError(
+                "SPINModule: `generate` per iteration needs a Trainer, whose callback SelfPlayGeneration writes the generated "
+                "responses. Train with a Trainer, set the generation to per step, or give batches with generated responses "
+                "(`SelfPlayBatch`)."
+            )
         loop = next(callback for callback in callbacks_of(self.trainer) if isinstance(callback, SelfPlayGeneration))
         return loop.own.attach(self.trainer, rows, stage)
 

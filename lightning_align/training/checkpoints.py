@@ -4,12 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_align.models.building import backbone_spec
 from lightning_align.models.composed import COMPOSITION, check_record, is_composed, record_frozen, without_frozen
 from lightning_align.models.weights import POLICY_PREFIX, policy_state
+from lightning_align.runtime.plain import foreign, plain
 
 
 def frozen_names(policy: nn.Module) -> list[str]:
@@ -78,6 +81,42 @@ def restore_composed(checkpoint: dict[str, Any], policy: nn.Module, path: str | 
 
 def _policy_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return policy_state(state) if any(name.startswith(POLICY_PREFIX) for name in state) else {}
+
+
+def storable_hyperparameters(module: L.LightningModule) -> None:
+    """Replace containers of other libraries in ``hparams``, and leave out what a checkpoint cannot hold, in place.
+
+    Args:
+        module: The module, after `save_hyperparameters`.
+    """
+    for name, value in list(module.hparams.items()):
+        module.hparams[name] = plain(value)
+        if found := next(foreign(module.hparams[name], name), None):
+            del module.hparams[name]
+            rank_zero_warn(
+                f"{type(module).__name__}: the argument `{name}` is not saved in checkpoints, because {found.path} is a "
+                f"{found.kind}, and a checkpoint holds tensors and primitive types only. Pass `{name}` again to "
+                "`load_from_checkpoint`."
+            )
+
+
+def make_storable(checkpoint: dict[str, Any]) -> None:
+    """Replace containers of other libraries in a checkpoint, in place, so that it opens with ``weights_only=True``.
+
+    They come from configurations: an optimizer keeps its ``betas`` in its state, a callback its arguments.
+
+    Args:
+        checkpoint: The whole checkpoint. Its weights are not looked at.
+    """
+    for name, value in checkpoint.items():
+        if name == "state_dict":
+            continue
+        checkpoint[name] = plain(value)
+        if found := next(foreign(checkpoint[name], name), None):
+            rank_zero_warn(
+                f"The checkpoint holds a {found.kind} in {found.path}, so it can be opened only with `weights_only=False`. "
+                "Let the state of that part hold tensors and primitive types only."
+            )
 
 
 def number_parameters(state: dict[str, Any], optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

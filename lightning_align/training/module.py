@@ -13,8 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_align.generation.ends import Ends
-from lightning_align.generation.sampler import Generation, GenerationConfig, generate
+from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.activations import Checkpointing
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
 from lightning_align.models.composed import prepare_frozen
@@ -31,14 +30,22 @@ from lightning_align.runtime.lightning_internals import (
     trainer_of,
 )
 from lightning_align.runtime.memory import keep_freed_memory
+from lightning_align.runtime.plain import plain
 from lightning_align.runtime.ranks import data_world
-from lightning_align.training.checkpoints import drop_composed, drop_frozen, number_parameters, restore_composed, restore_frozen
+from lightning_align.training.checkpoints import (
+    drop_composed,
+    drop_frozen,
+    make_storable,
+    number_parameters,
+    restore_composed,
+    restore_frozen,
+    storable_hyperparameters,
+)
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
 from lightning_align.training.optimizers import build_optimizer
 from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
-from lightning_align.training.precision import PrecisionHooks
-from lightning_align.training.prediction import prediction_rows
+from lightning_align.training.responding import Responding
 from lightning_align.training.routers import RouterLoss
 from lightning_align.training.tensorboard import log_hyperparameters
 from lightning_align.training.throughput import Throughput
@@ -48,7 +55,7 @@ from lightning_align.training.watch import RankWatch
 from lightning_align.types import TokenBatch
 
 
-class AlignModule(PrecisionHooks):
+class AlignModule(Responding):
     """A LightningModule that trains one policy.
 
     The policy is built in ``configure_model``, where Lightning expects it for sharded strategies, as ``self.policy``.
@@ -114,6 +121,7 @@ class AlignModule(PrecisionHooks):
             self.hparams["backbone"] = self.source.described()
             self.hparams["lora"] = None if lora is None else dataclasses.asdict(lora)
             self.hparams["generation"] = None if generation is None else dataclasses.asdict(generation)
+        storable_hyperparameters(self)
         self.init_from, self.lora, self.generation = init_from, lora, generation or GenerationConfig()
         self.make_optimizer, self.make_schedule = optimizer, lr_scheduler
         self.learning_rate: float | None = None
@@ -182,6 +190,10 @@ class AlignModule(PrecisionHooks):
         """Raise if the policy's weights were to come from a file that is missing and no checkpoint has brought them."""
         self.source.check_weights()
 
+    def check_by_hand(self) -> None:
+        """Check that the weights are loaded."""
+        self.check_weights_loaded()
+
     def on_validation_start(self) -> None:
         """Check that the weights are loaded."""
         self.check_weights_loaded()
@@ -209,17 +221,6 @@ class AlignModule(PrecisionHooks):
         position = (seed, data_world()[0], self.current_epoch, self.trainer.global_step, batch_idx)
         torch.manual_seed(hash(position) % 2**63)
         self.dropout.start(self.policy)
-
-    def weighted(self, loss_sum: Tensor, count: Tensor | int) -> Tensor:
-        """Return a summed loss from a training step, and count what it is a sum over.
-
-        Args:
-            loss_sum: Scalar, the sum over the tokens or pairs of the micro-batch.
-            count: How many tokens or pairs there were. The gradient is divided by their total over the optimizer batch.
-        """
-        self.fit_scale(count)
-        self.batch_mean.add(count)
-        return loss_sum
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Average the gradient, after unscaling and before clipping."""
@@ -264,9 +265,10 @@ class AlignModule(PrecisionHooks):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the run's place, make the checkpoint independent of ``init_from``, and leave out frozen base models."""
         self.clock.save(checkpoint, trainer_of(self))
+        make_storable(checkpoint)
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
-            checkpoint["hyper_parameters"]["backbone"] = backbone_spec(self.policy)
+            checkpoint["hyper_parameters"]["backbone"] = plain(backbone_spec(self.policy))
         add_record(checkpoint, datamodule_of(trainer_of(self)))
         drop_composed(checkpoint, self.policy, sharded=self.is_sharded)
         if self.is_sharded:
@@ -323,7 +325,7 @@ class AlignModule(PrecisionHooks):
         each_step = self.device.type == "cpu"
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=each_step and name == progress_bar, batch_size=batch_size)
-        if not each_step and (self.logs_this_step or self.trainer.global_step == 0):
+        if not each_step and not self.by_hand and (self.logs_this_step or self.trainer.global_step == 0):
             self.trainer.progress_bar_metrics[f"train/{progress_bar}"] = float(values[progress_bar])
 
     def count_tokens(self, batch: TokenBatch) -> None:
@@ -356,52 +358,3 @@ class AlignModule(PrecisionHooks):
             values = self.throughput.report(step, world_size=data_world()[1], device=self.device)
             if values:
                 self.log_dict(values)
-
-    # -- prediction
-
-    def ends(self, config: GenerationConfig | None = None) -> Ends:
-        """Return how responses end, and which ids exist: what the tokenizer of the data, the policy and the user say.
-
-        Args:
-            config: The generation settings. What they leave open, `generation` decides.
-        """
-        return Ends.of(tokenizer=self.data_tokenizer, model=self.policy, config=config, default=self.generation)
-
-    def continue_prompts(
-        self,
-        prompts: Sequence[Sequence[int]],
-        config: GenerationConfig,
-        *,
-        ends: Ends | None = None,
-        ids: Sequence[int] | None = None,
-    ) -> list[list[Generation]]:
-        """Generate responses to prompts with the policy, for `predict_step` and the callbacks.
-
-        Subclasses override it if their policy needs more than the tokens of the prompts.
-
-        Args:
-            prompts: See `generate`.
-            config: See `generate`.
-            ends: How responses end. Default is `ends`.
-            ids: See `generate`.
-        """
-        return generate(self.policy, prompts, config, ends=ends or self.ends(config), ids=ids)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Generate responses to prompts.
-
-        Args:
-            batch: A `PromptBatch`, prompts of any lengths.
-            batch_idx: Not used. A response depends on the number of its row, not on the batch.
-
-        Returns:
-            See `prediction_rows`. Responses are text if the data module has a tokenizer, otherwise token ids.
-        """
-        batch = {**batch, "rows": batch["rows"].cpu()}
-        results = self.continue_prompts(batch["prompts"], self.generation, ids=batch["rows"].tolist())
-        return prediction_rows(batch, results, self.data_tokenizer)
-
-    @property
-    def data_tokenizer(self) -> Any:
-        """The data module's tokenizer, or None."""
-        return getattr(datamodule_of(trainer_of(self)), "tokenizer", None)

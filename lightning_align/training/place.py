@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_align.runtime.lightning_internals import (
@@ -140,18 +139,9 @@ class Clock:
         Args:
             checkpoint: The whole checkpoint, with ``loops``.
             trainer: The Trainer of the module, if it has one.
-
-        Raises:
-            ValueError: If the policy is sharded and its backward pass is still to come, which would then fail.
         """
         if trainer is None or id(trainer) != self._owner:
             return
-        hook = running_hook(trainer) if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.training else None
-        if hook in ("training_step", "on_before_backward"):
-            raise ValueError(
-                f"A checkpoint of a sharded policy cannot be saved in `{hook}`, between the forward and the backward pass, for "
-                "which torch keeps gathered weights. Save it in `on_train_batch_start` or `on_train_batch_end`."
-            )
         found = self.place(trainer)
         if found is None:
             return

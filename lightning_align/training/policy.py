@@ -11,6 +11,7 @@ from lightning_align.models.causality import check_causal
 from lightning_align.models.checkpoint import load_policy, read_checkpoint
 from lightning_align.models.lora import LoRAConfig, add_lora, train_only
 from lightning_align.models.lora_calls import check_layers_called
+from lightning_align.runtime.plain import plain
 
 
 class PolicySource:
@@ -30,7 +31,7 @@ class PolicySource:
         """
         if backbone is None and init_from is None:
             raise ValueError(f"{owner} needs `backbone` (what to build), `init_from` (a checkpoint), or both.")
-        self.owner, self.backbone, self.init_from, self.lora = owner, backbone, init_from, lora
+        self.owner, self.backbone, self.init_from, self.lora = owner, plain(backbone), init_from, lora
         self.awaits_weights = False
         """Whether the weights of ``init_from`` are still missing and must come from a checkpoint of the run itself."""
 

@@ -26,7 +26,7 @@ PAIRS = [[1, 2], [4, 2]]
 
 def build(dtype: torch.dtype = torch.float32, **options: Any) -> CALM:
     anchor, augment = (model.to(dtype) for model in palms(torch.float32))
-    given = {name: options.pop(name) for name in list(options) if name in Augment.__dataclass_fields__}
+    given = {name: options.pop(name) for name in list(options) if name in Augment.settings}
     return CALM(anchor, Augment(augment, **{"connections": PAIRS, **given}), **{"connection": config(), **options})
 
 

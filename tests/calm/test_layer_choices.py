@@ -309,7 +309,7 @@ def test_mask_by_name(name: str, left: bool) -> None:
         mask, padded = mask.flip(1), torch.cat([seen, pads], dim=1)
     assert gap(model(TOKENS, inputs=[AugmentInput(padded, mask)]), want) < 1e-9
     model.release()
-    blind = connect(CALM(palms()[0], dataclasses.replace(spec, mask_kwarg=None), connection=SMALL))
+    blind = connect(CALM(palms()[0], spec.with_changes(mask_kwarg=None), connection=SMALL))
     with pytest.raises(ValueError, match="accepts no mask"):
         blind(TOKENS, inputs=[AugmentInput(padded, mask)])
 

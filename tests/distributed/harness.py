@@ -21,6 +21,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "tests"}  # what makes Lightning take these r
 SCRIPTS = (
     "distributed.deferred",
     "distributed.methods",
+    "distributed.by_hand",
     "distributed.train",
     "distributed.spin",
     "distributed.index",

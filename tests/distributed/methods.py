@@ -52,9 +52,7 @@ def build(method: str, size: int, *, recompute: bool) -> tuple[Any, list[Any]]:
         return RETROModule(model, vary_neighbors=False, **options), retro_batches(size)
     anchor, augment = palms(torch.float32)
     if method == "calm":
-        module = CALMModule(anchor, [Augment(augment, num_connections=2)], connection=SMALL, **options)
-        torch.manual_seed(3)
-        return module, split(SFT_BATCH, size)
+        return CALMModule(anchor, [Augment(augment, num_connections=2)], connection=SMALL, **options), split(SFT_BATCH, size)
     assert method == "dpo_calm"
     composition = connect(CALM(anchor, Augment(augment, num_connections=2), connection=SMALL))
     return DPOModule(composition, **options), split(DPO_BATCH, size)
@@ -85,6 +83,7 @@ def train(method: str, precision: Any, strategy: Any, devices: int, folder: Path
     configured = module.configure_model
 
     def configure() -> None:
+        torch.manual_seed(3)  # a sharded strategy has seeded again
         configured()
         if not start:
             start.update(full(module.policy))
