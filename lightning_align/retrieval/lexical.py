@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from lightning_align.retrieval.dense import DenseSearcher
 from lightning_align.retrieval.neighbors import Forbidden, Nearest, pick
-from lightning_align.retrieval.postings import FILES, Postings, count_terms, write_postings
+from lightning_align.retrieval.postings import FILES, Doubles, Postings, count_terms, write_postings
 from lightning_align.retrieval.stages import Stage, Team, write_bytes
 from lightning_align.retrieval.tables import ChunkTable, Floats, Ints
-from lightning_align.retrieval.words import WordsConfig, config_of, terms, words_key
+from lightning_align.retrieval.words import WordsConfig, config_of, earlier_terms, terms, words_key
 
 FORMAT = 3
 """Version of the file format. Increase it when the same settings lead to other bytes."""
@@ -78,16 +78,13 @@ class LexicalSearcher:
 
     def __init__(self, stage: Stage, groups: Ints, decode: Decode) -> None:
         names: Any = json.loads((stage.folder / "words.json").read_text(encoding="utf-8"))
-        if not isinstance(names, list):
-            raise ValueError(
-                f"{stage.folder} has the BM25 index of an earlier release, which is not read any more. Build the database again"
-                " from the same documents, or search with kind='dense'. Stages that are the same are kept."
-            )
-        self.vocabulary = {name: number for number, name in enumerate(names)}
-        self.postings, self.decode = Postings(stage.folder, groups), decode
+        is_earlier = isinstance(names, dict)
+        self.vocabulary: dict[str, int] = names["vocabulary"] if is_earlier else {name: i for i, name in enumerate(names)}
+        self.postings = _EarlierPostings(stage.folder, groups) if is_earlier else Postings(stage.folder, groups)
         manifest = stage.manifest()
-        assert manifest is not None
-        self._terms = partial(terms, config=config_of(manifest["table"]["words"]))
+        config = config_of(None if manifest is None else manifest["table"].get("words"))
+        self._terms: Callable[[str], list[str]] = earlier_terms if config is None else partial(terms, config=config)
+        self.decode = decode
 
     def queries_of(self, table: ChunkTable, chunks: range) -> list[list[int]]:
         """See `Searcher`. Queries are lists of word numbers."""
@@ -111,6 +108,32 @@ class LexicalSearcher:
             found, scores = self.postings.best(query, k, groups)
             ids[row, : len(found)], mask[row, : len(found)], distances[row, : len(found)] = found, True, 0 - scores
         return Nearest(ids, mask, distances)
+
+
+class _EarlierPostings:
+    """The index of release 0.1.0: the score of each word for each chunk that has it, word by word. See `Postings`."""
+
+    def __init__(self, folder: Path, groups: Ints) -> None:
+        self.groups = groups
+        self._scores, self._chunks, self._starts = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("data", "indices", "indptr")
+        )
+
+    def scores(self, query: Sequence[int], chunks: Ints) -> Doubles:
+        """Compute the scores (n,) of chunks (n,)."""
+        total = np.zeros(len(self.groups))
+        for term in query:
+            span = slice(int(self._starts[term]), int(self._starts[term + 1]))
+            total[self._chunks[span]] += self._scores[span]
+        return total[chunks]
+
+    def best(self, query: Sequence[int], k: int, forbidden: Sequence[int]) -> tuple[Ints, Doubles]:
+        """Find the k chunks of the highest scores above 0, or fewer."""
+        scores = self.scores(query, np.arange(len(self.groups)))
+        scores[np.isin(self.groups, forbidden) | (self.groups < 0)] = 0
+        found: Ints = np.argsort(-scores, kind="stable")[:k]
+        found = found[scores[found] > 0]
+        return found, scores[found]
 
 
 class HybridSearcher:

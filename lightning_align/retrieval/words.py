@@ -89,9 +89,14 @@ def words_key(config: WordsConfig | None) -> dict[str, Any]:
     return {**asdict(config), "probe": hashlib.sha256(" ".join(terms(_PROBE, config)).encode()).hexdigest()[:16]}
 
 
-def config_of(settings: Mapping[str, Any]) -> WordsConfig:
-    """Return the settings that an index was built with, given its ``words_key``."""
-    return WordsConfig(**{k: v for k, v in settings.items() if k != "probe"})
+def config_of(settings: Mapping[str, Any] | None) -> WordsConfig | None:
+    """Return the settings that an index was built with, given its ``words_key``. None for indices of release 0.1.0."""
+    return None if settings is None else WordsConfig(**{k: v for k, v in settings.items() if k != "probe"})
+
+
+def earlier_terms(text: str) -> list[str]:
+    """Return the terms of a text for indices of release 0.1.0."""
+    return re.findall(r"\w+", text.lower())
 
 
 _ASCII_WORD = re.compile(r"\w+")

@@ -144,7 +144,10 @@ def test_a_run_goes_on(name: str, expected: dict[str, Any]) -> None:
     assert first == pytest.approx(expected["losses"][name][0], **NEAR)
     assert second == pytest.approx(expected["losses"][name][1], **AFTER_A_STEP)
     # What was tokenised, scored and generated is found: nothing is written again, and nothing besides.
-    after = files("cache", "database", "sets", "documents")
+    same_files(name, before, files("cache", "database", "sets", "documents"))
+
+
+def same_files(name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     if name == "retro":
         # A database of this release is keyed by what its sources said of themselves, and looks for copies among raw ids. A fit
         # builds it again beside the old stages, which stay as they are.
@@ -161,7 +164,7 @@ def test_a_configuration_runs(name: str, expected: dict[str, Any]) -> None:
     cli = run(["fit", "--config", f"configs/{name}.yaml", "--trainer.limit_train_batches", "2"])
     assert cli is not None
     assert cli.trainer.global_step == STEPS[name]
-    assert files("cache", "database") == before
+    same_files(name, before, files("cache", "database"))
     if name == "sft":
         folder = Path(str(cli.trainer.log_dir))
         assert len((folder / "samples.jsonl").read_text().splitlines()) == 2
