@@ -130,7 +130,9 @@ def test_live_retrieval_equals_the_stored_neighbors(tmp_path, encoder):
 def test_documents_are_added_and_deleted_without_a_rebuild(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders, "BLOCK_CHUNKS", 32)
     first, second = texts(30), {"new": "xylophone quartz " * 12 + texts(1, words=200, seed=3)["d0"]}
-    build(tmp_path, first, queries={"validation": Listed({"v": "xylophone quartz " * 12})})
+    # A small part of it is in the new document, so that it is no copy of it.
+    query = "xylophone quartz " * 12 + texts(1, words=200, seed=4)["d0"]
+    build(tmp_path, first, queries={"validation": Listed({"v": query})})
     encoder = Projection()
     changed = add_documents(tmp_path, Listed(second), encoder=encoder)
     assert changed.manifest["generation"] == 1
