@@ -40,6 +40,9 @@ class WithoutPadding(nn.Module):
         Args:
             unpadded: The tokens of all documents.
         """
+        return self._unpadded(unpadded)
+
+    def _unpadded(self, unpadded: Unpadded) -> Tensor:
         segments, kernel = unpadded.segments, self._kernel(unpadded.tokens.device)
         return self._packed(unpadded.tokens, unpadded.positions, VarlenAttention(segments, segments, True, kernel))
 
@@ -52,4 +55,5 @@ class WithoutPadding(nn.Module):
         mask = documents >= 0
         lengths = documents[mask].unique_consecutive(return_counts=True)[1].tolist()
         unpadded = Unpadded.of(tokens, mask, Segments.of_lengths(lengths, tokens.device))
-        return unpadded.padded(self.unpadded_hidden(unpadded))
+        # Not `unpadded_hidden`: under FSDP2, a forward method within another one would shard the weights at its end.
+        return unpadded.padded(self._unpadded(unpadded))

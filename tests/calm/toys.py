@@ -103,6 +103,6 @@ def palms(dtype: torch.dtype = torch.float64) -> tuple[PaLM, PaLM]:
 
 def composed(dtype: torch.dtype = torch.float64, **options: Any) -> CALM:
     anchor, augment = palms(dtype)
-    given = {name: options.pop(name) for name in list(options) if name in Augment.__dataclass_fields__}
+    given = {name: options.pop(name) for name in list(options) if name in Augment.settings}
     given = given or {"num_connections": 2}
     return connect(CALM(anchor, Augment(augment, **given), **{"connection": SMALL, **options}))

@@ -30,10 +30,12 @@ def test_only_the_first_rank_copies_and_hashes_weights(is_first: bool, monkeypat
     calls: list[str] = []
     for name in ("whole_weights", "state_hash"):
         real = getattr(boundary, name)
-        monkeypatch.setattr(boundary, name, lambda given, name=name, real=real: calls.append(name) or real(given))
+        monkeypatch.setattr(
+            boundary, name, lambda given, name=name, real=real, **options: calls.append(name) or real(given, **options)
+        )
     told: list[Any] = []
-    strategy = SimpleNamespace(broadcast=lambda value: told.append(value) or value or "told by rank 0")
-    trainer: Any = SimpleNamespace(is_global_zero=is_first, strategy=strategy)
+    monkeypatch.setattr(boundary, "of_first_rank", lambda value: told.append(value) or value or "told by rank 0")
+    trainer: Any = SimpleNamespace(is_global_zero=is_first)
     model = tiny_palm()
     module = SimpleNamespace(policy=model, opponent=SimpleNamespace(moving=SimpleNamespace(average=model)), base_hash="b" * 64)
     made = boundary.Boundary(trainer, module, tmp_path, run="run")

@@ -174,7 +174,7 @@ def run(
     if case.startswith("moving"):
         result["average"] = full(module.reference_average)
         result["sharded"] = all(isinstance(p, DTensor) for p in module.reference_average.parameters())
-    if case in ("dpo", "pretrained"):
+    if case in ("dpo", "pretrained", "dpo_palm", "dpo_qwen3"):
         reference = module.reference.model
         result["reference"] = full(reference)
         result["sharded"] = all(isinstance(p, DTensor) for p in reference.parameters())

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lightning_align.models.head_probe import probe_head
 from lightning_align.models.pretrained import PretrainedLM
 
 V = 260
@@ -264,7 +265,7 @@ def _built(family: str) -> PretrainedLM:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.eval()
-    model._scale = model._probe()
+    model.take_probe(probe_head(model))
     return model
 
 

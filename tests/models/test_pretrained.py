@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.formats import read_model, whole_weights, write_model
+from lightning_align.models.head_probe import probe_head
 from lightning_align.models.language_model import has_cache, has_hidden
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.runtime import hub
@@ -48,7 +49,7 @@ def make(family: str, **options: Any) -> PretrainedLM:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.eval()
-    model._scale = model._probe()
+    model.take_probe(probe_head(model))
     return model
 
 
@@ -152,7 +153,7 @@ def test_logits_of_an_unknown_head_are_used_as_they_are() -> None:
     """The head is of an unknown kind, so the model does not offer a head and everything is computed from its logits."""
     model, rows = make("llama"), batch()
     model.model.lm_head.register_forward_hook(lambda _, __, logits: logits + logits.sin())
-    model._scale = model._probe()
+    model.take_probe(probe_head(model))
     assert not has_hidden(model) and not has_cache(model)
     fast, _ = token_logprobs(model, rows)  # type: ignore[arg-type]
     assert float((fast.double() - plain_logprobs(model, rows)).detach().abs().max()) < 1e-5
