@@ -19,7 +19,7 @@ from lightning_align.calm.layers import LayerChoice, Position
 from lightning_align.calm.model import CALM
 from lightning_align.calm.parts import build_part
 from lightning_align.calm.scores import composed_logprobs as composed_logprobs
-from lightning_align.calm.spec import Augment, AugmentInput, check_realigned, described_augment, storable
+from lightning_align.calm.spec import Augment, AugmentInput, check_realigned, described_augment, described_model, storable
 from lightning_align.calm.start import augments_of, composition_of
 from lightning_align.calm.states import StateStore, attach_states
 from lightning_align.generation.ends import Ends
@@ -29,7 +29,6 @@ from lightning_align.models.building import Backbone
 from lightning_align.models.causality import check_causal
 from lightning_align.models.composed import FROZEN
 from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
-from lightning_align.runtime.plain import plain
 from lightning_align.training.checkpoints import drop_composed, make_storable, restore_composed
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
@@ -130,9 +129,9 @@ class CALMModule(AlignModule):
         self.connection = ConnectionConfig(**connection) if isinstance(connection, Mapping) else connection
         if not given:
             self.hparams.pop("backbone", None)
-            self.hparams["anchor"] = _described(anchor)
+            self.hparams["anchor"] = described_model(anchor)
             self.hparams["anchor_layers"] = storable(anchor_layers, anchor)
-            described = [{**described_augment(a), "model": _described(a.model)} for a in self._augments]
+            described = [{**described_augment(a), "model": described_model(a.model)} for a in self._augments]
             self.hparams["augments"] = [] if init_from else described
             self.hparams["connection"] = None if self.connection is None else dataclasses.asdict(self.connection)
         self.combine, self.anchor_layers, self.anchor_position = combine, anchor_layers, anchor_position
@@ -393,11 +392,3 @@ def _missing_module(name: str) -> str:
         f"`{name}` must be a model, but got None. The run was started with a module, which a checkpoint does not contain. "
         f"Pass `{name}` again."
     )
-
-
-def _described(source: Any) -> Any:
-    """Return what a checkpoint can store about the source of a model: a path or a description, else None."""
-    if isinstance(source, nn.Module):
-        return None
-    source = plain(source)
-    return source if isinstance(source, (str, dict)) else None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_align.calm.connections import check_pairs, even_pairs
 from lightning_align.calm.layers import LayerChoice, Position
 from lightning_align.models.building import Backbone
+from lightning_align.runtime.plain import plain
 
 LAYERS_PER_CONNECTION = 4
 """The paper's N_A / n, the number of augment layers per connection in all its experiments."""
@@ -175,6 +176,14 @@ def described_augment(spec: Augment) -> dict[str, Any]:
     """Return the settings of an augment, without its model, as a checkpoint can hold them."""
     settings = {name: getattr(spec, name) for name in spec.settings}
     return {**settings, **{name: storable(settings[name], spec.model) for name in ("layers", "connections")}}
+
+
+def described_model(source: Any) -> Any:
+    """Return what a checkpoint can store about the source of a model: a path or a description, else None."""
+    if isinstance(source, nn.Module):
+        return None
+    source = plain(source)
+    return source if isinstance(source, (str, dict)) else None
 
 
 def augment_model(spec: Augment) -> nn.Module:
