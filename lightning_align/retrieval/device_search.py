@@ -77,7 +77,7 @@ class DeviceSearch(ExactSearch):
     def _best(self, queries: Floats, wanted: int, forbidden: Forbidden) -> Best:
         """See `ExactSearch`."""
         ids = torch.zeros(len(queries), wanted, dtype=torch.long, device=self.device)
-        best = torch.full((len(queries), wanted), -torch.inf, device=self.device)
+        best = torch.full((len(queries), wanted), -torch.inf, dtype=torch.float32, device=self.device)
         with exact_products():
             for start, scores in self._scores(queries, forbidden):
                 values, places = scores.topk(min(wanted, scores.shape[1]), dim=1)

@@ -230,7 +230,7 @@ class Postings:
         self.groups, self._mean = groups, float(self._lengths.mean())
         self._edges, self._drops = edges, edges[:-1] - edges[1:]
         self._query_idf = np.zeros(len(self.idf))
-        self._scores = torch.zeros(self.num_chunks)
+        self._scores = torch.zeros(self.num_chunks, dtype=torch.float32)  # bf16-true changes the default
         self._last = np.zeros(self.num_chunks, dtype=np.int32)
 
     def scores(self, query: Sequence[int], chunks: Ints) -> Doubles:
