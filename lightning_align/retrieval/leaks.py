@@ -69,7 +69,12 @@ def find_leaks(queries: ChunkTable, database: ChunkTable) -> list[Pair]:
     telling = np.flatnonzero((num_documents <= COMMON) & (first >= 0))
     best: dict[tuple[int, int], Pair] = {}
 
+    # A text of one shingle, such as a line of a table, does not tell a copy from a statement of the same fact.
+    is_long = np.diff(queries.sketch_offsets) > 1
+
     def consider(query: int, document: int, share: float) -> None:
+        if not is_long[query]:
+            return
         key = (query, int(groups[document]))
         if key not in best or share > best[key].similarity:
             best[key] = Pair(query, document, share)
