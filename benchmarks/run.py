@@ -31,7 +31,6 @@ TIMED = (
     ("dpo/trl_losses.py",),
     ("training/trainer_overhead.py",),
     ("training/kept_memory.py",),
-    ("training/activations.py",),
     ("training/precision.py",),
     ("dpo/trl_step.py",),
     ("dpo/trl_step.py", "--thp"),
