@@ -58,10 +58,12 @@ class Builder:
 
     def __enter__(self) -> Self:
         """Wait until no other process builds the database."""
-        self._held.enter_context(ends_at_sigterm(f"Repeat the command to go on: {self.root} keeps all finished blocks."))
-        self._held.callback(self.team.close)
-        with self.team.together():
-            self._held.enter_context(one_build(self.root, self.team))
+        with ExitStack() as held:  # released at once if the lock cannot be had
+            held.enter_context(ends_at_sigterm(f"Repeat the command to go on: {self.root} keeps all finished blocks."))
+            held.callback(self.team.close)
+            with self.team.together():
+                held.enter_context(one_build(self.root, self.team))
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
