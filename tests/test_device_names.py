@@ -9,10 +9,14 @@ ROOT = Path(__file__).parents[1] / "lightning_align"
 NAMES = {"is_cuda", "is_xpu", "is_mps"}
 DEVICES = {"cuda", "xpu", "mps"}
 ALLOWED: dict[str, set[str]] = {
-    "models/varlen.py": {"cuda", "xpu"},  # the devices that have the kernels, and pinned memory of CUDA
+    "generation/capture.py": {"cuda"},  # has graphs
+    "generation/decoder.py": {"cuda"},  # the devices whose steps have a fixed shape, for the graphs
+    "generation/looks.py": {"cuda", "mps"},  # one has streams and pinned memory, the other no float64
+    "models/varlen.py": {"cuda", "xpu"},  # the devices that have the kernels
+    "retrieval/device_search.py": {"cuda", "xpu"},  # the devices with float64
+    "runtime/transfer.py": {"cuda"},  # has pinned memory
     "training/loading.py": {"cuda", "xpu"},  # the devices with pinned memory
     "training/optimizers.py": {"cuda"},  # has a fused optimizer
-    "generation/decoding.py": {"mps"},  # has no float64
     "models/causality.py": {"mps"},  # has no float64, and a single random number generator
     "scoring/sums.py": {"mps"},  # has no float64
 }

@@ -111,7 +111,7 @@ session.add("Table", {{"value": 1}})
     monkeypatch.setattr(runner, "HERE", tmp_path)
     order = (runner.Script("fails", 60), runner.Script("hangs", 1), runner.Script("absent", 60), runner.Script("good", 60))
     monkeypatch.setattr(runner, "ORDER", order)
-    monkeypatch.setattr(runner, "GRACE", 20)
+    monkeypatch.setattr(runner, "GRACE", 5)
     return tmp_path
 
 

@@ -48,6 +48,8 @@ ORDER = (
     Script("precision", 300),
     Script("largest", 420),
 )
+DRY_FACTOR = 10
+"""A dry run may take this many times as long."""
 GRACE = 20
 """Seconds after its time that a script may take to end."""
 
@@ -93,8 +95,8 @@ def run(script: Script, folder: Path, *, dry: bool, left: float) -> str:
         dry: Whether to use tiny sizes on the CPU.
         left: Seconds until all should be done.
     """
-    # A dry run on a busy processor says nothing about the time on a GPU.
-    seconds = left - GRACE if dry else min(script.seconds, left - GRACE)
+    # A dry run on a busy processor takes longer than a GPU.
+    seconds = min(script.seconds * (DRY_FACTOR if dry else 1), left - GRACE)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = [] if script.prints else ["--output", str(folder), "--seconds", f"{seconds:.0f}"]
     options = [*own, *(["--dry-run"] if dry else [])]
