@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_align.models.attention import attention_dtype
 from lightning_align.models.language_model import Head, HiddenModel
@@ -66,8 +66,3 @@ def fixed_head(model: HiddenModel) -> Head | None:
     head = model.head
     dtype = attention_dtype(head.weight)
     return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
-
-
-def to_device(values: object, device: torch.device) -> Tensor:
-    """Make a tensor of host data on a device without waiting for the device."""
-    return torch.tensor(values).to(device, non_blocking=True)

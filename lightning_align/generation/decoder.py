@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_align.generation.casting import fixed_head, to_device
+from lightning_align.generation.casting import fixed_head
 from lightning_align.generation.packing import pack
 from lightning_align.generation.static import StaticDecoder
 from lightning_align.models.language_model import Head, HiddenModel, context_length, has_cache, logits_of
 from lightning_align.runtime.ranks import is_sharded
+from lightning_align.runtime.transfer import to_device
 
 STATIC = ("cuda",)
 """The types of devices whose steps have a fixed shape."""

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_align.generation.casting import to_device
 from lightning_align.generation.decoder import make_decoder
 from lightning_align.generation.ends import Ends, say_once
 from lightning_align.generation.filter_function import FilterSettings, filtered_by_function
@@ -18,6 +17,7 @@ from lightning_align.generation.history import History, Repetition
 from lightning_align.generation.looks import Looks
 from lightning_align.generation.noise import uniforms
 from lightning_align.runtime.ranks import everyone, is_sharded, largest
+from lightning_align.runtime.transfer import to_device
 
 FinishReason = Literal["eos", "stop", "length"]
 

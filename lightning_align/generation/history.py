@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_align.generation.casting import to_device
+from lightning_align.runtime.transfer import to_device
 
 
 class Repetition(Protocol):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_align.generation.capture import Captures
-from lightning_align.generation.casting import fixed_head, to_device
+from lightning_align.generation.casting import fixed_head
 from lightning_align.models.language_model import Head, HiddenModel, context_length
+from lightning_align.runtime.transfer import to_device
 
 WIDTH = 256
 """The number of columns of a bucket is a multiple of this."""

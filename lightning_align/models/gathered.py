@@ -1,17 +1,16 @@
 """Whole weights of a sharded model while it generates, so that a token needs no communication."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_align.models.parallelize import within_forward
+from lightning_align.runtime.memory import device_memory
 from lightning_align.runtime.ranks import everyone
 
 GATHERED_SHARE = 1 / 3
@@ -64,7 +63,7 @@ def _fit(model: nn.Module, sharded: list[Any]) -> bool:
     dtype = next((policy.param_dtype for policy in policies if policy is not None), None)
     needed = sum(part.numel() * (dtype or part.dtype).itemsize for part in parts)
     device = parts[0].to_local().device
-    limit = GATHERED_SHARE * device_memory(device)
+    limit = GATHERED_SHARE * (device_memory(device) or 0)
     if everyone(needed <= limit, device):
         return True
     message = (
@@ -76,13 +75,3 @@ def _fit(model: nn.Module, sharded: list[Any]) -> bool:
         _said.add(message)
         rank_zero_info(message)
     return False
-
-
-def device_memory(device: torch.device) -> int:
-    """Return the bytes of a device's memory. On a CPU, those of this rank's part of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    if device.type == "cpu":
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0

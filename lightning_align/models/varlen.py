@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_align.runtime.transfer import to_device
+
 Kernel = Literal["varlen", "flex", "groups"]
 SIMILAR = 0.7
 """Documents are padded together if they have at least this share of the tokens of the longest."""
@@ -63,14 +65,6 @@ class Segments:
     def spread(self, values: Tensor) -> Tensor:
         """Repeat the value of each document for each of its tokens: (R,) -> (T,). Does not wait for the device."""
         return values.repeat_interleave(self.starts.diff(), output_size=self.total)
-
-
-def to_device(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """Copy an array to a device without making the host wait."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type == "cuda" and torch.cuda.is_available():
-        tensor = tensor.pin_memory()  # from other memory the host waits until the device has read it
-    return tensor.to(device, non_blocking=True)
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, dim_head: int, *, dropout: float) -> Kernel:
@@ -238,15 +232,6 @@ class VarlenAttention:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out = _flex()(q, k, v, block_mask=self._plan, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.squeeze(0).transpose(0, 1)
-
-
-def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool, scale: float, dropout: float = 0.0
-) -> Tensor:
-    """Compute attention within documents once. See `VarlenAttention`, which several layers can share."""
-    dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
-    kernel = choose_kernel(q.device, dtype, q.shape[-1], dropout=dropout)
-    return VarlenAttention(queries, keys, causal, kernel)(q, k, v, scale=scale, dropout=dropout)
 
 
 def _bound(lengths: Sequence[int]) -> int:

@@ -34,7 +34,7 @@ def keep_documents(root: Path, before: Stage, *, deleted: Collection[int], team:
     with team.together():
         if team.rank == 0 and not stage.is_finished():
             table = ChunkTable(before.folder)
-            keep = np.setdiff1d(np.arange(table.num_documents), dropped)
+            keep = _kept(table, dropped)
             runs = _runs(keep)
 
             def spans(offsets: NDArray[np.int64], values: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -71,7 +71,7 @@ def keep_vectors(root: Path, before: Stage, chunks: Stage, *, all_chunks: Stage,
             table, vectors, manifest = ChunkTable(all_chunks.folder), read_vectors(before), before.manifest()
             assert manifest is not None
             offsets = table.chunk_offsets
-            runs = _runs(np.setdiff1d(np.arange(table.num_documents), sorted(deleted)))
+            runs = _runs(_kept(table, deleted))
 
             def parts() -> Iterator[NDArray[Any]]:
                 for first, last in runs:
@@ -117,6 +117,10 @@ def _chunks_of(folder: Path) -> str | None:
         return str(open_stage(folder).inputs.get("chunks"))
     except ValueError:  # it is not finished
         return None
+
+
+def _kept(table: ChunkTable, deleted: Collection[int]) -> NDArray[np.int64]:
+    return np.setdiff1d(np.arange(table.num_documents), sorted(deleted))
 
 
 def _runs(numbers: NDArray[np.int64]) -> list[tuple[int, int]]:

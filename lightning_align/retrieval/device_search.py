@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_align.retrieval.exact import FEW, Best, Doubles, ExactSearch
+from lightning_align.retrieval.exact import FEW, Best, Doubles, ExactSearch, joined
 from lightning_align.retrieval.neighbors import Forbidden, Nearest
 from lightning_align.retrieval.stages import Team
 from lightning_align.retrieval.tables import Floats, Ints
@@ -60,13 +60,7 @@ class DeviceSearch(ExactSearch):
             mine = (forbidden.rows >= start) & (forbidden.rows < start + size)
             some = Forbidden(forbidden.rows[mine] - start, forbidden.groups[mine])
             parts.append(self._nearest(queries[start : start + size], k, some))
-        ids, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
-        mask, missing = np.isfinite(distances), ((0, 0), (0, k - ids.shape[1]))
-        return Nearest(
-            np.pad(np.where(mask, ids, 0), missing),
-            np.pad(mask, missing),
-            np.pad(distances.astype(np.float32), missing, constant_values=np.inf),
-        )
+        return joined(parts, k)
 
     @cached_property
     def _placed(self) -> tuple[Tensor | None, Tensor]:

@@ -10,7 +10,7 @@ result is the k nearest in float64. Of equally near vectors, those with the lowe
 does not depend on the other queries of the batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -69,13 +69,7 @@ class ExactSearch:
                     found = list(pool.map(part, starts))
             finally:
                 torch.set_num_threads(threads)
-        ids, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        mask, missing = np.isfinite(distances), ((0, 0), (0, k - ids.shape[1]))
-        return Nearest(
-            np.pad(np.where(mask, ids, 0), missing),
-            np.pad(mask, missing),
-            np.pad(distances.astype(np.float32), missing, constant_values=np.inf),
-        )
+        return joined(found, k)
 
     @cached_property
     def _shift(self) -> Floats:
@@ -271,3 +265,14 @@ def append_to_rows(left: NDArray[Any], rows: Ints, values: NDArray[Any], fill: f
     wide[:, : left.shape[1]] = left
     wide[rows, left.shape[1] + place] = values
     return wide
+
+
+def joined(parts: Sequence[tuple[Ints, NDArray[Any]]], k: int) -> Nearest:
+    """Return the ids and distances (n, k' <= k) of consecutive queries as one result, padded to k neighbors."""
+    ids, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+    mask, missing = np.isfinite(distances), ((0, 0), (0, k - ids.shape[1]))
+    return Nearest(
+        np.pad(np.where(mask, ids, 0), missing),
+        np.pad(mask, missing),
+        np.pad(distances.astype(np.float32), missing, constant_values=np.inf),
+    )

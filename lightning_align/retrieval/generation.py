@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_align.retrieval.database import HEAD
+from lightning_align.retrieval.database import HEAD, RetrievalDatabase
 from lightning_align.retrieval.stages import Stage, Team, open_stage, write_bytes
 
 
@@ -41,10 +41,9 @@ def open_parts(root: Path, head: Mapping[str, Any]) -> Parts:
 def read_head(root: Path) -> dict[str, Any] | None:
     """Return the content of ``database.json``, or None if it is missing or damaged."""
     try:
-        content: dict[str, Any] = json.loads((root / HEAD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return RetrievalDatabase.open(root).manifest
+    except ValueError:
         return None
-    return content
 
 
 def write_head(root: Path, head: Mapping[str, Any]) -> None:

@@ -11,8 +11,7 @@ from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, read_vectors
 from lightning_align.retrieval.generation import open_parts
 from lightning_align.retrieval.neighbors import DELETED, group_of_chunks
-from lightning_align.retrieval.search import Found
-from lightning_align.retrieval.tables import Tokens
+from lightning_align.retrieval.search import Found, check_search, collect
 
 TABLE = "chunks"
 _ROWS = 16384
@@ -113,25 +112,19 @@ class LanceRetriever:
         Raises:
             ValueError: If `k` is not positive, or `exclude` does not have an entry per query.
         """
-        if k < 1:
-            raise ValueError(f"`k` must be at least 1, but got {k}.")
-        if exclude is not None and len(exclude) != len(queries):
-            raise ValueError(f"`exclude` must have a list per query, but got {len(exclude)} lists for {len(queries)} queries.")
-        shape = len(queries), k
-        ids, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
-        distances = np.full(shape, np.inf, dtype=np.float32)
-        tokens = np.full((*shape, 2 * self.chunk_size), self._pad_id, dtype=np.int64)
-        token_mask = np.zeros(tokens.shape, dtype=np.bool_)
+        check_search(len(queries), k, exclude)
+        return collect(self._results(queries, k, exclude), (len(queries), k, 2 * self.chunk_size), self._pad_id)
+
+    def _results(
+        self, queries: Sequence[ArrayLike], k: int, exclude: Sequence[Sequence[str]] | None
+    ) -> Iterator[list[tuple[int, float, list[int]]]]:
         vectors: Any = self.encoder.encode(queries) if len(queries) else []
         for row, vector in enumerate(vectors):
             search = self.table.search(vector).distance_type("l2").limit(k)
             if exclude is not None and (groups := self._groups(exclude[row])):
                 search = search.where(f"group NOT IN ({', '.join(map(str, groups))})", prefilter=True)
-            for place, found in enumerate(search.select(["id", "tokens", "_distance"]).to_list()):
-                ids[row, place], mask[row, place], distances[row, place] = found["id"], True, found["_distance"]
-                tokens[row, place, : len(found["tokens"])] = found["tokens"]
-                token_mask[row, place, : len(found["tokens"])] = True
-        return Found(ids, mask, distances, Tokens(tokens, token_mask))
+            rows = search.select(["id", "tokens", "_distance"]).to_list()
+            yield [(found["id"], found["_distance"], found["tokens"]) for found in rows]
 
     def _groups(self, names: Sequence[str]) -> list[int]:
         if not names:

@@ -11,8 +11,7 @@ from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, read_vectors
 from lightning_align.retrieval.generation import open_parts
 from lightning_align.retrieval.neighbors import DELETED, group_of_chunks
-from lightning_align.retrieval.search import Found
-from lightning_align.retrieval.tables import Tokens
+from lightning_align.retrieval.search import Found, check_search, collect
 
 COLLECTION = "chunks"
 _ROWS = 1024
@@ -121,22 +120,13 @@ class QdrantRetriever:
         Raises:
             ValueError: If `k` is not positive, or `exclude` does not have an entry per query.
         """
-        if k < 1:
-            raise ValueError(f"`k` must be at least 1, but got {k}.")
-        if exclude is not None and len(exclude) != len(queries):
-            raise ValueError(f"`exclude` must have a list per query, but got {len(exclude)} lists for {len(queries)} queries.")
-        shape = len(queries), k
-        ids, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
-        distances = np.full(shape, np.inf, dtype=np.float32)
-        tokens = np.full((*shape, 2 * self.chunk_size), self._pad_id, dtype=np.int64)
-        token_mask = np.zeros(tokens.shape, dtype=np.bool_)
-        for row, points in enumerate(self._points(queries, k, exclude)):
-            for place, found in enumerate(points):
-                # The score is the distance, not its square.
-                ids[row, place], mask[row, place], distances[row, place] = found.id, True, found.score**2
-                some = found.payload["tokens"]
-                tokens[row, place, : len(some)], token_mask[row, place, : len(some)] = some, True
-        return Found(ids, mask, distances, Tokens(tokens, token_mask))
+        check_search(len(queries), k, exclude)
+        # The score is the distance, not its square.
+        results = (
+            [(found.id, found.score**2, found.payload["tokens"]) for found in points]
+            for points in self._points(queries, k, exclude)
+        )
+        return collect(results, (len(queries), k, 2 * self.chunk_size), self._pad_id)
 
     def _points(self, queries: Sequence[ArrayLike], k: int, exclude: Sequence[Sequence[str]] | None) -> Iterator[list[Any]]:
         """Yield what is found for each query, nearest first. Queries are sent in batches."""

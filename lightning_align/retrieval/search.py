@@ -1,6 +1,6 @@
 """Live retrieval: search for the neighbors of new tokens, as generation does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -47,6 +47,36 @@ class Retriever(Protocol):
         ...
 
 
+def check_search(num_queries: int, k: int, exclude: Sequence[Sequence[str]] | None) -> None:
+    """Check the arguments of `Retriever.search`.
+
+    Raises:
+        ValueError: If `k` is not positive, or `exclude` does not have an entry per query.
+    """
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, but got {k}.")
+    if exclude is not None and len(exclude) != num_queries:
+        raise ValueError(f"`exclude` must have a list per query, but got {len(exclude)} lists for {num_queries} queries.")
+
+
+def collect(results: Iterable[Iterable[tuple[int, float, Sequence[int]]]], shape: tuple[int, int, int], pad_id: int) -> Found:
+    """Collect what an engine returns.
+
+    Args:
+        results: For each query, the chunk number, the distance and the tokens of each neighbor, nearest first.
+        shape: The number of queries, of neighbors and of tokens (n, k, 2m).
+        pad_id: The id of padding.
+    """
+    ids, mask = np.zeros(shape[:2], dtype=np.int64), np.zeros(shape[:2], dtype=np.bool_)
+    distances = np.full(shape[:2], np.inf, dtype=np.float32)
+    tokens, token_mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
+    for row, neighbors in enumerate(results):
+        for place, (number, distance, run) in enumerate(neighbors):
+            ids[row, place], mask[row, place], distances[row, place] = number, True, distance
+            tokens[row, place, : len(run)], token_mask[row, place, : len(run)] = run, True
+    return Found(ids, mask, distances, Tokens(tokens, token_mask))
+
+
 class DatabaseRetriever:
     """A `Retriever` over the chunks of a database.
 
@@ -83,8 +113,7 @@ class DatabaseRetriever:
             ValueError: If `k` is not positive, a query is empty or has ids that the tokenizer does not have, `exclude` does not
                 have an entry per query, or it names a document that the database does not have.
         """
-        if k < 1:
-            raise ValueError(f"`k` must be at least 1, but got {k}.")
+        check_search(len(queries), k, exclude)
         runs = [np.asarray(query) for query in queries]
         for place, run in enumerate(runs):
             if run.ndim != 1 or not len(run) or not 0 <= run.min() <= run.max() < self.table.vocab_size:
@@ -93,8 +122,6 @@ class DatabaseRetriever:
                     f"query {place} has the shape {run.shape} and the ids {run[:4].tolist()}... "
                     "Use the tokenizer that the database was built with."
                 )
-        if exclude is not None and len(exclude) != len(runs):
-            raise ValueError(f"`exclude` must have a list per query, but got {len(exclude)} lists for {len(runs)} queries.")
         if not runs:
             return self._found(
                 np.zeros((0, k), dtype=np.int64), np.zeros((0, k), dtype=bool), np.zeros((0, k), dtype=np.float32)

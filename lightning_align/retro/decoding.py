@@ -16,12 +16,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lightning_align.generation.casting import to_device
 from lightning_align.models.language_model import Head
 from lightning_align.retrieval.search import Found, Retriever
 from lightning_align.retro.attention import ChunkedCrossAttention
 from lightning_align.retro.model import RETRO, NeighborTokens
 from lightning_align.retro.static import StaticRetrieval, StepRetrieval
+from lightning_align.runtime.transfer import to_device
 
 
 @dataclass

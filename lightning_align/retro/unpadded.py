@@ -15,8 +15,9 @@ from torch import Tensor
 from lightning_align.models.attention import attention_dtype
 from lightning_align.models.palm import rotary
 from lightning_align.models.unpadded import Unpadded
-from lightning_align.models.varlen import Segments, VarlenAttention, choose_kernel, to_device
+from lightning_align.models.varlen import Segments, VarlenAttention, choose_kernel
 from lightning_align.retro.encoder import NeighborEncoder
+from lightning_align.runtime.transfer import to_device
 
 
 class UnpaddedReader:

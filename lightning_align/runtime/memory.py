@@ -1,8 +1,10 @@
-"""Reuse of freed memory on a CPU: a step allocates what the step before has freed."""
+"""The memory of a device, and reuse of freed memory on a CPU: a step allocates what the step before has freed."""
 
 import ctypes
 import os
 import sys
+
+import torch
 
 # Constants of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -26,3 +28,12 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # At most 0 blocks are mapped by themselves, and the heap is never trimmed.
     return mallopt is not None and mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Return the bytes of a device's memory. On a CPU, those of this rank's part of the machine. None if it is unknown."""
+    if device.type == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    properties = getattr(getattr(torch, device.type, None), "get_device_properties", None)
+    return None if properties is None else int(properties(device).total_memory)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_align.models.activations import Checkpointing
 from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.runtime.lightning_internals import trainer_of
+from lightning_align.runtime.ranks import world
 from lightning_align.training.gradient import BatchMean, gradients_of
 from lightning_align.training.precision import PrecisionHooks
 
@@ -36,28 +37,23 @@ GIVEN: Final = {
 class NoTrainer:
     """Stands in for the Trainer of a module that has none, and names what only a Trainer can give."""
 
-    def __init__(self, owner: str, fabric: Any) -> None:
-        """Describe the loop.
+    def __init__(self, owner: str) -> None:
+        """Begin at step 0.
 
         Args:
             owner: The name of the module's class, for messages.
-            fabric: The Fabric that set the module up, or None.
         """
-        self.owner, self.fabric, self.global_step = owner, fabric, 0
+        self.owner, self.global_step = owner, 0
 
     @property
     def world_size(self) -> int:
         """The number of ranks that gradients are averaged over."""
-        if self.fabric is not None:
-            return int(self.fabric.world_size)
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return world()[1]
 
     @property
     def is_global_zero(self) -> bool:
         """Whether this is rank 0."""
-        if self.fabric is not None:
-            return bool(self.fabric.is_global_zero)
-        return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        return world()[0] == 0
 
     def total(self, count: Tensor) -> Tensor:
         """Sum a scalar over the ranks."""
@@ -118,9 +114,7 @@ class LoopByHand(PrecisionHooks):
         """The Trainer, or what stands in for it in a loop without one."""
         found: Any = trainer_of(self)
         if found is None:
-            if self._no_trainer is None or self._no_trainer.fabric is not self.fabric:
-                self._no_trainer = NoTrainer(type(self).__name__, self.fabric)
-            found = self._no_trainer
+            self._no_trainer = found = self._no_trainer or NoTrainer(type(self).__name__)
         trainer: L.Trainer = found
         return trainer
 

@@ -42,10 +42,7 @@ def checkpoint_folders(trainer: Mapping[str, Any]) -> list[Path]:
         arguments = logger.get("init_args") or {}
         place = arguments.get("save_dir") or arguments.get("root_dir") or arguments.get("dir")
         name = arguments.get("name", "lightning_logs") or ""
-        if place is not None:
-            found.append(Path(place) / str(name))
-        else:
-            found.append(root / str(name))
+        found.append(Path(place or root) / str(name))
     if trainer.get("logger") in (None, True):
         found.append(root / "lightning_logs")
     return list(dict.fromkeys(found))

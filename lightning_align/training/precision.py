@@ -20,6 +20,7 @@ from lightning_align.models.pretrained_shards import pretrained_parts
 from lightning_align.models.tensor_parallel import AXIS, split_model
 from lightning_align.models.weights import weights_hash
 from lightning_align.runtime.lightning_internals import accumulates, trainer_of
+from lightning_align.runtime.memory import device_memory
 from lightning_align.runtime.ranks import everyone, set_copies
 from lightning_align.runtime.team import of_first_rank
 from lightning_align.training.gradient import lower_scale
@@ -181,8 +182,8 @@ def gradient_fits(policy: nn.Module, device: torch.device) -> bool:
 
     Without a reduction after each micro-batch, each rank accumulates the gradient of all trained weights, in float32.
     """
-    properties = getattr(getattr(torch, device.type, None), "get_device_properties", None)
-    if device.type == "cpu" or properties is None:
+    memory = None if device.type == "cpu" else device_memory(device)
+    if memory is None:
         return True
     needed = 4 * sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    return needed <= GRADIENT_SHARE * int(properties(device).total_memory)
+    return needed <= GRADIENT_SHARE * memory

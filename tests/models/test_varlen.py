@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.models import varlen
-from lightning_align.models.varlen import Segments, VarlenAttention, choose_kernel, varlen_attention
+from lightning_align.models.varlen import Segments, VarlenAttention, choose_kernel
 
 CPU = torch.device("cpu")
 COMPILED = varlen._compiled_flex
@@ -218,9 +218,10 @@ def test_a_kernel_that_this_torch_lacks_is_not_used() -> None:
 def test_dropout_is_on_average_no_change() -> None:
     q, k, v = inputs([6, 4], [6, 4], (2, 1))
     documents = Segments.of_lengths([6, 4], CPU)
-    exact = varlen_attention(q, k, v, documents, documents, causal=True, scale=0.5)
+    attend = VarlenAttention(documents, documents, causal=True, kernel="groups")
+    exact = attend(q, k, v, scale=0.5, dropout=0.0)
     torch.manual_seed(0)
-    draws = [varlen_attention(q, k, v, documents, documents, causal=True, scale=0.5, dropout=0.3) for _ in range(500)]
+    draws = [attend(q, k, v, scale=0.5, dropout=0.3) for _ in range(500)]
     assert not torch.equal(draws[0], exact)
     # The worst of 80 means is off by 0.05.
     torch.testing.assert_close(torch.stack(draws).mean(0), exact, rtol=0, atol=0.1)
