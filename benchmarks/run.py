@@ -23,6 +23,7 @@ ROOT = HERE.parent
 # Each entry is a section of RESULTS.md: a script and its options. Benchmarks measure time or memory and need a quiet machine.
 TIMED = (
     ("scoring/logprobs.py",),
+    ("scoring/peaked.py",),
     ("data/prepare.py", "--rows", "10000", "100000", "1000000"),
     ("dpo/step.py",),
     ("dpo/step.py", "--thp"),
