@@ -27,9 +27,7 @@ def test_ranks_and_strategies_change_within_a_run(tmp_path: Path) -> None:
         else:
             launch(SCRIPT, str(tmp_path), ",".join(map(str, phases)), *methods)
     for method in methods:
-        start, expected = (
-            whole(go_on(method, tmp_path / "alone", until=steps)) for steps in (1, PHASES[phases[-1]][1])
-        )
+        start, expected = (whole(go_on(method, tmp_path / "alone", until=steps)) for steps in (1, PHASES[phases[-1]][1]))
         found = torch.load(tmp_path / f"{method}-{phases[-1]}.pt", weights_only=True)
         assert largest_difference(found, start) > 1e-3, "it did not train"
         assert largest_difference(found, expected) < 1e-6, method
