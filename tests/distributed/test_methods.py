@@ -28,8 +28,8 @@ def check_rounding(case: str, found: Any, autocast: Any, exact: Any, start: Any)
     """Two ranks under FSDP2 are about as far from a training in float32 as one process under autocast is.
 
     Both round the factors of each product to 8 bits, and FSDP2 also the gains and embeddings that it gathers. These errors are
-    independent, so it is the distances from float32 that can be compared, and not the two with each other. How far rounding goes
-    depends on the model: a RETRO with the weights of the other tests has a gradient that is off by 0.1 to 0.6 under either.
+    independent, so it is the distances from float32 that can be compared, and not the two with each other. How far rounding
+    goes depends on the model: a RETRO with the weights of other tests has a gradient that is off by 0.1 to 0.6 under either.
     """
     changed = distance(exact, start)
     ours, theirs = distance(found, exact) / changed, distance(autocast, exact) / changed
