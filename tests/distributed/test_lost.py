@@ -37,6 +37,8 @@ CASES = [
     ("fsdp2", "scoring", "raise", 0, INDEPENDENT),
     ("ddp", "prepare", "raise", 0, INDEPENDENT),
     ("ddp", "prepare", "kill", 0, TORCHRUN),
+    ("ddp", "own_module", "kill", 1, INDEPENDENT),
+    ("ddp", "own_module", "raise", 0, INDEPENDENT),
 ]
 
 
