@@ -132,7 +132,7 @@ def trainer_of(folder: Path, strategy: str, *callbacks: Callback, **options: Any
 
 
 def main(folder: Path, strategy: str, moment: str, how: str) -> None:
-    rank_link.GRACE = 4.0
+    rank_link.GRACE = 3.0
     hang = Lose(moment, how)
     if moment == "generation":
         lost_in(GeneratedSet, "write", how)
