@@ -383,7 +383,7 @@ class Builder:
                     intact = open_stage(folder).is_finished(verify=self.tools.verify > 0)
                 except ValueError:  # it has no manifest
                     intact = False
-        if not self.team.tell(intact):
+        if not self.team.share(intact):
             return None
         self._verified.add(folder)
         return open_stage(folder)

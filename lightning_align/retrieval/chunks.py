@@ -70,7 +70,7 @@ def build_chunks(
         return stage
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
-    if team.tell(done):
+    if team.share(done):
         return stage
     counts = {"empty_documents": 0}
     with team.together():

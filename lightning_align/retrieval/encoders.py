@@ -271,7 +271,7 @@ def build_vectors(
             _warn_of_truncation(encoder, table)
         if done and verify:
             _check_encoder(stage, encoder, table, precision)
-    if team.tell(done):
+    if team.share(done):
         return stage
     num_blocks = -(-len(table) // BLOCK_CHUNKS)
     with team.together():

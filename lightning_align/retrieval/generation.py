@@ -75,6 +75,6 @@ def publish_head(root: Path, head: Mapping[str, Any], *, verify: bool) -> bool:
                     done = False
                 if done:
                     write_head(root, head)
-        return team.tell(done)
+        return team.share(done)
     finally:
         team.close()

@@ -93,7 +93,7 @@ def build_index(root: Path, vectors: Stage, config: IndexConfig, *, team: Team, 
     stage = Stage(root, "index", {"format": FORMAT, "vectors": vectors.key, "config": settings})
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
-    if team.tell(done):
+    if team.share(done):
         return stage
     with team.together():
         if team.rank == 0 and not stage.has_block(0):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.activations import Checkpointing
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
-from lightning_align.models.composed import prepare_frozen
+from lightning_align.models.composed import is_composed, prepare_frozen
 from lightning_align.models.deferred import is_deferred
 from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.models.language_model import logits_of
@@ -33,6 +33,7 @@ from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.runtime.plain import plain
 from lightning_align.runtime.ranks import data_world
 from lightning_align.training.checkpoints import (
+    check_trained_count,
     drop_composed,
     drop_frozen,
     make_storable,
@@ -170,9 +171,9 @@ class AlignModule(Responding):
             self.shard_policy(policy)
             if deferred:
                 self.check_sharded(policy)
-            # A checkpoint of adapters lacks the base model. `on_load_checkpoint` comes too late to add it under a sharded
-            # strategy.
-            self.strict_loading = self.lora is None
+            # A checkpoint of adapters lacks the base model, and one of a composition its frozen models. `on_load_checkpoint`
+            # comes too late to add them under a sharded strategy.
+            self.strict_loading = self.lora is None and not is_composed(policy)
         self.policy = policy
 
     def build_policy(self) -> nn.Module:
@@ -294,13 +295,15 @@ class AlignModule(Responding):
         path = (None if trainer is None else trainer.ckpt_path) or "that was given"
         self.clock.load(checkpoint, trainer)
         check_tokenizer(checkpoint.get(TOKENIZER), datamodule_of(trainer), source=f"checkpoint {path}")
+        restore_composed(checkpoint, self.policy, path, sharded=self.is_sharded)
         if self.is_sharded:
             if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
                 raise ValueError(
                     "The module has `lora`, but the checkpoint is of a run without `lora`. Give a checkpoint of adapters."
                 )
+            if not self.strict_loading:
+                check_trained_count(checkpoint, self.trainer.optimizers, path)
             return
-        restore_composed(checkpoint, self.policy, path, sharded=False)
         if self.lora is not None:
             restore_frozen(checkpoint, self.policy, self.state_dict())
         check_weights(self.policy, policy_state(checkpoint["state_dict"]), path)
