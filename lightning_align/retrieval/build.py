@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -314,8 +314,10 @@ class Builder:
         head = RetrievalDatabase.open(self.root).manifest
         check_encoder(head, self.tools)
         if "vectors" in head["stages"]:  # vectors of later additions are compared with those of the build
-            vectors = open_stage(self.root / head["stages"]["vectors"]).manifest()
-            self._precision = None if vectors is None else vectors["table"].get("precision")
+            with suppress(ValueError):  # damaged vectors are made again
+                self._precision = (
+                    open_stage(self.root / head["stages"]["vectors"]).setting("precision", str, default="") or None
+                )
         return head
 
     def _carry_deletions(self, head: Mapping[str, Any], base: Stage) -> list[int]:

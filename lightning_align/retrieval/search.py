@@ -90,7 +90,8 @@ class DatabaseRetriever:
     def __init__(
         self, table: ChunkTable, searcher: Searcher, make_queries: Callable[[Sequence[ArrayLike]], Any], *, deleted: Ints
     ) -> None:
-        self.table, self.searcher, self.make_queries = table, searcher, make_queries
+        # A compaction by another process can remove the files while this one searches.
+        self.table, self.searcher, self.make_queries = table.hold(), searcher, make_queries
         self._deleted = set(deleted.tolist())
         # Deleted documents come first, so that the name of a replaced document maps to its successor.
         order = sorted(range(table.num_documents), key=lambda number: number not in self._deleted)

@@ -19,7 +19,7 @@ from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.language_model import vocabulary_size
 from lightning_align.models.weights import weights_hash
 from lightning_align.retrieval.build import Builder, Kind, Tools, make_retriever
-from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retrieval.database import HEAD, RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, LMEncoder, SentenceEncoder
 from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retrieval.search import Retriever
@@ -298,14 +298,22 @@ def _tools_of(folder: str | Path, encoder: str | Encoder | None = None, tokenize
         raise ValueError(
             f"{folder} was built with an object as the encoder, which cannot be loaded again. Pass an equal one as `encoder`."
         )
+    try:
+        index = IndexConfig(**made_with["index"])
+        words = WordsConfig(**made_with.get("words", {}))  # not in databases of release 0.1.0
+    except (TypeError, ValueError) as error:  # an unknown setting, or a value that cannot be
+        raise ValueError(
+            f"{Path(folder) / HEAD} has settings that this version does not know ({error}). Use the version that built it, or "
+            "build it again."
+        ) from error
     tools = make_tools(
         encoder or made_with["encoder"],
         tokenizer=database_tokenizer(database, tokenizer),
         k=made_with["k"],
         rerank=head["retriever"] == "hybrid",
-        index=IndexConfig(**made_with["index"]),
-        words=WordsConfig(**made_with.get("words", {})),  # not in databases of release 0.1.0
-        hide_copies=made_with["hide_copies"],
+        index=index,
+        words=words,
+        hide_copies=bool(made_with.get("hide_copies", True)),
         verify=0.01,
     )
     # A generation that follows is made with the same settings, wherever its tokenizer and its encoder are now.
