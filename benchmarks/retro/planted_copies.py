@@ -58,8 +58,9 @@ def main() -> None:
     common.heading(
         "Leak audit: planted copies of held-out files",
         f"{len(held_out)} files of the standard library with {len(kinds)} planted copies among {len(database)} documents."
-        f" Recall of each kind of copy, and precision: the share of the flagged files of which one document of the database has {SHARE:.0%},"
-        " counted without hashes. Raw ids: Jaccard similarity of 0.8 on 13-grams of token ids, as in release 0.1.0.",
+        f" Recall of each kind of copy, and precision: the share of the flagged files of which one document of the database"
+        f" has {SHARE:.0%}, counted without hashes. Raw ids: Jaccard similarity of 0.8 on 13-grams of token ids, as in release"
+        " 0.1.0.",
     )
     print(common.table(rows))
     print(common.table(totals))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lightning_align.retrieval.chunks import FORMAT, Content, write_table
 from lightning_align.retrieval.encoders import read_vectors
 from lightning_align.retrieval.sealed import STAGE_NAME
-from lightning_align.retrieval.stages import Stage, Team, digest, open_stage, write_rows
+from lightning_align.retrieval.stages import MANIFEST, Stage, Team, digest, open_stage, write_rows
 from lightning_align.retrieval.tables import ChunkTable
 
 ROWS = 1 << 16
@@ -105,10 +105,22 @@ def remove_unused(root: Path, head: Mapping[str, Any]) -> list[str]:
         if folder.name.startswith("vectors-") and _chunks_of(folder) in kept_chunks:
             continue
         # The manifest goes first: a folder that is removed in part must not count as finished.
-        (folder / "manifest.json").unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
         removed.append(folder.name)
     return removed
+
+
+def forget_stages(root: Path) -> None:
+    """Mark all stages but chunks as not finished. Chunks are found by the hash of their text, and are compared with theirs.
+
+    Args:
+        root: Folder of the database.
+    """
+    for folder in root.iterdir():
+        if STAGE_NAME.fullmatch(folder.name) and not folder.name.startswith("chunks-"):
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder / "blocks", ignore_errors=True)
 
 
 def _chunks_of(folder: Path) -> str | None:

@@ -46,6 +46,8 @@ def build_database(
     words: WordsConfig | None = None,
     hide_copies: bool = True,
     verify: float = 0.01,
+    max_chunks: int | None = None,
+    rebuild: bool = False,
     trainer: Callable[[], L.Trainer] | None = None,
 ) -> RetrievalDatabase:
     """Build a retrieval database, or its missing stages.
@@ -71,6 +73,10 @@ def build_database(
         hide_copies: Whether near-duplicates of a document of `queries` are excluded from its neighbors. False shows the effect
             of a leak. For documents of the database they are always excluded.
         verify: The share of the blocks of each stage that are computed twice and compared.
+        max_chunks: The most chunks that `documents` may have. With more, the build ends before anything is encoded. Default is
+            any number.
+        rebuild: Whether vectors, index and neighbors are made again, also if they are finished. The database cannot be opened
+            until the build is finished. Chunks are not made again, because they are found by the hash of their text.
         trainer: A function that makes the Trainer that runs the encoder. Default is a Trainer on one device of this machine.
 
     Returns:
@@ -93,7 +99,7 @@ def build_database(
     sources = {name: load_documents(source) for name, source in (queries or {}).items()}
     # Data loaders draw from the global generator of torch. Later training must not depend on whether the database existed.
     with isolate_rng(include_cuda=False), Builder(Path(folder), tools) as builder:
-        return builder.build(load_documents(documents), sources, chunk_size=chunk_size)
+        return builder.build(load_documents(documents), sources, chunk_size=chunk_size, max_chunks=max_chunks, rebuild=rebuild)
 
 
 def add_documents(
