@@ -49,6 +49,7 @@ TIMED = (
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),
     ("retro/memory.py", "--sizes", "40", "--lines"),
+    ("retro/planted_copies.py",),
     ("retro/step.py",),
 )
 # Studies train models and look at what they learned, or kill runs and look at what survived. They take hours; other load on the

@@ -103,6 +103,21 @@ def build_chunks(
     return stage
 
 
+def check_count(stage: Stage, max_chunks: int) -> None:
+    """Check the number of chunks of a finished stage.
+
+    Raises:
+        ValueError: If there are more than `max_chunks`.
+    """
+    table = ChunkTable(stage.folder)
+    if len(table) > max_chunks:
+        raise ValueError(
+            f"The documents must have at most `max_chunks` chunks, {max_chunks:,}, but they have {len(table):,} of"
+            f" {table.chunk_size} tokens. Nothing was encoded yet. Leave out documents, or increase `max_chunks` or"
+            " `chunk_size`."
+        )
+
+
 def _map_ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
     """Map a function over items in order. Two threads compute the next two results ahead.
 

@@ -228,10 +228,8 @@ def _write(
 
 def open_index(stage: Stage) -> Any:
     """Open a finished index with its measured search effort. It is memory-mapped if its type supports that."""
-    manifest = stage.manifest()
-    assert manifest is not None, f"{stage.folder} is not finished"
     index = _read(stage.folder / "index.faiss")
-    set_effort(index, manifest["table"]["effort"])
+    set_effort(index, stage.setting("effort", int))
     return index
 
 
