@@ -246,7 +246,7 @@ def _value(block: str) -> str | None:
 
 
 def _last_class(message: str) -> str:
-    return (re.findall(r"class_path '([^']+)'", message) or [""])[-1]
+    return str((re.findall(r"class_path '([^']+)'", message) or [""])[-1])
 
 
 def _help_flag(message: str, path: str) -> str:
