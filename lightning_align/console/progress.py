@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align.export.callback import ExportModel
-from lightning_align.runtime.lightning_internals import callbacks_of, is_fast_dev_run
+from lightning_align.runtime.lightning_internals import batches_in_epoch, callbacks_of, is_fast_dev_run
 
 
 class RunProgress(TQDMProgressBar):
@@ -95,7 +95,7 @@ def total_steps(trainer: L.Trainer) -> int | None:
     if epochs is not None and epochs >= 0 and math.isfinite(batches):
         left = max(0, epochs - trainer.current_epoch)
         per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-        begun = trainer.fit_loop.epoch_loop.batch_progress.current.completed // trainer.accumulate_grad_batches
+        begun = batches_in_epoch(trainer) // trainer.accumulate_grad_batches
         limits.append(trainer.global_step - begun * (left > 0) + left * per_epoch)
     return int(min(limits)) if limits else None
 

@@ -1,7 +1,7 @@
 """Projects that import ``pytorch_lightning``: the same code as ``lightning.pytorch``, with other classes.
 
-A Trainer of one package refuses modules of the other with "`model` must be a `LightningModule`". It calls a function that knows the
-classes of the two packages themselves and not those that derive from them. This function is extended here to know ours.
+A Trainer of one package refuses modules of the other with "`model` must be a `LightningModule`". It calls a function that knows
+the classes of the two packages themselves and not those that derive from them. This function is extended here to know ours.
 """
 
 import sys
@@ -14,8 +14,8 @@ OTHER = "pytorch_lightning"
 CHECKED_IN = f"{OTHER}.utilities.compile"
 """The module of the other package in which a Trainer checks its module."""
 ADVICE = (
-    "Import everything from one package: `import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`, also for "
-    "callbacks and loggers. The names are the same."
+    "Import everything from one package: `import lightning.pytorch as pl` in place of `import pytorch_lightning as pl`, also "
+    "for callbacks and loggers. The names are the same."
 )
 
 
