@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_align.models.auto_hook import TransformersHook
+from lightning_align.runtime.namespaces import NamespacesHook
 from lightning_align.runtime.old_paths import OldPaths
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ if not any(isinstance(finder, OldPaths) for finder in sys.meta_path):
     sys.meta_path.append(OldPaths())
 if not any(isinstance(finder, TransformersHook) for finder in sys.meta_path):
     sys.meta_path.insert(0, TransformersHook())
+if not any(isinstance(finder, NamespacesHook) for finder in sys.meta_path):
+    sys.meta_path.insert(0, NamespacesHook())
 
 _HOME = {
     "Arithmetic": "data.tasks.arithmetic",

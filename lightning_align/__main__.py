@@ -2,47 +2,40 @@
 
 import sys
 
-HELP = """\
-usage: lightning-align {fit,validate,test,predict,tokenizer,judge,export} ...
+import lightning_align
+from lightning_align.console import configs
+from lightning_align.console.errors import unknown_command
+from lightning_align.console.pages import COMMANDS, page
 
-Align and augment language models.
-
-options:
-  -h, --help            Show this help message and exit.
-  -c CONFIG, --config CONFIG
-                        Path to a configuration file in json or yaml format.
-  --print_config [=flags]
-                        Print the configuration after applying all other arguments and exit. The optional flags
-                        customizes the output and are one or more keywords separated by comma. The supported flags
-                        are: skip_default, skip_unset.
-
-subcommands:
-  For more details of each subcommand, add it as an argument followed by --help.
-
-  Available subcommands:
-                        (required)
-    fit                 Train, and validate at intervals.
-    validate            Validate once.
-    test                Test once.
-    predict             Generate responses or score pairs, and write the results to a JSONL file.
-
-Also:
-tokenizer: train a tokenizer on your rows (`lightning-align tokenizer --help`)
-judge: turn graded samples of a task into preference pairs (`lightning-align judge --help`)
-export: write a model that transformers and vLLM read (`lightning-align export --help`)
-Show the arguments of a class: `lightning-align fit --model.help DPOModule`, `--data.help DPODataModule`.
-"""
-"""The parser's help. Building the parser takes seconds. A test compares the two."""
+ABBREVIATIONS = {"-h": "--help"}
 
 
 def main() -> None:
     """Run the command line."""
-    if sys.argv[1:] in (["--help"], ["-h"]):
-        print(HELP, end="")
-        return
-    from lightning_align import cli
+    words = [ABBREVIATIONS.get(word, word) for word in sys.argv[1:]]
+    match words:
+        case ["--version"] | ["version"]:
+            print(f"lightning-align {lightning_align.__version__}")
+        case ["configs", *rest]:
+            sys.exit(configs.main(rest))
+        case ["env", *rest]:
+            from lightning_align.console import env
 
-    cli.main()
+            sys.exit(env.main(rest))
+        case ["--help"] if (text := page("all")) is not None:
+            print(text, end="")
+        case [] if (text := page("all")) is not None:
+            print(text, end="", file=sys.stderr)
+            sys.exit(2)
+        case [command, "--help"] if (text := page(command)) is not None:
+            print(text, end="")
+        case [command, *_] if not command.startswith("-") and command not in COMMANDS:
+            print(f"lightning-align: error: {unknown_command(command, COMMANDS)}", file=sys.stderr)
+            sys.exit(2)
+        case _:
+            from lightning_align import cli
+
+            cli.main()
 
 
 if __name__ == "__main__":

@@ -15,16 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, cast
 
 import lightning as L
-from jsonargparse import DefaultHelpFormatter, Namespace, auto_cli
+import torch
+from jsonargparse import Namespace, auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_align
+from lightning_align.console.advice import advise
+from lightning_align.console.pages import EPILOG, USAGE
+from lightning_align.console.parser import TRACEBACK, AlignParser, FileParser
+from lightning_align.console.progress import RunProgress, announce_places, has_own_bar
 from lightning_align.data.tasks.arithmetic import judge_file
 from lightning_align.data.tokenizer import train_tokenizer
 from lightning_align.export.checkpoint import export_checkpoint
@@ -37,14 +43,12 @@ from lightning_align.training.interrupts import InterruptCheckpoint
 from lightning_align.training.module import AlignModule
 from lightning_align.training.newest import checkpoint_folders, choose_checkpoint
 
-COMMANDS: dict[str, Callable[..., Any]] = {
+FILE_COMMANDS: dict[str, Callable[..., Any]] = {
     "tokenizer": train_tokenizer,
     "judge": judge_file,
     "export": export_checkpoint,
 }
 """Commands that work on files, without a Trainer."""
-
-TRACEBACK = "LIGHTNING_ALIGN_TRACEBACK"
 
 DESCRIPTIONS = {
     "fit": "Train, and validate at intervals.",
@@ -52,44 +56,6 @@ DESCRIPTIONS = {
     "test": "Test once.",
     "predict": "Generate responses or score pairs, and write the results to a JSONL file.",
 }
-
-FILE_COMMANDS = """Also:
-  tokenizer: train a tokenizer on your rows (`lightning-align tokenizer --help`)
-  judge:     turn graded samples of a task into preference pairs (`lightning-align judge --help`)
-  export:    write a model that transformers and vLLM read (`lightning-align export --help`)
-Show the arguments of a class: `lightning-align fit --model.help DPOModule`, `--data.help DPODataModule`.
-"""
-
-
-class HelpFormatter(DefaultHelpFormatter):
-    """The default help, without the lists of all modules and optimizers of torch."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(super(HelpFormatter, self)._fill_text(line, width, indent) for line in text.splitlines())
-
-    def _get_help_string(self, action: Any) -> str:
-        text = super()._get_help_string(action)
-        head, found, classes = text.partition(", known subclasses: ")
-        names = classes.rstrip(")").split(", ")
-        if not found or len(names) <= 12:
-            return text
-        own = [name for name in names if name.startswith("lightning_align.") and name.count(".") == 1]
-        own = [name for name in own if not name.endswith("Module")]
-        return f"{head}, a class by its path{', such as ' if own else ''}{', '.join(own)})"
-
-
-class AlignParser(LightningArgumentParser):
-    """Lightning's parser with a shorter help, also for the parsers that it makes for classes."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with a message that ends with the arguments that do not exist, which the list of all types may hide."""
-        unknown = dict.fromkeys(re.findall(r"Option '([^']+)' is not accepted", message))
-        if unknown and self.exit_on_error:  # parsers of classes only raise
-            message += f"\nIn short: there is no argument {', '.join(map(repr, unknown))}. Correct its name or remove it."
-        super().error(message, ex)
 
 
 class ResumeHint(Callback):
@@ -162,6 +128,8 @@ class AlignCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"lightning-align {subcommand} --config CONFIG [--config CONFIG ...] [options]"
+        AlignParser.commands[subcommand] = cast(AlignParser, parser)
         # A checkpoint is data. It may hold tensors and primitives, and no code that runs when it is loaded.
         parser.set_defaults({"weights_only": True})
         if subcommand == "predict":
@@ -169,6 +137,16 @@ class AlignCLI(LightningCLI):
             # Predictions go to the file, so they need not be kept in memory.
             parser.set_defaults({"return_predictions": False})
         return parser
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the Trainer, with a progress bar that counts the steps of the run."""
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            raise ValueError(f"the Trainer refuses its settings: {error}") from error  # as it does with most of them
+        config = self.config[self.config["subcommand"]].get("trainer") or {}
+        RunProgress.install(trainer, configured=has_own_bar(config.get("callbacks")))
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments, and keep them to parse them again when a checkpoint is given."""
@@ -246,14 +224,18 @@ class AlignCLI(LightningCLI):
             read_checkpoint(path)  # raises, because it is not a file
         if isinstance(strategy, str) and "fsdp" not in strategy:
             raise ValueError(
-                f"--ckpt_path {path} is a sharded checkpoint (a folder), which needs a sharded strategy. Add --config "
-                f"configs/trainer/fsdp2.yaml, or convert it to a single file that any run can resume from: {command}"
+                f"--ckpt_path {path} is a sharded checkpoint (a folder), which needs a sharded strategy. Add "
+                f"--config trainer/fsdp2, or convert it to a single file that any run can resume from: {command}"
             )
 
     def before_fit(self) -> None:
         """Save the last step, also of a run that is stopped, and print how to resume."""
         AlignCLI.interrupts = InterruptCheckpoint()
         callbacks_of(self.trainer).extend([LastCheckpoint(), AlignCLI.interrupts, ResumeHint()])
+
+    def after_fit(self) -> None:
+        """Print where the checkpoint, the log and the export are."""
+        announce_places(self.trainer)
 
     def before_predict(self) -> None:
         """Write predictions to the file that ``--output`` names."""
@@ -291,12 +273,12 @@ def _refuse_empty_files(arguments: Sequence[str]) -> None:
             raise ValueError(f"{flag} must be a file with rows, but {value} is empty.")
 
 
-def _root(error: ValueError) -> BaseException:
-    """Return the error of the constructor. The parser wraps it in the errors of other types and the whole configuration."""
+def _root(error: ValueError) -> str:
+    """Return what the constructor says. The parser wraps it in the errors of other types and the whole configuration."""
     found: BaseException = error
     while str(found).startswith("Does not validate against any of the Union subtypes") and found.__cause__ is not None:
         found = found.__cause__
-    return found
+    return re.sub(r"^Problem with given class_path '[^']*':\n\s*", "", str(found))
 
 
 def main() -> None:
@@ -309,7 +291,7 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
     """Run the command line.
 
     Args:
-        args: Arguments such as ``["fit", "--config", "configs/sft/arithmetic.yaml"]``. Default is those of the process.
+        args: Arguments such as ``["fit", "--config", "sft/arithmetic"]``. Default is those of the process.
 
     Returns:
         The command line that ran, with ``trainer``, ``model`` and ``datamodule``. None for a command without a Trainer.
@@ -318,17 +300,20 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
         SystemExit: With status 1 and a message if an argument cannot be used, with status 2 if it cannot be parsed.
     """
     arguments = sys.argv[1:] if args is None else list(args)
+    AlignParser.given = arguments
     _quieten(arguments[0] if arguments else "")
     for name in lightning_align.__all__:
         getattr(lightning_align, name)  # a class that is imported can be named without its path
     try:
         _refuse_empty_files(arguments)
-        if arguments and arguments[0] in COMMANDS:
+        if arguments and arguments[0] in FILE_COMMANDS:
+            FileParser.command = arguments[0]
             auto_cli(
-                COMMANDS[arguments[0]],
+                FILE_COMMANDS[arguments[0]],
                 args=arguments[1:],
                 prog=f"lightning-align {arguments[0]}",
                 as_positional=arguments[0] != "judge",
+                parser_class=FileParser,
             )
             return None
         return AlignCLI(
@@ -347,9 +332,9 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
             },
             parser_kwargs={
                 "prog": "lightning-align",
-                "usage": "lightning-align {fit,validate,test,predict,tokenizer,judge,export} ...",
+                "usage": USAGE,
                 "description": "Align and augment language models.",
-                "epilog": FILE_COMMANDS,
+                "epilog": EPILOG,
                 "default_env": False,
                 **{name: {"description": text} for name, text in DESCRIPTIONS.items()},
             },
@@ -377,6 +362,11 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
             f"lightning-align: error: {place or 'the disk'}: {error.strerror or error}. Choose another path or free this one.\n"
             f"(the traceback is printed with {TRACEBACK}=1)"
         )
+    except (MisconfigurationException, ModuleNotFoundError, torch.OutOfMemoryError) as error:
+        # Settings that Lightning refuses, packages that are missing, devices that are full: libraries say so in a line or two.
+        if os.environ.get(TRACEBACK):
+            raise
+        sys.exit(f"lightning-align: error: {advise(error)}\n(the traceback is printed with {TRACEBACK}=1)")
     except KeyboardInterrupt:
         print("lightning-align: stopped", file=sys.stderr)
         sys.exit(130)  # as shells count an interrupt

@@ -22,6 +22,7 @@ LAYERS = (
     ("references", "training", "export"),
     ("sft", "dpo", "spin", "calm", "retro"),
     ("",),  # the front: only the command line, which offers all of it, may come in that way
+    ("console",),
     ("cli",),
     ("__main__",),
 )

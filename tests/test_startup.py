@@ -5,9 +5,6 @@ import sys
 
 import pytest
 
-from lightning_align.__main__ import HELP
-from lightning_align.cli import run
-
 LARGE = {"torch", "lightning", "torchmetrics", "transformers", "datasets", "numpy", "jsonargparse", "tokenizers"}
 
 
@@ -30,10 +27,3 @@ def test_nothing_large_is_imported(code: str) -> None:
     tops, number = loaded(code)
     assert not tops & LARGE
     assert number < 200, "of which Python itself loads most"
-
-
-def test_the_help_is_that_of_the_parser(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-align"])
-    with pytest.raises(SystemExit, match="0"):
-        run(["--help"])
-    assert capsys.readouterr().out.replace("\b", "").split() == HELP.split()

@@ -71,7 +71,7 @@ class ExportModel(Callback):
             check_rebuildable(policy)
             if is_peft(policy):
                 check_mergeable(policy)
-        folder = self._folder(trainer)
+        folder = self.place(trainer)
         self._card(trainer, pl_module, policy, folder)
         self._end_ids(trainer, pl_module, policy)
         fault = self._folder_fault(trainer, policy, folder) if trainer.is_global_zero else None
@@ -94,8 +94,8 @@ class ExportModel(Callback):
             return str(error)
         return None
 
-    def _folder(self, trainer: L.Trainer) -> Path:
-        """Return the folder. All ranks must call this, because `log_dir` is a broadcast."""
+    def place(self, trainer: L.Trainer) -> Path:
+        """Return the folder of the export. All ranks must call this, because `log_dir` is a broadcast."""
         return Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "export")
 
     def _tokenizer(self, trainer: L.Trainer) -> Any:
@@ -126,7 +126,7 @@ class ExportModel(Callback):
         scope = "default" if lora is None else lora.scope
         weights = whole_weights(policy)
         expected = expected_adapter_logits(policy, scope) if self.adapter_only else expected_logits(policy)
-        folder = self._folder(trainer)
+        folder = self.place(trainer)
         if not trainer.is_global_zero:
             return
         if self.adapter_only:

@@ -5,13 +5,10 @@ both packages are imported, in either order. So importing this package adds a fi
 registers the classes of `lightning_align.models.auto`.
 """
 
-import sys
-from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+
+from lightning_align.runtime.after_import import AfterImport
 
 REGISTERS = {
     "transformers.models.auto.configuration_auto": "register_config",
@@ -25,44 +22,9 @@ def register(name: str) -> None:
     getattr(import_module("lightning_align.models.auto"), REGISTERS[name])()
 
 
-class TransformersHook:
+class TransformersHook(AfterImport):
     """A finder that registers the classes of this package as soon as transformers imports its auto classes."""
 
     def __init__(self) -> None:
         """Register at once where transformers is imported already."""
-        self._busy = False
-        for name in REGISTERS:
-            if name in sys.modules:
-                register(name)
-
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec that the other finders find, with a loader that also registers."""
-        if name not in REGISTERS or self._busy:
-            return None
-        self._busy = True
-        try:
-            spec = find_spec(name)
-        finally:
-            self._busy = False
-        if spec is None or spec.loader is None:
-            return None
-        spec.loader = _Loader(spec.loader)  # type: ignore[assignment]  # it passes all else on
-        return spec
-
-
-class _Loader:
-    """A loader that registers after the module is executed."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        module: ModuleType | None = self._loader.create_module(spec)
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        register(module.__name__)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
+        super().__init__({name: partial(register, name) for name in REGISTERS})

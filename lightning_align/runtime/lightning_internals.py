@@ -221,6 +221,12 @@ def batch_counts(trainer: L.Trainer) -> tuple[int, int]:
     return int(loop.batch_progress.total.ready), int(loop._batches_that_stepped)
 
 
+def batches_in_epoch(trainer: L.Trainer) -> int:
+    """Return the micro-batches of the current epoch that are completed."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return int(loop.batch_progress.current.completed)
+
+
 def epochs_processed(trainer: L.Trainer) -> int:
     """Return the epochs whose batches are over. It is greater than `current_epoch` in the hooks at the end of an epoch."""
     progress: Any = trainer.fit_loop.epoch_progress

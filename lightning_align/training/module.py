@@ -9,6 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,12 +25,14 @@ from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.weights import check_weights, policy_state
 from lightning_align.runtime.lightning_internals import (
     built_from_config,
+    callbacks_of,
     count_epoch_as_begun,
     datamodule_of,
     log_interval,
     trainer_of,
 )
 from lightning_align.runtime.memory import keep_freed_memory
+from lightning_align.runtime.namespaces import ADVICE, OTHER, foreign_parts
 from lightning_align.runtime.plain import plain
 from lightning_align.runtime.ranks import data_world
 from lightning_align.training.checkpoints import (
@@ -140,6 +143,8 @@ class AlignModule(Responding):
         """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
         super().setup(stage)
         self.clock.attach(self.trainer, stage)
+        if foreign := foreign_parts([*callbacks_of(self.trainer), *self.trainer.loggers]):
+            rank_zero_warn(f"The Trainer is of `lightning`, but has parts of `{OTHER}`: {', '.join(foreign)}. {ADVICE}")
         self.dropout.end()  # an earlier run may have ended with an error in the middle of a step
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()

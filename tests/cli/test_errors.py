@@ -109,7 +109,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_named(folder: Path, sft_row
         (
             "sft",
             ["sharded.ckpt"],
-            ["sharded.ckpt", "fsdp2.yaml", "models.checkpoint sharded.ckpt sharded-whole.ckpt"],
+            ["sharded.ckpt", "trainer/fsdp2", "models.checkpoint sharded.ckpt sharded-whole.ckpt"],
         ),
         ("dpo", [started], ["SFTModule", "DPOModule", "--model.init_from"]),
         ("sft", [started, "--model.backbone.init_args.dim", "32"], ["another model", "(259, 16)", "(259, 32)"]),

@@ -4,6 +4,7 @@ from lightning_align.data.tokenizer.byte import ByteTokenizer
 from lightning_align.data.tokenizer.file import FileTokenizer
 from lightning_align.data.tokenizer.protocol import Tokenizer
 from lightning_align.data.tokenizer.transformers import TransformersTokenizer
+from lightning_align.runtime.shipped import shipped_file
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -29,6 +30,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         )
     if path == "bytes":
         raise ValueError(f"tokenizer {spec!r} has the special tokens <bos>, <eos> and <pad>. Remove the options after 'bytes'.")
+    path = shipped_file(path)
     return FileTokenizer(path, **names) if path.endswith(".json") else TransformersTokenizer(path, **names)
 
 
