@@ -48,6 +48,7 @@ TIMED = (
     ("retrieval/chunks.py",),
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),
+    ("retrieval/engines.py",),
     ("retro/memory.py", "--sizes", "40", "--lines"),
     ("retro/planted_copies.py",),
     ("retro/step.py",),
