@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lightning_align.runtime.checksums import unsealed
+
 Row = dict[str, Any]
 
 
@@ -25,12 +27,9 @@ def read_json(path: Path) -> Row:
         ValueError: If the file cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object")
+        return unsealed(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"Cannot read {path} ({error}). Remove its folder to generate the set again.") from error
-    return content
 
 
 def checked_row(row: Any) -> Row:
@@ -44,7 +43,7 @@ def checked_row(row: Any) -> Row:
         _check(answer, {"iteration": int, "text": str, "tokens": list, "reason": str, "logprob": float})
         if not all(type(token) is int and token >= 0 for token in answer["tokens"]):
             raise ValueError("`tokens` must be a list of token ids")
-    return row
+    return unsealed(row)
 
 
 def _check(values: Row, kinds: dict[str, type]) -> None:

@@ -14,6 +14,7 @@ from lightning_align.data.tokenizer.chat import check_messages, plain_template, 
 from lightning_align.data.tokenizer.file import FileTokenizer, hash_parts, hash_vocabulary
 from lightning_align.data.tokenizer.protocol import Message, Segment, all_ends
 from lightning_align.data.tokenizer.turns import TurnFinder
+from lightning_align.runtime.checksums import check_sums
 from lightning_align.runtime.hub import out_of_reach
 
 
@@ -43,8 +44,9 @@ class TransformersTokenizer(FileTokenizer):
                 " pip install 'lightning-align[hf]'"
             ) from error
         try:
+            check_sums(name, wanted=lambda file: "/" not in file and not file.endswith(".safetensors"))
             away = not Path(name).is_dir() and out_of_reach(name)
-            source: Any = AutoTokenizer.from_pretrained(name, local_files_only=away)
+            source: Any = AutoTokenizer.from_pretrained(name, local_files_only=away, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).partition("\n")[0]  # the lines after the first are advice about the network
             raise ValueError(
