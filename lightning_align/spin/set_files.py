@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lightning_align.runtime.checksums import unsealed
+from lightning_align.runtime.checksums import SEAL, unsealed
 
 Row = dict[str, Any]
 
@@ -36,7 +36,10 @@ def checked_row(row: Any) -> Row:
     """Return a row of a set, or raise a ValueError that says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError("it is not an object")
-    _check(row, {"row": int, "prompt": str, "real": str, "real_logprob": float, "generated": list})
+    kinds: dict[str, type] = {"row": int, "prompt": str, "real": str, "real_logprob": float, "generated": list}
+    _check(row, kinds)
+    if unknown := row.keys() - {*kinds, SEAL}:
+        raise ValueError(f"it has the unknown entry `{short(unknown.pop())}`")  # perhaps a damaged name of the checksum
     for answer in row["generated"]:
         if not isinstance(answer, dict):
             raise ValueError("a response is not an object")
