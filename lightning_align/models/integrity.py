@@ -85,10 +85,10 @@ def _test(file: zipfile.ZipFile) -> None:
         raise ValueError(f"the checksum of {damaged} in it is wrong, so the file is damaged")
 
 
-def _named(path: Path, file: Path, check: Callable[[], None]) -> None:
-    """Check a file of a checkpoint. The error names both."""
+def _named(path: Path, file: Path, check: Callable[[], None], *, always: bool = False) -> None:
+    """Check a file of a checkpoint, once or always. The error names both."""
     try:
-        check_once(file, check, kind="checkpoint")
+        check() if always else check_once(file, check, kind="checkpoint")
     except Exception as error:  # zipfile, pickle and torch raise many types here
         reason = str(error).splitlines()[0] if str(error) else "empty"
         place = "" if file == path else f"{file.name}: "
@@ -103,11 +103,12 @@ def _check_sharded(folder: Path, *, opens: bool) -> None:
             f"checkpoint {folder} is incomplete: some ranks have not written their shards. Use an earlier one of the run."
         )
     _named(folder, folder / SHARDS_META, partial(_check_file, folder / SHARDS_META))
-    _named(folder, folder / _METADATA, partial(_check_metadata, folder))
+    places: dict[str, set[tuple[int, int]]] = {}
+    _named(folder, folder / _METADATA, partial(_read_places, folder, places), always=True)
     if opens:
         rank, ranks = world()
-        for file in sorted(folder.glob("*.distcp"))[rank::ranks]:
-            _named(folder, file, partial(_check_shards, file))
+        for name in sorted(places)[rank::ranks]:
+            _named(folder, folder / name, partial(_check_shards, folder / name, places[name]))
 
 
 def _check_file(path: Path) -> None:
@@ -126,24 +127,32 @@ class _Names(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_metadata(folder: Path) -> None:
-    """Check that all shards are there, and that nothing but torch's own classes would be unpickled."""
+def _read_places(folder: Path, places: dict[str, set[tuple[int, int]]]) -> None:
+    """Read where the shards are: the start and the end of each in its file.
+
+    It is checked that all are there, and that nothing but torch's own classes would be unpickled.
+    """
     with (folder / _METADATA).open("rb") as file:
         metadata: Any = _Names(file).load()
-    ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
         name = info.relative_path
         if Path(name).name != name:
             raise ValueError(f"it names the file {name}, which is not in the folder")
-        ends[name] = max(ends.get(name, 0), info.offset + info.length)
-    for name, end in ends.items():
+        places.setdefault(name, set()).add((info.offset, info.offset + info.length))
+    for name, parts in places.items():
         shards = folder / name
-        if not shards.is_file() or shards.stat().st_size < end:
+        if not shards.is_file() or shards.stat().st_size < max(end for _, end in parts):
             raise ValueError(f"{name} is {'too short' if shards.is_file() else 'missing'}")
 
 
-def _check_shards(path: Path) -> None:
-    """Check the zip files of which a file of shards consists, from the last one to the first."""
+def _check_shards(path: Path, places: set[tuple[int, int]]) -> None:
+    """Check the zip files of which a file of shards consists, from the last one to the first.
+
+    Args:
+        path: The file.
+        places: The start and the end of each shard in it. A shard must be one of these files, and not a part of one.
+    """
+    found = set()
     with path.open("rb") as file:
         end = file.seek(0, io.SEEK_END)
         while end > 0:
@@ -152,7 +161,10 @@ def _check_shards(path: Path) -> None:
                 start = min(entry.header_offset for entry in part.infolist())
             if unsafe := get_unsafe_globals_in_checkpoint(cast(BinaryIO, _Window(file, start, end))):
                 raise ValueError(f"it would run {', '.join(unsafe)} when it is opened")
+            found.add((start, end))
             end = start
+    if not places <= found:
+        raise ValueError("the metadata names a part of it that is no file of torch")
 
 
 class _Window(io.RawIOBase):
