@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_align.models.deferred import CannotDefer, is_deferring
 from lightning_align.models.pretrained_shards import build_deferred_pretrained
+from lightning_align.runtime.checksums import check_sums
 from lightning_align.runtime.gguf import split_gguf
 from lightning_align.runtime.hub import out_of_reach
 
@@ -61,6 +62,7 @@ def load_pretrained(name: str, config: dict[str, Any] | None, options: dict[str,
         raise ValueError(f"model {name!r} has no config.json. Pass a folder that `save_pretrained` or `export` wrote.")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model {name!r}: there is no such folder (the working directory is {Path.cwd()}).")
+    check_sums(folder)
     overrides = {key: value for key, value in (config or {}).items() if key != "model_type"}
     revision = options["revision"] or "main"
     source = {

@@ -4,7 +4,8 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -20,6 +21,7 @@ from lightning_align.models.building import Backbone, backbone_spec, has_own_wei
 from lightning_align.models.composed import is_composed, prepare_frozen
 from lightning_align.models.deferred import is_deferred
 from lightning_align.models.dropout import DropoutSwitch
+from lightning_align.models.integrity import check_checkpoint
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.weights import check_weights, policy_state
@@ -140,8 +142,10 @@ class AlignModule(Responding):
     # -- the policy
 
     def setup(self, stage: str) -> None:
-        """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
+        """Check the checkpoint, choose how memory is allocated, and compare the tokenizer with that of the initial weights."""
         super().setup(stage)
+        if self.trainer.ckpt_path is not None:
+            check_checkpoint(self.trainer.ckpt_path)
         self.clock.attach(self.trainer, stage)
         if foreign := foreign_parts([*callbacks_of(self.trainer), *self.trainer.loggers]):
             rank_zero_warn(f"The Trainer is of `lightning`, but has parts of `{OTHER}`: {', '.join(foreign)}. {ADVICE}")
@@ -267,6 +271,18 @@ class AlignModule(Responding):
         )
 
     # -- checkpoints
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Build the module of a checkpoint. See `LightningModule.load_from_checkpoint`.
+
+        Raises:
+            ValueError: If the checkpoint is damaged.
+        """
+        if isinstance(checkpoint_path, (str, Path)):
+            check_checkpoint(checkpoint_path)
+        found: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the run's place, make the checkpoint independent of ``init_from``, and leave out frozen base models."""

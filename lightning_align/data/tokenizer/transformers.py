@@ -14,6 +14,7 @@ from lightning_align.data.tokenizer.chat import check_messages, plain_template, 
 from lightning_align.data.tokenizer.file import FileTokenizer, hash_parts, hash_vocabulary
 from lightning_align.data.tokenizer.protocol import Message, Segment, all_ends
 from lightning_align.data.tokenizer.turns import TurnFinder
+from lightning_align.runtime.checksums import check_sums
 from lightning_align.runtime.gguf import split_gguf
 from lightning_align.runtime.hub import out_of_reach
 
@@ -45,8 +46,10 @@ class TransformersTokenizer(FileTokenizer):
             ) from error
         place, gguf = split_gguf(name, what="tokenizer")
         try:
+            if not gguf:
+                check_sums(name, wanted=lambda file: "/" not in file and not file.endswith(".safetensors"))
             away = not Path(place).is_dir() and out_of_reach(name)
-            source: Any = AutoTokenizer.from_pretrained(place, local_files_only=away, **gguf)
+            source: Any = AutoTokenizer.from_pretrained(place, local_files_only=away, trust_remote_code=False, **gguf)
         except Exception as error:  # files that are damaged raise many types here
             reason = str(error).partition("\n")[0]  # the lines after the first are advice about the network
             if gguf:
