@@ -200,6 +200,13 @@ class SPINModule(AlignModule):
         if self.opponent.moving is not None and self.opponent_kind != "ema":
             self.opponent.moving.update(self.policy, alpha=1.0)
 
+    def schedule_steps(self) -> float:
+        """Refuse `total_steps: auto`, because the schedule restarts with each iteration."""
+        raise ValueError(
+            "`total_steps` of the schedule is 'auto', but self-play restarts the schedule with each iteration. Give the number "
+            "of optimizer steps of an iteration."
+        )
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure the optimizer as in `AlignModule`. The opponent `ema` is updated after each optimizer step."""
         configured: Any = super().configure_optimizers()

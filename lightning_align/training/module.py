@@ -50,6 +50,7 @@ from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
 from lightning_align.training.responding import Responding
 from lightning_align.training.routers import RouterLoss
+from lightning_align.training.schedules import run_length
 from lightning_align.training.tensorboard import log_hyperparameters
 from lightning_align.training.throughput import Throughput
 from lightning_align.training.tokenizer import KEY as TOKENIZER
@@ -255,15 +256,22 @@ class AlignModule(Responding):
         """Make the optimizer of the parameters that train, or of their float32 copies, and the schedule."""
         # Under FSDP2, torch saves the state of an optimizer by the names that its parameters have in the module.
         self.masters.create([] if self.is_sharded else self.named_parameters())
-        return build_optimizer(
-            self.masters.substitute(self.policy.parameters()),
-            self.make_optimizer,
-            self.make_schedule,
-            lr=self.default_lr,
-            found_lr=self.learning_rate,
-            scaled=self.mixed_dtype is torch.float16,
-            ready=self.masters.attach,
-        )
+        with run_length(self.schedule_steps):
+            return build_optimizer(
+                self.masters.substitute(self.policy.parameters()),
+                self.make_optimizer,
+                self.make_schedule,
+                lr=self.default_lr,
+                found_lr=self.learning_rate,
+                scaled=self.mixed_dtype is torch.float16,
+                ready=self.masters.attach,
+            )
+
+    def schedule_steps(self) -> float:
+        """Return the optimizer steps that a schedule with `total_steps: auto` is for: those of the run."""
+        if trainer_of(self) is None:
+            raise ValueError("`total_steps` of the schedule is 'auto', but the module has no Trainer. Give a number of steps.")
+        return float(self.trainer.estimated_stepping_batches)
 
     # -- checkpoints
 
