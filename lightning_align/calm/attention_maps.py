@@ -11,7 +11,13 @@ from lightning_align.calm.model import Trace
 from lightning_align.calm.spec import AugmentInput, Spot
 from lightning_align.training.panels import show_picture
 from lightning_align.training.pictures import heatmap
+from lightning_align.training.tensorboard import Charts
 
+CHARTS: Charts = {
+    "norm that connections add, relative to the stream": ("train/contribution/*",),
+    "bits per byte of validation": ("val/bits_per_byte",),
+}
+"""The charts of the method in TensorBoard."""
 MOST = 64
 """The largest number of tokens of a side that is shown. Labels of more could not be read."""
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_align.calm.alignment import use_alignment
-from lightning_align.calm.attention_maps import first_row, show_attention
+from lightning_align.calm.attention_maps import CHARTS, first_row, show_attention
 from lightning_align.calm.connections import ConnectionConfig
 from lightning_align.calm.context import within_context
 from lightning_align.calm.datamodule import CALMBatch
@@ -43,6 +43,7 @@ class CALMModule(AlignModule):
     """
 
     policy: CALM
+    charts = CHARTS
     replaced_by_init_from = (
         *("anchor", "augments", "connection", "combine", "anchor_layers", "anchor_position", "connections_from"),
     )

@@ -9,6 +9,7 @@ import lightning as L
 
 from lightning_align.training.markdown import cell, table
 from lightning_align.training.panels import show_table
+from lightning_align.training.tensorboard import META
 
 SHOWN = 4
 """The number of prompts per iteration that loggers show."""
@@ -39,7 +40,8 @@ def log_iteration(
     if speed is not None:
         numbers["generation_tokens_per_second"] = speed * trainer.world_size
     for name, value in numbers.items():
-        module.log(f"spin/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        counts = name.rpartition("/")[2] in ("iteration", "generated", "generation_tokens_per_second")
+        module.log(f"{META if counts else ''}spin/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
     if not trainer.is_global_zero or not played:
         return
     stage = "validation" if "validation" in played else "train"

@@ -22,6 +22,7 @@ from lightning_align.runtime.ranks import data_world, is_first_copy
 from lightning_align.runtime.team import Team
 from lightning_align.training.markdown import block
 from lightning_align.training.panels import show_table
+from lightning_align.training.tensorboard import Charts
 
 
 def _continue(
@@ -145,6 +146,11 @@ class SolveRate(Callback):
         self.grader, self.name = problems, name
         self.prompts = [str(row["prompt"]) for row in islice(problems.rows(), num_problems)]
         self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
+
+    @property
+    def charts(self) -> Charts:
+        """The chart of the callback in TensorBoard."""
+        return {f"{self.name}: share of problems": (f"val/{self.name}",)}
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Solve, grade and log."""
