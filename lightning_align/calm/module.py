@@ -7,11 +7,11 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_align.calm.alignment import use_alignment
+from lightning_align.calm.attention_maps import CHARTS, first_row, show_attention
 from lightning_align.calm.connections import ConnectionConfig
 from lightning_align.calm.context import within_context
 from lightning_align.calm.datamodule import CALMBatch
@@ -41,6 +41,7 @@ class CALMModule(AlignModule):
     """
 
     policy: CALM
+    charts = CHARTS
     replaced_by_init_from = (
         *("anchor", "augments", "connection", "combine", "anchor_layers", "anchor_position", "connections_from"),
     )
@@ -84,7 +85,7 @@ class CALMModule(AlignModule):
             connections_from: A safetensors file of connections to start from, written by `CALM.save_connections`.
             store_states: A folder for the augments' hidden states of training rows. They are then computed once and not in
                 every epoch. By default they are not stored.
-            attention_maps: Whether to log the attention weights of the first row to TensorBoard at each validation.
+            attention_maps: Whether to log pictures of the attention weights of the first row at each validation.
             optimizer: A factory that gets the parameter groups. Default is AdamW with learning rate 1e-3.
             lr_scheduler: A factory that gets the optimizer. The scheduler is stepped after every optimizer step.
             generation: How `predict` and the sample logger decode.
@@ -306,14 +307,16 @@ class CALMModule(AlignModule):
         log_metric(self, "test", self.test_nll)
 
     def _show_attention(self, batch: CALMBatch) -> None:
+        batch = first_row(batch)
+        inputs, data = self._inputs(batch), datamodule_of(self.trainer)
         with self.policy.tracing(maps=True) as traces:
-            composed_logprobs(self.policy, batch, self._inputs(batch))
-        loggers = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
-        for logger in loggers if self.trainer.is_global_zero else ():
-            for trace in traces:
-                assert trace.weights is not None
-                image = trace.weights[0].amax(dim=0)  # the maximum over heads
-                logger.experiment.add_image(f"val/attention/{trace.name}", image[None], self.trainer.global_step)
+            composed_logprobs(self.policy, batch, inputs)
+        if self.trainer.is_global_zero:
+            given = getattr(data, "augment_tokenizers", None) or [None] * len(inputs)
+            tokenizers = [getattr(data, "tokenizer", None)]
+            tokenizers += [other or tokenizers[0] for other in given]
+            step = self.trainer.global_step
+            show_attention(self.loggers, traces, self.policy.spots, batch, inputs, tokenizers=tokenizers, step=step)
 
     # -- prediction
 

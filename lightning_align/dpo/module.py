@@ -1,7 +1,7 @@
 """Direct preference optimization: Rafailov et al. 2023, arXiv 2305.18290."""
 
 import warnings
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -27,6 +27,7 @@ from lightning_align.training.arguments import PolicyArguments, Unpack
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import PairMeans
 from lightning_align.training.module import AlignModule
+from lightning_align.training.tensorboard import Charts
 from lightning_align.types import LogProbs, PreferenceBatch, PromptBatch, TokenBatch
 
 METRICS = (
@@ -46,6 +47,12 @@ class DPOModule(AlignModule):
     """Aligns a language model with preferences, relative to the model that it starts from."""
 
     default_lr = 5e-6
+    charts: ClassVar[Charts] = {
+        "rewards: chosen above rejected": ("val/rewards/chosen", "val/rewards/rejected"),
+        "margins: training and validation": ("train/rewards/margins", "val/rewards/margins"),
+        "accuracies: training and validation": ("train/rewards/accuracies", "val/rewards/accuracies"),
+        "log-probs: chosen must not fall far": ("val/logps/chosen", "val/logps/rejected"),
+    }
     tensor_parallel = True
     default_dropout = False
 

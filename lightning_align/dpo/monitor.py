@@ -1,6 +1,6 @@
 """A callback that detects known failures of preference optimization which the loss does not show."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -18,6 +18,7 @@ from lightning_align.runtime.team import Team
 from lightning_align.scoring.ratios import Ratios
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.training.metrics import Correlation, PairMeans
+from lightning_align.training.tensorboard import Charts
 from lightning_align.types import LogProbs, PreferenceBatch, TokenBatch
 
 DISPLACEMENT = "logps/chosen_displacement"
@@ -60,6 +61,14 @@ class PreferenceMonitor(Callback):
     Sums and counts are over all ranks, and prompts are selected by row, so the values do not depend on the number of ranks.
     Each value can have a limit. The callback warns when a value first crosses its limit.
     """
+
+    charts: ClassVar[Charts] = {
+        "change of the log-prob of chosen, per token": (f"train/{DISPLACEMENT}", f"val/{DISPLACEMENT}"),
+        "margins follow lengths: correlation": (f"train/{CORRELATION}", f"val/{CORRELATION}"),
+        "share of pairs without gradient": (f"train/{SATURATED}", f"val/{SATURATED}"),
+        "KL to the reference, per token": (f"val/{KL}",),
+    }
+    """The charts of the callback in TensorBoard."""
 
     def __init__(
         self,

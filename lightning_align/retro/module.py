@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.targets import select_targets
 from lightning_align.training.evaluation import log_values, metrics_of, parts_of
 from lightning_align.training.module import AlignModule
+from lightning_align.training.tensorboard import Charts
 
 _MOST_DOCUMENTS = 2**32
 FIT_ARMS = ("on", "off")
@@ -42,6 +43,10 @@ class RETROModule(AlignModule):
     """
 
     default_lr = 3e-4
+    charts: ClassVar[Charts] = {
+        "bits per byte: with neighbors (on) below without (off)": ("val/on/bits_per_byte", "val/off/bits_per_byte"),
+        "bits per byte that neighbors save, 95 % interval": ("val/off/gain", "val/off/gain_low", "val/off/gain_high"),
+    }
 
     def __init__(
         self,
@@ -253,7 +258,8 @@ class RETROModule(AlignModule):
             values = arms.compute()
             if values:
                 values["bits_per_byte"] = values["on/bits_per_byte"]
-            log_values(self, stage, values, loader=loader, progress_bar=("bits_per_byte",))
+            counts = [name for name in values if name == "documents" or name.startswith("bytes_alpha_")]
+            log_values(self, stage, values, loader=loader, progress_bar=("bits_per_byte",), counts=counts)
         self.arms = None
 
     # -- prediction

@@ -1,11 +1,13 @@
-"""A callback that shows chunks of held-out documents and their neighbors as text in TensorBoard."""
+"""A callback that shows chunks of held-out documents and their neighbors as a table."""
 
 from typing import Any
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_align.training.markdown import cell, table
+from lightning_align.training.panels import show_table, shows
 
 COLUMNS = ("query", "neighbor", "continuation", "document", "distance")
 
@@ -27,8 +29,8 @@ class NeighborPanel(Callback):
         self._shown: Any = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the table to each TensorBoard logger."""
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        """Give the table to each logger that shows texts."""
+        loggers = shows(trainer.loggers)
         data: Any = getattr(trainer, "datamodule", None)
         if trainer.sanity_checking or not loggers or not trainer.is_global_zero:
             return
@@ -41,43 +43,50 @@ class NeighborPanel(Callback):
         if self._shown == database.manifest:
             return
         self._shown = database.manifest
-        text = self.table(data, database)
-        for logger in loggers:
-            logger.experiment.add_text("val/neighbors", text, trainer.global_step)
+        rows = self.rows(data, database)
+        markdown = {"val/neighbors": self.table(data, database, rows=rows)}
+        show_table(loggers, "val/neighbors", COLUMNS, rows, step=trainer.global_step, markdown=markdown)
 
-    def table(self, data: Any, database: Any) -> str:
-        """Make the table in Markdown, with one line per neighbor.
+    def rows(self, data: Any, database: Any) -> list[list[str]]:
+        """Return the cells of the table, with one row per neighbor.
 
         Args:
             data: The `RETRODataModule`.
             database: The retrieval database of the data module.
 
         Returns:
-            The table.
+            Rows of texts, in the order of `COLUMNS`.
         """
         queries = database.queries(data.sets["validation"][0])
         decode = data.tokenizer.decode
-        lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+        rows = []
         for chunk in np.linspace(0, len(queries.chunks) - 1, min(self.num_chunks, len(queries.chunks))).astype(int).tolist():
-            query = _cell(decode(queries.chunks.chunk(chunk).tolist()))
+            query = decode(queries.chunks.chunk(chunk).tolist())
             ids, mask = queries.neighbors.ids[chunk], queries.neighbors.mask[chunk]
             shown = [int(number) for number, there in zip(ids, mask, strict=True) if there][: self.num_neighbors]
             for place, number in enumerate(shown):
                 after = database.chunks.continuation(number)
-                cells = (
-                    query if place == 0 else "",
-                    _cell(decode(database.chunks.chunk(number).tolist())),
-                    _cell(decode(after.ids[after.mask].tolist())),
-                    _cell(f"{database.chunks.document_ids[int(database.chunks.document_of(number))]}, chunk {number}"),
-                    f"{float(queries.neighbors.distances[chunk][place]):.3f}",
-                )
-                lines.append(f"| {' | '.join(cells)} |")
+                document = f"{database.chunks.document_ids[int(database.chunks.document_of(number))]}, chunk {number}"
+                distance = f"{float(queries.neighbors.distances[chunk][place]):.3f}"
+                neighbor = decode(database.chunks.chunk(number).tolist())
+                rows.append([query, neighbor, decode(after.ids[after.mask].tolist()), document, distance])
             if not shown:
-                lines.append(f"| {query} | (none) | | | |")
-        return "\n".join(lines)
+                rows.append([query, "(none)", "", "", ""])
+        return rows
 
+    def table(self, data: Any, database: Any, *, rows: list[list[str]] | None = None) -> str:
+        """Make the table in Markdown, with one line per neighbor.
 
-def _cell(text: str) -> str:
-    """Format text as code in a cell of a Markdown table, which must not contain line breaks, bars or backticks."""
-    shown = text.replace("\n", "⏎").replace("|", "¦").replace("`", "'").strip()
-    return f"`{shown}`" if shown else ""
+        Args:
+            data: The `RETRODataModule`.
+            database: The retrieval database of the data module.
+            rows: The rows, if they are known.
+
+        Returns:
+            The table. A query is written once, beside its first neighbor.
+        """
+        lines, before = [], None
+        for query, *others, distance in self.rows(data, database) if rows is None else rows:
+            lines.append(["" if query == before else cell(query), *(cell(text) if text else "" for text in others), distance])
+            before = query
+        return table(COLUMNS, lines)

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: the negative log-likelihood of responses, averaged over the tokens of the optimizer batch."""
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from lightning_align.models.building import Backbone
@@ -8,6 +10,7 @@ from lightning_align.training.arguments import PolicyArguments, Unpack
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
+from lightning_align.training.tensorboard import Charts
 from lightning_align.types import TokenBatch
 
 
@@ -15,6 +18,7 @@ class SFTModule(AlignModule):
     """Fine-tunes a language model on responses."""
 
     default_lr = 3e-4
+    charts: ClassVar[Charts] = {"bits per byte of validation": ("val/bits_per_byte",)}
     tensor_parallel = True
 
     def __init__(self, backbone: Backbone | None = None, **shared: Unpack[PolicyArguments]) -> None:

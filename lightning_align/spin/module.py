@@ -10,7 +10,7 @@ population minimizer is q (p_data / q)^(1/b) up to a constant, so the policy sto
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -38,6 +38,7 @@ from lightning_align.training.arguments import PolicyArguments, Unpack
 from lightning_align.training.evaluation import log_values, metrics_of, parts_of
 from lightning_align.training.metrics import PairMeans, TokenNLL
 from lightning_align.training.module import AlignModule
+from lightning_align.training.tensorboard import Charts
 from lightning_align.types import LogProbs, SelfPlayBatch, TokenBatch
 
 Generate = Literal["per_iteration", "per_step"]
@@ -57,6 +58,16 @@ class SPINModule(AlignModule):
     """Self-play fine-tuning: trains a language model to prefer demonstrations over its own earlier responses."""
 
     default_lr = 5e-6
+    charts: ClassVar[Charts] = {
+        "rewards: real above generated": ("val/rewards/real", "val/rewards/generated"),
+        "margins: training and validation": ("train/rewards/margins", "val/rewards/margins"),
+        "accuracies: training and validation": ("train/rewards/accuracies", "val/rewards/accuracies"),
+        "log-probs: real must not fall far": ("val/logps/real", "val/logps/generated"),
+        "by iteration: lengths of responses": ("spin/train/length", "spin/validation/length"),
+        "by iteration: ends, cuts and copies": ("spin/train/eos_rate", "spin/train/truncation_rate", "spin/train/tie_rate"),
+        "by iteration: log-probs of demonstrations": ("spin/train/real_logprob", "spin/validation/real_logprob"),
+        "by iteration: KL to the base model": ("spin/train/kl_to_base", "spin/validation/kl_to_base"),
+    }
     default_dropout = False
 
     def __init__(
@@ -199,6 +210,13 @@ class SPINModule(AlignModule):
         self.iteration = iteration
         if self.opponent.moving is not None and self.opponent_kind != "ema":
             self.opponent.moving.update(self.policy, alpha=1.0)
+
+    def schedule_steps(self) -> float:
+        """Refuse `total_steps: auto`, because the schedule restarts with each iteration."""
+        raise ValueError(
+            "`total_steps` of the schedule is 'auto', but self-play restarts the schedule with each iteration. Give the number "
+            "of optimizer steps of an iteration."
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Configure the optimizer as in `AlignModule`. The opponent `ema` is updated after each optimizer step."""

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_align.spin.set_files import Row
+from lightning_align.training.markdown import cell, table
+from lightning_align.training.panels import show_table
+from lightning_align.training.tensorboard import META
 
 SHOWN = 4
-"""The number of prompts per iteration that TensorBoard shows."""
+"""The number of prompts per iteration that loggers show."""
+COLUMNS = ("prompt", "real", "generated")
 
 
 def log_iteration(
@@ -23,7 +25,7 @@ def log_iteration(
     folder: Path,
     speed: float | None,
 ) -> None:
-    """Log the statistics of an iteration, and show its first responses in TensorBoard. Every rank must call this.
+    """Log the statistics of an iteration, and show its first responses as a table. Every rank must call this.
 
     Args:
         trainer: The trainer.
@@ -38,23 +40,13 @@ def log_iteration(
     if speed is not None:
         numbers["generation_tokens_per_second"] = speed * trainer.world_size
     for name, value in numbers.items():
-        module.log(f"spin/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        counts = name.rpartition("/")[2] in ("iteration", "generated", "generation_tokens_per_second")
+        module.log(f"{META if counts else ''}spin/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
     if not trainer.is_global_zero or not played:
         return
     stage = "validation" if "validation" in played else "train"
     with (folder / stage / "part-00000.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in islice(lines, SHOWN)]
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text("spin/generations", table(rows), iteration)
-
-
-def table(rows: list[Row]) -> str:
-    """Format prompts, real responses and generated responses as a Markdown table."""
-
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", "<br>") or "(nothing)"
-
-    lines = ["| prompt | real | generated |", "| --- | --- | --- |"]
-    lines += [f"| {cell(row['prompt'])} | {cell(row['real'])} | {cell(row['generated'][0]['text'])} |" for row in rows]
-    return "\n".join(lines)
+    cells = [[row["prompt"], row["real"], row["generated"][0]["text"]] for row in rows]
+    markdown = {"spin/generations": table(COLUMNS, [[cell(text) for text in each] for each in cells])}
+    show_table(trainer.loggers, "spin/generations", COLUMNS, cells, step=iteration, markdown=markdown)

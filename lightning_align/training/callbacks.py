@@ -4,13 +4,11 @@ import json
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.aggregation import MeanMetric
 
@@ -22,6 +20,9 @@ from lightning_align.runtime.files import check_writable, publish_text
 from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.runtime.ranks import data_world, is_first_copy
 from lightning_align.runtime.team import Team
+from lightning_align.training.markdown import block
+from lightning_align.training.panels import show_table
+from lightning_align.training.tensorboard import Charts
 
 
 def _continue(
@@ -53,14 +54,6 @@ def _decode_shared(
     return [(index, responses[0]) for index, responses in zip(mine, results, strict=False)]
 
 
-def _block(text: str) -> str:
-    """Format text as a Markdown code block, with lines that fit the page: such a block does not wrap."""
-    lines = [part for line in text.splitlines() for part in wrap(line, width=110, drop_whitespace=False) or [""]]
-    if not text.strip():
-        lines = [repr(text) if text else "(nothing)"]  # white space would be invisible
-    return "\n".join("    " + line for line in lines)
-
-
 def _require_data(trainer: L.Trainer, what: str, attribute: str) -> Any:
     data = getattr(trainer, "datamodule", None)
     if data is None or getattr(data, attribute, None) is None:
@@ -74,7 +67,8 @@ def _require_data(trainer: L.Trainer, what: str, attribute: str) -> Any:
 class SampleLogger(Callback):
     """Logs samples: prompt, chosen response and generated response.
 
-    The samples are logged to TensorBoard as text and appended to ``samples.jsonl`` in the run's folder. Other loggers get none.
+    The samples are appended to ``samples.jsonl`` in the run's folder. TensorBoard shows them as texts. Loggers of Weights &
+    Biases, MLflow and Comet, and others with `log_table` or `log_text`, get a table.
     """
 
     def __init__(self, *, num_samples: int = 4, max_new_tokens: int = 128, temperature: float = 0.0) -> None:
@@ -108,11 +102,10 @@ class SampleLogger(Callback):
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, folder: Path, samples: list[dict[str, str]]) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for number, sample in enumerate(samples):
-                    text = "\n\n".join(f"**{name}**\n\n{_block(text)}" for name, text in sample.items())
-                    logger.experiment.add_text(f"val/samples/{number}", text, trainer.global_step)
+        texts = ["\n\n".join(f"**{name}**\n\n{block(text)}" for name, text in sample.items()) for sample in samples]
+        rows = [list(sample.values()) for sample in samples]
+        markdown = {f"val/samples/{number}": text for number, text in enumerate(texts)}
+        show_table(trainer.loggers, "val/samples", list(samples[0]), rows, step=trainer.global_step, markdown=markdown)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             for sample in samples:
@@ -153,6 +146,11 @@ class SolveRate(Callback):
         self.grader, self.name = problems, name
         self.prompts = [str(row["prompt"]) for row in islice(problems.rows(), num_problems)]
         self.config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
+
+    @property
+    def charts(self) -> Charts:
+        """The chart of the callback in TensorBoard."""
+        return {f"{self.name}: share of problems": (f"val/{self.name}",)}
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Solve, grade and log."""

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import lightning as L
 
 from lightning_align.training.metrics import LoaderMetric
+from lightning_align.training.tensorboard import META
 
 M = TypeVar("M", bound=LoaderMetric)
 
@@ -62,8 +63,9 @@ def log_values(
     *,
     loader: int | None = None,
     progress_bar: Sequence[str] = ("loss",),
+    counts: Sequence[str] = (),
 ) -> None:
-    """Log the values of a whole validation or test as ``<stage>/<name>``.
+    """Log the values of a whole validation or test as ``<stage>/<name>``, and counts as ``meta/<stage>/<name>``.
 
     Args:
         module: The module, which logs.
@@ -71,9 +73,11 @@ def log_values(
         values: Scalars by name, of metrics that were reduced over ranks.
         loader: The number of the loader that the values are of; see `logged_name`. None for all rows.
         progress_bar: The names of the values that the progress bar shows. It shows those of all rows.
+        counts: The names of the values that say how much there is and not how good it is.
     """
     for name, value in values.items():
         logged, shown = logged_name(module.trainer, f"{stage}/{name}", loader), loader is None and name in progress_bar
+        logged = f"{META}{logged}" if name in counts else logged
         # The value is the same on every rank. sync_dist only tells Lightning so.
         module.log(logged, value, prog_bar=shown, sync_dist=True)
 

@@ -53,7 +53,8 @@ from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
 from lightning_align.training.responding import Responding
 from lightning_align.training.routers import RouterLoss
-from lightning_align.training.tensorboard import log_hyperparameters
+from lightning_align.training.schedules import run_length
+from lightning_align.training.tensorboard import Charts, all_charts, log_charts, log_hyperparameters
 from lightning_align.training.throughput import Throughput
 from lightning_align.training.tokenizer import KEY as TOKENIZER
 from lightning_align.training.tokenizer import add_record, check_tokenizer, record_of
@@ -75,6 +76,8 @@ class AlignModule(Responding):
     """The learning rate of the default optimizer."""
     default_dropout: ClassVar[bool] = True
     """Whether training has dropout by default. False where a loss compares the policy with another model."""
+    charts: ClassVar[Charts] = {}
+    """The charts of the method in TensorBoard, beside those of every method."""
     object_arguments: ClassVar[tuple[str, ...]] = ("backbone", "lora", "optimizer", "lr_scheduler", "generation")
     """Arguments that are objects in code. Instead of the objects, ``hparams`` gets what a checkpoint can hold."""
 
@@ -260,15 +263,22 @@ class AlignModule(Responding):
         """Make the optimizer of the parameters that train, or of their float32 copies, and the schedule."""
         # Under FSDP2, torch saves the state of an optimizer by the names that its parameters have in the module.
         self.masters.create([] if self.is_sharded else self.named_parameters())
-        return build_optimizer(
-            self.masters.substitute(self.policy.parameters()),
-            self.make_optimizer,
-            self.make_schedule,
-            lr=self.default_lr,
-            found_lr=self.learning_rate,
-            scaled=self.mixed_dtype is torch.float16,
-            ready=self.masters.attach,
-        )
+        with run_length(self.schedule_steps):
+            return build_optimizer(
+                self.masters.substitute(self.policy.parameters()),
+                self.make_optimizer,
+                self.make_schedule,
+                lr=self.default_lr,
+                found_lr=self.learning_rate,
+                scaled=self.mixed_dtype is torch.float16,
+                ready=self.masters.attach,
+            )
+
+    def schedule_steps(self) -> float:
+        """Return the optimizer steps that a schedule with `total_steps: auto` is for: those of the run."""
+        if trainer_of(self) is None:
+            raise ValueError("`total_steps` of the schedule is 'auto', but the module has no Trainer. Give a number of steps.")
+        return float(self.trainer.estimated_stepping_batches)
 
     # -- checkpoints
 
@@ -357,7 +367,7 @@ class AlignModule(Responding):
         self.throughput.count(batch["mask"])
 
     def on_train_start(self) -> None:
-        """Check the weights, start counting, and register the run in TensorBoard under its validation loss."""
+        """Check the weights, start counting, and register the run and its charts in TensorBoard."""
         self.check_weights_loaded()
         super().on_train_start()
         self.clock.begin_run(self.trainer)
@@ -367,6 +377,8 @@ class AlignModule(Responding):
         self.dropout.announce(self.policy)
         if self.trainer.is_global_zero:
             log_hyperparameters(self.loggers, self.hparams_initial, metric="val/loss")
+            others = [found for callback in callbacks_of(self.trainer) if (found := getattr(callback, "charts", None))]
+            log_charts(self.loggers, type(self).__name__, all_charts(self.charts, others))
 
     def on_validation_end(self) -> None:
         """Leave the validation out of the throughput."""

@@ -1,11 +1,47 @@
 """A learning-rate schedule for configurations: warm up, hold, decay."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+_RUN_LENGTH: ContextVar[Callable[[], float] | None] = ContextVar("run_length", default=None)
+
+
+@contextmanager
+def run_length(steps: Callable[[], float]) -> Iterator[None]:
+    """Tell the schedules that are made in a ``with`` block how long the run is.
+
+    Args:
+        steps: Returns the optimizer steps of the run, infinity if nothing limits it. It is called only by schedules that ask,
+            because it may have to load the rows.
+    """
+    token = _RUN_LENGTH.set(steps)
+    try:
+        yield
+    finally:
+        _RUN_LENGTH.reset(token)
+
+
+def _length_of_run() -> int:
+    steps = _RUN_LENGTH.get()
+    if steps is None:
+        raise ValueError(
+            "WarmupDecay: `total_steps` is 'auto', but there is no Trainer that knows the length of the run. Give a number of "
+            "optimizer steps."
+        )
+    length = steps()
+    if not math.isfinite(length) or length < 1:
+        raise ValueError(
+            "WarmupDecay: `total_steps` is 'auto', but neither `max_steps` nor `max_epochs` of the Trainer limits the run. Set "
+            "one of them, or give a number of optimizer steps."
+        )
+    return int(length)
 
 
 class WarmupDecay(LRScheduler):
@@ -15,7 +51,7 @@ class WarmupDecay(LRScheduler):
         self,
         optimizer: Optimizer,
         *,
-        total_steps: int,
+        total_steps: int | Literal["auto"] = "auto",
         warmup_steps: int = 0,
         decay: Literal["none", "linear", "cosine"] = "cosine",
         decay_from: float = 0.0,
@@ -26,16 +62,20 @@ class WarmupDecay(LRScheduler):
 
         Args:
             optimizer: Its learning rates are the peaks.
-            total_steps: The step at which the decay ends. The rate is constant after it. Use the run's `max_steps`.
-            warmup_steps: The number of steps of linear warm-up.
+            total_steps: The step at which the decay ends. The rate is constant after it. `auto` takes the length of the run:
+                `max_steps` of the Trainer, or the steps of its `max_epochs`.
+            warmup_steps: The number of steps of linear warm-up. With `total_steps: auto` at most half of the run.
             decay: The shape of the decay.
             decay_from: The share of `total_steps` after which the decay starts. 0 starts it at the end of the warm-up.
             final: The share of the peak that is left at the end.
             last_epoch: For resuming by hand, as in torch.
 
         Raises:
-            ValueError: If the numbers do not describe a schedule.
+            ValueError: If the numbers do not describe a schedule, or if the length of the run is not known.
         """
+        if total_steps == "auto":
+            total_steps = _length_of_run()
+            warmup_steps = min(warmup_steps, total_steps // 2)
         if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
             raise ValueError(
                 f"WarmupDecay: `total_steps` must be at least 1 and `warmup_steps` from 0 to `total_steps`, but got "

@@ -23,6 +23,7 @@ from lightning_align.data.tasks.key_value import KeyValue
 from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.training.callbacks import SampleLogger, SolveRate
 from tests.calm.toys import MAKERS, SMALL, composed, palms
+from tests.charts import lines_of
 from tests.toys import Plain, gap, largest_difference, rows_of, slow_logprobs, split, state_of, tiny_palm, token_batch
 
 SGD = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)
@@ -308,6 +309,9 @@ def test_command_line_trains_two_models_and_composes_them(folder: Path) -> None:
     tags = events.Tags()
     assert "train/contribution/augment0_layer4_to_layer1" in tags["scalars"]
     assert "val/attention/augment0_layer4_to_layer3" in tags["images"]
+    charts = lines_of(fitted.trainer.log_dir)
+    assert len(charts["norm that connections add, relative to the stream"]) == 3
+    assert all(lines for title, lines in charts.items()), charts
 
 
 def test_bare_trainer(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_align import DPOModule
 from lightning_align.cli import AlignCLI, run
+from tests.charts import lines_of
 from tests.cli.runs import ROOT, TINY, checkpoint, config, fit, write_rows
 
 
@@ -75,6 +76,10 @@ def test_tensorboard_shows_the_documented_names(folder: Path, pair_rows: str) ->
     assert expected <= set(tags["scalars"])
     assert "val/rewards/margins_histogram" in tags["histograms"]
     assert any(tag.startswith("val/samples/0") for tag in tags["tensors"])
+    charts = lines_of(cli.trainer.log_dir)
+    assert charts["loss: training and validation"] == ["train/loss", "val/loss"]
+    assert charts["rewards: chosen above rejected"] == ["val/rewards/chosen", "val/rewards/rejected"]
+    assert all(charts.values()), charts
     assert (Path(str(cli.trainer.log_dir)) / "samples.jsonl").is_file()
     assert (Path(str(cli.trainer.log_dir)) / "ledger.json").is_file()
 

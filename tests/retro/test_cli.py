@@ -8,6 +8,7 @@ import pytest
 
 from lightning_align.cli import AlignCLI, run
 from lightning_align.data.tasks.facts import Facts
+from tests.charts import lines_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "retro"
 SMALL = [
@@ -40,6 +41,10 @@ def test_fit_validate_predict(folder: Path) -> None:
     fitted.trainer.save_checkpoint(folder / "facts.ckpt")
     metrics = fitted.trainer.callback_metrics
     assert {"val/bits_per_byte", "val/on/bits_per_byte", "val/off/bits_per_byte", "val/off/gain", "train/loss"} <= set(metrics)
+    assert {"meta/val/documents", "meta/val/bytes_alpha_1.0"} <= set(metrics)
+    charts = lines_of(fitted.trainer.log_dir)
+    assert len(charts["bits per byte that neighbors save, 95 % interval"]) == 3
+    assert all(charts.values()), charts
 
     common = ["--config", config, *SMALL, "--ckpt_path", str(folder / "facts.ckpt")]
     validated = run(["validate", *common])

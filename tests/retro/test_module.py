@@ -259,7 +259,7 @@ def test_a_planted_leak_raises_or_warns(tmp_path: Path) -> None:
 def test_panel_columns(database: RetrievalDatabase) -> None:
     lines = NeighborPanel(num_chunks=3).table(data(database), database).splitlines()
     assert lines[0] == "| query | neighbor | continuation | document | distance |"
-    assert "`the qui` | `the qui` | `ck brown` |" in lines[2]
+    assert "<code>the qui</code> | <code>the qui</code> | <code>ck brown</code> |" in lines[2]
     assert all(line.count("|") == 6 for line in lines)
 
 

@@ -15,6 +15,7 @@ from lightning_align import DPOModule, PaLM, SFTModule
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pl = pytest.importorskip("pytorch_lightning")
+    from pytorch_lightning.demos.boring_classes import BoringModel
 
 TINY = {"num_tokens": 259, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
 QUIET = {"accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
@@ -42,7 +43,7 @@ def test_their_own_modules_and_other_mistakes_are_left_alone() -> None:
     trainer = pl.Trainer(**QUIET, enable_checkpointing=False)
     with pytest.raises(TypeError, match="must be a `LightningModule`"):
         trainer.fit(torch.nn.Linear(1, 1))
-    module = pl.demos.boring_classes.BoringModel()
+    module = BoringModel()
     trainer.fit(module)
     assert trainer.global_step == 1
 

@@ -220,4 +220,4 @@ def test_transformers_serve(tmp_path: Path) -> None:
             play(tmp_path / "lost", lost, tokenizer=tokenizer)
     assert [answer["tokens"] for answer in answers] == [answer["tokens"] for answer in own]
     assert len({answer["text"] for answer in own}) > 1
-    assert "spin/train/engine_gap" not in metrics and metrics["spin/train/generated"] == 10
+    assert "spin/train/engine_gap" not in metrics and metrics["meta/spin/train/generated"] == 10

@@ -10,6 +10,7 @@ import yaml
 
 from lightning_align import SPINModule
 from lightning_align.cli import run
+from tests.charts import lines_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BACKBONE = {
@@ -58,6 +59,11 @@ def test_the_configurations_train_and_resume(name: str, folder: Path) -> None:
     assert (log_dir / "generations" / "iteration_1" / "validation" / "manifest.json").is_file()
     names = {"val/loss", "val/rewards/real", "val/rewards/margins", "val/nll", "train/tie_rate", "spin/train/eos_rate"}
     assert names <= cli.trainer.callback_metrics.keys()
+    assert "meta/spin/iteration" in cli.trainer.callback_metrics
+    charts = lines_of(log_dir)
+    assert [title for title, lines in charts.items() if not lines] == [
+        "by iteration: KL to the base model"
+    ]  # with `monitor_kl`
 
     # Resume in the middle of the second iteration. The log folder is new, but the sets are read from the old one.
     (middle,) = log_dir.rglob("*step=6.ckpt")

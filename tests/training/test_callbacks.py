@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_align.training.callbacks import SampleLogger, _block
+from lightning_align.training.callbacks import SampleLogger
+from lightning_align.training.markdown import block
 from tests.toys import tiny_palm
 
 
@@ -41,8 +42,8 @@ def test_every_rank_asks_for_the_folder_and_the_first_writes(rank: int, tmp_path
 
 def test_shown_text_fits_the_page_and_loses_nothing() -> None:
     text = "word " * 60 + "\n\n  indented\n" + "x" * 300
-    lines = _block(text).split("\n")
+    lines = block(text).split("\n")
     assert all(line.startswith("    ") and len(line) <= 114 for line in lines)
     assert "".join(line[4:] for line in lines) == text.replace("\n", "")
-    assert _block("") == "    (nothing)"
-    assert _block(" \n") == r"    ' \n'"
+    assert block("") == "    (nothing)"
+    assert block(" \n") == r"    ' \n'"

@@ -1,12 +1,17 @@
 """The learning-rate schedule, step by step."""
 
 import math
+from functools import partial
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
-from lightning_align.training.schedules import WarmupDecay
+from lightning_align import Arithmetic, PaLM, SFTDataModule, SFTModule, SPINModule
+from lightning_align.training.schedules import WarmupDecay, run_length
+
+TINY = {"num_tokens": 259, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
 
 
 def rates(steps: int, peak: float = 1.0, **arguments: Any) -> list[float]:
@@ -103,3 +108,40 @@ def test_a_run_that_is_extended_goes_on_by_its_new_settings(tensor: bool) -> Non
 def test_an_invalid_schedule_is_an_error(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rates(1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_steps": 9, "max_epochs": -1}, 9),
+        ({"max_epochs": 3}, 12),  # 8 rows in batches of 2
+        ({"max_epochs": 3, "accumulate_grad_batches": 3}, 6),  # the last optimizer batch of an epoch is smaller
+        ({"max_epochs": 3, "max_steps": 5}, 5),
+    ],
+)
+def test_auto_takes_the_length_of_the_run(limits: dict[str, Any], expected: int, tmp_path: Any) -> None:
+    module = SFTModule(PaLM(**TINY), lr_scheduler=partial(WarmupDecay, total_steps="auto", warmup_steps=100, decay="linear"))
+    rows = SFTDataModule(Arithmetic(8), batch_size=2, cache_dir=str(tmp_path))
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(**limits, **off, accelerator="cpu")
+    trainer.fit(module, rows)
+    schedule = trainer.lr_scheduler_configs[0].scheduler
+    assert isinstance(schedule, WarmupDecay)
+    assert trainer.global_step == expected
+    assert (schedule.total_steps, schedule.warmup_steps) == (expected, expected // 2)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0
+
+
+def test_auto_without_a_length_is_refused() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match="no Trainer that knows the length"):
+        WarmupDecay(optimizer)
+    with pytest.raises(ValueError, match="neither `max_steps` nor `max_epochs`"), run_length(lambda: math.inf):
+        WarmupDecay(optimizer)
+    with (
+        pytest.raises(ValueError, match="restarts the schedule with each iteration"),
+        run_length(SPINModule(PaLM(**TINY)).schedule_steps),
+    ):
+        WarmupDecay(optimizer)
+    with run_length(lambda: pytest.fail("a schedule with a number asks for no length")):  # type: ignore[misc]
+        WarmupDecay(optimizer, total_steps=3)

@@ -44,7 +44,7 @@ def command(name: str, config: dict[str, Any], folder: Path, *options: str) -> M
     assert cli is not None
     if name == "fit":
         cli.trainer.save_checkpoint(folder / "model.ckpt", weights_only=True)
-    return {key.removeprefix("val/"): float(value) for key, value in cli.trainer.callback_metrics.items()}
+    return {key.removeprefix("meta/").removeprefix("val/"): float(value) for key, value in cli.trainer.callback_metrics.items()}
 
 
 def one_seed(seed: int, folder: Path, steps: int | None) -> dict[str, Any]:
