@@ -62,7 +62,8 @@ def load_pretrained(name: str, config: dict[str, Any] | None, options: dict[str,
         raise ValueError(f"model {name!r} has no config.json. Pass a folder that `save_pretrained` or `export` wrote.")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model {name!r}: there is no such folder (the working directory is {Path.cwd()}).")
-    check_sums(folder)
+    if not gguf:
+        check_sums(folder)
     overrides = {key: value for key, value in (config or {}).items() if key != "model_type"}
     revision = options["revision"] or "main"
     source = {
