@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ class Watch(Callback):
 def rows(folder: Path, names: tuple[str, ...]) -> str:
     """Write sums as rows, and return the path."""
     path = folder / "rows.jsonl"
-    sums = [{"prompt": f"{i}+{i}=", "response": str(2 * i), "chosen": str(2 * i), "rejected": str(i)} for i in range(ROWS)]
+    sums = [
+        {"prompt": f"{i}+{i}=", "response": str(2 * i), "chosen": str(2 * i), "rejected": str(i)} for i in range(1, 1 + ROWS)
+    ]
     path.write_text("".join(json.dumps({name: row[name] for name in names}) + "\n" for row in sums))
     return str(path)
 
@@ -134,21 +137,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps per method; 20,000 takes an hour")
     parser.add_argument("--method", choices=METHODS, help="run one method, and print its samples as JSON")
+    parser.add_argument("--jobs", type=int, default=1, help="methods that run at the same time")
     arguments = parser.parse_args()
     if arguments.method:
         print(json.dumps(run(arguments.method, arguments.steps)))
         return
     lines, claims = [], []
     start = time.perf_counter()
-    for method in METHODS:
+
+    def samples_of(method: str) -> list[list[float]]:
         command = [sys.executable, __file__, "--method", method, "--steps", str(arguments.steps)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        samples = json.loads(done.stdout.splitlines()[-1])
+        samples: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
+        return samples
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = list(pool.map(samples_of, METHODS))
+    for method, samples in zip(METHODS, found, strict=True):
         middle, end = samples[len(samples) // 2 - 2 : len(samples) // 2 + 1], samples[-3:]
         sizes, files, threads = ([median([sample[i] for sample in part]) for part in (middle, end)] for i in (1, 2, 3))
         for number in range(0, len(samples), 4):
             if len(lines) <= number // 4:
-                lines.append({"MiB at step": f"{samples[number][0]:,}"})
+                lines.append({"MiB at step": f"{int(samples[number][0]):,}"})
             lines[number // 4][method] = f"{samples[number][1]:.1f}"
         grown = sizes[1] - sizes[0]
         held = f"{files[0]:.0f} and {files[1]:.0f}, {threads[0]:.0f} and {threads[1]:.0f}"
