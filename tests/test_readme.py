@@ -49,7 +49,7 @@ def small(words: list[str]) -> dict[str, object]:
     if " calm/" in config:
         rows = {name: {"init_args": {"num_rows": 16}} for name in ("train", "validation")}
         data |= {**rows, "batch_size": 4, "eval_batch_size": 16}
-        if "key_value.yaml" not in config:
+        if "calm/key_value" not in words:
             model["backbone"] = {"init_args": {"dim": 16, "dim_head": 8}}
     if " retro/" in config:
         model["backbone"] = {"init_args": {"decoder": {"init_args": {"dim": 16, "dim_head": 8}}, "dim_head": 8}}
