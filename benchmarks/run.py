@@ -23,6 +23,7 @@ ROOT = HERE.parent
 # Each entry is a section of RESULTS.md: a script and its options. Benchmarks measure time or memory and need a quiet machine.
 TIMED = (
     ("scoring/logprobs.py",),
+    ("scoring/peaked.py",),
     ("data/prepare.py", "--rows", "10000", "100000", "1000000"),
     ("dpo/step.py",),
     ("dpo/step.py", "--thp"),
@@ -47,7 +48,9 @@ TIMED = (
     ("retrieval/chunks.py",),
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),
+    ("retrieval/engines.py",),
     ("retro/memory.py", "--sizes", "40", "--lines"),
+    ("retro/planted_copies.py",),
     ("retro/step.py",),
 )
 # Studies train models and look at what they learned, or kill runs and look at what survived. They take hours; other load on the

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_align.models.pretrained import PretrainedLM
     from lightning_align.references.update import ReferenceUpdate
     from lightning_align.retrieval.database import RetrievalDatabase
+    from lightning_align.retrieval.given import GivenNeighbors
     from lightning_align.retrieval.lance import LanceRetriever
     from lightning_align.retrieval.qdrant import QdrantRetriever
     from lightning_align.retro.callbacks import RetrievalIndexing
@@ -90,6 +91,7 @@ _HOME = {
     "FileDocuments": "data.documents",
     "FolderDocuments": "data.documents",
     "GenerationConfig": "generation.sampler",
+    "GivenNeighbors": "retrieval.given",
     "KeyValue": "data.tasks.key_value",
     "LanceRetriever": "retrieval.lance",
     "LoRAConfig": "models.lora",
@@ -156,6 +158,7 @@ __all__ = [
     "FileDocuments",
     "FolderDocuments",
     "GenerationConfig",
+    "GivenNeighbors",
     "KeyValue",
     "LanceRetriever",
     "LoRAConfig",

@@ -36,6 +36,7 @@ from lightning_align.data.tokenizer import train_tokenizer
 from lightning_align.export.checkpoint import export_checkpoint
 from lightning_align.models.checkpoint import gather_command, read_checkpoint
 from lightning_align.runtime.lightning_internals import callbacks_of, is_fast_dev_run, last_saved_step, subcommand_actions
+from lightning_align.runtime.subnormal import flush_subnormal
 from lightning_align.runtime.team import of_first_rank
 from lightning_align.training.callbacks import PredictionWriter
 from lightning_align.training.interrupts import InterruptCheckpoint
@@ -282,6 +283,7 @@ def _root(error: ValueError) -> str:
 
 def main() -> None:
     """The console script."""
+    flush_subnormal()
     run()
 
 

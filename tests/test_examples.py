@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from lightning_align import ExportModel
 from lightning_align.models.formats import read_model
-from tests.toys import largest_difference
+from tests.toys import largest_difference, save_llama
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 pytestmark = [
@@ -110,3 +111,21 @@ def test_preferences_of_a_model_of_litgpt() -> None:
     pytest.importorskip("litgpt", reason="its pins exclude those of transformers 5: pip install --no-deps litgpt")
     trainer = load("litgpt_dpo").main("pairs.jsonl")
     assert float(trainer.callback_metrics["train/loss"]) < 0.6
+
+
+def test_a_pretrained_model_is_aligned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    save_llama("base")
+    rows = load("pretrained_demo").made_pairs(200)
+    for row in rows:
+        first, second = (int(word) for word in re.findall(r"holds (\d+)", row["prompt"]))
+        assert f"= {first + second} " in row["chosen"] and f"= {first + second} " not in row["rejected"]
+    words = ["example", "--model", "base", "--pairs", "pairs.jsonl", "--steps", "2", "--batch_size", "2", "--folder", "out"]
+    monkeypatch.setattr("sys.argv", words)
+    load("pretrained_demo").main()
+    said = capsys.readouterr().out
+    assert "Held-out pairs after 2 steps of DPO" in said and "before: " in said and "after: " in said
+    assert Path("out/aligned/model.safetensors").is_file()
+    stamp = Path("out/fit.json").stat().st_mtime_ns
+    monkeypatch.setattr("sys.argv", words)
+    load("pretrained_demo").main()  # nothing is computed again
+    assert Path("out/fit.json").stat().st_mtime_ns == stamp and "$ lightning-align" not in capsys.readouterr().out

@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
-import transformers
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_align.cli import run
+from tests.toys import save_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,17 +105,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, rows in {"train": sums, "valid": sums[:8], "pairs": pairs, "pairs_valid": pairs[:8]}.items():
         write_rows(f"{name}.jsonl", rows)
     write_rows("prompts.jsonl", [{"prompt": "1 + 2 ="}, {"prompt": "2 + 2 ="}])
-    bytes_only = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bytes_only.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    specials = ["<pad>", "<bos>", "<eos>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        special_tokens=specials, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    )
-    bytes_only.train_from_iterator([], trainer)
-    names = dict(zip(("pad_token", "bos_token", "eos_token"), specials, strict=True))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, **names).save_pretrained("my-model")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=260, **sizes)).save_pretrained("my-model")
+    save_llama("my-model")
     for folder, number in (("texts/train", 6), ("texts/held_out", 2), ("docs", 30)):
         (tmp_path / folder).mkdir(parents=True)
         for i in range(number):

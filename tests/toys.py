@@ -1,5 +1,6 @@
 """Small models and batches that several tests share."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,3 +101,21 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 def gap(a: Tensor, b: Tensor) -> float:
     """The largest absolute difference."""
     return float((a - b).detach().abs().max())
+
+
+def save_llama(folder: str | Path) -> None:
+    """Write a tiny Llama with random weights and a tokenizer of bytes, as transformers does."""
+    import tokenizers
+    import transformers
+
+    bytes_only = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bytes_only.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    specials = ["<pad>", "<bos>", "<eos>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=specials, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    bytes_only.train_from_iterator([], trainer)
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), specials, strict=True))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, **names).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=260, **sizes)).save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Decoding on a GPU: tokens per second against what the memory allows.
 
 A step reads all weights and the filled part of the cache once, so `bytes / bandwidth` is the shortest time of a step. The
-bandwidth is measured: a copy of a large tensor reads and writes each byte once. Models of about 0.1B and 1B weights in
+bandwidth is that of a copy of a large tensor, which reads and writes each byte once. Models of about 0.1B and 1B weights in
 bfloat16, greedy, at several batch sizes:
 
 - grows: the cache grows with each token, and Python starts each kernel.
@@ -11,33 +11,30 @@ bfloat16, greedy, at several batch sizes:
 - transformers: `generate` of transformers with its static cache, compiled. Only for Llama.
 - vLLM: only if it can be imported, and only for Llama.
 
-All but the last two sides include the draw of each token and its log-prob. A run takes less than 8 minutes: a side that would
-pass the limit is left out and said so. `--dry-run` runs every side that a CPU has with tiny sizes.
+All but the last two sides include the draw of each token and its log-prob. What takes long comes last. A dry run has the sides
+that a CPU has.
 """
 
-import argparse
 import contextlib
 import importlib.util
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import gpu
 from lightning_align.generation import capture, static
 from lightning_align.generation import decoder as decoders
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.palm import PaLM
 from lightning_align.models.pretrained import PretrainedLM
 
-LIMIT = 7 * 60.0
-"""Seconds after which no further side starts."""
 COMPILING = 100.0
-"""Seconds that a compiled side may take."""
+"""Seconds that a side of `SLOW` may take."""
 VOCABULARY = 32_000
 SIZES: dict[str, dict[str, int]] = {
     "0.1B": {"dim": 768, "depth": 12, "heads": 12, "dim_head": 64},
@@ -45,6 +42,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 QUICK, SLOW = ("grows", "static", "captured"), ("transformers", "compiled", "vLLM")
 GPU_ONLY = ("captured", "compiled", "vLLM")
+LLAMA_ONLY = ("transformers", "vLLM")
 TINY = {"dim": 32, "depth": 2, "heads": 2, "dim_head": 16}
 
 
@@ -79,32 +77,6 @@ def on(device: torch.device, dtype: torch.dtype, make: Callable[..., nn.Module],
     with device:
         model = make(*arguments, **options)
     return model.to(device, dtype).eval().requires_grad_(False)
-
-
-def wait(device: torch.device) -> None:
-    """Wait for all work of a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(run: Callable[[], object], device: torch.device, *, rounds: int) -> float:
-    """Return the median time of a function, after one run that does not count."""
-    run()
-    times = []
-    for _ in range(rounds):
-        wait(device)
-        start = time.perf_counter()
-        run()
-        wait(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def bandwidth(device: torch.device, *, size: int) -> float:
-    """Measure how many bytes per second are read and written by a copy of `size` bytes."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / seconds(lambda: target.copy_(source), device, rounds=9)
 
 
 @torch.no_grad()
@@ -148,8 +120,8 @@ def theirs(model: Any, prompts: list[list[int]], new: int, device: torch.device,
     return out[:, tokens.shape[1] :].tolist()
 
 
-def vllm_seconds(model: PretrainedLM, prompts: list[list[int]], new: int) -> float:
-    """Return the seconds in which vLLM decodes, from the weights of a temporary folder."""
+def vllm(model: PretrainedLM, prompts: list[list[int]], new: int) -> Callable[[], object]:
+    """Return a function in which vLLM decodes, with the weights of a temporary folder."""
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found,unused-ignore]
 
     with tempfile.TemporaryDirectory() as folder:
@@ -157,77 +129,119 @@ def vllm_seconds(model: PretrainedLM, prompts: list[list[int]], new: int) -> flo
         engine = LLM(folder, skip_tokenizer_init=True, dtype="bfloat16", gpu_memory_utilization=0.4)
     settings = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True, detokenize=False)
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return seconds(lambda: engine.generate(requests, settings, use_tqdm=False), torch.device("cuda"), rounds=2)
+    return lambda: engine.generate(requests, settings, use_tqdm=False)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
-    parser.add_argument("--new", type=int, default=256, help="tokens to decode")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="run tiny sizes on the CPU")
-    given = parser.parse_args(arguments)
-    dry = given.dry_run
-    if not dry and not torch.cuda.is_available():
-        parser.error("no GPU. Use --dry-run to run tiny sizes on the CPU.")
-    device, dtype = (torch.device("cpu"), torch.float32) if dry else (torch.device("cuda"), torch.bfloat16)
-    sizes = {"tiny": TINY} if dry else {name: SIZES[name] for name in given.sizes}
-    batches, length, new, rounds = ([1, 2], 5, 6, 1) if dry else (given.batches, given.prompt, given.new, given.rounds)
-    vocabulary = 64 if dry else VOCABULARY
-    start = time.perf_counter()
-    rate = bandwidth(device, size=2**22 if dry else 2**31)
-    what = "CPU (dry run)" if dry else torch.cuda.get_device_name()
-    print(f"{what}, torch {torch.__version__}, {str(dtype)[6:]}. Measured bandwidth: {rate / 1e9:.0f} GB/s.")
-    print(f"Prompts of {length} tokens, {new} new tokens, greedy. Time with the prompts; speed: share of the bandwidth.\n")
-    print("| model | batch | side | tokens/s | ms per step | share of the bandwidth |\n|---|---|---|---|---|---|")
-    left: list[str] = []
-    models = {f"{kind} {name}": (kind, size) for name, size in sizes.items() for kind in MAKE}
-    built = {key: on(device, dtype, MAKE[kind], size, vocabulary) for key, (kind, size) in models.items()}
-    compiled: dict[str, nn.Module] = {}
-    first: dict[tuple[str, int], list[list[int]]] = {}
-    # What takes long comes last, beginning with the largest model.
-    order = [(side, key, batch) for side in QUICK for key in models for batch in batches]
-    order += [(side, key, batch) for side in SLOW for key in reversed(models) for batch in batches]
-    for side, key, batch in order:
-        model = built[key]
-        theirs_too = isinstance(model, PretrainedLM)
-        missing = side == "vLLM" and importlib.util.find_spec("vllm") is None
-        if (
-            (side in ("transformers", "vLLM") and not theirs_too)
-            or missing
-            or (dry and side in ("captured", "compiled", "vLLM"))
-        ):
-            continue
-        if time.perf_counter() - start + (COMPILING if side in SLOW else 0) > LIMIT:
-            left.append(f"{key}, batch {batch}, {side}")
-            continue
-        generator = torch.Generator().manual_seed(batch)
-        prompts: list[list[int]] = torch.randint(1, vocabulary, (batch, length), generator=generator).tolist()
-        if side == "vLLM" and isinstance(model, PretrainedLM):
-            taken = vllm_seconds(model, prompts, new)
-        elif side == "transformers":
-            taken = seconds(lambda m=model, p=prompts: theirs(m, p, new, device, compiled=not dry), device, rounds=rounds)
-        else:
-            if side == "compiled" and key not in compiled:
-                kind, size = models[key]
-                compiled[key] = on(device, dtype, MAKE[kind], size, vocabulary, compile="inductor")
-            used = compiled[key] if side == "compiled" else model
-            with as_side(side, device):
-                found = ours(used, prompts, new)
-                taken = seconds(lambda m=used, p=prompts: ours(m, p, new), device, rounds=rounds)
-            expected = first.setdefault((key, batch), found)
+class Case(NamedTuple):
+    """One row of the table."""
+
+    side: str
+    kind: str
+    size: str
+    batch: int
+
+    @property
+    def model(self) -> str:
+        """The name of the model."""
+        return f"{self.kind} {self.size}"
+
+
+def cases(sizes: Iterable[str], batches: Sequence[int], *, dry: bool) -> list[Case]:
+    """Return the cases in their order. Of those that take long, the largest model comes first."""
+    models = [(kind, size) for size in sizes for kind in MAKE]
+    order = [Case(side, *model, batch) for side in QUICK for model in models for batch in batches]
+    order += [Case(side, *model, batch) for side in SLOW for model in reversed(models) for batch in batches]
+    return [
+        case for case in order if not (dry and case.side in GPU_ONLY) and not (case.side in LLAMA_ONLY and case.kind != "Llama")
+    ]
+
+
+class Bench:
+    """Builds the models once, and measures cases.
+
+    Args:
+        session: The device, its clock and the table.
+        sizes: The sizes of models by name.
+        length: The number of tokens of each prompt.
+        new: The number of tokens to decode.
+        rounds: The number of timed runs of a case.
+    """
+
+    def __init__(self, session: gpu.Session, sizes: dict[str, dict[str, int]], *, length: int, new: int, rounds: int) -> None:
+        self.session, self.length, self.new, self.rounds = session, length, new, rounds
+        self.dtype, self.vocabulary = (torch.float32, 64) if session.dry else (torch.bfloat16, VOCABULARY)
+        self.sizes = sizes
+        self._built: dict[tuple[str, bool], nn.Module] = {}
+        self._first: dict[tuple[str, int], list[list[int]]] = {}
+
+    def model(self, case: Case, *, compiled: bool = False) -> nn.Module:
+        """Return the model of a case."""
+        key = (case.model, compiled)
+        if key not in self._built:
+            options = {"compile": "inductor"} if compiled else {}
+            make, size = MAKE[case.kind], self.sizes[case.size]
+            self._built[key] = on(self.session.device, self.dtype, make, size, self.vocabulary, **options)
+        return self._built[key]
+
+    def measure(self, case: Case) -> None:
+        """Add the row of a case."""
+        session, model = self.session, self.model(case)
+        generator = torch.Generator().manual_seed(case.batch)
+        prompts: list[list[int]] = torch.randint(1, self.vocabulary, (case.batch, self.length), generator=generator).tolist()
+        found = None
+        with contextlib.ExitStack() as stack:
+            if case.side == "vLLM":
+                assert isinstance(model, PretrainedLM)
+                work = vllm(model, prompts, self.new)
+            elif case.side == "transformers":
+                work = partial(theirs, model, prompts, self.new, session.device, compiled=not session.dry)
+            else:
+                used = self.model(case, compiled=True) if case.side == "compiled" else model
+                stack.enter_context(as_side(case.side, session.device))
+                work = partial(ours, used, prompts, self.new)
+                found = ours(used, prompts, self.new)
+            step = session.median(work, rounds=self.rounds, warmup=1) / self.new
+        rate = 1e12 * session.results["machine"]["copy_tb_per_s"]
+        read = bytes_per_step(model, session.device, case.batch, self.length + self.new / 2)
+        row = {"model": case.model, "batch": case.batch, "side": case.side, "tokens/s": case.batch / step}
+        row |= {"ms per step": 1e3 * step, "share of the bandwidth": read / rate / step}
+        if found is not None:
+            # In bfloat16, other kernels may take another of two nearly equal tokens.
+            expected = self._first.setdefault((case.model, case.batch), found)
             same = sum(a == b for a, b in zip(found, expected, strict=True))
-            if same < batch:  # in bfloat16, other kernels may take another of two nearly equal tokens
-                print(f"<!-- {key}, {side}: {same} of {batch} rows have the tokens of `{QUICK[0]}` -->")
-        step = taken / new
-        share = bytes_per_step(model, device, batch, length + new / 2) / rate / step
-        print(f"| {key} | {batch} | {side} | {batch / step:.0f} | {1e3 * step:.2f} | {share:.0%} |", flush=True)
-    if left:
-        print(f"\nLeft out for lack of time: {'; '.join(left)}.")
-    print(f"\n{time.perf_counter() - start:.0f} s.")
+            row[f"rows as `{QUICK[0]}`"] = f"{same} of {case.batch}"
+        session.add("Decoding", row)
+
+
+def main() -> None:
+    """Measure and print."""
+    made = gpu.parser(__doc__)
+    made.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    made.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    made.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    made.add_argument("--new", type=int, default=256, help="tokens to decode")
+    made.add_argument("--rounds", type=int, default=2)
+    arguments = gpu.parse(made)
+    dry = arguments.dry_run
+    sizes = {"tiny": TINY} if dry else {name: SIZES[name] for name in arguments.sizes}
+    batches, length, new = ([1, 2], 5, 6) if dry else (arguments.batches, arguments.prompt, arguments.new)
+    session = gpu.Session(
+        "decoding",
+        "Decoding",
+        f"Prompts of {length} tokens, {new} new tokens, greedy, {'float32' if dry else 'bfloat16'}, medians of "
+        f"{arguments.rounds}. The time includes the prompts. The share of the bandwidth is that of the bytes that a step must "
+        "read, in its time, at the speed of the copy.",
+        arguments,
+    )
+    bench = Bench(session, sizes, length=length, new=new, rounds=arguments.rounds)
+    for case in cases(sizes, batches, dry=dry):
+        with session.part(
+            f"{case.model}, batch {case.batch}, {case.side}", needs=COMPILING if case.side in SLOW and not dry else 10
+        ):
+            if case.side == "vLLM" and importlib.util.find_spec("vllm") is None:
+                raise gpu.Missing("vLLM is not installed")
+            bench.measure(case)
+    session.finish()
 
 
 if __name__ == "__main__":

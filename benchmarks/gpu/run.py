@@ -12,7 +12,6 @@ next one starts.
 
 import argparse
 import ast
-import datetime
 import json
 import os
 import subprocess
@@ -32,8 +31,6 @@ class Script(NamedTuple):
 
     name: str
     seconds: int
-    prints: bool = False
-    """Whether it only prints its results, and ends in time by itself."""
 
 
 ORDER = (
@@ -41,7 +38,7 @@ ORDER = (
     Script("attention", 200),
     Script("dpo", 470),
     Script("logprobs", 200),
-    Script("decoding", 450, prints=True),
+    Script("decoding", 450),
     Script("loader", 300),
     Script("retrieval", 300),
     Script("faiss_gpu", 240),
@@ -72,13 +69,7 @@ def report(folder: Path) -> str:
     parts = []
     for script in ORDER:
         path = folder / f"{script.name}.json"
-        printed = folder / f"{script.name}.md"
-        if script.prints and printed.exists():
-            text = printed.read_text(encoding="utf-8")
-            date = datetime.date.fromtimestamp(printed.stat().st_mtime).isoformat()
-            title = "" if "## " in text else f"## GPU: {script.name}\n\n"
-            parts.append(f"{title}{text[max(0, text.find('## ')) :].rstrip()}\n\n{MARKER} {script.name}`, {date}\n")
-        elif path.exists():
+        if path.exists():
             results = json.loads(path.read_text(encoding="utf-8"))
             if {"title", "machine", "tables", "failed"} <= results.keys():
                 line = f"{MARKER} {script.name}`, {results['date']}"
@@ -98,13 +89,12 @@ def run(script: Script, folder: Path, *, dry: bool, left: float) -> str:
     # A dry run on a busy processor takes longer than a GPU.
     seconds = min(script.seconds * (DRY_FACTOR if dry else 1), left - GRACE)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    own = [] if script.prints else ["--output", str(folder), "--seconds", f"{seconds:.0f}"]
-    options = [*own, *(["--dry-run"] if dry else [])]
+    options = ["--output", str(folder), "--seconds", f"{seconds:.0f}", *(["--dry-run"] if dry else [])]
     # Segments that grow avoid fragments where the widths of batches change.
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     with (
         open(folder / f"{script.name}.log", "w", encoding="utf-8") as log,
-        open(folder / f"{script.name}.{'md' if script.prints else 'out'}", "w", encoding="utf-8") as out,
+        open(folder / f"{script.name}.out", "w", encoding="utf-8") as out,
     ):
         try:
             ended = subprocess.run(
@@ -126,8 +116,6 @@ def publish(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.run import sections
 
-    if any("dry run" in path.read_text(encoding="utf-8").lower() for path in folder.glob("*.md")):
-        sys.exit(f"{folder} has results of a dry run, whose numbers mean nothing")
     for path in folder.glob("*.json"):
         if json.loads(path.read_text(encoding="utf-8")).get("dry_run"):
             sys.exit(f"{path} is of a dry run, whose numbers mean nothing")

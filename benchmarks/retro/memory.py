@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, nargs="*", default=[200], help="MB of text in one line")
     parser.add_argument("--tokenizer", help="a tokenizer.json; default: that of MiniLM")
     parser.add_argument("--folder", help="folder for the databases; default: a temporary one")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="the stages to measure, after those before")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
@@ -201,7 +202,7 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp(dir=arguments.folder))
         write_text(folder, megabytes, one_line=one_line)
         row: dict[str, Any] = {"text": f"{megabytes} MB" + (" in one line" if one_line else "")}
-        for stage in STAGES:
+        for stage in arguments.stages:
             command = [sys.executable, __file__, "--stage", stage, "--folder", str(folder), "--tokenizer", tokenizer]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             found = json.loads(output.splitlines()[-1])

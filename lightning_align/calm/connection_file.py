@@ -1,10 +1,11 @@
 """The safetensors file of a composition's connections.
 
 Its metadata holds the weight hash of each frozen model and, as JSON, the layers that are connected (``spots``), the settings of
-the connections (``settings``), and the hashes of the rounded weights (``fingerprints``). Files of release 0.1.0 have only the
-first two.
+the connections (``settings``), the hashes of the rounded weights (``fingerprints``), and a hash of all this and of the weights
+(``content``). Files of release 0.1.0 have only the first two.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 from lightning_align.calm.identity import Fingerprints, check_frozen
 from lightning_align.calm.settings import check_settings
 from lightning_align.calm.spec import Spot
-from lightning_align.models.weights import load_weights
+from lightning_align.models.weights import load_weights, state_hash
 from lightning_align.runtime.files import publish
+
+CONTENT = "content"
+"""The entry of the metadata that holds the hash of the others and of the weights."""
 
 
 def write_connections(
@@ -52,6 +56,7 @@ def write_connections(
         )
     documents = {"spots": spots, "settings": settings, "fingerprints": rounded}
     metadata = {**identity, **{name: json.dumps(document) for name, document in documents.items()}}
+    metadata[CONTENT] = _content(metadata, tensors)
 
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata=metadata)
@@ -88,6 +93,8 @@ def read_connections(
     """
     try:
         metadata, tensors = _read(path)
+        if metadata.get(CONTENT, _content(metadata, tensors)) != _content(metadata, tensors):
+            raise ValueError("it was changed after it was written: its hash differs")
     except Exception as error:  # safetensors raises its own exception types
         raise ValueError(f"{path}: cannot be read: {error}. Pass a file that `CALM.save_connections` wrote.") from error
     state = {name.removeprefix("connections."): value for name, value in tensors.items()}
@@ -107,6 +114,12 @@ def read_connections(
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _content(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    rest = {name: value for name, value in metadata.items() if name != CONTENT}
+    weights = state_hash(dict(sorted(tensors.items())))
+    return hashlib.sha256(json.dumps([rest, weights], sort_keys=True).encode()).hexdigest()
 
 
 def _bytes(value: Tensor) -> Tensor:

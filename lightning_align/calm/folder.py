@@ -33,6 +33,7 @@ from lightning_align.models.peft_adapters import has_peft
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.proof import Expected, prove
 from lightning_align.models.weights import weights_hash
+from lightning_align.runtime.checksums import check_sums, read_object
 from lightning_align.runtime.files import publish, publish_text
 from lightning_align.runtime.ranks import is_sharded
 
@@ -203,12 +204,16 @@ def read_composition(kind: Any, folder: str | Path) -> Any:
     folder = Path(folder)
     manifest = read_manifest(folder)
     path = folder / CONNECTIONS
-    if not path.is_file() or _file_hash(path) != manifest[CONNECTIONS]:
+    if not path.is_file() or _file_hash(path) != manifest.get(CONNECTIONS):
         raise ValueError(f"{path} is missing or was changed after it was written. Write the composition again.")
-    augments = manifest["augments"]
-    places = folder_names(len(augments))
-    models = [_read_part(folder, place, entry) for place, entry in zip(places, [manifest["anchor"], *augments], strict=True)]
-    specs = [{**entry["arguments"], "model": model} for entry, model in zip(augments, models[1:], strict=True)]
+    try:
+        augments = manifest["augments"]
+        places = folder_names(len(augments))
+        entries = [manifest["anchor"], *augments]
+        models = [_read_part(folder, place, entry) for place, entry in zip(places, entries, strict=True)]
+        specs = [{**entry["arguments"], "model": model} for entry, model in zip(augments, models[1:], strict=True)]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a composition ({error!r}). Write it again.") from error
     try:
         model = kind(models[0], specs, **manifest["arguments"])
     except TypeError as error:
@@ -235,7 +240,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         ValueError: If the folder contains no composition, or one of a later version.
     """
     path = Path(folder) / CONFIG
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    check_sums(folder)
+    content = read_object(path) if path.is_file() else {}
     manifest: Any = content.get(KEY)
     if not isinstance(manifest, dict):
         raise ValueError(f"{folder} must contain a composition, but does not. Pass a folder that `save_composition` wrote.")

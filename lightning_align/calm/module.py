@@ -29,11 +29,9 @@ from lightning_align.models.building import Backbone
 from lightning_align.models.causality import check_causal
 from lightning_align.models.composed import FROZEN
 from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
-from lightning_align.training.checkpoints import drop_composed, make_storable, restore_composed
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
 from lightning_align.training.module import AlignModule
-from lightning_align.training.tokenizer import add_record
 
 
 class CALMModule(AlignModule):
@@ -353,18 +351,6 @@ class CALMModule(AlignModule):
 
     # -- checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remove the frozen weights from the checkpoint and add their hashes.
-
-        A sharded strategy restores every weight from the checkpoint, so there the frozen weights stay in it.
-        """
-        self.clock.save(checkpoint, trainer_of(self))
-        make_storable(checkpoint)
-        add_record(checkpoint, datamodule_of(trainer_of(self)))
-        drop_composed(checkpoint, self.policy, sharded=self.is_sharded)
-        if not self.is_sharded:
-            self.masters.save(checkpoint["state_dict"], self.named_parameters())
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the hashes of the frozen models, and add their weights to the checkpoint so that loading stays strict.
 
@@ -373,14 +359,8 @@ class CALMModule(AlignModule):
         """
         if self.policy is None:
             self.configure_model()
-        trainer = trainer_of(self)
-        path = None if trainer is None else trainer.ckpt_path
         checkpoint.setdefault(FROZEN, {})  # a checkpoint of another model has no hashes
-        restore_composed(checkpoint, self.policy, path or "the checkpoint", sharded=self.is_sharded)
-        if not self.is_sharded:
-            super().on_load_checkpoint(checkpoint)
-        else:
-            self.clock.load(checkpoint, trainer)
+        super().on_load_checkpoint(checkpoint)
 
 
 def _build(source: Any, name: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
 from lightning_align.calm.text import OwnTokenizer, Reading, Turn
+from lightning_align.data.remembered import remembered_hash
 from lightning_align.data.store import StoredTokens, TokenStore
-from lightning_align.runtime.files import locked, publish
+from lightning_align.runtime.checksums import file_hash, sealed, unsealed
+from lightning_align.runtime.files import locked, publish, publish_text
 
 _FORMAT = 1
 """The version of the format. Increase it when the same rows give other files."""
@@ -105,11 +108,8 @@ def write_readings(
             a function that finds them.
     """
     with locked(path.with_suffix(".lock"), on_wait=lambda _: None):
-        try:
-            if path.exists() and _read(str(path)).num_rows == len(store):
-                return
-        except (OSError, pa.ArrowException):
-            pass  # a damaged file is made again
+        if _is_whole(path, len(store)):
+            return
         rank_zero_info(f"converting {len(store):,} rows to the tokens of the augments")
 
         def write(temporary: Path) -> None:
@@ -121,6 +121,22 @@ def write_readings(
                     writer.write_batch(batch)
 
         publish(path, write)
+        publish_text(path.with_suffix(".json"), json.dumps(sealed({"sha256": file_hash(path)})))
+
+
+def _is_whole(path: Path, num_rows: int) -> bool:
+    """Return whether a file exists as it was written. A damaged one is made again."""
+    record = path.with_suffix(".json")
+    if not path.exists() or not record.exists():
+        return False
+    try:
+        known = unsealed(json.loads(record.read_text(encoding="utf-8")))["sha256"]
+        if remembered_hash(str(path), file_hash, folder=path.parent / "hashes") != known:
+            raise ValueError("its content differs from the content when it was written")
+        return int(_read(str(path)).num_rows) == num_rows
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        warnings.warn(f"{path} is damaged and will be made again ({error})", stacklevel=2)
+        return False
 
 
 def _batches(store: TokenStore, own: Sequence[OwnTokenizer | None], turns: Sequence[Turns]) -> Iterator[pa.RecordBatch]:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.spec import AugmentInput, check_realigned
+from lightning_align.runtime.checksums import sealed, unsealed
 from lightning_align.runtime.files import publish_text
 from lightning_align.runtime.ranks import world
 
@@ -34,14 +37,14 @@ class StateStore:
         self.data.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.data, "a+b")  # stays open until `close`
         self._size = os.fstat(self._file.fileno()).st_size
-        self._index: dict[str, tuple[int, int]] = {}
+        self._index: dict[str, tuple[int, int, int | None]] = {}  # where a row starts, its tokens, its checksum
+        self._checked: set[str] = set()
+        self._changed = False
         self._shape: tuple[int, str] | None = None
         self.misses = 0
         """The number of rows that were computed, not read."""
         if self.index_path.is_file():
-            content = json.loads(self.index_path.read_text(encoding="utf-8"))
-            self._shape = (content["width"], content["dtype"])
-            self._index = {row: (start, length) for row, (start, length, stop) in content["rows"].items() if stop <= self._size}
+            self._read_index()
 
     def fetch(self, reader: Reader, tokens: Tensor, mask: Tensor) -> list[Tensor]:
         """Return the hidden states of a batch, and compute those of rows that are not stored yet.
@@ -58,6 +61,7 @@ class StateStore:
             ValueError: If the states of new rows have another width or dtype than the stored states.
         """
         _, names = _names(tokens, mask)
+        self._forget_damaged(reader, names)
         if missing := [i for i, name in enumerate(names) if name not in self._index]:
             self.misses += len(missing)
             self._append(reader, tokens[missing], mask[missing], [names[i] for i in missing])
@@ -66,6 +70,7 @@ class StateStore:
     def find(self, reader: Reader, tokens: Tensor, mask: Tensor) -> list[Tensor] | None:
         """Return the hidden states of a batch on the CPU, as `fetch`, or None if a row is not stored."""
         _, names = _names(tokens, mask)
+        self._forget_damaged(reader, names)
         found = all(name in self._index for name in names)
         return list(self._stacked(reader, tokens, names).unbind()) if found else None
 
@@ -75,11 +80,43 @@ class StateStore:
         width, dtype = self._shape[0], getattr(torch, self._shape[1])
         out = torch.zeros(len(reader.depths), *tokens.shape, width, dtype=dtype)
         for i, name in enumerate(names):
-            start, length = self._index[name]
-            count = len(reader.depths) * length * width * dtype.itemsize
-            data = torch.frombuffer(bytearray(os.pread(self._file.fileno(), count, start)), dtype=dtype)
+            length = self._index[name][1]
+            data = torch.frombuffer(bytearray(self._bytes(reader, name)), dtype=dtype)
             out[:, i, :length] = data.view(-1, length, width)
         return out
+
+    def _bytes(self, reader: Reader, name: str) -> bytes:
+        assert self._shape is not None
+        start, length, _ = self._index[name]
+        count = len(reader.depths) * length * self._shape[0] * getattr(torch, self._shape[1]).itemsize
+        return os.pread(self._file.fileno(), count, start)
+
+    def _forget_damaged(self, reader: Reader, names: list[str]) -> None:
+        """Compare rows with their checksums when they are read first, and drop those that differ. They are computed again."""
+        for name in names:
+            if name in self._checked or name not in self._index:
+                continue
+            known = self._index[name][2]
+            if known is None or zlib.crc32(self._bytes(reader, name)) == known:
+                self._checked.add(name)
+            else:
+                warnings.warn(f"{self.data} is damaged. The hidden states of a row are computed again.", stacklevel=3)
+                del self._index[name]
+                self._changed = True
+
+    def _read_index(self) -> None:
+        """Read the index file. Without it, all rows are computed again."""
+        try:
+            content = unsealed(json.loads(self.index_path.read_text(encoding="utf-8")))
+            self._shape = (content["width"], content["dtype"])
+            rows = content["rows"].items()
+            # Indexes of release 0.1.0 have no checksums.
+            places = {row: (place[0], place[1], place[2] if len(place) > 3 else None, place[-1]) for row, place in rows}
+            self._index = {row: place[:3] for row, place in places.items() if place[3] <= self._size}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            warnings.warn(f"{self.index_path} cannot be used ({error}). All hidden states are computed again.", stacklevel=3)
+            self._shape, self._index, self._size, self._changed = None, {}, 0, True
+            self._file.truncate(0)
 
     def _append(self, reader: Reader, tokens: Tensor, mask: Tensor, names: list[str]) -> None:
         states = reader.read(tokens, None if bool(mask.all()) else mask, None, None)
@@ -94,19 +131,22 @@ class StateStore:
         for name, state, length in zip(names, stacked, mask.sum(dim=1).tolist(), strict=True):
             data = state[:, :length].contiguous().view(torch.uint8).numpy().tobytes()
             self._file.write(data)
-            self._index[name] = (self._size, length)
+            self._index[name] = (self._size, length, zlib.crc32(data))
+            self._checked.add(name)
+            self._changed = True
             self._size += len(data)
         self._file.flush()
 
     def flush(self) -> None:
         """Write the index file."""
-        if self._shape is None:
+        if self._shape is None or not self._changed:
             return
         width, dtype = self._shape
         os.fsync(self._file.fileno())
-        rows = {name: (start, length, self._size) for name, (start, length) in self._index.items()}
-        text = json.dumps({"width": width, "dtype": dtype, "rows": rows})
+        rows = {name: (*place, self._size) for name, place in self._index.items()}
+        text = json.dumps(sealed({"width": width, "dtype": dtype, "rows": rows}))
         publish_text(self.index_path, text)
+        self._changed = False
 
     def close(self) -> None:
         """Write the index file and close the data file."""

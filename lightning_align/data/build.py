@@ -30,6 +30,7 @@ from lightning_align.data.recipe import Recipe
 from lightning_align.data.rows import Source, source_name
 from lightning_align.data.tokenizer import Tokenizer
 from lightning_align.data.workers import WorkerEndedError, Workers, num_cores
+from lightning_align.runtime.checksums import file_hash, sealed
 from lightning_align.runtime.files import locked, publish, publish_text
 
 _SMALL_ROWS = 8192
@@ -167,10 +168,10 @@ class Build:
         batches = duplicates.watch(batches)
         if job.is_text:
             batches = block_batches(batches, max_length=self.recipe.max_length)
-        num_stored = 0
+        num_stored, digest = 0, ""
 
         def write(temporary: Path) -> None:
-            nonlocal num_stored
+            nonlocal num_stored, digest
             rows = store_batches(batches)
             first = next(rows, None)
             schema = schema_of(1) if first is None else first.schema
@@ -178,12 +179,14 @@ class Build:
                 for batch in rows if first is None else chain([first], rows):
                     writer.write_batch(batch)
                     num_stored += batch.num_rows
+            digest = file_hash(temporary)
 
         publish(self.path, write)
         if num_duplicates := duplicates.count():
             ledger.notes[DUPLICATE] += num_duplicates
-        content = {"ledger": ledger.to_dict(), "num_stored": num_stored, "num_bytes": self.path.stat().st_size}
-        publish_text(self.path.with_suffix(".json"), json.dumps(content, indent=2, ensure_ascii=False))
+        size = self.path.stat().st_size
+        content = {"ledger": ledger.to_dict(), "num_stored": num_stored, "num_bytes": size, "sha256": digest}
+        publish_text(self.path.with_suffix(".json"), json.dumps(sealed(content), indent=2, ensure_ascii=False))
 
     def _new_ledger(self) -> Ledger:
         return Ledger(source_name(self.source), on_bad_row=self.recipe.on_bad_row)

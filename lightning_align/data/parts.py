@@ -4,7 +4,6 @@ A part is an Arrow file with encoded rows, and a JSON file that is written last.
 Which rows a part has does not depend on the number of processes or on earlier interruptions.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import pyarrow as pa
 
 from lightning_align.data.jobs import Encoded
 from lightning_align.data.ledger import Ledger
+from lightning_align.runtime.checksums import file_hash, sealed, unsealed
 from lightning_align.runtime.files import publish_text
 
 _FORMAT = 1
@@ -86,10 +86,8 @@ class Parts:
         """Add the next finished part, if there is one that is whole."""
         path = self._path()
         try:
-            content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if content["settings"] != self._settings or content["sha256"] != digest:
+            content = unsealed(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+            if content["settings"] != self._settings or content["sha256"] != file_hash(path):
                 return False
             reached = Progress(**{**content["progress"], "ledger": Ledger.from_dict(content["progress"]["ledger"])})
             self.is_complete = bool(content["is_last"])
@@ -124,12 +122,11 @@ class Parts:
         if not temporary.exists():
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, pa.schema([])):
                 pass  # no row of the part is used
-        with temporary.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_hash(temporary)
         os.replace(temporary, path)
         progress = {**vars(self.progress), "ledger": self.progress.ledger.to_dict()}
         content = {"settings": self._settings, "sha256": digest, "is_last": is_last, "progress": progress}
-        publish_text(path.with_suffix(".json"), json.dumps(content, indent=2, ensure_ascii=False))
+        publish_text(path.with_suffix(".json"), json.dumps(sealed(content), indent=2, ensure_ascii=False))
         self._files.append(path)
         self.is_complete = is_last
         self._size = [0, 0]

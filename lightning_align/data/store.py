@@ -22,8 +22,10 @@ from lightning_align.data.earlier_stores import earlier_store
 from lightning_align.data.ledger import Ledger
 from lightning_align.data.mapping import map_rows
 from lightning_align.data.recipe import Recipe
+from lightning_align.data.remembered import remembered_hash
 from lightning_align.data.rows import Row, Source, source_fingerprint
 from lightning_align.data.tokenizer import Tokenizer
+from lightning_align.runtime.checksums import file_hash, unsealed
 
 __all__ = ["Recipe", "StoredRow", "StoredTokens", "TokenStore", "build_store", "open_store", "read_forms", "store_path"]
 
@@ -139,11 +141,15 @@ def open_store(path: Path) -> tuple[TokenStore, Ledger] | None:
     if not path.exists() or not manifest.exists():
         return None
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = unsealed(json.loads(manifest.read_text(encoding="utf-8")))
         ledger = Ledger.from_dict(content["ledger"])
         store = TokenStore(str(path))
         if path.stat().st_size != content["num_bytes"] or len(store) != content["num_stored"]:
             raise ValueError("its size differs from the size when it was written")
+        # Stores of release 0.1.0 have no hash.
+        known = content.get("sha256")
+        if known is not None and remembered_hash(str(path), file_hash, folder=path.parent / "hashes") != known:
+            raise ValueError("its content differs from the content when it was written")
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         warnings.warn(f"{path} is damaged and will be rebuilt ({error})", stacklevel=2)
         return None

@@ -9,9 +9,10 @@ from lightning_align.export.facts import metrics_of_checkpoint, run_of_checkpoin
 from lightning_align.export.tokenizer import NONE, folder_tokenizer, part_tokenizers, tokenizer_of
 from lightning_align.export.usage import AdapterUse
 from lightning_align.generation.ends import end_ids
-from lightning_align.models.checkpoint import SHARDS_META, build_policy, gather_checkpoint, read_checkpoint
+from lightning_align.models.checkpoint import build_policy, gather_checkpoint, read_checkpoint
 from lightning_align.models.composed import FrozenParts
 from lightning_align.models.formats import CONFIG, read_model, whole_weights, write_adapter, write_model
+from lightning_align.models.integrity import SHARDS_META
 from lightning_align.models.lora import LoRAConfig
 
 

@@ -17,6 +17,7 @@ from lightning_align.models.building import backbone_spec
 from lightning_align.models.formats import write_model
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.weights import state_hash
+from lightning_align.runtime.checksums import write_sums
 from lightning_align.runtime.files import publish_text, temporary_path
 
 RECORD = "handoff.json"
@@ -78,6 +79,7 @@ def write_served(folder: Path, served: Served, *, iteration: int) -> None:
         known |= transformers_settings(served.config, served.ends)
         settings.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (temporary / RECORD).write_text(json.dumps({"iteration": iteration, "sha256": own}, indent=2) + "\n", encoding="utf-8")
+    write_sums(temporary)
     os.replace(temporary, folder)
 
 

@@ -24,7 +24,7 @@ class Looks(Generic[R]):
     """
 
     def __init__(self, device: torch.device, *, late: bool) -> None:
-        self._late = late and device.type == "cuda"
+        self._late = late and has_events(device)
         self._waiting: deque[tuple[list[R], Callable[[], tuple[list[list[int]], list[list[float]]]]]] = deque()
 
     def add(self, rows: list[R], tokens: Tensor, logprobs: Tensor) -> None:
@@ -46,6 +46,11 @@ class Looks(Generic[R]):
         while len(self._waiting) > (late if self._late else 0):
             rows, read = self._waiting.popleft()
             yield rows, *read()
+
+
+def has_events(device: torch.device) -> bool:
+    """Return whether the host can wait for one copy from a device. A simulated CUDA device without a GPU has no events."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 def _copied(tokens: Tensor, logprobs: Tensor) -> Callable[[], tuple[list[list[int]], list[list[float]]]]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.embeddings import trains_rows_whole
 from lightning_align.models.folders import CARD, check_folder, replaced_folder, write_tokenizer
+from lightning_align.models.integrity import read_tensors
 from lightning_align.models.lora import (
     LoRAConfig,
     LoRALayer,
@@ -30,6 +31,7 @@ from lightning_align.models.peft_adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.proof import Expected, expected_logits, prove
 from lightning_align.models.weights import load_weights
+from lightning_align.runtime.checksums import check_sums, read_object
 from lightning_align.runtime.files import publish, publish_text
 
 
@@ -229,7 +231,8 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
                 f"adapter {folder} must contain {file}, but does not. Pass a folder that PEFT's save_pretrained wrote "
                 "(safetensors)."
             )
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    check_sums(folder)
+    config = read_object(folder / ADAPTER_CONFIG)
     others, kind = beyond_plain_lora(config), str(config.get("peft_type"))
     if others or kind != "LORA":
         raise ValueError(
@@ -238,7 +241,7 @@ def read_adapter(model: nn.Module, folder: str | Path, *, scope: str = "default"
         )
     wrapper = "model." if isinstance(model, PretrainedLM) else ""
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / ADAPTER_WEIGHTS).items():
+    for key, value in read_tensors(folder / ADAPTER_WEIGHTS).items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
             raise ValueError(

@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lightning_align.models.building import Backbone, build_backbone, has_own_weights
 from lightning_align.models.composed import COMPOSITION, FROZEN, check_record
 from lightning_align.models.formats import read_model
+from lightning_align.models.integrity import SHARDS_META, check_checkpoint, check_zip
 from lightning_align.models.lora import LoRAConfig, add_lora, merge_lora, remove_lora
 from lightning_align.models.weights import load_weights, policy_state
+from lightning_align.runtime.checksums import check_once
 from lightning_align.runtime.files import publish
-
-SHARDS_META = "meta.pt"
-"""The file that Lightning writes next to the shards of a checkpoint. No other folder has it."""
 
 
 def gather_command(folder: str | Path) -> str | None:
@@ -33,13 +33,11 @@ def gather_command(folder: str | Path) -> str | None:
 def gather_checkpoint(folder: str | Path) -> dict[str, Any]:
     """Read a sharded checkpoint in one process, in the form that a single process would have written.
 
-    torch unpickles its sharded format, unlike the files of `read_checkpoint`. Open only checkpoints that you trust.
-
     Args:
         folder: The folder that a sharded strategy wrote.
 
     Raises:
-        ValueError: If the folder is not a sharded checkpoint.
+        ValueError: If the folder is not a sharded checkpoint, is damaged, or has code in it.
     """
     folder = Path(folder)
     if gather_command(folder) is None:
@@ -47,6 +45,7 @@ def gather_checkpoint(folder: str | Path) -> dict[str, Any]:
             f"`folder` must be a sharded checkpoint, a folder with {SHARDS_META}, but got {folder}. Other checkpoints need no "
             "gathering."
         )
+    check_checkpoint(folder)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "whole.pt"
         dcp_to_torch_save(folder, path)
@@ -84,7 +83,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return {"state_dict": load_file(path)}
         # Files in the format before torch 1.6 are no zip files and cannot be memory-mapped.
         if is_zip := zipfile.is_zipfile(path):
-            _check_sums(path)
+            check_once(path, partial(check_zip, path), kind="checkpoint")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch and safetensors raise many types here
         # Quote only the first sentence. The rest is long and explains how to turn off torch's checks.
@@ -99,18 +98,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             "run, or a state dict."
         )
     return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
-
-
-def _check_sums(path: Path) -> None:
-    """Compare the content of a checkpoint with the checksums in it, which torch does not do when it maps a file.
-
-    Raises:
-        ValueError: If they differ, because the file was damaged.
-    """
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} in it is wrong, so the file is damaged")
 
 
 def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any] | None = None) -> nn.Module:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning_align.runtime.checksums import SUMS, write_sums
+
 CARD = "README.md"
 """The model card."""
 CONNECTIONS = "connections.safetensors"
@@ -26,6 +28,7 @@ OWNED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
     CONNECTIONS,
+    SUMS,
 )
 """The files of an export. A new export removes those of the one before. Other files in the folder stay."""
 OWNED_FOLDERS = ("anchor", "augment_*")
@@ -111,6 +114,7 @@ def replaced_folder(folder: str | Path, mark: str) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         _share_permissions(partial, mark)
+        write_sums(partial, without=(CARD,))
         (folder / mark).unlink(missing_ok=True)
         for pattern in OWNED:
             for file in folder.glob(pattern):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -14,11 +14,13 @@ from lightning_align.models.adapter_files import read_adapter, write_adapter
 from lightning_align.models.building import backbone_class, backbone_spec, build_backbone
 from lightning_align.models.composed import FrozenParts, check_exportable
 from lightning_align.models.folders import CARD, check_folder, replaced_folder, write_tokenizer
+from lightning_align.models.integrity import read_tensors
 from lightning_align.models.merging import embedding_names, merged_weights, transformers_weights, whole_weights
 from lightning_align.models.palm import PaLM
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.proof import Expected, expected_logits, prove, prove_embeddings, read_transformers
 from lightning_align.models.weights import load_weights
+from lightning_align.runtime.checksums import check_sums, read_object
 from lightning_align.runtime.files import publish, publish_text
 from lightning_align.runtime.ranks import is_sharded
 
@@ -152,17 +154,18 @@ def read_model(folder: str | Path) -> nn.Module:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: If the folder does not contain a model.
+        ValueError: If the folder does not contain a model, or a file was changed after it was written.
     """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} must contain {CONFIG}, but does not. Pass a folder that `lightning-align export` wrote.")
-    spec = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    check_sums(folder)
+    spec = read_object(folder / CONFIG)
     if "class_path" not in spec:
         return PretrainedLM(str(folder)).eval()
     if (read := getattr(backbone_class(spec), "read_folder", None)) is not None:
         composed: nn.Module = read(folder)
         return composed
     model = build_backbone(spec)
-    load_weights(model, load_file(folder / WEIGHTS), folder)
+    load_weights(model, read_tensors(folder / WEIGHTS), folder)
     return model.eval()

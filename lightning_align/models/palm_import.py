@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_align.models.checkpoint import read_checkpoint
 from lightning_align.models.lora import LoRAConfig, add_lora
 from lightning_align.models.palm import PaLM, PaLMBlock
 
@@ -30,7 +31,7 @@ def load_palm_rlhf(path: str | Path, *, gain: str = "auto", **overrides: Any) ->
     Raises:
         ValueError: If the file is not such a checkpoint, `gain` has another value, or the mean does not tell.
     """
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Tensor] = read_checkpoint(path)["state_dict"]
     if "token_emb.weight" not in state or "layers.0.fn.fused_attn_ff_proj.weight" not in state:
         raise ValueError(
             f"{path} must be a checkpoint of PaLM-rlhf-pytorch, but has no token_emb.weight or no "

@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_align.models.integrity import read_tensors
 from lightning_align.models.peft_starts import prepared_start
 from lightning_align.models.ties import tie_again, untie
+from lightning_align.runtime.checksums import check_sums, read_object
 from lightning_align.runtime.modes import evaluating
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,8 +61,10 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
                 f"adapter {adapter} must contain {file}, but does not. Pass a folder that PEFT's save_pretrained wrote "
                 "(safetensors)."
             )
+    check_sums(folder)
+    content = read_object(folder / ADAPTER_CONFIG)
     # Not `load_adapter` of transformers, which does not load the magnitudes of DoRA.
-    weights = {name.removeprefix(PREFIX): value for name, value in load_file(folder / ADAPTER_WEIGHTS).items()}
+    weights = {name.removeprefix(PREFIX): value for name, value in read_tensors(folder / ADAPTER_WEIGHTS).items()}
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
@@ -79,7 +81,6 @@ def add_peft(model: Any, adapter: str | dict[str, Any]) -> dict[str, Any]:
             f"adapter {adapter} is of another base model than this {type(model).__name__}. Only one of them has the weights "
             f"{', '.join(wrong[:3])}. Pass the base model that the adapters were trained on."
         )
-    content: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return content | {TRAINED: True}
 
 

@@ -64,8 +64,9 @@ class PretrainedLM(UnpaddedDecoder):
         """Load a model, or build one with random weights.
 
         Args:
-            name: A folder with config.json and safetensors files, or a name on the Hugging Face hub. Code that comes with a
-                model is never run, and pickled weights are never loaded.
+            name: A folder with config.json and safetensors files, a GGUF file, or a name on the Hugging Face hub. Code that
+                comes with a model is never run, and pickled weights are never loaded. Quantized weights of a GGUF file are
+                dequantized, and train like others.
             config: Without ``name``: a complete configuration with its ``model_type``, for a model with random weights. With
                 ``name``: entries that replace those of the model's own configuration.
             dtype: The dtype of the weights. `auto` keeps the dtype of the files. Train in float32 (with

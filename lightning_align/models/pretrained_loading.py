@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_align.models.deferred import is_deferring
+from lightning_align.models.deferred import CannotDefer, is_deferring
 from lightning_align.models.pretrained_shards import build_deferred_pretrained
+from lightning_align.runtime.checksums import check_sums
+from lightning_align.runtime.gguf import split_gguf
 from lightning_align.runtime.hub import out_of_reach
 
 NO_TEXT_DECODER = "It is an encoder-decoder, whose prompts and responses have different networks. Use a decoder-only model."
@@ -43,7 +45,7 @@ def load_pretrained(name: str, config: dict[str, Any] | None, options: dict[str,
     """Load a model with its weights.
 
     Args:
-        name: A folder or a name on the hub.
+        name: A folder, a GGUF file or a name on the hub. Quantized weights of a GGUF file are dequantized.
         config: Entries that replace those of the model's own configuration.
         options: ``dtype``, ``attn_implementation`` and ``revision``.
 
@@ -52,38 +54,55 @@ def load_pretrained(name: str, config: dict[str, Any] | None, options: dict[str,
     """
     from transformers import AutoConfig
 
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    place, gguf = split_gguf(name, what="model")
+    if gguf and is_deferring():
+        raise CannotDefer("a GGUF file is read as a whole")
+    folder = Path(place)
+    if not gguf and folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"model {name!r} has no config.json. Pass a folder that `save_pretrained` or `export` wrote.")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"model {name!r}: there is no such folder (the working directory is {Path.cwd()}).")
+    if not gguf:
+        check_sums(folder)
     overrides = {key: value for key, value in (config or {}).items() if key != "model_type"}
     revision = options["revision"] or "main"
     source = {
         "revision": revision,
         "trust_remote_code": False,
         "local_files_only": not folder.is_dir() and out_of_reach(name, revision),
+        **gguf,
     }
     try:
-        loaded_config = AutoConfig.from_pretrained(name, **source)
+        loaded_config = AutoConfig.from_pretrained(place, **source)
         for key, value in overrides.items():
             setattr(loaded_config, key, value)
         kind = _class_for(loaded_config)
         if is_deferring():
             return build_deferred_pretrained(kind, loaded_config, name, {**options, **source})
-        return kind.from_pretrained(name, config=loaded_config, use_safetensors=True, **{**options, **source})
+        weights = _dequantized() if gguf else {"use_safetensors": True}
+        return kind.from_pretrained(place, config=loaded_config, **weights, **{**options, **source})
     except OSError as error:
-        if folder.is_dir():
+        if folder.is_dir() and not gguf:
             raise ValueError(
                 f"model {name!r} cannot be loaded ({summary(error)}). Its weights must be safetensors, because loading other "
                 "formats can run code. Convert them with `model.save_pretrained(folder)`."
             ) from error
+        if gguf:
+            raise ValueError(f"model {name!r} cannot be read ({summary(error)}). Is the file complete?") from error
         raise ValueError(
             f"model {name!r} is not a local folder, and the Hugging Face hub did not provide it ({summary(error)}). Without a "
             "network, pass the path of a folder with config.json and *.safetensors, such as ./my-model."
         ) from error
     except Exception as error:  # configurations and models raise many types here
         raise ValueError(f"model {name!r} cannot be built as a causal language model ({summary(error)}).") from error
+
+
+def _dequantized() -> dict[str, Any]:
+    """Return the arguments with which transformers dequantizes a GGUF file. Releases without the setting always do."""
+    import transformers
+
+    kind = getattr(transformers, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
 def _class_for(config: Any) -> Any:

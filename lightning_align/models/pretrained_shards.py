@@ -1,6 +1,5 @@
 """Models of transformers whose weights each rank reads from safetensors by itself, only the parts that its shards need."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_align.models.deferred import CannotDefer, Slices, recipe_of, without_draws
+from lightning_align.runtime.checksums import read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,7 +51,7 @@ def build_deferred_pretrained(kind: Any, config: Any, name: str, options: dict[s
         with safe_open(whole, framework="pt") as opened:
             files = {key: Path(whole) for key in opened.keys()}  # no dictionary
     elif (index := cached_file(name, INDEX, **source, _raise_exceptions_for_missing_entries=False)) is not None:
-        placed = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        placed = _placed(Path(index))
         found = {part: Path(cached_file(name, part, **source)) for part in sorted(set(placed.values()))}
         files = {key: found[part] for key, part in placed.items()}
     else:
@@ -112,6 +112,14 @@ def _connect(model: Any, files: dict[str, Path]) -> None:
     missing = [name for name, weight in weights.items() if id(weight) not in read]  # tied weights are read under one name
     if missing:
         raise CannotDefer(f"{len(missing)} weights are not in its files, such as {missing[0]}")
+
+
+def _placed(index: Path) -> dict[str, str]:
+    """Return the file of each weight. None of them is outside of the folder."""
+    placed = read_object(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) and Path(name).name == name for name in placed.values()):
+        raise ValueError(f"{index} must name a file of its folder for each weight in `weight_map`, but does not.")
+    return placed
 
 
 def _scalar(file: Path, name: str) -> Tensor:

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import re
+import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +13,8 @@ from lightning_align.runtime.files import locked
 from lightning_align.runtime.team import Team
 
 LOCK = ".build.lock"
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{16}\.tmp")
+"""The names that `temporary_path` makes."""
 
 _logger = logging.getLogger(__name__)
 
@@ -31,8 +36,27 @@ def one_build(root: Path, team: Team) -> Iterator[None]:
     def tell(holder: str) -> None:
         _logger.warning("waiting for another process that builds %s (%s)", root, holder or "unknown")
 
-    with locked(root / LOCK, on_wait=tell):
+    with locked(root / LOCK, on_wait=tell) as is_locked:
+        if is_locked:
+            remove_leftovers(root)
+        else:
+            warnings.warn(
+                f"The file system of {root} has no locks, so builds in other processes are not noticed. Make sure that this is"
+                " the only one, or build in a folder on a local disk and copy it.",
+                stacklevel=6,
+            )
         yield
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove the temporary files and folders that killed processes left in a folder. Call it with the lock."""
+    for path in root.glob(".*.tmp"):
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def is_read_only(root: Path) -> bool:

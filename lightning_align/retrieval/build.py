@@ -2,15 +2,15 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from lightning_align.retrieval.access import is_read_only, one_build
-from lightning_align.retrieval.chunks import DocumentSource, append_chunks, build_chunks
-from lightning_align.retrieval.compaction import keep_documents, keep_vectors, remove_unused
+from lightning_align.retrieval.chunks import DocumentSource, append_chunks, build_chunks, check_count
+from lightning_align.retrieval.compaction import forget_stages, keep_documents, keep_vectors, remove_unused
 from lightning_align.retrieval.database import HEAD, RetrievalDatabase
 from lightning_align.retrieval.device_search import search_device
 from lightning_align.retrieval.encoders import build_vectors
@@ -19,7 +19,7 @@ from lightning_align.retrieval.index import append_index, build_index
 from lightning_align.retrieval.lexical import build_lexical
 from lightning_align.retrieval.neighbors import build_neighbors, warn_of_chunks_alone
 from lightning_align.retrieval.searchers import make_retriever, make_searcher
-from lightning_align.retrieval.sources import changed_files, stamps
+from lightning_align.retrieval.sources import stamps, warn_of_changes
 from lightning_align.retrieval.stages import Stage, Team, open_stage
 from lightning_align.retrieval.tables import ChunkTable, Neighbors
 from lightning_align.retrieval.tools import Kind, Tools, check_encoder
@@ -71,7 +71,15 @@ class Builder:
 
     # -- public operations
 
-    def build(self, source: DocumentSource, queries: Mapping[str, DocumentSource], *, chunk_size: int) -> RetrievalDatabase:
+    def build(
+        self,
+        source: DocumentSource,
+        queries: Mapping[str, DocumentSource],
+        *,
+        chunk_size: int,
+        max_chunks: int | None = None,
+        rebuild: bool = False,
+    ) -> RetrievalDatabase:
         """Build the database of the given documents, and keep earlier additions and deletions.
 
         If the documents, the chunk size or the tokenizer changed since the last build, deletions are kept by document name.
@@ -81,6 +89,8 @@ class Builder:
             source: The documents that can be neighbors.
             queries: Further documents to find neighbors for: a source per name, such as ``validation``.
             chunk_size: Tokens per chunk (m).
+            max_chunks: See `build_database`.
+            rebuild: See `build_database`.
 
         Raises:
             ValueError: If an argument cannot be used. Stages that are finished by then are kept.
@@ -93,6 +103,11 @@ class Builder:
         # A compacted database has no use for the chunks that it was built from, which contain deleted documents.
         kept = head["base"] if head is not None and head.get("compacted") and not lost else None
         base = self._chunks(source, chunk_size, kept=kept)
+        if max_chunks is not None and base.folder.name != kept:
+            check_count(base, max_chunks)
+        with self.team.together():
+            if rebuild and self.team.rank == 0:
+                forget_stages(self.root)
         if head is None or head["base"] != base.folder.name or lost:
             deleted = [] if head is None else self._carry_deletions(head, base)
             head = {"base": base.folder.name, "generation": 0, "deleted": deleted, "stages": {"chunks": base.folder.name}}
@@ -105,7 +120,7 @@ class Builder:
         }
         built = self._finish(head, parts, sets)
         for name, each in {"": source, **queries}.items():
-            self._warn_of_changes(before[name], each)
+            warn_of_changes(before[name], each, self.root, self.team)
         return built
 
     def add(self, source: DocumentSource) -> RetrievalDatabase:
@@ -122,7 +137,7 @@ class Builder:
         before = ChunkTable(previous.chunks.folder)
         stamped = stamps(source)
         added = self._chunks(source, before.chunk_size)
-        self._warn_of_changes(stamped, source)
+        warn_of_changes(stamped, source, self.root, self.team)
         chunks = append_chunks(self.root, previous.chunks, added, deleted=head["deleted"], team=self.team)
         names = set(ChunkTable(added.folder).document_ids)
         removed = [name for name in head.get("removed", ()) if name not in names]
@@ -191,14 +206,6 @@ class Builder:
                 remove_unused(self.root, current.manifest)
         return RetrievalDatabase.open(self.root)
 
-    def _warn_of_changes(self, before: Mapping[str, tuple[int, ...]], source: DocumentSource) -> None:
-        if self.team.rank == 0 and (names := changed_files(before, source)):
-            warnings.warn(
-                f"{len(names)} files were changed, added or removed while {self.root} was built, such as {names[0]}. The"
-                " database has their text as it was when it was read. Build again to take in the changes.",
-                stacklevel=3,
-            )
-
     # -- stages
 
     def _chunks(self, source: DocumentSource, chunk_size: int, *, kept: str | None = None) -> Stage:
@@ -252,7 +259,6 @@ class Builder:
         inputs = {"kind": tools.kind} | {
             name: stage.key for name, stage in (("index", parts.index), ("lexical", parts.lexical)) if stage is not None
         }
-
         device = None if tools.encoder is None else search_device(tools.trainer, self.team)
         table = ChunkTable(parts.chunks.folder)
 
@@ -314,8 +320,10 @@ class Builder:
         head = RetrievalDatabase.open(self.root).manifest
         check_encoder(head, self.tools)
         if "vectors" in head["stages"]:  # vectors of later additions are compared with those of the build
-            vectors = open_stage(self.root / head["stages"]["vectors"]).manifest()
-            self._precision = None if vectors is None else vectors["table"].get("precision")
+            with suppress(ValueError):  # damaged vectors are made again
+                self._precision = (
+                    open_stage(self.root / head["stages"]["vectors"]).setting("precision", str, default="") or None
+                )
         return head
 
     def _carry_deletions(self, head: Mapping[str, Any], base: Stage) -> list[int]:
@@ -383,7 +391,7 @@ class Builder:
                     intact = open_stage(folder).is_finished(verify=self.tools.verify > 0)
                 except ValueError:  # it has no manifest
                     intact = False
-        if not self.team.tell(intact):
+        if not self.team.share(intact):
             return None
         self._verified.add(folder)
         return open_stage(folder)

@@ -70,7 +70,7 @@ def build_chunks(
         return stage
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
-    if team.tell(done):
+    if team.share(done):
         return stage
     counts = {"empty_documents": 0}
     with team.together():
@@ -101,6 +101,21 @@ def build_chunks(
             check_unchanged(stage, surveyed, num_blocks)
             _merge(stage, num_blocks, tokenizer, chunk_size, counts)
     return stage
+
+
+def check_count(stage: Stage, max_chunks: int) -> None:
+    """Check the number of chunks of a finished stage.
+
+    Raises:
+        ValueError: If there are more than `max_chunks`.
+    """
+    table = ChunkTable(stage.folder)
+    if len(table) > max_chunks:
+        raise ValueError(
+            f"The documents must have at most `max_chunks` chunks, {max_chunks:,}, but they have {len(table):,} of"
+            f" {table.chunk_size} tokens. Nothing was encoded yet. Leave out documents, or increase `max_chunks` or"
+            " `chunk_size`."
+        )
 
 
 def _map_ahead(function: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:

@@ -1,6 +1,5 @@
 """Removes from disk what no search finds any more: deleted documents, and the stages of former generations."""
 
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -11,11 +10,10 @@ from numpy.typing import NDArray
 
 from lightning_align.retrieval.chunks import FORMAT, Content, write_table
 from lightning_align.retrieval.encoders import read_vectors
-from lightning_align.retrieval.stages import Stage, Team, digest, open_stage, write_rows
+from lightning_align.retrieval.sealed import STAGE_NAME
+from lightning_align.retrieval.stages import MANIFEST, Stage, Team, digest, open_stage, write_rows
 from lightning_align.retrieval.tables import ChunkTable
 
-STAGE_FOLDER = re.compile(r"(chunks|vectors|index|lexical|neighbors)-[0-9a-f]{16}")
-"""The names of folders that may be removed. Other files in the folder of a database are left alone."""
 ROWS = 1 << 16
 """Vectors that are copied at once."""
 
@@ -100,16 +98,29 @@ def remove_unused(root: Path, head: Mapping[str, Any]) -> list[str]:
     kept_chunks = {name.partition("-")[2] for name in used if name.startswith("chunks-")}
     removed = []
     for folder in sorted(root.iterdir()):
-        if not STAGE_FOLDER.fullmatch(folder.name) or folder.name in used or not folder.is_dir():
+        # Other files in the folder of a database are left alone.
+        if not STAGE_NAME.fullmatch(folder.name) or folder.name in used or not folder.is_dir():
             continue
         # Vectors of query sets are not named in the head. The next build finds them by their key.
         if folder.name.startswith("vectors-") and _chunks_of(folder) in kept_chunks:
             continue
         # The manifest goes first: a folder that is removed in part must not count as finished.
-        (folder / "manifest.json").unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
         removed.append(folder.name)
     return removed
+
+
+def forget_stages(root: Path) -> None:
+    """Mark all stages but chunks as not finished. Chunks are found by the hash of their text, and are compared with theirs.
+
+    Args:
+        root: Folder of the database.
+    """
+    for folder in root.iterdir():
+        if STAGE_NAME.fullmatch(folder.name) and not folder.name.startswith("chunks-"):
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder / "blocks", ignore_errors=True)
 
 
 def _chunks_of(folder: Path) -> str | None:

@@ -1,15 +1,20 @@
 """A finished database: the stages that belong together, and their tables."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from lightning_align.retrieval.sealed import HEAD_KEYS, check_head, read_sealed, value_of
+from lightning_align.retrieval.stages import MANIFEST, problem_of, read_manifest
 from lightning_align.retrieval.tables import ChunkTable, Neighbors
 
 HEAD = "database.json"
 """The head. It is written last, so a folder that has it holds a finished database."""
+VERIFIED_BYTES = 2 << 30
+"""How large the files of a database are at most that data modules and retrievers compare with their hashes by themselves."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,19 @@ class RetrievalDatabase:
         """
         path = Path(folder) / HEAD
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_sealed(path, HEAD_KEYS)
+            check_head(manifest)
         except FileNotFoundError as error:
             raise ValueError(
                 f"`folder` must be a finished retrieval database, but {folder} has no {HEAD}. Build it with the "
                 "RetrievalIndexing callback. A build that was stopped resumes where it stopped."
             ) from error
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror or error}). Ask its owner for access.") from error
+        except ValueError as error:
             raise ValueError(
-                f"{path} cannot be read ({error}). Delete it and build again. Finished stages are kept."
+                f"{path} cannot be used: {error}. It is damaged or was edited. Copy it from a backup, or delete it and build "
+                "again. Finished stages are kept, but deletions and additions of documents are lost."
             ) from error
         return cls(Path(folder), manifest)
 
@@ -81,5 +90,59 @@ class RetrievalDatabase:
                 f"To add it, pass the documents to RetrievalIndexing as queries={{{name!r}: ...}}."
             )
         chunks, neighbors = self.folder / sets[name]["chunks"], self.folder / sets[name]["neighbors"]
-        leaks = json.loads((neighbors / "leaks.json").read_text(encoding="utf-8"))
-        return QuerySet(ChunkTable(chunks), Neighbors(neighbors), leaks)
+        return QuerySet(ChunkTable(chunks), Neighbors(neighbors), _read_leaks(neighbors / "leaks.json"))
+
+    def verify(
+        self, stages: Iterable[str] | None = None, *, queries: Iterable[str] | None = None, at_most: int | None = None
+    ) -> bool:
+        """Compare the files of the database with the hashes that were taken when they were written.
+
+        `open` compares only the sizes of files, because it must be fast. This reads them, at the speed of SHA-256: about a
+        second per GB. A process reads a file only once for it, as long as the file is not written to.
+
+        Args:
+            stages: The stages to compare: ``chunks``, ``vectors``, ``index``, ``lexical``, ``neighbors``. Default is all.
+            queries: The names of the query sets to compare. Default is all.
+            at_most: The most bytes to read. If there are more, only sizes are compared.
+
+        Returns:
+            Whether the files were compared. False if they have more than `at_most` bytes.
+
+        Raises:
+            ValueError: If a file is missing or has other content than when it was written, with its name.
+        """
+        folders = [folder for kind, folder in self.manifest["stages"].items() if stages is None or kind in set(stages)]
+        for name, parts in self.manifest["queries"].items():
+            if queries is None or name in set(queries):
+                folders += parts.values()
+        files: dict[Path, dict[str, Any]] = {}
+        for folder in dict.fromkeys(folders):
+            try:
+                listed = read_manifest(self.folder / folder)["files"]
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.folder / folder / MANIFEST} cannot be used: {error}. {_AGAIN}") from error
+            files |= {self.folder / folder / name: written for name, written in listed.items()}
+        is_small = at_most is None or sum(written["bytes"] for written in files.values()) <= at_most
+        for read in (False, True) if is_small else (False,):  # sizes first, which takes no time
+            for path, written in files.items():
+                if problem := problem_of(path, written, verify=read):
+                    raise ValueError(f"{path} {problem}. {_AGAIN}")
+        return is_small
+
+
+_AGAIN = "Build the database again, as it was built. Only damaged stages are made again."
+
+
+def _read_leaks(path: Path) -> list[dict[str, Any]]:
+    try:
+        leaks = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(leaks, list):
+            raise ValueError(f"it must hold a list, but holds a {type(leaks).__name__}")
+        for leak in leaks:
+            if not isinstance(leak, dict):
+                raise ValueError(f"it must list objects, but has {leak!r:.60}")
+            for name, kind in (("document", str), ("found", str), ("similarity", (int, float))):
+                value_of(leak, name, kind)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {error}. {_AGAIN}") from error
+    return leaks

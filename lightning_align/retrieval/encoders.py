@@ -271,7 +271,7 @@ def build_vectors(
             _warn_of_truncation(encoder, table)
         if done and verify:
             _check_encoder(stage, encoder, table, precision)
-    if team.tell(done):
+    if team.share(done):
         return stage
     num_blocks = -(-len(table) // BLOCK_CHUNKS)
     with team.together():
@@ -341,9 +341,7 @@ def _check_encoder(stage: Stage, encoder: Encoder, table: ChunkTable, precision:
 
 def _precision_of(stage: Stage | None) -> str | None:
     """Return the precision in which the vectors of a finished stage were encoded. None for those of earlier versions."""
-    manifest = None if stage is None else stage.manifest()
-    precision: str | None = None if manifest is None else manifest["table"].get("precision")
-    return precision
+    return None if stage is None else stage.setting("precision", str, default="") or None
 
 
 def _old_blocks(stage: Stage, previous: Stage | None) -> list[NDArray[np.float16]]:

@@ -212,9 +212,10 @@ class Best(NamedTuple):
         wanted, columns = self.scores.shape[1], scores.shape[1]
         width = columns if columns % WIDTH else WIDTH
         highest, worst = torch.from_numpy(scores).view(len(scores), -1, width).amax(2).numpy(), self.scores[:, -1]
-        if highest.shape[1] >= wanted and np.isneginf(worst).any():
-            # `wanted` blocks have a score at least as high as `high`, so lower scores are not among the best.
-            high = np.partition(highest, -wanted, axis=1)[:, -wanted]
+        enough = next((some for some in (highest, scores) if some.shape[1] >= wanted), None)
+        if enough is not None and np.isneginf(worst).any():
+            # `wanted` blocks or vectors have a score at least as high as `high`, so lower scores are not among the best.
+            high = np.partition(enough, -wanted, axis=1)[:, -wanted]
             worst = np.maximum(worst, np.nextafter(high, np.float32(-np.inf)))
         over = np.flatnonzero(highest > worst[:, None])
         if not len(over):

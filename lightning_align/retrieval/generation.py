@@ -4,13 +4,13 @@ Every build, addition and deletion writes a new head. The folders of former gene
 published again.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_align.retrieval.database import HEAD, RetrievalDatabase
+from lightning_align.retrieval.sealed import seal
 from lightning_align.retrieval.stages import Stage, Team, open_stage, write_bytes
 
 
@@ -50,7 +50,7 @@ def write_head(root: Path, head: Mapping[str, Any]) -> None:
     """Write ``database.json``, which makes a generation the current one. Nothing is written if it is so already."""
     if read_head(root) == head:
         return
-    write_bytes(root / HEAD, (json.dumps(head, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(root / HEAD, seal(head))
 
 
 def publish_head(root: Path, head: Mapping[str, Any], *, verify: bool) -> bool:
@@ -75,6 +75,6 @@ def publish_head(root: Path, head: Mapping[str, Any], *, verify: bool) -> bool:
                     done = False
                 if done:
                     write_head(root, head)
-        return team.tell(done)
+        return team.share(done)
     finally:
         team.close()

@@ -93,7 +93,7 @@ def build_index(root: Path, vectors: Stage, config: IndexConfig, *, team: Team, 
     stage = Stage(root, "index", {"format": FORMAT, "vectors": vectors.key, "config": settings})
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
-    if team.tell(done):
+    if team.share(done):
         return stage
     with team.together():
         if team.rank == 0 and not stage.has_block(0):
@@ -228,10 +228,8 @@ def _write(
 
 def open_index(stage: Stage) -> Any:
     """Open a finished index with its measured search effort. It is memory-mapped if its type supports that."""
-    manifest = stage.manifest()
-    assert manifest is not None, f"{stage.folder} is not finished"
     index = _read(stage.folder / "index.faiss")
-    set_effort(index, manifest["table"]["effort"])
+    set_effort(index, stage.setting("effort", int))
     return index
 
 

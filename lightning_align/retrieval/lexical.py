@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from lightning_align.retrieval.dense import DenseSearcher
 from lightning_align.retrieval.neighbors import Forbidden, Nearest, pick
 from lightning_align.retrieval.postings import FILES, Doubles, Postings, count_terms, write_postings
+from lightning_align.retrieval.sealed import value_of
 from lightning_align.retrieval.stages import Stage, Team, write_bytes
 from lightning_align.retrieval.tables import ChunkTable, Floats, Ints
 from lightning_align.retrieval.words import WordsConfig, config_of, earlier_terms, terms, words_key
@@ -77,12 +78,17 @@ class LexicalSearcher:
     """
 
     def __init__(self, stage: Stage, groups: Ints, decode: Decode) -> None:
-        names: Any = json.loads((stage.folder / "words.json").read_text(encoding="utf-8"))
+        names = _read_words(stage.folder / "words.json")
         is_earlier = isinstance(names, dict)
         self.vocabulary: dict[str, int] = names["vocabulary"] if is_earlier else {name: i for i, name in enumerate(names)}
         self.postings = _EarlierPostings(stage.folder, groups) if is_earlier else Postings(stage.folder, groups)
-        manifest = stage.manifest()
-        config = config_of(None if manifest is None else manifest["table"].get("words"))
+        settings = stage.setting("words", dict, default={}) or None
+        try:
+            config = config_of(settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{stage.folder} has settings of words that this version does not know ({error}). Build the database again."
+            ) from error
         self._terms: Callable[[str], list[str]] = earlier_terms if config is None else partial(terms, config=config)
         self.decode = decode
 
@@ -108,6 +114,19 @@ class LexicalSearcher:
             found, scores = self.postings.best(query, k, groups)
             ids[row, : len(found)], mask[row, : len(found)], distances[row, : len(found)] = found, True, 0 - scores
         return Nearest(ids, mask, distances)
+
+
+def _read_words(path: Path) -> Any:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        listed = value_of(names, "vocabulary", dict) if isinstance(names, dict) else names
+        if not isinstance(listed, (dict, list)) or not all(isinstance(name, str) for name in listed):
+            raise ValueError(f"it must list words, but holds {names!r:.60}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be used: {error}. Build the database again. Only damaged stages are made again."
+        ) from error
+    return names
 
 
 class _EarlierPostings:

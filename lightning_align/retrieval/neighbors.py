@@ -125,7 +125,7 @@ def build_neighbors(
     stage = Stage(root, "neighbors", {"format": FORMAT, **settings})
     with team.together():
         done = team.rank == 0 and stage.is_finished(verify=verify > 0)
-    if team.tell(done):
+    if team.share(done):
         return stage
     own, other = ChunkTable(queries.folder), ChunkTable(database.folder)
     if not 1 <= k < max(2, len(other)):

@@ -1,5 +1,6 @@
 """Live retrieval: search for the neighbors of new tokens, as generation does."""
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -78,7 +79,7 @@ def collect(results: Iterable[Iterable[tuple[int, float, Sequence[int]]]], shape
 
 
 class DatabaseRetriever:
-    """A `Retriever` over the chunks of a database.
+    """A `Retriever` over the chunks of a database. Several threads can use it. It searches for one at a time.
 
     Args:
         table: The chunks of the database.
@@ -90,7 +91,9 @@ class DatabaseRetriever:
     def __init__(
         self, table: ChunkTable, searcher: Searcher, make_queries: Callable[[Sequence[ArrayLike]], Any], *, deleted: Ints
     ) -> None:
-        self.table, self.searcher, self.make_queries = table, searcher, make_queries
+        # A compaction by another process can remove the files while this one searches.
+        self.table, self.searcher, self.make_queries = table.hold(), searcher, make_queries
+        self._lock = threading.Lock()  # searchers keep scores between the steps of a search
         self._deleted = set(deleted.tolist())
         # Deleted documents come first, so that the name of a replaced document maps to its successor.
         order = sorted(range(table.num_documents), key=lambda number: number not in self._deleted)
@@ -126,7 +129,8 @@ class DatabaseRetriever:
             return self._found(
                 np.zeros((0, k), dtype=np.int64), np.zeros((0, k), dtype=bool), np.zeros((0, k), dtype=np.float32)
             )
-        nearest = self.searcher.nearest(self.make_queries(runs), k, self._forbidden(exclude or []))
+        with self._lock:
+            nearest = self.searcher.nearest(self.make_queries(runs), k, self._forbidden(exclude or []))
         return self._found(*nearest)
 
     def _forbidden(self, exclude: Sequence[Sequence[str]]) -> Forbidden:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retrieval.database import VERIFIED_BYTES, RetrievalDatabase
 from lightning_align.retrieval.dense import DenseQueries, DenseSearcher
 from lightning_align.retrieval.encoders import read_vectors
 from lightning_align.retrieval.generation import Parts, open_parts
@@ -44,10 +44,8 @@ def make_searcher(
     if parts.index is None:
         assert lexical is not None
         return lexical
-    manifest = parts.index.manifest()
-    assert manifest is not None
     vectors = None if query_vectors is None else read_vectors(query_vectors)
-    effort = manifest["table"]["effort"]
+    effort = parts.index.setting("effort", int)
     dense = DenseSearcher(open_index(parts.index), groups, effort=effort, vectors=vectors, device=device)
     return dense if lexical is None or kind == "dense" else HybridSearcher(dense, lexical)
 
@@ -61,15 +59,17 @@ def make_retriever(root: Path, tools: Tools, *, device: torch.device | None = No
         device: The device for exact search. Default is the CPU.
 
     Raises:
-        ValueError: If there is no finished database, or it was built with another encoder.
+        ValueError: If there is no finished database, it is damaged, or it was built with another encoder.
     """
-    head = RetrievalDatabase.open(root).manifest
+    database = RetrievalDatabase.open(root)
+    head = database.manifest
     check_encoder(head, tools)
+    database.verify(("chunks", "index", "lexical"), queries=(), at_most=VERIFIED_BYTES)
     parts, deleted = open_parts(root, head), np.array(head["deleted"], dtype=np.int64)
     kind: Kind = head["retriever"]
     searcher = make_searcher(parts, deleted, kind, tools.decode, device=device)
-    stored = None if parts.vectors is None else parts.vectors.manifest()
-    precision = None if stored is None else stored["table"].get("precision")  # not in databases of earlier versions
+    # Databases of earlier versions have no precision.
+    precision = None if parts.vectors is None else parts.vectors.setting("precision", str, default="") or None
     dense = None if tools.encoder is None else DenseQueries(tools.encoder, precision=precision)
 
     def queries(runs: Sequence[Any]) -> Any:

@@ -7,14 +7,16 @@ the two readings is found by its hash and named.
 
 import hashlib
 import json
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_align.retrieval.stages import Stage
+from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.types import Document
 
 Digests = NDArray[np.uint64]
@@ -194,3 +196,20 @@ def _digest(document: Document) -> bytes:
     content = Digest(document.id)
     content.update(document.text)
     return content.digest()
+
+
+def warn_of_changes(before: Mapping[str, tuple[int, ...]], source: DocumentSource, root: Path, team: Team) -> None:
+    """Warn if files of a source changed during a build.
+
+    Args:
+        before: What `stamps` returned before it.
+        source: The source.
+        root: Folder of the database.
+        team: The ranks. Rank 0 warns.
+    """
+    if team.rank == 0 and (names := changed_files(before, source)):
+        warnings.warn(
+            f"{len(names)} files were changed, added or removed while {root} was built, such as {names[0]}. The"
+            " database has their text as it was when it was read. Build again to take in the changes.",
+            stacklevel=3,
+        )

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_align.retrieval.sealed import FILE_NAME, read_sealed, seal, value_of
 from lightning_align.runtime.files import publish
 from lightning_align.runtime.team import Team as Team
 
@@ -59,24 +60,35 @@ class Stage:
         Args:
             verify: Whether to read all files and compare their hashes. By default only their sizes are compared.
         """
-        path = self.folder / MANIFEST
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            files: dict[str, Any] = content["files"]
+            content = read_manifest(self.folder)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             self._discard(f"Its manifest cannot be read ({error}).")
             return None
-        for name, written in files.items():
-            file = self.folder / name
-            if not file.is_file() or file.stat().st_size != written["bytes"]:
-                self._discard(f"{name} is missing or does not have {written['bytes']} bytes.")
-                return None
-            if verify and file_hash(file) != written["sha256"]:
-                self._discard(f"The content of {name} does not match its hash.")
+        for name, written in content["files"].items():
+            if problem := problem_of(self.folder / name, written, verify=verify):
+                self._discard(f"{name} {problem}.")
                 return None
         return content
+
+    def setting(self, name: str, kind: type | tuple[type, ...], *, default: Any = None) -> Any:
+        """Return a setting that the finished stage wrote for its readers.
+
+        Args:
+            name: The name of the setting.
+            kind: Its type, or types.
+            default: What to return if there is no such setting. None if there must be one.
+
+        Raises:
+            ValueError: If the stage is not finished, or the setting is missing or of another type.
+        """
+        try:
+            table = read_manifest(self.folder)["table"]
+            return default if default is not None and name not in table else value_of(table, name, kind)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder / MANIFEST} cannot be used: {error}. Build the database again.") from error
 
     def is_finished(self, *, verify: bool = False) -> bool:
         """Whether the stage is finished, see `manifest`. If it is, delete leftover blocks, so call it on one rank only."""
@@ -117,7 +129,7 @@ class Stage:
             "counts": dict(counts),
             "table": dict(table),
         }
-        write_bytes(self.folder / MANIFEST, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        write_bytes(self.folder / MANIFEST, seal(content))
         self.tidy()
 
     def tidy(self) -> None:
@@ -201,12 +213,60 @@ def open_stage(folder: Path) -> Stage:
         ValueError: If the folder has no complete manifest.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return Stage(folder.parent, content["stage"], content["inputs"])
-    except (OSError, ValueError, KeyError) as error:
+        content = read_manifest(folder)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} has no complete manifest ({error}). Build the database again. Finished stages are kept."
         ) from error
+    return Stage(folder.parent, content["stage"], content["inputs"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a stage, and check its shape.
+
+    Args:
+        folder: Folder of the stage.
+
+    Raises:
+        OSError: If the manifest cannot be read.
+        ValueError: If it is damaged, is that of another stage, or names files outside of the folder. The message does not name
+            the folder.
+    """
+    content = read_sealed(folder / MANIFEST, ("stage", "inputs", "blocks", "files", "counts", "table"))
+    name, inputs = value_of(content, "stage", str), value_of(content, "inputs", dict)
+    if folder.name != f"{name}-{digest({'stage': name, **inputs})[:16]}":
+        raise ValueError("it is that of another stage")
+    files = value_of(content, "files", dict)
+    for file in files:
+        if not FILE_NAME.fullmatch(file):
+            raise ValueError(f"it names {file!r:.60}, which is not a file of this folder")
+        written = value_of(files, file, dict)
+        value_of(written, "bytes", int), value_of(written, "sha256", str)
+    value_of(content, "table", dict)
+    return content
+
+
+_intact: set[tuple[str, str, int, int, int]] = set()
+"""The files that this process has found intact, so that none is read twice for it: path, hash, inode, size and time."""
+
+
+def problem_of(file: Path, written: Mapping[str, Any], *, verify: bool) -> str | None:
+    """Return what is wrong with a file of a stage, or None.
+
+    Args:
+        file: The file.
+        written: What the manifest says of it.
+        verify: Whether to read it and compare its hash. Otherwise only its size is compared.
+    """
+    found = file.stat() if file.is_file() else None
+    if found is None or found.st_size != written["bytes"]:
+        return f"is missing or does not have {written['bytes']} bytes"
+    known = (str(file.absolute()), written["sha256"], found.st_ino, found.st_size, found.st_mtime_ns)
+    if verify and known not in _intact:
+        if file_hash(file) != written["sha256"]:
+            return "does not match its hash"
+        _intact.add(known)
+    return None
 
 
 def digest(content: Any) -> str:

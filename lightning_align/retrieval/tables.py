@@ -8,14 +8,18 @@ the chunks of a document are a range. A chunk and its continuation are consecuti
 """
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_align.retrieval.duplicates import Sketch
+from lightning_align.retrieval.sealed import value_of
+from lightning_align.retrieval.stages import MANIFEST, read_manifest
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -34,6 +38,11 @@ class Tokens(NamedTuple):
 class _Folder:
     """Arrays of a folder. Each process maps an array at first access. Only the path is pickled."""
 
+    arrays: ClassVar[tuple[str, ...]] = ()
+    """The arrays that a reader needs."""
+    expected: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}
+    """The settings that the stage has, with their types."""
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
@@ -41,23 +50,40 @@ class _Folder:
         # Pickling a mapped array would copy all of it.
         return {"folder": self.folder}
 
+    def hold(self) -> Self:
+        """Map all arrays now, so that they stay readable in this process when a compaction removes the folder."""
+        for name in ("settings", *self.arrays):
+            getattr(self, name)
+        return self
+
     def _map(self, name: str) -> NDArray[Any]:
         try:
             array: NDArray[Any] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             return array
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"{self.folder / name}.npy is missing or damaged ({error}). Delete {self.folder} and build it again."
-            ) from error
+            raise self._damaged(f"{name}.npy", error) from error
+
+    def _damaged(self, name: str, error: Exception) -> ValueError:
+        if not self.folder.is_dir():
+            return ValueError(
+                f"{self.folder} is missing. If the database was compacted after it was opened, open it again. Otherwise build "
+                "it again."
+            )
+        return ValueError(
+            f"{self.folder / name} is missing or damaged ({error}). Build the database again. Only damaged stages are "
+            "made again."
+        )
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Settings that the stage wrote for its readers."""
-        path = self.folder / "manifest.json"
         try:
-            settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["table"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}). The stage is not finished. Build it again.") from error
+            settings: dict[str, Any] = read_manifest(self.folder)["table"]
+            for name, kind in self.expected.items():
+                if isinstance(value := value_of(settings, name, kind), int) and value < (name in ("chunk_size", "vocab_size")):
+                    raise ValueError(f"its {name!r} cannot be {value}")
+        except (OSError, ValueError) as error:
+            raise self._damaged(MANIFEST, error) from error
         return settings
 
 
@@ -67,6 +93,25 @@ class ChunkTable(_Folder):
     Args:
         folder: Folder of a finished chunk stage.
     """
+
+    arrays = ("tokens", "token_offsets", "chunk_offsets", "groups")
+    expected = MappingProxyType(
+        {
+            "chunk_size": int,
+            "pad_id": int,
+            "vocab_size": int,
+            "tokenizer": str,
+            "bos_id": (int, type(None)),
+            "byte_counts": bool,
+        }
+    )
+
+    def hold(self) -> Self:
+        """See the base class."""
+        super().hold()
+        if self.has_byte_counts:
+            self.num_bytes  # noqa: B018  # maps it
+        return self
 
     @property
     def chunk_size(self) -> int:
@@ -151,8 +196,15 @@ class ChunkTable(_Folder):
     @cached_property
     def document_ids(self) -> list[str]:
         """(D,) name of each document."""
-        with (self.folder / "document_ids.jsonl").open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        name = "document_ids.jsonl"
+        try:
+            with (self.folder / name).open(encoding="utf-8") as lines:
+                ids = [json.loads(line) for line in lines]
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged(name, error) from error
+        if len(ids) != self.num_documents or not all(isinstance(each, str) for each in ids):
+            raise self._damaged(name, ValueError(f"it must have {self.num_documents} lines, each a text"))
+        return ids
 
     def __len__(self) -> int:
         return int(self.chunk_offsets[-1])
@@ -228,6 +280,8 @@ class Neighbors(_Folder):
     Args:
         folder: Folder of a finished neighbor stage.
     """
+
+    arrays = ("ids", "mask", "distances")
 
     @cached_property
     def ids(self) -> Ints:

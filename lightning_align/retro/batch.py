@@ -177,7 +177,8 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
                 f"`num_neighbors` must be at most {neighbors.k}, the number of neighbors per chunk in the database, but got "
                 f"{num_neighbors}. Use a smaller value, or build the database with a larger k."
             )
-        self.table, self.neighbors, self.database = table, neighbors, database
+        # A compaction by another process can remove the files while this one trains.
+        self.table, self.neighbors, self.database = table.hold(), neighbors.hold(), database.hold()
         self.own = table.folder == database.folder
         """Whether the documents are those of the database. Chunks must then not use their own document as a neighbor."""
         self.windows = Windows(table, num_chunks, deleted=deleted if self.own else ())

@@ -19,7 +19,7 @@ from lightning_align.data.mixture import SourcePart, parts_of
 from lightning_align.data.rows import RowTask, read_rows
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.models.weights import weights_hash
-from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retrieval.database import VERIFIED_BYTES, RetrievalDatabase
 from lightning_align.retrieval.encoders import LMEncoder
 from lightning_align.retrieval.neighbors import warn_of_chunks_alone
 from lightning_align.retrieval.search import Retriever
@@ -158,6 +158,15 @@ class RETRODataModule(L.LightningDataModule):
             check_vocabulary(self.tokenizer, num_tokens=num_tokens)
         return database
 
+    def _verify(self, database: RetrievalDatabase, name: str | None) -> None:
+        """Compare the files of a loader with their hashes, if that takes seconds at most."""
+        names = [] if name is None else [name]
+        if not database.verify(("chunks", "neighbors"), queries=names, at_most=VERIFIED_BYTES):
+            rank_zero_info(
+                f"{self.folder} has more than {VERIFIED_BYTES / 1e9:.0f} GB, so its files are not compared with their hashes. "
+                "Call `RetrievalDatabase.open(...).verify()` after it was copied."
+            )
+
     @property
     def retriever(self) -> Retriever:
         """The retriever for generation. Use it in the main process only."""
@@ -178,6 +187,7 @@ class RETRODataModule(L.LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Make the loader of the training windows. Each epoch has its own order. The loader can resume from a checkpoint."""
         database, name = self.database, self.train_set
+        self._verify(database, name)
         documents = database if name is None else database.queries(name)
         if self.trainer is None or self.trainer.is_global_zero:
             warn_of_chunks_alone(
@@ -252,6 +262,7 @@ class RETRODataModule(L.LightningDataModule):
 
     def _eval_loader(self, name: str) -> Loader:
         database = self.database
+        self._verify(database, name)
         queries = database.queries(name)
         if queries.leaks:
             first = queries.leaks[0]

@@ -6,10 +6,12 @@ searches and encodes the neighbors of that chunk. They replace the previous ones
 """
 
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -54,19 +56,22 @@ class RetrievalCache:
 class RetrievalDecoder(nn.Module):
     """A RETRO model with a retriever, as a language model for `generate`.
 
-    Search results are cached per chunk, so several samples of a prompt search only once.
+    Search results are cached per chunk, so several samples of a prompt search only once. Several decoders, also in several
+    threads, can share a model and a retriever. `GivenNeighbors` is a retriever for neighbors of your own.
     """
 
-    def __init__(self, model: RETRO, retriever: Retriever, *, num_neighbors: int) -> None:
+    def __init__(self, model: RETRO, retriever: Retriever, *, num_neighbors: int, max_found: int = 1 << 16) -> None:
         """Combine a model and a retriever.
 
         Args:
             model: The model. Its parameters are shared, not copied.
             retriever: The retriever. Its chunk size must be that of the model.
             num_neighbors: J, the number of neighbors per chunk.
+            max_found: The number of chunks whose search results are kept. Those that were used last stay. A result takes 9
+                bytes per token of its neighbors, 2 kB for two neighbors of 128 tokens.
 
         Raises:
-            ValueError: If the chunk sizes differ, or if `num_neighbors` is less than 1.
+            ValueError: If the chunk sizes differ, or if `num_neighbors` or `max_found` is less than 1.
         """
         super().__init__()
         if retriever.chunk_size != model.chunk_size:
@@ -80,11 +85,13 @@ class RetrievalDecoder(nn.Module):
                 f"`num_neighbors` must be at least 1, but got {num_neighbors}. To generate without neighbors, pass the RETRO "
                 "model itself to generate."
             )
-        self.model, self.retriever, self.num_neighbors = model, retriever, num_neighbors
+        if max_found < 1:
+            raise ValueError(f"`max_found` must be at least 1, but got {max_found}. Each search result is used once at least.")
+        self.model, self.retriever, self.num_neighbors, self.max_found = model, retriever, num_neighbors, max_found
         self.needs_mask = True
         """That prompts of different lengths must have a mask, also with padding on the right."""
         self.found: dict[tuple[int, ...], Found] = {}
-        """The search results so far, by the tokens of the chunk. Each has shape (1, J)."""
+        """The last search results, by the tokens of the chunk. Each has shape (1, J)."""
 
     @property
     def head(self) -> Head:
@@ -152,6 +159,12 @@ class RetrievalDecoder(nn.Module):
         Returns:
             (B, N, D) hidden states.
         """
+        with _lock_of(self.model):
+            return self._hidden(tokens, mask=mask, positions=positions, cache=cache)
+
+    def _hidden(
+        self, tokens: Tensor, *, mask: Tensor | None, positions: Tensor | None, cache: RetrievalCache | StepRetrieval | None
+    ) -> Tensor:
         if cache is None or positions is None:
             return self.model.hidden(tokens, mask=mask, positions=positions)
         read: _PromptReader | _StepReader
@@ -181,12 +194,24 @@ class RetrievalDecoder(nn.Module):
                 tokens = type(found.tokens)(found.tokens.ids[one], found.tokens.mask[one])
                 self.found[query] = Found(found.ids[one], found.mask[one], found.distances[one], tokens)
         results = [self.found[query] for query in queries]
+        for query in dict.fromkeys(queries):
+            self.found[query] = self.found.pop(query)  # the last used come last
+        for query in list(self.found)[: max(0, len(self.found) - self.max_found)]:
+            del self.found[query]
         return NeighborTokens(
             *(
                 torch.from_numpy(np.concatenate(parts)).to(chunks.device, non_blocking=True)
                 for parts in ([r.tokens.ids for r in results], [r.tokens.mask & r.mask[..., None] for r in results])
             )
         )
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+"""A lock per model. Cross-attention is added to the blocks of the decoder by hooks, which threads must not mix."""
+
+
+def _lock_of(model: nn.Module) -> threading.Lock:
+    return _locks.setdefault(model, threading.Lock())
 
 
 class _PromptReader:

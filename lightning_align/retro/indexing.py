@@ -19,7 +19,7 @@ from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.language_model import vocabulary_size
 from lightning_align.models.weights import weights_hash
 from lightning_align.retrieval.build import Builder, Kind, Tools, make_retriever
-from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retrieval.database import HEAD, RetrievalDatabase
 from lightning_align.retrieval.encoders import Encoder, LMEncoder, SentenceEncoder
 from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retrieval.search import Retriever
@@ -46,6 +46,8 @@ def build_database(
     words: WordsConfig | None = None,
     hide_copies: bool = True,
     verify: float = 0.01,
+    max_chunks: int | None = None,
+    rebuild: bool = False,
     trainer: Callable[[], L.Trainer] | None = None,
 ) -> RetrievalDatabase:
     """Build a retrieval database, or its missing stages.
@@ -71,6 +73,10 @@ def build_database(
         hide_copies: Whether near-duplicates of a document of `queries` are excluded from its neighbors. False shows the effect
             of a leak. For documents of the database they are always excluded.
         verify: The share of the blocks of each stage that are computed twice and compared.
+        max_chunks: The most chunks that `documents` may have. With more, the build ends before anything is encoded. Default is
+            any number.
+        rebuild: Whether vectors, index and neighbors are made again, also if they are finished. The database cannot be opened
+            until the build is finished. Chunks are not made again, because they are found by the hash of their text.
         trainer: A function that makes the Trainer that runs the encoder. Default is a Trainer on one device of this machine.
 
     Returns:
@@ -93,7 +99,7 @@ def build_database(
     sources = {name: load_documents(source) for name, source in (queries or {}).items()}
     # Data loaders draw from the global generator of torch. Later training must not depend on whether the database existed.
     with isolate_rng(include_cuda=False), Builder(Path(folder), tools) as builder:
-        return builder.build(load_documents(documents), sources, chunk_size=chunk_size)
+        return builder.build(load_documents(documents), sources, chunk_size=chunk_size, max_chunks=max_chunks, rebuild=rebuild)
 
 
 def add_documents(
@@ -298,14 +304,22 @@ def _tools_of(folder: str | Path, encoder: str | Encoder | None = None, tokenize
         raise ValueError(
             f"{folder} was built with an object as the encoder, which cannot be loaded again. Pass an equal one as `encoder`."
         )
+    try:
+        index = IndexConfig(**made_with["index"])
+        words = WordsConfig(**made_with.get("words", {}))  # not in databases of release 0.1.0
+    except (TypeError, ValueError) as error:  # an unknown setting, or a value that cannot be
+        raise ValueError(
+            f"{Path(folder) / HEAD} has settings that this version does not know ({error}). Use the version that built it, or "
+            "build it again."
+        ) from error
     tools = make_tools(
         encoder or made_with["encoder"],
         tokenizer=database_tokenizer(database, tokenizer),
         k=made_with["k"],
         rerank=head["retriever"] == "hybrid",
-        index=IndexConfig(**made_with["index"]),
-        words=WordsConfig(**made_with.get("words", {})),  # not in databases of release 0.1.0
-        hide_copies=made_with["hide_copies"],
+        index=index,
+        words=words,
+        hide_copies=bool(made_with.get("hide_copies", True)),
         verify=0.01,
     )
     # A generation that follows is made with the same settings, wherever its tokenizer and its encoder are now.

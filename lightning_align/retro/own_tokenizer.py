@@ -26,7 +26,7 @@ def keep_tokenizer(root: Path, tokenizer: Tokenizer) -> str | None:
     folder = root / f"tokenizer-{tokenizer.fingerprint[:16]}"
     _, mark, options = tokenizer.name.partition("?")
     name = folder.name if of_transformers else f"{folder.name}/tokenizer.json"
-    if not folder.is_dir():
+    if not (root / name).exists():  # a process that was killed can have made the folder alone
         if not isinstance(tokenizer, TransformersTokenizer):
             publish_text(folder / "tokenizer.json", tokenizer.text)
         else:

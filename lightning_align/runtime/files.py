@@ -99,6 +99,7 @@ def locked(path: str | Path, *, on_wait: Callable[[str], None]) -> Iterator[bool
                 fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
             os.close(handle)
+            path.unlink(missing_ok=True)
             yield False
             return
         # The process before may have removed the file meanwhile. A third one then locks another file of the same name.

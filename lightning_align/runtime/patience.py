@@ -37,7 +37,7 @@ class Patience:
             if not dist.is_initialized() or src != 0:
                 told: T = broadcast(value, src)
                 return told
-            return self._joint().broadcast(value)
+            return self._joint().share(value)
 
         untyped.barrier, untyped.broadcast = patient_barrier, patient_broadcast
         self._strategy = untyped

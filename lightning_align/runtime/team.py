@@ -55,10 +55,6 @@ class Team:
                 if problem:
                     raise ValueError(f"Rank {rank} failed: {problem}. This rank stops too.")
 
-    def tell(self, flag: bool) -> bool:
-        """Return the flag of rank 0 on every rank."""
-        return self.share(flag)
-
     def share(self, value: T) -> T:
         """Return the value of rank 0 on every rank."""
         return self.gather(value)[0]
@@ -70,14 +66,6 @@ class Team:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
-
-    def broadcast(self, value: T) -> T:
-        """Return the value of rank 0 on every rank. Unlike `share`, only rank 0 sends one."""
-        values: list[Any] = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=0, group=self._group)
-        told: T = values[0]
-        return told
 
     def wait(self) -> None:
         """Wait for all ranks."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_align.scoring.head import CHUNK_BYTES, DEVICE_BYTES
+from lightning_align.scoring.head import CHUNK_BYTES, DEVICE_BYTES, exp_without_tiny_
 from lightning_align.scoring.products import accumulator_dtype
 
 
@@ -35,7 +35,8 @@ class _LogitsLogProbs(torch.autograd.Function):
         grad_MV = _zeros_like(logits_MV)
         for start in range(0, where_T.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            grad_logits = logits_MV.index_select(0, where_T[rows]).to(lses_T.dtype).sub_(lses_T[rows, None]).exp_()
+            grad_logits = logits_MV.index_select(0, where_T[rows]).to(lses_T.dtype).sub_(lses_T[rows, None])
+            exp_without_tiny_(grad_logits)
             scale = grad_T[rows, None]
             grad_logits.mul_(-scale).scatter_add_(1, targets_T[rows, None], scale)
             grad_MV[where_T[rows]] = grad_logits.to(grad_MV.dtype)

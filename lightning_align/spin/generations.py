@@ -12,7 +12,7 @@ Parts do not depend on each other or on the number of ranks. A set that was inte
 A row has the keys ``{"row", "prompt", "real", "real_logprob", "generated": [...]}``. Each entry of the list has the keys
 ``{"iteration", "sample", "text", "tokens", "reason", "end", "logprob", "sampled_logprob", "base_logprob"}``. The newest
 iteration comes first. ``end`` is the id that ended the response. ``unsupported`` counts the ids of an engine that the tokenizer
-does not have.
+does not have. ``checksum`` is the hash of the other entries of a row.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_align.data.store import StoredRow
+from lightning_align.runtime.checksums import sealed
 from lightning_align.runtime.files import publish_text
 from lightning_align.spin.set_files import Row, checked_row, read_identity, read_json, short
 from lightning_align.types import SelfPlayBatch, TokenBatch
@@ -64,7 +65,7 @@ class GeneratedSet:
                         f"{path} is missing, so the settings of the responses in its folder are not known. Remove "
                         f"{self.folder} to generate the set again."
                     )
-                publish_text(path, json.dumps(self.identity, indent=2))
+                publish_text(path, json.dumps(sealed(self.identity), indent=2))
             return
         found = read_identity(self.folder)
         differences = [name for name in self.identity if found.get(name) != self.identity[name]]
@@ -87,14 +88,14 @@ class GeneratedSet:
 
     def write(self, part: int, rows: Sequence[Row]) -> None:
         """Write a part, completely or not at all."""
-        publish_text(self.path(part), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        publish_text(self.path(part), "".join(json.dumps(sealed(row), ensure_ascii=False) + "\n" for row in rows))
 
     def close(self) -> None:
         """Write the hashes of all parts, unless the manifest exists already."""
         path = self.folder / "manifest.json"
         if not path.exists():
             hashes = {self.path(part).name: _digest(self.path(part)) for part in range(len(self.parts))}
-            publish_text(path, json.dumps({**self.identity, "sha256": hashes}, indent=2))
+            publish_text(path, json.dumps(sealed({**self.identity, "sha256": hashes}), indent=2))
 
     def read(self, part: int) -> list[Row]:
         """Read the rows of a part.

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lightning_align.runtime.checksums import SEAL, unsealed
+
 Row = dict[str, Any]
 
 
@@ -25,26 +27,26 @@ def read_json(path: Path) -> Row:
         ValueError: If the file cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object")
+        return unsealed(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"Cannot read {path} ({error}). Remove its folder to generate the set again.") from error
-    return content
 
 
 def checked_row(row: Any) -> Row:
     """Return a row of a set, or raise a ValueError that says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError("it is not an object")
-    _check(row, {"row": int, "prompt": str, "real": str, "real_logprob": float, "generated": list})
+    kinds: dict[str, type] = {"row": int, "prompt": str, "real": str, "real_logprob": float, "generated": list}
+    _check(row, kinds)
+    if unknown := row.keys() - {*kinds, SEAL}:
+        raise ValueError(f"it has the unknown entry `{short(unknown.pop())}`")  # perhaps a damaged name of the checksum
     for answer in row["generated"]:
         if not isinstance(answer, dict):
             raise ValueError("a response is not an object")
         _check(answer, {"iteration": int, "text": str, "tokens": list, "reason": str, "logprob": float})
         if not all(type(token) is int and token >= 0 for token in answer["tokens"]):
             raise ValueError("`tokens` must be a list of token ids")
-    return row
+    return unsealed(row)
 
 
 def _check(values: Row, kinds: dict[str, type]) -> None:

@@ -1,6 +1,6 @@
 """What a checkpoint holds: no frozen base model, and optimizer states that any strategy can load."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,29 @@ def restore_composed(checkpoint: dict[str, Any], policy: nn.Module, path: str | 
         own = policy.state_dict()
         for name in own.keys() - without_frozen(policy, own).keys():
             checkpoint["state_dict"].setdefault(POLICY_PREFIX + name, own[name])
+
+
+def check_trained_count(checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer], path: str | Path) -> None:
+    """Check that a checkpoint trains as many weights as a run that loads it without strictness.
+
+    Args:
+        checkpoint: The checkpoint. One without states of optimizers is not checked.
+        optimizers: The optimizers of the run.
+        path: The path of the checkpoint, for the message.
+
+    Raises:
+        ValueError: If the numbers differ, so that some weights would keep their initial values.
+    """
+    states = checkpoint.get("optimizer_states")
+    if not states or not optimizers:
+        return
+    saved = sum(len(group["params"]) for state in states for group in state["param_groups"])
+    own = sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+    if saved != own:
+        raise ValueError(
+            f"checkpoint {path} must train {own} weights, as this run does, but trains {saved}. Give the run the layers, "
+            "connections or adapters that the checkpoint was written with."
+        )
 
 
 def _policy_part(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -17,9 +18,10 @@ from torch.optim import Optimizer
 from lightning_align.generation.sampler import GenerationConfig
 from lightning_align.models.activations import Checkpointing
 from lightning_align.models.building import Backbone, backbone_spec, has_own_weights
-from lightning_align.models.composed import prepare_frozen
+from lightning_align.models.composed import is_composed, prepare_frozen
 from lightning_align.models.deferred import is_deferred
 from lightning_align.models.dropout import DropoutSwitch
+from lightning_align.models.integrity import check_checkpoint
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.weights import check_weights, policy_state
@@ -36,6 +38,7 @@ from lightning_align.runtime.namespaces import ADVICE, OTHER, foreign_parts
 from lightning_align.runtime.plain import plain
 from lightning_align.runtime.ranks import data_world
 from lightning_align.training.checkpoints import (
+    check_trained_count,
     drop_composed,
     drop_frozen,
     make_storable,
@@ -142,8 +145,10 @@ class AlignModule(Responding):
     # -- the policy
 
     def setup(self, stage: str) -> None:
-        """Choose how memory is allocated, and compare the tokenizer of the data with that of the initial weights."""
+        """Check the checkpoint, choose how memory is allocated, and compare the tokenizer with that of the initial weights."""
         super().setup(stage)
+        if self.trainer.ckpt_path is not None:
+            check_checkpoint(self.trainer.ckpt_path)
         self.clock.attach(self.trainer, stage)
         if foreign := foreign_parts([*callbacks_of(self.trainer), *self.trainer.loggers]):
             rank_zero_warn(f"The Trainer is of `lightning`, but has parts of `{OTHER}`: {', '.join(foreign)}. {ADVICE}")
@@ -178,9 +183,9 @@ class AlignModule(Responding):
             self.shard_policy(policy)
             if deferred:
                 self.check_sharded(policy)
-            # A checkpoint of adapters lacks the base model. `on_load_checkpoint` comes too late to add it under a sharded
-            # strategy.
-            self.strict_loading = self.lora is None
+            # A checkpoint of adapters lacks the base model, and one of a composition its frozen models. `on_load_checkpoint`
+            # comes too late to add them under a sharded strategy.
+            self.strict_loading = self.lora is None and not is_composed(policy)
         self.policy = policy
 
     def build_policy(self) -> nn.Module:
@@ -277,6 +282,18 @@ class AlignModule(Responding):
 
     # -- checkpoints
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Build the module of a checkpoint. See `LightningModule.load_from_checkpoint`.
+
+        Raises:
+            ValueError: If the checkpoint is damaged.
+        """
+        if isinstance(checkpoint_path, (str, Path)):
+            check_checkpoint(checkpoint_path)
+        found: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return found
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the run's place, make the checkpoint independent of ``init_from``, and leave out frozen base models."""
         self.clock.save(checkpoint, trainer_of(self))
@@ -309,13 +326,15 @@ class AlignModule(Responding):
         path = (None if trainer is None else trainer.ckpt_path) or "that was given"
         self.clock.load(checkpoint, trainer)
         check_tokenizer(checkpoint.get(TOKENIZER), datamodule_of(trainer), source=f"checkpoint {path}")
+        restore_composed(checkpoint, self.policy, path, sharded=self.is_sharded)
         if self.is_sharded:
             if self.lora is not None and not checkpoint.get("hyper_parameters", {}).get("lora"):
                 raise ValueError(
                     "The module has `lora`, but the checkpoint is of a run without `lora`. Give a checkpoint of adapters."
                 )
+            if not self.strict_loading:
+                check_trained_count(checkpoint, self.trainer.optimizers, path)
             return
-        restore_composed(checkpoint, self.policy, path, sharded=False)
         if self.lora is not None:
             restore_frozen(checkpoint, self.policy, self.state_dict())
         check_weights(self.policy, policy_state(checkpoint["state_dict"]), path)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_align.models.checkpoint import SHARDS_META, gather_command, read_checkpoint
+from lightning_align.models.checkpoint import gather_command, read_checkpoint
+from lightning_align.models.integrity import SHARDS_META, check_checkpoint
 from lightning_align.training.place import KEY
 
 CHOSEN = "LIGHTNING_ALIGN_CKPT_PATH"
@@ -98,8 +99,7 @@ def _usable(path: Path, *, resumes: bool, module: str | None) -> int:
         ValueError: If the checkpoint cannot be used, with the reason.
     """
     if gather_command(path) is not None:
-        if not (path / ".metadata").is_file():  # torch writes it when all ranks have written their shards
-            raise ValueError(f"checkpoint {path} is incomplete: some ranks have not written their shards")
+        check_checkpoint(path)
         try:
             content = torch.load(path / SHARDS_META, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many types here

@@ -18,6 +18,9 @@ class RankWatch(Callback):
     Every module of this package has one on several ranks. Another rank has ten seconds to end by itself. Then its process ends
     with exit status 1, because it may wait in a collective, where no exception reaches it.
 
+    A module of your own gets one if its ``configure_callbacks`` calls `attach`. In the list of callbacks of a Trainer it does
+    nothing: data are prepared before Lightning calls a callback.
+
     Barriers and broadcasts of the strategy wait in a group of their own, for up to 30 days; see `Patience`.
     """
 
@@ -33,6 +36,9 @@ class RankWatch(Callback):
         """Watch the run that a Trainer begins, if it has several ranks. Call it before the process group is made.
 
         The callback comes first, so that the others learn of an error before another callback waits for them.
+
+        Args:
+            trainer: The Trainer of the run. ``configure_callbacks`` of its module is the place to call this.
         """
         if ranks_of(trainer) == 1:
             return

@@ -99,7 +99,7 @@ def test_references_are_paths_with_hashes(tmp_path: Path, monkeypatch: pytest.Mo
     write_palms()
     model = by_paths()
     save_composition(model, "c", frozen="references")
-    assert sorted(path.name for path in Path("c").iterdir()) == ["config.json", "connections.safetensors"]
+    assert sorted(path.name for path in Path("c").iterdir()) == ["SHA256SUMS", "config.json", "connections.safetensors"]
     assert json.loads(Path("c/config.json").read_text())["composition"]["anchor"]["source"] == "anchor"
     assert gap(load_composition("c")(TOKENS), model(TOKENS)) == 0
     monkeypatch.chdir("/")  # the path is found from everywhere
@@ -121,6 +121,10 @@ def test_another_model_in_the_place_of_a_frozen_one_is_refused(
     augment.token_emb.weight.data[0, 0] += 0.01
     place = "c/augment_0" if frozen == "whole" else "augment"
     write_model(augment, whole_weights(augment), place)
+    if frozen == "whole":
+        with pytest.raises(ValueError, match=r"augment_0/model.safetensors was changed after it was written"):
+            load_composition("c")
+    Path("c/SHA256SUMS").unlink()
     with pytest.raises(ValueError, match=rf"trained with other weights of augments.0 \({place}\)"):
         load_composition("c")
 
@@ -147,10 +151,10 @@ def test_another_export_in_the_folder_is_replaced(tmp_path: Path) -> None:
     model = composed(torch.float32)
     save_composition(model, place)
     assert sorted(path.name for path in place.iterdir()) == [
-        *("anchor", "augment_0", "config.json", "connections.safetensors", "notes.txt"),
+        *("SHA256SUMS", "anchor", "augment_0", "config.json", "connections.safetensors", "notes.txt"),
     ]
     write_model(palm, whole_weights(palm), place)
-    assert sorted(path.name for path in place.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+    assert sorted(path.name for path in place.iterdir()) == ["SHA256SUMS", "config.json", "model.safetensors", "notes.txt"]
     assert gap(read_model(place)(TOKENS), palm(TOKENS)) == 0
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").write_text("no export")
@@ -170,7 +174,8 @@ def test_a_failed_proof_keeps_the_earlier_export(tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match=r"must compute what the trained model computes.*Nothing was exported"):
         save_composition(first, place)
     assert gap(load_composition(place)(TOKENS), first(TOKENS)) == 0
-    assert sorted(path.name for path in place.iterdir()) == ["anchor", "augment_0", "config.json", "connections.safetensors"]
+    names = sorted(path.name for path in place.iterdir())
+    assert names == ["SHA256SUMS", "anchor", "augment_0", "config.json", "connections.safetensors"]
 
 
 def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
@@ -179,6 +184,9 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     connections, config = place / "connections.safetensors", place / "config.json"
     content, manifest = connections.read_bytes(), json.loads(config.read_text())
     connections.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"connections.safetensors was changed after it was written"):
+        load_composition(place)
+    (place / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match=r"connections.safetensors is missing or was changed"):
         load_composition(place)
     connections.write_bytes(content)
@@ -193,6 +201,7 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
 def test_a_folder_does_not_choose_files_outside_of_itself(tmp_path: Path) -> None:
     place = tmp_path / "c"
     save_composition(composed(torch.float32), place)
+    (place / "SHA256SUMS").unlink()
     config = place / "config.json"
     manifest = json.loads(config.read_text())
     manifest["composition"]["anchor"]["folder"] = "../elsewhere"

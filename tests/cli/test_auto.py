@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
 from lightning_align.cli import run
 from lightning_align.training.newest import checkpoint_folders, choose_checkpoint, newest_checkpoint
@@ -86,13 +87,14 @@ def test_a_torn_checkpoint_serves_validation_only(started: Path) -> None:
     assert resumed.path == started and "middle of an optimizer step" in resumed.skipped[0]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_an_incomplete_sharded_checkpoint_is_skipped(tmp_path: Path) -> None:
     for name, complete in (("old", True), ("new", False)):
         made = tmp_path / f"{name}.ckpt"
-        made.mkdir()
+        dcp.save({"a": torch.ones(2)}, checkpoint_id=made, no_dist=True)
         torch.save({"global_step": 7, "loops": {}}, made / "meta.pt")
-        if complete:
-            (made / ".metadata").touch()
+        if not complete:
+            (made / ".metadata").unlink()
     aged(tmp_path / "old.ckpt" / "meta.pt", 50)
     found = newest_checkpoint([tmp_path], None, resumes=True)
     assert found.path == tmp_path / "old.ckpt" and found.step == 7 and "is incomplete" in found.skipped[0]

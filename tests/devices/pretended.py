@@ -67,6 +67,9 @@ class PretendedGPU:
         self._stack.enter_context(mock.patch("torch.cuda.get_rng_state", lambda device: torch.get_rng_state()))
         self._stack.enter_context(mock.patch("torch.cuda.set_rng_state", lambda state, device: None))
         self._stack.enter_context(mock.patch("torch.cuda.Event", lambda *_, **__: _Event(self)))
+        self._stack.enter_context(
+            mock.patch("lightning_align.generation.looks.has_events", lambda device: device.type == "cuda")
+        )
         self._stack.enter_context(_Questions(self))
         self._stack.enter_context(_Operators(self))
         return self

@@ -51,6 +51,15 @@ def test_a_look_is_read_after_the_next_has_started() -> None:
         assert [rows for rows, _, _ in looks.read(0)] == [["second"]]
 
 
+def test_a_device_without_events_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a simulated device is where torch finds no GPU."""
+    with PretendedGPU():
+        monkeypatch.setattr("lightning_align.generation.looks.has_events", lambda device: False)
+        looks = Looks[str](GPU, late=True)
+        looks.add(["only"], torch.tensor([[1, 2]], device=GPU), torch.tensor([[-0.5, -1.0]], device=GPU))
+        assert list(looks.read(1)) == [(["only"], [[1, 2]], [[-0.5, -1.0]])]
+
+
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_copy_is_read_when_an_event_has_been_waited_for(waits: bool) -> None:
     with PretendedGPU() as device:

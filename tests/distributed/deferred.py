@@ -29,7 +29,7 @@ LLAMA = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-SIZES = {"small": (64, 32, 2), "medium": (1024, 224, 32), "large": (2048, 448, 32)}
+SIZES = {"small": (64, 32, 2), "medium": (1024, 224, 32)}
 """The vocabulary, the width and the number of layers."""
 
 
@@ -122,29 +122,27 @@ def built(case: str, size: str, folder: Path, strategy: Any, devices: int) -> tu
     return module, measured, states[0]
 
 
-def main(size: str, cases: str, folder: Path) -> None:
+def main(small: list[str], medium: list[str], folder: Path) -> None:
+    """Build cases of both sizes. The memory of modules and caches is not the model's, so what is measured comes second."""
     # Every block of 64 KiB and more is mapped by itself and unmapped when it is freed, so that what is measured is in use. The
     # variable keeps the package from choosing otherwise.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
     assert ctypes.CDLL(None).mallopt(-3, 2**16) == 1
     results: dict[str, Any] = {}
-    if size != "small":
-        for case in cases.split(","):
-            built(case, "small", folder, STRATEGIES["fsdp2"]("dpo"), 2)  # the memory of modules and caches is not the model's
-    for case in cases.split(","):
+    for size, case in [*(("small", case) for case in small), *(("medium", case) for case in medium)]:
         module, measured, state = built(case, size, folder, STRATEGIES["fsdp2"]("dpo"), 2)
         held = sum(p.to_local().nbytes for p in module.policy.parameters())  # type: ignore[attr-defined]
-        results[case] = {"peak": measured["peak"], "held": held, "rng": state}
+        result = results[f"{size} {case}"] = {"peak": measured["peak"], "held": held, "rng": state}
         if size == "small":
-            results[case]["state"] = full(module.policy)
+            result["state"] = full(module.policy)
             if case in ("reference", "pretrained"):
-                results[case]["reference"], results[case]["hash"] = full(module.reference.model), module.initial_policy.weights
+                result["reference"], result["hash"] = full(module.reference.model), module.initial_policy.weights
             if case == "moving":
-                results[case]["reference"] = full(module.reference_average)
+                result["reference"] = full(module.reference_average)
         del module
-    torch.save(results, folder / f"{os.environ['RANK']}-{size}.pt")
+    torch.save(results, folder / f"{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1].split(","), sys.argv[2].split(","), Path(sys.argv[3]))

@@ -26,6 +26,7 @@ from lightning_align.retro.callbacks import RetrievalIndexing
 from lightning_align.runtime import rank_link
 from lightning_align.sft.module import SFTModule
 from lightning_align.spin.generations import GeneratedSet
+from lightning_align.training.watch import RankWatch
 from tests.distributed.train import STRATEGIES
 from tests.distributed.train import build as case_of
 from tests.retrieval.helpers import Listed, texts
@@ -85,6 +86,24 @@ class Data(L.LightningDataModule):
         return self.loader
 
 
+class Own(L.LightningModule):
+    """A module of somebody else, which asks for the watch as the README says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def configure_callbacks(self) -> list[Callback]:
+        RankWatch.attach(self.trainer)
+        return []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.layer(torch.ones(3, 2)).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 def lost_in(owner: Any, name: str, how: str) -> None:
     """Lose the rank where it calls a function. The other one does not call it, or goes on."""
     real = getattr(owner, name)
@@ -113,7 +132,7 @@ def trainer_of(folder: Path, strategy: str, *callbacks: Callback, **options: Any
 
 
 def main(folder: Path, strategy: str, moment: str, how: str) -> None:
-    rank_link.GRACE = 4.0
+    rank_link.GRACE = 3.0
     hang = Lose(moment, how)
     if moment == "generation":
         lost_in(GeneratedSet, "write", how)
@@ -128,6 +147,10 @@ def main(folder: Path, strategy: str, moment: str, how: str) -> None:
             str(folder / "db"), documents=Listed(texts(40)), encoder="bm25", tokenizer="bytes", chunk_size=32, k=3
         )
         trainer_of(folder, strategy, indexing, hang, max_steps=1).fit(SFTModule(tiny_palm()), Loader([], batch_size=None))
+        return
+    if moment == "own_module":
+        hang.moment = "training"
+        trainer_of(folder, strategy, hang, max_steps=3).fit(Own(), DataLoader(range(8), batch_size=2))  # type: ignore[arg-type]
         return
     if moment == "scoring":
         lost_in(StoredLogProbs, "_keep", how)

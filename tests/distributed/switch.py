@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.train import STRATEGIES
+from tests.retro.toys import tiny_retro
 from tests.toys import tiny_palm
 from tests.training import places
 from tests.training.places import Run
@@ -22,9 +23,12 @@ def checkpoint(folder: Path, method: str, phase: int) -> Path:
 
 def go_on(method: str, folder: Path, phase: int | None = None, *, until: int = 0) -> Run:
     """Train a phase of the run and save its checkpoint, or train so many steps in one process."""
-    # Without dropout, because a rank draws other numbers than one process. In float64, so that rounding changes no sample.
-    wide = {"dtype": torch.float64} if method in ("spin", "retro") else {}
-    places.tiny_palm = lambda **given: tiny_palm(**{**given, **wide, "ff_dropout": 0.0})  # type: ignore[attr-defined]
+    # Without dropout, because a rank draws other numbers than one process. In float64, so that rounding changes no sample of
+    # SPIN, and because the gradient of this RETRO multiplies rounding by a hundred.
+    wide: dict[str, Any] = {"dtype": torch.float64} if method in ("spin", "retro") else {}
+    untyped: Any = places
+    untyped.tiny_palm = lambda **given: tiny_palm(**{**given, **wide, "ff_dropout": 0.0})
+    untyped.tiny_retro = lambda **given: tiny_retro(**given, **wide)
     strategy, steps = ("auto", until) if phase is None else PHASES[phase]
     ranks = 1 if strategy == "auto" else 2
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "max_epochs": -1, "max_steps": steps, "devices": ranks}
@@ -44,13 +48,14 @@ def whole(run: Run) -> dict[str, torch.Tensor]:
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in run.weights.items()}
 
 
-def main(folder: Path, phase: int, methods: list[str]) -> None:
+def main(folder: Path, phases: list[int], methods: list[str]) -> None:
     for method in methods:
-        state = whole(go_on(method, folder, phase))
+        for phase in phases:
+            state = whole(go_on(method, folder, phase))
         if torch.distributed.get_rank() == 0:
-            torch.save(state, folder / f"{method}-{phase}.pt")
+            torch.save(state, folder / f"{method}-{phases[-1]}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), [int(phase) for phase in sys.argv[2].split(",")], sys.argv[3:])

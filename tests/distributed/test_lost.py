@@ -1,6 +1,7 @@
 """A rank that dies or raises ends the other one soon, with a message that names it and a status that is not zero."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,8 @@ CASES = [
     ("fsdp2", "scoring", "raise", 0, INDEPENDENT),
     ("ddp", "prepare", "raise", 0, INDEPENDENT),
     ("ddp", "prepare", "kill", 0, TORCHRUN),
+    ("ddp", "own_module", "kill", 1, INDEPENDENT),
+    ("ddp", "own_module", "raise", 0, INDEPENDENT),
 ]
 
 
@@ -64,31 +67,50 @@ def test_a_lost_rank_ends_the_other(
         assert f"ank {lost} failed" in told and "No space left on device" in told
 
 
+LAUNCHED = [
+    ("lightning", "kill", 0),
+    ("lightning", "kill", 1),
+    ("lightning", "raise", 0),
+    ("lightning", "raise", 1),
+    # Its agent is a process of its own, to which all ranks are alike.
+    ("torchrun", "kill", 0),
+    ("torchrun", "raise", 1),
+]
+
+
 @pytest.mark.skipif(not FULL, reason="starts whole programs; FULL_STUDIES=1 runs it")
-@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
-@pytest.mark.parametrize(("how", "lost"), [("kill", 0), ("kill", 1), ("raise", 0), ("raise", 1)])
-def test_launchers_end_all_ranks(launcher: str, how: str, lost: int, tmp_path: Path) -> None:
-    """Lightning's own launcher and torchrun: no process is left behind, and the command fails."""
-    script = [str(SCRIPT), str(tmp_path), "ddp", "training", how]
+def test_launchers_end_all_ranks(tmp_path: Path) -> None:
+    """Lightning's own launcher and torchrun: no process is left behind, and the command fails. All run at the same time."""
+    folders = [tmp_path / "-".join(map(str, case)) for case in LAUNCHED]
+    processes = [start_launcher(*case, folder) for case, folder in zip(LAUNCHED, folders, strict=True)]
+    deadline = time.monotonic() + START
+    try:
+        codes = [process.wait(timeout=max(0, deadline - time.monotonic())) for process in processes]
+        deadline = time.monotonic() + LIMIT
+        while (left := [pid for process in processes for pid in running(process.pid)]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        for pid in [pid for process in processes for pid in running(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+    for (launcher, how, lost), folder, code in zip(LAUNCHED, folders, codes, strict=True):
+        told = (folder / "output.txt").read_text()
+        assert code != 0 and not left, told
+        assert f"Rank {lost} {'died' if how == 'kill' else 'failed'}" in told or launcher == "torchrun", told
+        # In the words of Lightning's launcher and of torchrun.
+        killed = lost == 0 or any(word in told for word in ("SIGKILL", "Signal 9", "code -9"))
+        assert killed if how == "kill" else "No space left" in told, told
+
+
+def start_launcher(launcher: str, how: str, lost: int, folder: Path) -> "subprocess.Popen[bytes]":
+    """Start a training in which a rank is lost, in a session of its own."""
+    folder.mkdir()
+    command = [sys.executable]
     if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    else:
-        command = [sys.executable]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOST": str(lost), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "output.txt").open("w") as output:
-        process = subprocess.Popen([*command, *script], stdout=output, stderr=output, env=environment, start_new_session=True)
-        code = process.wait(timeout=START)
-    deadline = time.monotonic() + LIMIT
-    while (left := running(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    told = (tmp_path / "output.txt").read_text()
-    for pid in left:
-        os.kill(pid, 9)
-    assert code != 0 and not left, told
-    assert f"Rank {lost} {'died' if how == 'kill' else 'failed'}" in told or launcher == "torchrun", told
-    # In the words of Lightning's launcher and of torchrun.
-    killed = lost == 0 or any(word in told for word in ("SIGKILL", "Signal 9", "code -9"))
-    assert killed if how == "kill" else "No space left" in told, told
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command += [str(SCRIPT), str(folder), "ddp", "training", how]
+    own = {"PYTHONPATH": str(ROOT), "LOST": str(lost), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    with (folder / "output.txt").open("w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **own}, start_new_session=True)
 
 
 def running(session: int) -> list[int]:

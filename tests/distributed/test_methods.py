@@ -1,5 +1,6 @@
 """Every method under FSDP2 with its precisions: two ranks are one process, and their collectives are the same."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,25 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).parent / "methods.py"
 FULL = os.environ.get("FULL_STUDIES") == "1"
 CASES = [f"{method}/{precision}" for method in METHODS for precision in PRECISIONS]
-SAMPLE = ["sft/bf16-mixed", "dpo_calm/32-true", "retro/32-true"]
-BOUND = {"retro": 0.3}
-"""The largest distance of 16-bit gathers from autocast, relative to what the training changed. They round other numbers.
-
-0.05 where none is given; the largest seen were 0.19 (RETRO) and 0.03."""
+SAMPLE = ["sft/bf16-mixed", "calm/32-true", "dpo_calm/32-true", "retro/32-true", "retro/bf16-mixed"]
 
 
 def distance(a: Any, b: Any) -> float:
     return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
+
+
+def check_rounding(case: str, found: Any, autocast: Any, exact: Any, start: Any) -> None:
+    """Two ranks under FSDP2 are about as far from a training in float32 as one process under autocast is.
+
+    Both round the factors of each product to 8 bits, and FSDP2 also the gains and embeddings that it gathers. These errors are
+    independent, so it is the distances from float32 that can be compared, and not the two with each other. How far rounding
+    goes depends on the model: a RETRO with the weights of other tests has a gradient that is off by 0.1 to 0.6 under either.
+    """
+    changed = distance(exact, start)
+    ours, theirs = distance(found, exact) / changed, distance(autocast, exact) / changed
+    print(f"{case}: {ours:.4f} of what the training changed, and {theirs:.4f} in one process")
+    assert theirs < 0.1, "rounding hides everything else"
+    assert ours < 2.5 * theirs, (case, ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
@@ -32,9 +43,10 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     cases = CASES if FULL else SAMPLE
     launch(SCRIPT, ",".join(cases), str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}-methods.pt", weights_only=True) for rank in range(2)]
+    one_process = functools.cache(lambda method, precision: train(method, precision, "auto", 1, tmp_path))
     for case in cases:
         method, precision = case.split("/")
-        alone = train(method, precision, "auto", 1, tmp_path)
+        alone = one_process(method, precision)
         start, trained = alone["start"], alone["state"]
         assert largest_difference(trained, start) > 1e-4, "it did not move, so agreement would say nothing"
         calls = [rank[case]["calls"] for rank in ranks]
@@ -53,9 +65,7 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
             if precision == "32-true":
                 assert largest_difference(rank[case]["state"], trained) < 1e-6, case
             else:
-                ratio = distance(rank[case]["state"], trained) / distance(trained, start)
-                print(f"{case}: {ratio:.4f} of what the training changed")
-                assert ratio < BOUND.get(method, 0.05), (case, ratio)
+                check_rounding(case, rank[case]["state"], trained, one_process(method, "32-true")["state"], start)
     for rank in ranks:
         generation = next(rank[case]["generation"] for case in cases if case.startswith("sft"))
         long, short = generation["gathered"]["counts"]

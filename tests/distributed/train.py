@@ -240,18 +240,19 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
-def main(name: str, folder: Path) -> None:
+def main(folder: Path) -> None:
     warnings.filterwarnings("error", message=".*sync_dist")
-    strategy = STRATEGIES[name]
-    results: dict[Any, Any] = {(case, False): run(case, strategy, 2, folder) for case in CASES}
-    results |= {(case, True): run(case, strategy, 2, folder, resumed=True) for case in RESUMED}
-    results |= {(case, "other"): run(case, strategy, 2, folder, opened=checkpoint_of(case, folder, 1)) for case in RESUMED}
-    results["exported", False] = export(strategy, 2, folder)
-    if name == "ddp":
-        results["five pairs"] = [measure(size, strategy, 2, folder) for size in range(1, 6)]
-    torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
+    for name, strategy in STRATEGIES.items():
+        here = folder / name
+        results: dict[Any, Any] = {(case, False): run(case, strategy, 2, here) for case in CASES}
+        results |= {(case, True): run(case, strategy, 2, here, resumed=True) for case in RESUMED}
+        results |= {(case, "other"): run(case, strategy, 2, here, opened=checkpoint_of(case, here, 1)) for case in RESUMED}
+        results["exported", False] = export(strategy, 2, here)
+        if name == "ddp":
+            results["five pairs"] = [measure(size, strategy, 2, here) for size in range(1, 6)]
+        torch.save(results, here / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

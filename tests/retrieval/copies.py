@@ -1,28 +1,21 @@
-"""Planted copies of held-out files in a database: how many the leak audit finds, by kind of copy and by tokenizer."""
+"""Planted copies of held-out files in a database, of eight kinds, and what the leak audit finds of them."""
 
-import argparse
 import json
 import random
 import re
-import tempfile
 import textwrap
 import time
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from benchmarks import common
 from lightning_align.data.documents import DocumentSource, DocumentTokenizer, StandardLibrary
-from lightning_align.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from lightning_align.data.tokenizer import Tokenizer, train_tokenizer
 from lightning_align.retrieval.chunks import build_chunks
-from lightning_align.retrieval.leaks import SHARE, find_leaks
+from lightning_align.retrieval.leaks import find_leaks
 from lightning_align.retrieval.stages import Team
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.types import Document
-
-GRAM = 13
-"""Tokens per shingle of the comparison of ids."""
 
 
 def half(text: str, others: str) -> str:
@@ -97,21 +90,6 @@ def grams_of_letters(text: str) -> set[str]:
     return {letters[i : i + 32] for i in range(len(letters) - 31)}
 
 
-def by_ids(tokenizer: Tokenizer, queries: dict[str, str], database: dict[str, str]) -> set[str]:
-    """Find the documents that have a Jaccard similarity of 0.8 on 13-grams of token ids with one of a database."""
-
-    def grams(text: str) -> set[tuple[int, ...]]:
-        ids = tokenizer.encode_batch([text])[0].ids
-        return {tuple(ids[i : i + GRAM]) for i in range(max(1, len(ids) - GRAM + 1))}
-
-    found, stored = set(), [grams(text) for text in database.values()]
-    for name, text in queries.items():
-        own = grams(text)
-        if any(5 * len(own & other) >= 4 * len(own | other) for other in stored):
-            found.add(name)
-    return found
-
-
 def tokenizers(folder: Path, texts: list[str]) -> dict[str, str]:
     """Return three tokenizers by name: bytes, a BPE trained on texts, and one of transformers if a model is installed."""
     rows = folder / "rows.jsonl"
@@ -136,43 +114,3 @@ def audit(root: Path, tokenizer: Tokenizer, held_out: dict[str, str], database: 
     begin = time.process_time()
     pairs = find_leaks(*tables)
     return {tables[0].document_ids[pair.first] for pair in pairs}, time.process_time() - begin
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=45, help="held-out files; a ninth of them for each kind, a ninth without")
-    parser.add_argument("--longest", type=int, default=4000, help="characters of a file that are used")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    held_out, database, kinds = planted(arguments.files, longest=arguments.longest)
-    stored = {name: grams_of_letters(text) for name, text in database.items()}
-    # A file can have a natural copy too. What counts is whether it has one, by sets of strings and no hashes.
-    true = {name for name, text in held_out.items() if largest_share(text, stored.values()) >= SHARE}
-    rows, totals = [], []
-    with tempfile.TemporaryDirectory() as tmp:
-        for name, spec in tokenizers(Path(tmp), list(database.values())[:100]).items():
-            tokenizer = load_tokenizer(spec)
-            found, seconds = audit(Path(tmp, name), tokenizer, held_out, database)
-            old = by_ids(tokenizer, held_out, database)
-            for method, flagged in (("text", found), ("raw ids", old)):
-                recall = [
-                    sum(name in flagged for name in kinds if kinds[name] == kind) / list(kinds.values()).count(kind)
-                    for kind in KINDS
-                ]
-                precision = len(flagged & true) / max(1, len(flagged))
-                shares = {kind: f"{share:.2f}" for kind, share in zip(KINDS, recall, strict=True)}
-                rows.append({"tokenizer": name, "compared": method, **shares, "precision": f"{precision:.2f}"})
-            totals.append({"tokenizer": name, "CPU seconds of the audit": f"{seconds:.2f}"})
-    common.heading(
-        "Leak audit: planted copies of held-out files",
-        f"{len(held_out)} files of the standard library with {len(kinds)} planted copies among {len(database)} documents."
-        f" Recall of each kind of copy, and precision: the share of the flagged files of which one document has {SHARE:.0%},"
-        " counted without hashes. Raw ids: Jaccard similarity of 0.8 on 13-grams of token ids, as in release 0.1.0.",
-    )
-    print(common.table(rows))
-    print(common.table(totals))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,7 @@
 """Tests of generation with retrieval, compared with full recomputation of each token."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.language_model import context_length
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.retrieval.given import GivenNeighbors
 from lightning_align.retro.decoding import RetrievalDecoder
 from lightning_align.retro.model import RETRO, NeighborTokens
 from tests.retro.toys import SIZE, ToyRetriever, tiny_retro
@@ -115,3 +118,60 @@ def test_invalid_arguments_raise() -> None:
         RetrievalDecoder(tiny_retro(), ToyRetriever(5), num_neighbors=2)
     with pytest.raises(ValueError, match="`num_neighbors` must be at least 1, but got 0"):
         RetrievalDecoder(tiny_retro(), ToyRetriever(), num_neighbors=0)
+
+
+def test_given_neighbors_are_used_instead_of_a_search() -> None:
+    model = tiny_retro(dtype=torch.float64)
+    config = GenerationConfig(max_new_tokens=2 * SIZE, temperature=0.0)
+    prompt, inner = PROMPTS[4], ToyRetriever()
+    retriever = GivenNeighbors(inner)
+    given = [[[11, 12, 13, 14, 15], [3]], []]
+    retriever.give(prompt, given)
+    decoder = RetrievalDecoder(model, retriever, num_neighbors=3)
+    ((result,),) = generate(decoder, [prompt], config)
+    tokens, mask = torch.zeros(1, 2, 3, 2 * SIZE, dtype=torch.long), torch.zeros(1, 2, 3, 2 * SIZE, dtype=torch.bool)
+    for place, run in enumerate(given[0]):
+        tokens[0, 0, place, : len(run)], mask[0, 0, place, : len(run)] = torch.tensor(run), True
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt]), neighbors=NeighborTokens(tokens, mask))[0, -1]
+    assert result.tokens[0] == int(logits.argmax())
+    assert inner.queries[0] == (prompt + result.tokens)[2 * SIZE : 3 * SIZE], "the chunks of the prompt were not searched for"
+    found = retriever.search([prompt[:SIZE], prompt[SIZE : 2 * SIZE]], 2)
+    assert found.ids.tolist() == [[-1, -1], [0, 0]] and found.mask.tolist() == [[True, True], [False, False]]
+    assert found.tokens.ids[0, 0].tolist() == [11, 12, 13, 14, 15, 0, 0, 0]
+    # Without a retriever, other chunks have no neighbors.
+    alone = RetrievalDecoder(model, GivenNeighbors(chunk_size=SIZE), num_neighbors=2)
+    assert generate(alone, [prompt], config) == generate(model, [prompt], config)
+    with pytest.raises(ValueError, match="a list for each of the 2 full chunks of 4 tokens of the prompt, but has 1"):
+        retriever.give(prompt, [[]])
+    with pytest.raises(ValueError, match=r"from 1 to 8 tokens .* one of chunk 1 has 9"):
+        retriever.give(prompt, [[], [[1] * 9]])
+    with pytest.raises(ValueError, match="got None for `chunk_size` and None for the retriever"):
+        GivenNeighbors()
+    with pytest.raises(ValueError, match="got 5 for `chunk_size` and 4 for the retriever"):
+        GivenNeighbors(inner, chunk_size=5)
+
+
+def test_decoders_in_several_threads_share_a_model() -> None:
+    model, config = tiny_retro(), GenerationConfig(max_new_tokens=3 * SIZE, temperature=0.0)
+    decoders = [RetrievalDecoder(model, ToyRetriever(), num_neighbors=count) for count in (1, 2, 3)]
+    expected = [generate(decoder, PROMPTS, config) for decoder in decoders]
+    assert len({str(results) for results in expected}) == 3
+    for decoder in decoders:
+        decoder.found.clear()
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda number: generate(decoders[number % 3], PROMPTS, config), range(12)))
+    assert found == [expected[number % 3] for number in range(12)]
+
+
+def test_the_last_search_results_are_kept_up_to_a_number() -> None:
+    decoder = RetrievalDecoder(tiny_retro(), ToyRetriever(), num_neighbors=2, max_found=3)
+    chunks = torch.arange(1, 21).reshape(5, SIZE)
+    one = decoder.search(chunks)
+    assert list(decoder.found) == [tuple(chunk) for chunk in chunks[2:].tolist()]
+    decoder.search(chunks[2:3])
+    decoder.search(chunks[:1])
+    assert list(decoder.found) == [tuple(chunks[row].tolist()) for row in (4, 2, 0)]
+    assert torch.equal(decoder.search(chunks)[0], one[0])
+    with pytest.raises(ValueError, match="`max_found` must be at least 1, but got 0"):
+        RetrievalDecoder(tiny_retro(), ToyRetriever(), num_neighbors=2, max_found=0)

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
 
 from lightning_align.dpo.batch import concatenate
 from lightning_align.dpo.module import DPOModule
@@ -16,6 +17,7 @@ from lightning_align.models.palm import PaLM
 from lightning_align.models.weights import weights_hash
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.sft.module import SFTModule
+from lightning_align.training.checkpoints import check_trained_count
 from lightning_align.training.schedules import WarmupDecay
 from tests.toys import (
     largest_difference,
@@ -229,3 +231,15 @@ def test_nothing_to_build_is_refused() -> None:
         DPOModule(tiny_palm, sft_weight=-1)
     with pytest.raises(ValueError, match="must be 0 for the ipo loss"):
         DPOModule(tiny_palm, loss="ipo", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("groups", [[[0]], [[0, 1, 2]], [[0], [1, 2, 3]]])
+def test_a_checkpoint_that_trains_another_number_of_weights_is_refused(groups: list[list[int]]) -> None:
+    """A sharded strategy loads adapters and connections without strictness, so that a missing one would keep its start."""
+    optimizers = [torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=0.1)]
+    states = [{"state": {}, "param_groups": [{"params": group} for group in groups]}]
+    with pytest.raises(ValueError, match=rf"must train 2 weights, as this run does, but trains {sum(map(len, groups))}"):
+        check_trained_count({"optimizer_states": states}, optimizers, "some.ckpt")
+    states[0]["param_groups"] = [{"params": [3]}, {"params": [7]}]
+    for checkpoint in ({"optimizer_states": states}, {"optimizer_states": []}, {}):
+        check_trained_count(checkpoint, optimizers, "some.ckpt")

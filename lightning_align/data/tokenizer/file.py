@@ -11,6 +11,7 @@ import tokenizers
 from lightning_align.data.tokenizer.chat import plain_template, render_plain
 from lightning_align.data.tokenizer.protocol import Encoding, Message, Segment
 from lightning_align.data.tokenizer.splitting import last_split, splits_at_spaces
+from lightning_align.runtime.checksums import check_sums
 from lightning_align.runtime.files import publish_text
 
 BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|bos|>", "[BOS]")
@@ -35,6 +36,7 @@ class FileTokenizer:
     has_template: bool = False
 
     def __init__(self, path: str, *, bos: str | None = None, eos: str | None = None, pad: str | None = None) -> None:
+        check_sums(Path(path).parent, wanted=lambda name: name == Path(path).name)
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -11,8 +11,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        spec: ``bytes``, the path of a ``tokenizer.json``, or a folder or hub name of a transformers tokenizer. Special
-            tokens with uncommon names follow it: ``tokenizer.json?eos_token=<|done|>&pad_token=<|fill|>``, or
+        spec: ``bytes``, the path of a ``tokenizer.json``, a GGUF file, or a folder or hub name of a transformers tokenizer.
+            Special tokens with uncommon names follow it: ``tokenizer.json?eos_token=<|done|>&pad_token=<|fill|>``, or
             ``my-base-model?eos_token=<|im_end|>``. They replace those of the tokenizer.
 
     Raises:

@@ -14,6 +14,8 @@ from lightning_align.data.tokenizer.chat import check_messages, plain_template, 
 from lightning_align.data.tokenizer.file import FileTokenizer, hash_parts, hash_vocabulary
 from lightning_align.data.tokenizer.protocol import Message, Segment, all_ends
 from lightning_align.data.tokenizer.turns import TurnFinder
+from lightning_align.runtime.checksums import check_sums
+from lightning_align.runtime.gguf import split_gguf
 from lightning_align.runtime.hub import out_of_reach
 
 
@@ -24,7 +26,7 @@ class TransformersTokenizer(FileTokenizer):
     define such a token but do not use it.
 
     Args:
-        name: A folder that ``save_pretrained`` wrote, or a name on the Hugging Face hub.
+        name: A folder that ``save_pretrained`` wrote, a GGUF file, or a name on the Hugging Face hub.
         bos: The text of another beginning-of-sequence token.
         eos: The text of another end-of-sequence token. Required if the tokenizer has none.
         pad: The text of another padding token.
@@ -42,11 +44,16 @@ class TransformersTokenizer(FileTokenizer):
                 f"tokenizer {name!r} is neither 'bytes' nor a .json file. A folder or a name on the hub needs transformers:"
                 " pip install 'lightning-align[hf]'"
             ) from error
+        place, gguf = split_gguf(name, what="tokenizer")
         try:
-            away = not Path(name).is_dir() and out_of_reach(name)
-            source: Any = AutoTokenizer.from_pretrained(name, local_files_only=away)
-        except (OSError, ValueError, KeyError) as error:
+            if not gguf:
+                check_sums(name, wanted=lambda file: "/" not in file and not file.endswith(".safetensors"))
+            away = not Path(place).is_dir() and out_of_reach(name)
+            source: Any = AutoTokenizer.from_pretrained(place, local_files_only=away, trust_remote_code=False, **gguf)
+        except Exception as error:  # files that are damaged raise many types here
             reason = str(error).partition("\n")[0]  # the lines after the first are advice about the network
+            if gguf:
+                raise ValueError(f"tokenizer {name!r} cannot be read ({reason}). Is the file complete?") from error
             raise ValueError(
                 f"tokenizer {name!r} cannot be loaded by transformers ({reason}). Without a network, give the path of a"
                 " folder that save_pretrained wrote, such as ./my-model"
