@@ -87,7 +87,7 @@ def launch(words: list[str]) -> None:
             run([*words, "--print_config"])
     elif words[0] == "tokenizer":
         run([*words, "--vocab_size", "300"])
-    elif words[0] == "export":
+    elif words[0] in ("export", "chat"):
         run(words)
     else:
         Path("small.yaml").write_text(yaml.safe_dump(small(words)))
