@@ -12,6 +12,7 @@ from lightning_align.data.forms import Form
 from lightning_align.data.ledger import Ledger
 from lightning_align.data.rows import Row
 from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.data.tokenizer.chat import plain_template, template_of
 from lightning_align.data.tokenizer.record import KEY
 from lightning_align.export.tokenizer import folder_tokenizer, tokenizer_of
 from lightning_align.generation.sampler import GenerationConfig
@@ -42,8 +43,8 @@ def chat(
         model: A checkpoint of a run, or an exported folder.
         tokenizer: The tokenizer, as in the data module. Default is that of the checkpoint or the folder.
         template: Whether messages are turns of a conversation, written with the chat template (`on`), or prompts that the
-            model continues (`off`). `auto` is `on` if the tokenizer has a chat template. Use `on` for a model that was trained
-            on rows of messages with another tokenizer.
+            model continues (`off`). `auto` is `on` if the tokenizer has a chat template of its own. Use `on` for a model that
+            was trained on rows of messages with another tokenizer.
         system: The message of the system at the start of each conversation.
         prompt: A single message to answer. Default is to ask for messages.
         device: The device: cpu, cuda, mps, or auto for the first one there is.
@@ -58,7 +59,9 @@ def chat(
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     policy, reader = _load(model, tokenizer)
     policy = policy.to(_device(device)).eval()
-    turns = template == "on" or (template == "auto" and reader.has_template)
+    # An export of a tokenizer without a template has the built-in one.
+    own = reader.has_template and template_of(reader) != plain_template(has_bos=reader.bos_id is not None)
+    turns = template == "on" or (template == "auto" and own)
     if system is not None and not turns:
         raise ValueError("`system` needs conversations, but messages are plain prompts here. Add --template on.")
     start: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
