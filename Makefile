@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types layers test test-portable demo demo-pretrained notebooks bench studies clean
+.PHONY: help install check lint types layers test test-portable demo demo-pretrained notebooks docs bench studies clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Without its dependencies: its pins conflict with other packages, and the model that an example trains does not need them.
 	$(PIP) --no-deps litgpt
 	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e '.[cpu,dev,docs]'
+	touch $@
+
+docs: $(VENV)/.installed-docs ## Build the site of the documentation in build/site; a warning is an error
+	$(BIN)/mkdocs build --strict
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) -e '.[cpu,dev,bench]'

@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_align
 from lightning_align.console.advice import advise
+from lightning_align.console.chat import chat
 from lightning_align.console.pages import EPILOG, USAGE
 from lightning_align.console.parser import TRACEBACK, AlignParser, FileParser
 from lightning_align.console.progress import RunProgress, announce_places, has_own_bar
@@ -47,6 +48,7 @@ FILE_COMMANDS: dict[str, Callable[..., Any]] = {
     "tokenizer": train_tokenizer,
     "judge": judge_file,
     "export": export_checkpoint,
+    "chat": chat,
 }
 """Commands that work on files, without a Trainer."""
 

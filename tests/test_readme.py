@@ -1,4 +1,4 @@
-"""Runs the commands and examples of the README in order in one folder, as a reader would.
+"""Runs the commands and examples of the README and of the pages in `docs/`, in order in one folder, as a reader would.
 
 The ``lightning-align`` commands in ``bash`` blocks run for real, with an appended configuration that makes them small. Commands
 that need several devices or a launcher are only parsed. ``python`` blocks run one after the other in one namespace. ``make``
@@ -15,12 +15,16 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lightning_align
 from lightning_align.cli import run
 from tests.toys import save_llama
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PAGES = ["README.md", *re.findall(r"^ +- (\w[\w-]*\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)]
+"""The README, and the pages in the order of the site."""
+TEXTS = {page: (ROOT / ("" if page == "README.md" else "docs") / page).read_text(encoding="utf-8") for page in PAGES}
+TEXT = "\n".join(TEXTS.values())
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 LAUNCHERS = ("torchrun", "srun")
 BACKBONE = {"num_tokens": 300, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
 
@@ -84,7 +88,7 @@ def launch(words: list[str]) -> None:
             run([*words, "--print_config"])
     elif words[0] == "tokenizer":
         run([*words, "--vocab_size", "300"])
-    elif words[0] == "export":
+    elif words[0] in ("export", "chat"):
         run(words)
     else:
         Path("small.yaml").write_text(yaml.safe_dump(small(words)))
@@ -124,7 +128,7 @@ def test_a_reader_can_follow_it_from_top_to_bottom(reader: Path, capsys: pytest.
                     launch(words)
                     ran += 1
         elif language == "python":
-            exec(compile(block, "README.md", "exec"), names)
+            exec(compile(block, "docs", "exec"), names)
             ran += 1
     assert ran >= 12, "the test does not find the code blocks"
     assert len((reader / "answers.jsonl").read_text().splitlines()) == 2
@@ -135,26 +139,26 @@ def test_a_reader_can_follow_it_from_top_to_bottom(reader: Path, capsys: pytest.
         events.Reload()
         tags = events.Tags()
         logged |= {*tags["scalars"], *tags["histograms"], *(tag.removesuffix("/text_summary") for tag in tags["tensors"])}
-    promised = set(re.findall(r"`((?:train|val)/[\w/]+)`", README))
+    promised = set(re.findall(r"`((?:train|val)/[\w/]+)`", TEXT))
     assert len(promised) > 10
     assert promised <= logged
 
 
 def test_other_commands_name_what_there_is() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"\bmake ([a-z]+)", "\n".join(re.findall(r"`[^`\n]+`|^make .*$", README, re.MULTILINE))):
+    for target in re.findall(r"\bmake ([a-z]+)", "\n".join(re.findall(r"`[^`\n]+`|^make .*$", TEXT, re.MULTILINE))):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
     project = (ROOT / "pyproject.toml").read_text()
-    installs = re.findall(r"^pip install .*$", README, re.MULTILINE)
+    installs = re.findall(r"^pip install .*$", TEXT, re.MULTILINE)
     assert installs
     assert all("-c constraints.txt" in line for line in installs)
-    for extras in re.findall(r"\.\[([a-z,]+)\]", README):
+    for extras in re.findall(r"\.\[([a-z,]+)\]", TEXT):
         assert all(re.search(rf"^{extra} = \[", project, re.MULTILINE) for extra in extras.split(",")), extras
 
 
 def test_paths_that_are_named_exist() -> None:
     for path in set(
-        re.findall(r"\b(?:benchmarks|configs|examples|lightning_align|notebooks|tests)/[\w./]+|(?<![/\w])[A-Z]+\.md\b", README)
+        re.findall(r"\b(?:benchmarks|configs|examples|lightning_align|notebooks|tests)/[\w./]+|(?<![/\w])[A-Z]+\.md\b", TEXT)
     ):
         assert (ROOT / path).exists(), path
     (tree,) = (block for language, block in BLOCKS if block.startswith("lightning_align/\n"))
@@ -166,3 +170,32 @@ def test_paths_that_are_named_exist() -> None:
     listed = {line.split()[0].rpartition("/")[2] for line in tree.splitlines()}
     modules = {path.name for path in (ROOT / "lightning_align").glob("*.py")} - {"__main__.py"}
     assert modules <= listed
+
+
+def test_the_readme_is_short_and_needs_no_checkout() -> None:
+    readme = TEXTS["README.md"]
+    assert len(readme.encode()) <= 8192
+    assert not re.search(r"\]\((?!https?://)", readme), "a relative link breaks on an index of packages"
+
+
+def test_every_page_is_in_the_site_and_its_links_lead_somewhere() -> None:
+    folder = ROOT / "docs"
+    assert {path.name for path in folder.glob("*.md")} - {"index.md"} == set(PAGES) - {"README.md"}
+    for page in folder.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith("# ")
+        for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+            name, _, anchor = link.partition("#")
+            target = folder / name if name else page
+            assert target.is_file(), (page.name, link)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, link
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.md")))
+    named = re.findall(r"^::: lightning_align\.([\w.]+)$", pages, re.MULTILINE)
+    bases = {"training.module.AlignModule", "training.datamodule.AlignDataModule"}
+    assert set(named) == {f"{home}.{name}" for name, home in lightning_align._HOME.items()} | bases
+    assert len(named) == len(set(named))

@@ -1,6 +1,8 @@
 """The progress bar of a run: the step, the number of steps and the time left, and where things are at the end."""
 
 import math
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ class RunProgress(TQDMProgressBar):
             # A class of the user's own stays, and so does a bar of rich that the user has chosen.
             if type(callback) not in (TQDMProgressBar, RichProgressBar) or (configured and type(callback) is RichProgressBar):
                 continue
-            bar = cls(refresh_rate=int(callback.refresh_rate))
+            # In the log of a job, rich would write rarely, and this bar goes by time.
+            bar = cls(refresh_rate=callback.refresh_rate if isinstance(callback, TQDMProgressBar) else 1)
             if callback.is_disabled:
                 bar.disable()
             callbacks[index] = bar
@@ -49,6 +52,7 @@ class RunProgress(TQDMProgressBar):
         bar = self.train_progress_bar = self.init_train_tqdm()
         bar.total = total_steps(trainer)
         bar.initial = bar.n = trainer.global_step
+        self._shown = time.monotonic()
         bar.refresh()
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -62,24 +66,32 @@ class RunProgress(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show the step after each optimizer step."""
-        bar = self.train_progress_bar
-        step = trainer.global_step
-        if step != bar.n and (step % self.refresh_rate == 0 or step == bar.total) and not bar.disable:
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
-            bar.n = step
-            bar.refresh()
+        """Show the step after an optimizer step: ten times a second at most, and seldom in the log of a job."""
+        bar, step, now = self.train_progress_bar, trainer.global_step, time.monotonic()
+        pause = 0.1 if sys.stdout.isatty() or "ipykernel" in sys.modules else 10.0
+        due = step == bar.total or (now - self._shown >= pause and step % self.refresh_rate == 0)
+        if step != bar.n and due and not bar.disable:
+            self._shown, bar.n = now, step
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the metrics of the epoch."""
         if not self.train_progress_bar.disable:
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the step with the metrics of the validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.train_progress_bar.n = trainer.global_step
+        super().on_validation_end(trainer, pl_module)
+
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Show the last step and close the bar."""
-        self.train_progress_bar.n = trainer.global_step
-        self.train_progress_bar.refresh()
-        self.train_progress_bar.close()
+        bar = self.train_progress_bar
+        if bar.n != trainer.global_step:
+            bar.n = trainer.global_step
+            bar.refresh()
+        bar.close()
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         """Leave out the number of the version, which the end of the run names with the folder."""

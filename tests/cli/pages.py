@@ -9,7 +9,7 @@ from unittest import mock
 
 from lightning_align.console.pages import PAGES, heading
 
-COMMANDS = ("all", "fit", "validate", "test", "predict", "tokenizer", "judge", "export")
+COMMANDS = ("all", "fit", "validate", "test", "predict", "tokenizer", "judge", "export", "chat")
 
 
 def rendered(command: str) -> str:
