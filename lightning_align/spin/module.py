@@ -10,7 +10,7 @@ population minimizer is q (p_data / q)^(1/b) up to a constant, so the policy sto
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -32,13 +32,13 @@ from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.spin.batches import content_number, is_paired, on_host, real_rows, sent, split_rows
 from lightning_align.spin.callbacks import SelfPlayGeneration
+from lightning_align.spin.charts import CHARTS
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
 from lightning_align.training.arguments import PolicyArguments, Unpack
 from lightning_align.training.evaluation import log_values, metrics_of, parts_of
 from lightning_align.training.metrics import PairMeans, TokenNLL
 from lightning_align.training.module import AlignModule
-from lightning_align.training.tensorboard import Charts
 from lightning_align.types import LogProbs, SelfPlayBatch, TokenBatch
 
 Generate = Literal["per_iteration", "per_step"]
@@ -58,16 +58,7 @@ class SPINModule(AlignModule):
     """Self-play fine-tuning: trains a language model to prefer demonstrations over its own earlier responses."""
 
     default_lr = 5e-6
-    charts: ClassVar[Charts] = {
-        "rewards: real above generated": ("val/rewards/real", "val/rewards/generated"),
-        "margins: training and validation": ("train/rewards/margins", "val/rewards/margins"),
-        "accuracies: training and validation": ("train/rewards/accuracies", "val/rewards/accuracies"),
-        "log-probs: real must not fall far": ("val/logps/real", "val/logps/generated"),
-        "by iteration: lengths of responses": ("spin/train/length", "spin/validation/length"),
-        "by iteration: ends, cuts and copies": ("spin/train/eos_rate", "spin/train/truncation_rate", "spin/train/tie_rate"),
-        "by iteration: log-probs of demonstrations": ("spin/train/real_logprob", "spin/validation/real_logprob"),
-        "by iteration: KL to the base model": ("spin/train/kl_to_base", "spin/validation/kl_to_base"),
-    }
+    charts = CHARTS
     default_dropout = False
 
     def __init__(
@@ -227,8 +218,7 @@ class SPINModule(AlignModule):
     def schedule_steps(self) -> float:
         """Refuse `total_steps: auto`, because the schedule restarts with each iteration."""
         raise ValueError(
-            "`total_steps` of the schedule is 'auto', but self-play restarts the schedule with each iteration. Give the number "
-            "of optimizer steps of an iteration."
+            "`total_steps` is 'auto', but self-play restarts the schedule. Give the optimizer steps of an iteration."
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, Callback
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -34,7 +33,6 @@ from lightning_align.runtime.lightning_internals import (
     trainer_of,
 )
 from lightning_align.runtime.memory import keep_freed_memory
-from lightning_align.runtime.namespaces import ADVICE, OTHER, foreign_parts
 from lightning_align.runtime.plain import plain
 from lightning_align.runtime.ranks import data_world
 from lightning_align.training.checkpoints import (
@@ -49,6 +47,7 @@ from lightning_align.training.checkpoints import (
 )
 from lightning_align.training.gradient import BatchMean, clip_gradients, gradients_of, total_norm
 from lightning_align.training.optimizers import build_optimizer
+from lightning_align.training.parts import refuse_callbacks, warn_of_foreign_parts
 from lightning_align.training.place import Clock
 from lightning_align.training.policy import PolicySource
 from lightning_align.training.responding import Responding
@@ -150,8 +149,7 @@ class AlignModule(Responding):
         if self.trainer.ckpt_path is not None:
             check_checkpoint(self.trainer.ckpt_path)
         self.clock.attach(self.trainer, stage)
-        if foreign := foreign_parts([*callbacks_of(self.trainer), *self.trainer.loggers]):
-            rank_zero_warn(f"The Trainer is of `lightning`, but has parts of `{OTHER}`: {', '.join(foreign)}. {ADVICE}")
+        warn_of_foreign_parts(self.trainer)
         self.dropout.end()  # an earlier run may have ended with an error in the middle of a step
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
@@ -164,11 +162,7 @@ class AlignModule(Responding):
         Raises:
             ValueError: If a callback of the Trainer cannot work with the module.
         """
-        if any(isinstance(callback, BackboneFinetuning) for callback in callbacks_of(self.trainer)):
-            raise ValueError(
-                f"BackboneFinetuning needs a module with a `backbone`, but {type(self).__name__} trains its `policy`. Use "
-                "`lora`, or a BaseFinetuning that freezes parts of `policy`."
-            )
+        refuse_callbacks(self.trainer, type(self).__name__)
         RankWatch.attach(self.trainer)
         return []
 
