@@ -112,7 +112,8 @@ class Builder:
             deleted = [] if head is None else self._carry_deletions(head, base)
             head = {"base": base.folder.name, "generation": 0, "deleted": deleted, "stages": {"chunks": base.folder.name}}
         # Vectors are not listed here: vectors of the same chunks have the same key, so `build_vectors` finds and verifies them.
-        previous = self._previous(head, "index")
+        same = head.get("made_with", {}).get("index") == self.tools.made_with.get("index")
+        previous = self._previous(head, "index") if same else self._previous(head)
         parts = self._parts(previous.chunks, previous=previous)
         sets = {
             name: build_chunks(self.root, documents, self.tools.tokenizer, chunk_size=chunk_size, **self._shared)
@@ -282,8 +283,7 @@ class Builder:
             return stage.folder.name
 
         stages = {name: stage.folder.name for name, stage in vars(parts).items() if stage is not None}
-        stages["neighbors"] = neighbors(parts.chunks, parts.vectors)
-        queries = {}
+        stages["neighbors"], queries = neighbors(parts.chunks, parts.vectors), {}
         for name, chunks in sets.items():
             vectors = None if tools.encoder is None else self._vectors(chunks)
             queries[name] = {

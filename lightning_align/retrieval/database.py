@@ -97,8 +97,8 @@ class RetrievalDatabase:
     ) -> bool:
         """Compare the files of the database with the hashes that were taken when they were written.
 
-        `open` compares only the sizes of files, because it must be fast. This reads them, at the speed of SHA-256: about a
-        second per GB. A process reads a file only once for it, as long as the file is not written to.
+        `open` reads no tables, because it must be fast. This reads them, at the speed of SHA-256: about a second per GB. A
+        process reads a file only once for it, as long as the file is not written to.
 
         Args:
             stages: The stages to compare: ``chunks``, ``vectors``, ``index``, ``lexical``, ``neighbors``. Default is all.
@@ -111,9 +111,10 @@ class RetrievalDatabase:
         Raises:
             ValueError: If a file is missing or has other content than when it was written, with its name.
         """
-        folders = [folder for kind, folder in self.manifest["stages"].items() if stages is None or kind in set(stages)]
+        kinds, names = (None if given is None else set(given) for given in (stages, queries))
+        folders = [folder for kind, folder in self.manifest["stages"].items() if kinds is None or kind in kinds]
         for name, parts in self.manifest["queries"].items():
-            if queries is None or name in set(queries):
+            if names is None or name in names:
                 folders += parts.values()
         files: dict[Path, dict[str, Any]] = {}
         for folder in dict.fromkeys(folders):

@@ -15,8 +15,22 @@ SEAL = "sha256"
 """The key of the hash. Files of release 0.1.0 have none."""
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """The name of a file in the folder that names it."""
-HEAD_KEYS = frozenset({"base", "generation", "retriever", "made_with", "encoder", "deleted", "stages", "queries"})
-"""The keys of ``database.json``. Later versions have more."""
+HEAD_KEYS = frozenset(
+    {
+        "base",
+        "generation",
+        "retriever",
+        "made_with",
+        "encoder",
+        "deleted",
+        "stages",
+        "queries",
+        "tokenizer",
+        "compacted",
+        "removed",
+    }
+)
+"""The keys of ``database.json``."""
 STAGE_NAME = re.compile(r"(chunks|vectors|index|lexical|neighbors)-[0-9a-f]{16}")
 """The name of the folder of a stage."""
 
@@ -35,7 +49,7 @@ def read_sealed(path: Path, known: Collection[str]) -> dict[str, Any]:
 
     Args:
         path: The file.
-        known: The keys of release 0.1.0, whose files have no hash. With another key, the name of the hash is damaged.
+        known: The keys of files of release 0.1.0, which have no hash. With another key, the name of the hash is damaged.
 
     Raises:
         OSError: If the file cannot be read.

@@ -2,9 +2,11 @@
 
 import pytest
 
-from lightning_align import delete_documents
+from lightning_align import add_documents, delete_documents
 from lightning_align.retrieval.database import RetrievalDatabase
-from tests.retrieval.helpers import Projection, hashes, texts
+from lightning_align.retrieval.index import IndexConfig
+from lightning_align.retrieval.stages import open_stage
+from tests.retrieval.helpers import Listed, Projection, hashes, texts
 from tests.retrieval.test_build import build
 
 
@@ -26,3 +28,18 @@ def test_more_chunks_than_allowed_end_a_build_before_anything_is_encoded(tmp_pat
         build(tmp_path, texts(8), encoder=encoder, max_chunks=10)
     assert encoder.num_encoded == 0
     build(tmp_path, texts(8), encoder=encoder, max_chunks=1000)
+
+
+def test_other_settings_of_the_index_make_another_index(tmp_path):
+    def factory(database):
+        return open_stage(tmp_path / database.manifest["stages"]["index"]).setting("factory", str)
+
+    made = [
+        build(tmp_path, texts(8), encoder=Projection(), index=IndexConfig(factory=name)) for name in ("Flat", "SQ8", "Flat")
+    ]
+    assert [factory(database) for database in made] == ["Flat", "SQ8", "Flat"]
+    assert made[0].manifest == made[2].manifest
+    # Additions keep the index, and so does the next build.
+    add_documents(tmp_path, Listed(texts(1, seed=5, prefix="n")), encoder=Projection())
+    grown = build(tmp_path, texts(8), encoder=Projection(), index=IndexConfig(factory="Flat"))
+    assert grown.chunks.num_documents == 9 and factory(grown) == "Flat"
