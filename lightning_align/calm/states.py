@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.spec import AugmentInput, check_realigned
 from lightning_align.runtime.checksums import sealed, unsealed
-from lightning_align.runtime.files import publish_text
+from lightning_align.runtime.files import not_written, publish_text
 from lightning_align.runtime.ranks import world
 
 
@@ -128,6 +128,12 @@ class StateStore:
                 "Set `store_states` to another folder, or delete this one."
             )
         self._shape = shape
+        try:
+            self._write(stacked, mask, names)
+        except OSError as error:
+            raise not_written(self.data, error) from error
+
+    def _write(self, stacked: Tensor, mask: Tensor, names: list[str]) -> None:
         for name, state, length in zip(names, stacked, mask.sum(dim=1).tolist(), strict=True):
             data = state[:, :length].contiguous().view(torch.uint8).numpy().tobytes()
             self._file.write(data)

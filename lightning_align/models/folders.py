@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lightning_align.runtime.checksums import SUMS, write_sums
 
 CARD = "README.md"
@@ -124,10 +126,9 @@ def replaced_folder(folder: str | Path, mark: str) -> Iterator[Path]:
                 shutil.rmtree(inner)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == mark):
             os.replace(file, folder / file.name)
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: the export cannot be written ({error.strerror or error}). Choose another path, or free space."
-        ) from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{folder}: the export cannot be written ({reason}). Choose another path, or free space.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if created and folder.is_dir() and not any(folder.iterdir()):

@@ -138,6 +138,14 @@ class StoredLogProbs:
         Raises:
             ValueError: See `logprobs`.
         """
+        try:
+            done = self._score(batches, policy, device, in_step=in_step)
+        finally:
+            self._write()  # also what was scored before a signal or an error
+        self._in_step = in_step
+        return done
+
+    def _score(self, batches: Iterable[TokenBatch], policy: nn.Module, device: torch.device, *, in_step: bool) -> int:
         done = 0
         for batch in tqdm(batches, desc="reference log-probs", unit=" batches", leave=False, disable=None):
             keys = row_keys(batch)
@@ -151,8 +159,6 @@ class StoredLogProbs:
             part = {name: value.to(device, non_blocking=True) for name, value in part.items()} | host_counts(part)
             self._keep([keys[row] for row in missing], self._model()(policy, part))
             done += len(missing)
-        self._write()
-        self._in_step = in_step
         return done
 
     def _keep(self, keys: list[bytes], scores: LogProbs) -> None:

@@ -8,10 +8,18 @@ from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
+from safetensors import SafetensorError
+
 
 def temporary_path(path: Path, suffix: str = "tmp") -> Path:
     """Return a name beside a path that no other process uses, also not one with the same process id on another node."""
     return path.with_name(f".{path.name[:100]}.{socket.gethostname()[:32]}.{os.getpid()}.{uuid4().hex[:16]}.{suffix}")
+
+
+def not_written(path: str | Path, error: Exception) -> ValueError:
+    """Return the error of a file that could not be written, as on a full disk."""
+    reason = getattr(error, "strerror", None) or error
+    return ValueError(f"{path}: cannot be written ({reason}): choose another path or free it")
 
 
 def publish(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -30,8 +38,8 @@ def publish(path: str | Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error}): choose another path or free it") from error
+    except (OSError, SafetensorError) as error:
+        raise not_written(path, error) from error
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)

@@ -80,6 +80,10 @@ class InterruptCheckpoint(Callback):
         """The exit status of the signal that came, or 0."""
         self._in_batch = False
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals, before rows are scored or responses are generated."""
+        self._install(trainer)
+
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals."""
         self._install(trainer)

@@ -1,23 +1,28 @@
-"""Runs the command line in a process, with a callback that sends the process a signal at a certain step.
+"""Runs the command line in a process that sends itself a signal.
 
-python -m tests.cli.interrupted SIGNAL WHERE ARGUMENTS...
+The place is `step`, `group`, `validation`, or `scoring=N` and `generating=N` for the N-th batch or part.
 """
 
+import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_align import cli
+from lightning_align.references.stored import StoredLogProbs
+from lightning_align.spin.generations import GeneratedSet
 
 
 class Kill(Callback):
-    """Sends the signal in step 4, in a forward pass or in the first validation after it."""
+    """Sends the signal in step 4: in a forward pass or in the first validation after it."""
 
     def __init__(self, name: str, where: str) -> None:
         self.number, self.where, self.sent = getattr(signal, name), where, False
@@ -36,11 +41,54 @@ class Kill(Callback):
         self._send("validation", trainer)
 
 
+def send_at_call(function: Any, number: int, name: str) -> Any:
+    """Return a function that sends a signal to this process after a number of calls, once."""
+    calls = 0
+
+    def called(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        result = function(*args, **options)
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), getattr(signal, name))
+        return result
+
+    return called
+
+
+def forked(name: str, where: str, arguments: list[str], output: Path) -> NoReturn:
+    """Be a process of its own in a fork: what it prints goes to a file, and it ends as Python does."""
+    code = 1
+    file = output.open("w", buffering=1)
+    try:
+        os.setsid()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        for logger in (logging.getLogger(log) for log in ("lightning", "lightning.pytorch", "lightning.fabric")):
+            for handler in logger.handlers:
+                if type(handler) is logging.StreamHandler:  # not those of pytest
+                    handler.setStream(file)
+        main(name, where, arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+        print("" if isinstance(end.code, int) else end.code, file=file)
+    except BaseException:
+        traceback.print_exc(file=file)
+    finally:
+        file.flush()
+        os._exit(code)
+
+
 def main(name: str, where: str, arguments: list[str]) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    if where == "group":
-        os.setsid()
+    place, _, number = where.partition("=")
+    if place == "scoring":
+        StoredLogProbs._keep = send_at_call(StoredLogProbs._keep, int(number), name)  # type: ignore[method-assign]
+    if place == "generating":
+        GeneratedSet.write = send_at_call(GeneratedSet.write, int(number), name)  # type: ignore[method-assign]
     before = cli.AlignCLI.before_fit
 
     def with_signal(self: cli.AlignCLI) -> None:
@@ -50,7 +98,3 @@ def main(name: str, where: str, arguments: list[str]) -> None:
 
     cli.AlignCLI.before_fit = with_signal  # type: ignore[method-assign]
     cli.run(arguments)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -21,7 +21,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
 
 def config(name: str, folder: Path, **changes: object) -> str:
     """A small run's configuration file."""
-    module = {"sft": "SFTModule", "dpo": "DPOModule"}[name]
+    module = {"sft": "SFTModule", "dpo": "DPOModule", "spin": "SPINModule"}[name]
     content: dict[str, object] = {
         "seed_everything": 3,
         "model": {"class_path": module, "init_args": {"backbone": TINY, "generation": {"max_new_tokens": 4}}},

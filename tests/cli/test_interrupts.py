@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,17 @@ import yaml
 
 from lightning_align import cli
 from tests.cli.conftest import ROWS
-from tests.cli.runs import ROOT, config, write_rows
+from tests.cli.interrupted import forked
+from tests.cli.runs import config, write_rows
 
 
 def run(folder: Path, configuration: str, signal: str, where: str, *extra: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.cli.interrupted", signal, where, "fit", "--config", configuration, *extra]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    """Run the command line in a fork of this process, which has its imports already."""
+    output, process = folder / "output.txt", os.fork()
+    if process == 0:
+        forked(signal, where, ["fit", "--config", configuration, *extra], output)
+    _, status = os.waitpid(process, 0)
+    return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), "", output.read_text())
 
 
 def finish(configuration: str, *extra: str) -> None:
@@ -88,3 +91,42 @@ def test_without_a_last_checkpoint_it_has_a_name_of_its_own(folder: Path, sft_ro
     assert stopped.returncode == 143
     assert f"--ckpt_path {folder / 'plain' / 'interrupted.ckpt'}" in stopped.stderr
     assert torch.load(folder / "plain" / "interrupted.ckpt", weights_only=True)["global_step"] == 4
+
+
+def long_settings(folder: Path, method: str) -> str:
+    """A run with a stored reference, or of self-play in two iterations."""
+    rows = [{"prompt": f"{i}+1=", "chosen": str(i + 1), "rejected": str(i + 2), "response": str(i + 1)} for i in range(12)]
+    names = ("prompt", "chosen", "rejected") if method == "dpo" else ("prompt", "response")
+    path = write_rows(folder / "rows.jsonl", [{name: row[name] for name in names} for row in rows])
+    content = yaml.safe_load(Path(config(method, folder)).read_text(encoding="utf-8"))
+    content["data"]["init_args"] |= {"train": path, "validation": path}
+    callbacks: list[dict[str, Any]] = [{"class_path": "ModelCheckpoint", "init_args": {"dirpath": "kept", "save_last": True}}]
+    if method == "dpo":
+        content["model"]["init_args"] |= {"reference": "stored", "reference_cache": "stored"}
+    else:
+        content["model"]["init_args"]["generation"] |= {"batch_size": 4}
+        callbacks.append({"class_path": "SelfPlayGeneration", "init_args": {"iterations": 2, "folder": "sets"}})
+        content["trainer"] |= {"max_epochs": -1, "max_steps": -1}
+    content["trainer"] |= {"callbacks": callbacks, "logger": False, "num_sanity_val_steps": 0}
+    place = folder / f"{method}.yaml"
+    place.write_text(yaml.safe_dump(content))
+    return str(place)
+
+
+@pytest.mark.parametrize(
+    "signal, where, status",
+    [("SIGTERM", "scoring=2", 143), ("SIGINT", "generating=2", 130), ("SIGTERM", "generating=8", 143)],
+)
+def test_work_before_and_between_steps_is_stopped_and_kept(signal: str, where: str, status: int, folder: Path) -> None:
+    configuration = long_settings(folder, "dpo" if where.startswith("scoring") else "spin")
+    stopped = run(folder, configuration, signal, where)
+    assert stopped.returncode == status, stopped.stderr[-2000:]
+    assert "Traceback" not in stopped.stderr
+    pattern = "stored/*/*.safetensors" if where.startswith("scoring") else "sets/*/*/part-*.jsonl"
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob(pattern)}
+    assert len(kept) == (1 if where.startswith("scoring") else int(where.partition("=")[2]))
+    last = folder / "kept" / "last.ckpt"
+    finish(configuration, *(["--ckpt_path", str(last)] if last.exists() else []))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was made is not made again"
+    assert torch.load(last, weights_only=True)["global_step"] == (3 if where.startswith("scoring") else 9)
+    assert len(list(folder.glob(pattern))) > len(kept)
