@@ -25,14 +25,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --no-deps litgpt
 	touch $@
 
-$(VENV)/.installed-$(VENV)/.installed-docs: $(VENV)/.installed
+$(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) -e '.[cpu,dev,docs]'
 	touch $@
 
 docs: $(VENV)/.installed-docs ## Build the site of the documentation in build/site; a warning is an error
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.installed
+$(VENV)/.installed-bench: $(VENV)/.installed
 	$(PIP) -e '.[cpu,dev,bench]'
 # Without its dependencies: it pins an incompatible numpy and a package that cannot be imported. The benchmark needs neither.
 	$(PIP) --no-deps retro-pytorch==0.3.9

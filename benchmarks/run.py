@@ -56,6 +56,7 @@ TIMED = (
 # Studies train models and look at what they learned, or kill runs and look at what survived. They take hours; other load on the
 # machine does not matter. A study with a .json file beside it stores each result there and runs only what is missing.
 STUDIES = (
+    ("studies/long_runs.py",),
     ("studies/dpo/frontier.py",),
     ("studies/spin/kill.py",),
     ("studies/spin/markov.py",),

@@ -70,6 +70,19 @@ def made_pairs(number: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
+def as_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of texts as a conversation, for a model that was trained on its chat template. Other rows stay as they are."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    if not all(isinstance(row.get(name), str) for name in roles):
+        return row
+    return {**row, **{name: [{"role": role, "content": row[name].strip()}] for name, role in roles.items()}}
+
+
+def text_of(prompt: Any) -> str:
+    """The text of a prompt, or that of its last message."""
+    return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+
+
 class Demo:
     """The steps, each with its result in the folder."""
 
@@ -82,6 +95,9 @@ class Demo:
             rows = [json.dumps(row) for row in made_pairs(NUM_HELD_OUT + options.steps * options.batch_size)]
         else:
             rows = [line for line in Path(options.pairs).read_text(encoding="utf-8").splitlines() if line.strip()]
+        self.model = model_folder(options.model or shipped_file(), self.folder / "model")
+        if load_tokenizer(self.model).has_template:
+            rows = [json.dumps(as_messages(json.loads(row))) for row in rows]
         held_out = min(NUM_HELD_OUT, len(rows) // 5)
         if not held_out:
             sys.exit(f"{options.pairs} has {len(rows)} pairs. At least 5 are needed: a fifth is held out.")
@@ -89,7 +105,6 @@ class Demo:
             publish_text(self.folder / f"{name}.jsonl", "\n".join(part) + "\n")
         self.question = json.loads(rows[0])["prompt"]
         publish_text(self.folder / "question.jsonl", json.dumps({"prompt": self.question}) + "\n")
-        self.model = model_folder(options.model or shipped_file(), self.folder / "model")
 
     def once(self, step: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a step, which is computed if there is none."""
@@ -178,7 +193,7 @@ class Demo:
             ("loss", "0.693", f"{fitted['val/loss']:.3f}"),
         ):
             print(f"{title:<44}{start:>8}{end:>8}")
-        print(f"\n{self.question}\n\nbefore: {before['answer']}\n\nafter: {after['answer']}\n")
+        print(f"\n{text_of(self.question)}\n\nbefore: {before['answer']}\n\nafter: {after['answer']}\n")
         print(f"The aligned model is in {self.folder / 'aligned'}. To see the curves, run")
         print(f"  .venv/bin/tensorboard --logdir {self.folder}    and open http://localhost:6006")
 

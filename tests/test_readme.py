@@ -15,6 +15,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lightning_align
 from lightning_align.cli import run
 from tests.toys import save_llama
 
@@ -190,3 +191,11 @@ def test_every_page_is_in_the_site_and_its_links_lead_somewhere() -> None:
             if anchor:
                 headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, link
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.md")))
+    named = re.findall(r"^::: lightning_align\.([\w.]+)$", pages, re.MULTILINE)
+    bases = {"training.module.AlignModule", "training.datamodule.AlignDataModule"}
+    assert set(named) == {f"{home}.{name}" for name, home in lightning_align._HOME.items()} | bases
+    assert len(named) == len(set(named))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lightning_align.models.building import Backbone, build_backbone, has_own_weights
@@ -48,9 +49,13 @@ def gather_checkpoint(folder: str | Path) -> dict[str, Any]:
     check_checkpoint(folder)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "whole.pt"
-        dcp_to_torch_save(folder, path)
-        whole: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    rest: dict[str, Any] = torch.load(folder / SHARDS_META, map_location="cpu", weights_only=True)
+        try:
+            dcp_to_torch_save(folder, path)
+            whole: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            rest: dict[str, Any] = torch.load(folder / SHARDS_META, map_location="cpu", weights_only=True)
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
+            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+            raise ValueError(f"checkpoint {folder} cannot be read ({reason}). Use an earlier checkpoint of the run.") from error
     # The optimizer states use parameter names as keys, in the optimizer's order. An optimizer accepts any keys.
     optimizers = sorted(name for name in whole if name.startswith("optimizer_"))
     return {**rest, "state_dict": whole["state_dict"], "optimizer_states": [whole[name] for name in optimizers]}

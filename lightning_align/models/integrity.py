@@ -5,6 +5,7 @@ is a folder: each file of shards is a row of such zip files, and ``.metadata`` i
 """
 
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -139,10 +140,30 @@ def _read_places(folder: Path, places: dict[str, set[tuple[int, int]]]) -> None:
         if Path(name).name != name:
             raise ValueError(f"it names the file {name}, which is not in the folder")
         places.setdefault(name, set()).add((info.offset, info.offset + info.length))
+    for name, path in (metadata.planner_data or {}).items():
+        if name != ".".join(map(str, path)):
+            raise ValueError(f"it names one entry {name} and {'.'.join(map(str, path))}")
+    for name, stored in metadata.state_dict_metadata.items():
+        chunks = getattr(stored, "chunks", None)  # what is not a tensor has none
+        if chunks is not None:
+            found = {tuple(index.offset or ()) for index in metadata.storage_data if index.fqn == name}
+            _check_chunks(name, tuple(stored.size), chunks, found)
     for name, parts in places.items():
         shards = folder / name
         if not shards.is_file() or shards.stat().st_size < max(end for _, end in parts):
             raise ValueError(f"{name} is {'too short' if shards.is_file() else 'missing'}")
+
+
+def _check_chunks(name: str, size: tuple[int, ...], chunks: list[Any], found: set[tuple[int, ...]]) -> None:
+    """Check that the parts of a tensor fill it, and that each of them is stored."""
+    number = 0
+    for chunk in chunks:
+        ends = [start + width for start, width in zip(chunk.offsets, chunk.sizes, strict=True)]
+        number += math.prod(chunk.sizes)
+        if tuple(chunk.offsets) not in found or any(end > whole for end, whole in zip(ends, size, strict=True)):
+            raise ValueError(f"a part of {name} is not stored, or is not in it")
+    if number != math.prod(size):
+        raise ValueError(f"{name} has {math.prod(size)} values, but its parts have {number}")
 
 
 def _check_shards(path: Path, places: set[tuple[int, int]]) -> None:

@@ -1,6 +1,6 @@
 """A retriever over LanceDB, a vector store on disk or in object storage, for corpora that exceed the memory of a machine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +15,8 @@ from lightning_align.retrieval.search import Found, check_search, collect
 
 TABLE = "chunks"
 _ROWS = 16384
+_QUERIES = 128
+"""Queries that are searched for at a time."""
 _SETTINGS = ("chunk_size", "pad_id", "tokenizer", "encoder")
 
 
@@ -113,25 +115,33 @@ class LanceRetriever:
             ValueError: If `k` is not positive, or `exclude` does not have an entry per query.
         """
         check_search(len(queries), k, exclude)
-        return collect(self._results(queries, k, exclude), (len(queries), k, 2 * self.chunk_size), self._pad_id)
-
-    def _results(
-        self, queries: Sequence[ArrayLike], k: int, exclude: Sequence[Sequence[str]] | None
-    ) -> Iterator[list[tuple[int, float, list[int]]]]:
+        results: list[list[tuple[int, float, list[int]]]] = [[] for _ in queries]
         vectors: Any = self.encoder.encode(queries) if len(queries) else []
-        for row, vector in enumerate(vectors):
-            search = self.table.search(vector).distance_type("l2").limit(k)
-            if exclude is not None and (groups := self._groups(exclude[row])):
-                search = search.where(f"group NOT IN ({', '.join(map(str, groups))})", prefilter=True)
-            rows = search.select(["id", "tokens", "_distance"]).to_list()
-            yield [(found["id"], found["_distance"], found["tokens"]) for found in rows]
+        # Queries that exclude the same documents are searched for together.
+        alike: dict[tuple[int, ...], list[int]] = {}
+        known = self._groups({name for names in exclude or () for name in names})
+        for row in range(len(queries)):
+            names = () if exclude is None else exclude[row]
+            alike.setdefault(tuple(sorted({known[name] for name in names if name in known})), []).append(row)
+        for groups, rows in alike.items():
+            for start in range(0, len(rows), _QUERIES):
+                some = rows[start : start + _QUERIES]
+                search = self.table.search([vectors[row] for row in some] if len(some) > 1 else vectors[some[0]])
+                search = search.distance_type("l2").limit(k)
+                if groups:
+                    search = search.where(f"group NOT IN ({', '.join(map(str, groups))})", prefilter=True)
+                for found in search.select(["id", "tokens", "_distance"]).to_list():
+                    results[some[found.get("query_index", 0)]].append((found["id"], found["_distance"], found["tokens"]))
+        ordered = (sorted(found, key=lambda one: (one[1], one[0])) for found in results)
+        return collect(ordered, (len(queries), k, 2 * self.chunk_size), self._pad_id)
 
-    def _groups(self, names: Sequence[str]) -> list[int]:
+    def _groups(self, names: Collection[str]) -> dict[str, int]:
+        """Return the group of each of some documents that the table has."""
         if not names:
-            return []
-        quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
-        rows = self.table.search().where(f"document IN ({quoted})").select(["group"]).to_list()
-        return sorted({row["group"] for row in rows})
+            return {}
+        quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in sorted(names))
+        rows = self.table.search().where(f"document IN ({quoted})").select(["document", "group"]).limit(self.table.count_rows())
+        return {row["document"]: row["group"] for row in rows.to_list()}
 
 
 def _connect(uri: str | Path) -> Any:

@@ -45,6 +45,11 @@ _MANY = 512
 _SHARE = 0.5
 """A search adds up lists until what is left out is below this share of the k-th best score. Then few chunks remain."""
 
+_WORTH = 5
+"""With more postings than a fifth of the chunks, it is faster to look at the scores of all chunks than to gather some."""
+_WIDTH = 64
+"""Chunks per block of scores."""
+
 
 class Span(NamedTuple):
     """The terms of a number of chunks."""
@@ -217,7 +222,8 @@ class Postings:
     """
 
     def __init__(self, folder: Path, groups: Ints) -> None:
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FILES}
+        # Torch takes no arrays that are read-only. Nothing writes to them.
+        arrays: dict[str, Any] = {name: np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in FILES}
         # Views as plain arrays: each access to a memory map would create an object of its class.
         self._terms, self._counts, self._starts, self._lengths = (
             np.asarray(arrays[name]) for name in ("terms", "counts", "starts", "lengths")
@@ -230,6 +236,7 @@ class Postings:
         self.groups, self._mean = groups, float(self._lengths.mean())
         self._edges, self._drops = edges, edges[:-1] - edges[1:]
         self._query_idf = np.zeros(len(self.idf))
+        self._lists = torch.from_numpy(self._chunks), torch.from_numpy(self._weights)
         self._scores = torch.zeros(self.num_chunks, dtype=torch.float32)  # bf16-true changes the default
         self._last = np.zeros(self.num_chunks, dtype=np.int32)
 
@@ -283,10 +290,12 @@ class Postings:
             exact = self._exact(query, promising, forbidden)[1]
             bar = float(exact[k - 1]) if len(exact) >= k else 0.0
         last = len(order) if bar <= 0 else int(np.searchsorted(-rest, -_SHARE * bar, side="left")) + 1
+        left = float(rest[max(first, last) - 1]) + slack
+        if touched[max(first, last) - 1] > self.num_chunks / _WORTH:
+            return self._best_of_all(query, k, forbidden, self._spans(order[first:last], tiers, taken)[0], bar, left)
         more, taken = self._add(order[first:last], tiers, taken)
         both = np.concatenate([some, more])
         scores = self._gather(both)
-        left = float(rest[max(first, last) - 1]) + slack
         near = np.flatnonzero(scores >= bar - left)
         if len(near) > _MANY:
             # Those with the highest scores so far raise the bar for the others.
@@ -297,18 +306,57 @@ class Postings:
         self._scores.numpy()[both] = 0
         return result[0][:k], result[1][:k]
 
+    def _best_of_all(
+        self, query: Sequence[int], k: int, forbidden: Sequence[int], spans: list[slice], bar: float, left: float
+    ) -> tuple[Ints, Doubles]:
+        """Add the last lists, and look at the scores of all chunks. See `best`.
+
+        Args:
+            query: Distinct terms.
+            k: The number of chunks to find.
+            forbidden: Groups whose chunks must not be found.
+            spans: The postings to add.
+            bar: A bound that the k-th best score is not below.
+            left: The most that a score can rise, because of what is left out and of rounding.
+        """
+        chunks, weights = self._lists
+        for span in spans:
+            self._scores.index_add_(0, chunks[span], weights[span])
+        whole = self.num_chunks - self.num_chunks % _WIDTH
+        highest, places = self._scores[:whole].view(-1, _WIDTH).max(dim=1)
+        best = (places + torch.arange(0, whole, _WIDTH)).numpy()
+        count = 4 * k
+        while len(best):
+            # The best chunks of the best blocks are scored exactly, to raise the bar.
+            exact = self._exact(query, best[_top(highest.numpy(), count)], forbidden)[1]
+            if len(exact) >= k or count >= len(best):
+                bar = max(bar, float(exact[k - 1]) if len(exact) >= k else 0.0)
+                break
+            count *= 8
+        scores = self._scores.numpy()
+        # Where fewer than k were found, all lists were added, and what has no score has no term.
+        near = np.flatnonzero(scores >= bar - left if bar > left else scores > 0)
+        self._scores.zero_()
+        result = self._exact(query, near, forbidden)
+        return result[0][:k], result[1][:k]
+
     def _add(self, tiers: Ints, bounds: Ints, taken: Ints) -> tuple[Ints, Ints]:
         """Add the weights of tiers to the scores. Return their chunks, with repetitions, and the tiers taken per term."""
-        now = taken + np.bincount(tiers // TIERS, minlength=len(taken))
-        rows = np.flatnonzero(now > taken)
-        starts, stops = bounds[rows, taken[rows]].tolist(), bounds[rows, now[rows]].tolist()
-        spans = [slice(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
+        spans, now = self._spans(tiers, bounds, taken)
         if not spans:
             return np.zeros(0, dtype=np.int64), now
         chunks = np.concatenate([self._chunks[span] for span in spans], dtype=np.int64)
         weights = np.concatenate([self._weights[span] for span in spans])
         self._scores.scatter_add_(0, torch.from_numpy(chunks), torch.from_numpy(weights))
         return chunks, now
+
+    @staticmethod
+    def _spans(tiers: Ints, bounds: Ints, taken: Ints) -> tuple[list[slice], Ints]:
+        """Return the postings of tiers, and the tiers taken per term."""
+        now = taken + np.bincount(tiers // TIERS, minlength=len(taken))
+        rows = np.flatnonzero(now > taken)
+        starts, stops = bounds[rows, taken[rows]].tolist(), bounds[rows, now[rows]].tolist()
+        return [slice(a, b) for a, b in zip(starts, stops, strict=True) if a < b], now
 
     def _gather(self, chunks: Ints) -> NDArray[np.float32]:
         found: NDArray[np.float32] = self._scores.index_select(0, torch.from_numpy(chunks)).numpy()

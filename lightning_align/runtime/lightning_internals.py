@@ -15,6 +15,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 
 CHECKED_ON = "2.6.6"
 """The release of Lightning that every entry of ``INTERNALS`` was checked on."""
@@ -74,6 +75,7 @@ INTERNALS = (
         "lightning.pytorch.Trainer()._accelerator_connector.cluster_environment",
         "the signal with which SLURM announces that it requeues the job",
     ),
+    Internal("lightning.pytorch.tuner.lr_finder._LRCallback", "tells whether `Tuner.lr_find` runs"),
     Internal(
         "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher",
         "the processes that rank 0 has launched, to say how one ended and to end them",
@@ -123,6 +125,11 @@ def callbacks_of(trainer: L.Trainer) -> list[Callback]:
     untyped: Any = trainer
     callbacks: list[Callback] = untyped.callbacks
     return callbacks
+
+
+def searches_rate(trainer: L.Trainer) -> bool:
+    """Return whether the run is that of `Tuner.lr_find`."""
+    return any(isinstance(callback, _LRCallback) for callback in callbacks_of(trainer))
 
 
 def datamodule_of(trainer: L.Trainer | None) -> Any:

@@ -374,13 +374,16 @@ class SelfPlayGeneration(Callback):
 
     def _prepare_optimizer(self, trainer: L.Trainer) -> None:
         module: Any = trainer.lightning_module
+        if self.iteration == 0 and self.lr_factors is None:
+            return  # everything is new, unless a search for a learning rate has replaced the schedule
         for number, optimizer in enumerate(trainer.optimizers):
             if self.iteration and self.reset_optimizer:
                 optimizer.state.clear()
             for group in optimizer.param_groups:
+                base = group.setdefault("base_lr", group.get("initial_lr", group["lr"]))  # callbacks may add groups
                 factor = 1.0 if self.lr_factors is None else self.lr_factors[self.iteration]
                 if self.reset_optimizer or module.make_schedule is None:
-                    group["lr"] = group["initial_lr"] = group["base_lr"] * factor
+                    group["lr"] = group["initial_lr"] = base * factor
             if self.reset_optimizer and module.make_schedule is not None:
                 replace_schedule(trainer, number, partial(module.make_schedule, optimizer))
 

@@ -26,7 +26,7 @@ from lightning_align.references.frozen import frozen_copy
 from lightning_align.references.moving import moving_reference
 from lightning_align.references.protocol import MovingReference
 from lightning_align.references.update import ReferenceUpdate
-from lightning_align.runtime.lightning_internals import callbacks_of, datamodule_of
+from lightning_align.runtime.lightning_internals import callbacks_of, datamodule_of, searches_rate
 from lightning_align.scoring.losses import LOSSES, LossName, check_loss
 from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
@@ -204,6 +204,19 @@ class SPINModule(AlignModule):
         """Copy a restored average into the opponent. Must be called before the opponent is first used."""
         if self.opponent.moving is not None:
             self.opponent.moving.restore(self.policy)
+
+    def on_train_start(self) -> None:
+        """Prepare the run as in `AlignModule`.
+
+        Raises:
+            ValueError: If `Tuner.lr_find` runs, which removes the callback that generates responses.
+        """
+        if searches_rate(self.trainer):
+            raise ValueError(
+                "`Tuner.lr_find` removes all callbacks, and SPINModule needs SelfPlayGeneration. Find the rate with "
+                "a DPOModule or an SFTModule, or give the optimizer its `lr`."
+            )
+        super().on_train_start()
 
     def begin_iteration(self, iteration: int) -> None:
         """Begin an iteration: the current policy becomes the iterate."""

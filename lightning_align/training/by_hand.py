@@ -123,11 +123,13 @@ class LoopByHand(PrecisionHooks):
         untyped: Any = L.LightningModule.trainer
         untyped.fset(self, trainer)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile cannot trace Lightning's logging
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Log a value through the Trainer or Fabric. A plain loop has no logger."""
         if not (self.by_hand and self.fabric is None):
             super().log(name, value, *args, **kwargs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
     def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         """Log values as `log` does."""
         if not (self.by_hand and self.fabric is None):

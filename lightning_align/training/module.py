@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -159,7 +159,16 @@ class AlignModule(Responding):
             check_tokenizer(record_of(path), datamodule_of(self.trainer), source=path)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Watch the other ranks, from before the data are prepared. It adds no other callback."""
+        """Watch the other ranks, from before the data are prepared. It adds no other callback.
+
+        Raises:
+            ValueError: If a callback of the Trainer cannot work with the module.
+        """
+        if any(isinstance(callback, BackboneFinetuning) for callback in callbacks_of(self.trainer)):
+            raise ValueError(
+                f"BackboneFinetuning needs a module with a `backbone`, but {type(self).__name__} trains its `policy`. Use "
+                "`lora`, or a BaseFinetuning that freezes parts of `policy`."
+            )
         RankWatch.attach(self.trainer)
         return []
 

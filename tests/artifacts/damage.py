@@ -324,10 +324,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=200, help="damages of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rows = []
-    for name in KINDS:
+    for name in options.kinds:
         with tempfile.TemporaryDirectory() as folder:
             found = outcomes(name, Path(folder), options.each, options.seed)
         rows.append((name, found))

@@ -265,10 +265,10 @@ def test_gpu_trains_the_index_that_a_cpu_searches(tmp_path):
 
 
 def test_the_index_above_two_million_vectors_passes_the_gate_that_packed_codes_fail(tmp_path):
-    # The same coding with fewer lists: the 65,536 lists that auto chooses need 2.5 million vectors.
-    data = vectors_of(10_500, dim=32)
+    # The same coding with fewer lists and centroids: the 65,536 lists that auto chooses need 2.5 million vectors.
+    data = vectors_of(4000, dim=32)
     with pytest.raises(ValueError, match="finds at most 0"):
-        build(tmp_path / "packed", data, factory="IVF16,PQ8", min_recall=0.95)
+        build(tmp_path / "packed", data, factory="IVF16,PQ8x4", min_recall=0.95)
     table = build(tmp_path / "bytes", data, factory="IVF16,SQ8", min_recall=0.95).manifest()["table"]
     assert table["recall"] >= 0.95
 

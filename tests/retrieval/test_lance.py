@@ -26,6 +26,14 @@ def test_lance_results_equal_faiss_results(database, tmp_path):
     assert np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.mask, theirs.mask)
     assert np.allclose(ours.distances, theirs.distances, atol=1e-4)
     assert np.array_equal(ours.tokens.ids, theirs.tokens.ids) and np.array_equal(ours.tokens.mask, theirs.tokens.mask)
+    # Queries that exclude the same documents go in one call.
+    many = [chunks.chunk(number) for number in range(0, 60, 2)]
+    for exclusion in (None, [["d0", "d5", "no such document"] if row % 3 else ["d1"] for row in range(len(many))]):
+        batched = store.search(many, 4, exclusion)
+        for row, query in enumerate(many):
+            one = store.search([query], 4, None if exclusion is None else [exclusion[row]])
+            assert np.allclose(batched.distances[row], one.distances[0], atol=1e-4)
+            assert set(batched.ids[row][:2]) & set(one.ids[0])
     everything = store.search(queries[:1], 1000)
     found = chunks.document_of(everything.ids[everything.mask])
     assert "d3" not in {chunks.document_ids[number] for number in found} and everything.mask.sum() < len(chunks)

@@ -20,7 +20,7 @@ def leaks(tmp_path: Path, held_out: dict[str, str], database: dict[str, str]) ->
 
 
 def test_planted_copies_of_every_kind_are_found_with_every_tokenizer(tmp_path: Path) -> None:
-    held_out, database, kinds = planted(45, longest=4000)
+    held_out, database, kinds = planted(27, longest=3000)
     stored = [grams_of_letters(text) for text in database.values()]
     true = {name for name, text in held_out.items() if largest_share(text, stored) >= SHARE}
     assert set(kinds) <= true and len(held_out) > len(true)

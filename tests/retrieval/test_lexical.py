@@ -152,9 +152,12 @@ def many(tmp_path_factory):
     return folder, lists, write_postings(folder, count_terms(lists))
 
 
-@pytest.mark.parametrize(("share", "first"), [(0.6, 2048), (0.2, 50), (1.0, 1), (0.9, 500)])
-def test_the_best_of_the_pruned_search_are_the_best_of_all(many, monkeypatch, share, first):
+@pytest.mark.parametrize(
+    ("share", "first", "worth"), [(0.6, 2048, 1e-9), (0.2, 50, 1e-9), (1.0, 1, 1e-9), (0.9, 500, 5), (0.5, 2048, 1e9)]
+)
+def test_the_best_of_the_pruned_search_are_the_best_of_all(many, monkeypatch, share, first, worth):
     folder, lists, _ = many
+    monkeypatch.setattr(postings, "_WORTH", worth)
     monkeypatch.setattr(postings, "_SHARE", share)
     monkeypatch.setattr(postings, "_FIRST", first)
     monkeypatch.setattr(postings, "_MANY", 40)
