@@ -66,7 +66,7 @@ def train_tokenizer(
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = tqdm(_texts_of_files(parts), desc="reading rows", unit=" texts", leave=False)
+    texts = tqdm(_texts_of_files(parts), desc="reading rows", unit=" texts", leave=False, disable=None)
     model.train_from_iterator(texts, trainer)
     if texts.n == 0:
         raise ValueError(
