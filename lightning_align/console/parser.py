@@ -27,7 +27,8 @@ class HelpFormatter(DefaultHelpFormatter):
         names = classes.rstrip(")").split(", ")
         if not found or len(names) <= 12:
             return text
-        own = [name for name in names if name.startswith("lightning_align.") and name.count(".") == 1]
+        # Sorted, because their order is that of imports.
+        own = [name for name in sorted(names) if name.startswith("lightning_align.") and name.count(".") == 1]
         own = [name for name in own if not name.endswith("Module")]
         return f"{head}, a class by its path{', such as ' if own else ''}{', '.join(own)})"
 

@@ -1,4 +1,7 @@
-"""Writes the help pages of the package: python -m tests.cli.pages"""
+"""Writes the help pages of the package: python -m tests.cli.pages. With --check, names those that have changed.
+
+In a process of its own, because a help lists the subclasses that are imported.
+"""
 
 import contextlib
 import io
@@ -30,7 +33,11 @@ def main() -> None:
     PAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for command in COMMANDS:
-            (PAGES / f"{command}.txt").write_text(f"{heading()}\n{rendered(command)}", encoding="utf-8")
+            file, text = PAGES / f"{command}.txt", f"{heading()}\n{rendered(command)}"
+            if "--check" not in sys.argv:
+                file.write_text(text, encoding="utf-8")
+            elif not file.is_file() or file.read_text(encoding="utf-8") != text:
+                print(file.name)
 
 
 if __name__ == "__main__":

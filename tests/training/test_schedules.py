@@ -123,7 +123,7 @@ def test_auto_takes_the_length_of_the_run(limits: dict[str, Any], expected: int,
     module = SFTModule(PaLM(**TINY), lr_scheduler=partial(WarmupDecay, total_steps="auto", warmup_steps=100, decay="linear"))
     rows = SFTDataModule(Arithmetic(8), batch_size=2, cache_dir=str(tmp_path))
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(**limits, **off, accelerator="cpu")
+    trainer = L.Trainer(**limits, **off, accelerator="cpu", default_root_dir=tmp_path)
     trainer.fit(module, rows)
     schedule = trainer.lr_scheduler_configs[0].scheduler
     assert isinstance(schedule, WarmupDecay)
@@ -139,7 +139,7 @@ def test_auto_without_a_length_is_refused() -> None:
     with pytest.raises(ValueError, match="neither `max_steps` nor `max_epochs`"), run_length(lambda: math.inf):
         WarmupDecay(optimizer)
     with (
-        pytest.raises(ValueError, match="restarts the schedule with each iteration"),
+        pytest.raises(ValueError, match="self-play restarts the schedule"),
         run_length(SPINModule(PaLM(**TINY)).schedule_steps),
     ):
         WarmupDecay(optimizer)
