@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,26 @@ def test_whatever_changes_a_number_makes_another_name(tmp_path: Path) -> None:
 
 def test_a_crash_costs_a_shard_at_most(tmp_path: Path) -> None:
     model = tiny_palm()
-    broken = Counted(model, most=5)
-    with pytest.raises(KeyboardInterrupt):
-        stored(tmp_path, broken).fill(singles(), model, CPU)
+    if (process := os.fork()) == 0:
+        try:
+            found = stored(tmp_path, Counted(model, most=5))
+            found._write = lambda: os._exit(0) if len(found) == 5 else StoredLogProbs._write(found)  # type: ignore[method-assign]
+            found.fill(singles(), model, CPU)
+        finally:
+            os._exit(1)
+    assert os.waitpid(process, 0)[1] == 0
     again = Counted(model)
     after = stored(tmp_path, again)
     assert len(after) == 4  # two shards of two rows; the fifth row was in no shard yet
     assert after.fill(singles(), model, CPU) == again.rows == 2
     assert len(stored(tmp_path, again)) == 6
+
+
+def test_an_interrupt_costs_nothing(tmp_path: Path) -> None:
+    model, again = tiny_palm(), Counted(tiny_palm())
+    with pytest.raises(KeyboardInterrupt):
+        stored(tmp_path, Counted(model, most=5)).fill(singles(), model, CPU)
+    assert stored(tmp_path, again).fill(singles(), model, CPU) == again.rows == 1
 
 
 def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
