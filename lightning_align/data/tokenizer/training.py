@@ -67,8 +67,16 @@ def train_tokenizer(
         show_progress=False,
     )
     texts = tqdm(_texts_of_files(parts), desc="reading rows", unit=" texts", leave=False, disable=None)
-    model.train_from_iterator(texts, trainer)
-    if texts.n == 0:
+    number = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal number  # the bar counts nothing where it is not shown
+        for text in texts:
+            number += 1
+            yield text
+
+    model.train_from_iterator(counted(), trainer)
+    if not number:
         raise ValueError(
             f"`rows` {', '.join(source for source, _ in parts)} have no text in the columns that are read"
             f" ({', '.join(columns or COLUMNS)}). Name the columns of the texts with `columns`."
