@@ -203,5 +203,6 @@ def test_damaged_files_are_made_again(folders: dict[str, str], tmp_path: Path) -
     first = batch_of(tmp_path, folders["chatml"], folders["inst"], {"messages": CHAT[:3]})[1]
     (path,) = (tmp_path / "cache").glob("calm-augments-*.arrow")
     path.write_bytes(path.read_bytes()[:100])
-    again = batch_of(tmp_path, folders["chatml"], folders["inst"], {"messages": CHAT[:3]})[1]
+    with pytest.warns(UserWarning, match="is damaged and will be made again"):
+        again = batch_of(tmp_path, folders["chatml"], folders["inst"], {"messages": CHAT[:3]})[1]
     assert torch.equal(first.tokens, again.tokens)
