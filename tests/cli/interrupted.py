@@ -1,8 +1,12 @@
-"""Runs the command line in a process that sends itself a signal.
+"""Runs the command line in processes that send themselves a signal.
+
+Started as a script, it forks a process for each line that it reads, so that they share its imports. A process of the tests
+cannot be forked: torch refuses a backward pass in the fork of a process that has made one on another device.
 
 The place is `step`, `group`, `validation`, or `scoring=N` and `generating=N` for the N-th batch or part.
 """
 
+import json
 import logging
 import os
 import signal
@@ -98,3 +102,20 @@ def main(name: str, where: str, arguments: list[str]) -> None:
 
     cli.AlignCLI.before_fit = with_signal  # type: ignore[method-assign]
     cli.run(arguments)
+
+
+def serve() -> None:
+    """Run a command line for each line of JSON on the input, and print its status."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            os.chdir(request["folder"])
+            forked(request["signal"], request["where"], request["arguments"], Path(request["output"]))
+        _, status = os.waitpid(process, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    sys.argv = ["lightning-align"]
+    serve()

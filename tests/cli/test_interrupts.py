@@ -1,8 +1,10 @@
 """A run that SIGTERM or Ctrl-C ends leaves a checkpoint of the step that it reached, and a status that is not 0."""
 
-import os
+import json
 import subprocess
+import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,28 @@ import yaml
 
 from lightning_align import cli
 from tests.cli.conftest import ROWS
-from tests.cli.interrupted import forked
 from tests.cli.runs import config, write_rows
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
-def run(folder: Path, configuration: str, signal: str, where: str, *extra: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a fork of this process, which has its imports already."""
-    output, process = folder / "output.txt", os.fork()
-    if process == 0:
-        forked(signal, where, ["fit", "--config", configuration, *extra], output)
-    _, status = os.waitpid(process, 0)
-    return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), "", output.read_text())
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs the command line in forks of one process, which has the imports already."""
+    command = [sys.executable, "-m", "tests.cli.interrupted"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root) as server:
+        assert server.stdin is not None and server.stdout is not None
+
+        def start(folder: Path, configuration: str, signal: str, where: str, *extra: str) -> subprocess.CompletedProcess[str]:
+            output, arguments = folder / "output.txt", ["fit", "--config", configuration, *extra]
+            request = {"folder": str(folder), "output": str(output), "signal": signal, "where": where, "arguments": arguments}
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+            return subprocess.CompletedProcess([], int(server.stdout.readline()), "", output.read_text())
+
+        yield start
+        server.stdin.close()
 
 
 def finish(configuration: str, *extra: str) -> None:
@@ -71,7 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ],
 )
 def test_a_stopped_run_goes_on_where_it_was(
-    signal: str, where: str, status: int, extra: list[str], folder: Path, sft_rows: str, whole: dict[str, Any]
+    run: Run, signal: str, where: str, status: int, extra: list[str], folder: Path, sft_rows: str, whole: dict[str, Any]
 ) -> None:
     stopped = run(folder, settings(folder, sft_rows, "last"), signal, where, *extra)
     assert stopped.returncode == status, stopped.stderr[-2000:]
@@ -86,7 +99,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert all(torch.equal(result["state_dict"][name], value) for name, value in whole["state_dict"].items())
 
 
-def test_without_a_last_checkpoint_it_has_a_name_of_its_own(folder: Path, sft_rows: str) -> None:
+def test_without_a_last_checkpoint_it_has_a_name_of_its_own(run: Run, folder: Path, sft_rows: str) -> None:
     stopped = run(folder, settings(folder, sft_rows, "plain"), "SIGTERM", "step")
     assert stopped.returncode == 143
     assert f"--ckpt_path {folder / 'plain' / 'interrupted.ckpt'}" in stopped.stderr
@@ -117,7 +130,7 @@ def long_settings(folder: Path, method: str) -> str:
     "signal, where, status",
     [("SIGTERM", "scoring=2", 143), ("SIGINT", "generating=2", 130), ("SIGTERM", "generating=8", 143)],
 )
-def test_work_before_and_between_steps_is_stopped_and_kept(signal: str, where: str, status: int, folder: Path) -> None:
+def test_work_before_and_between_steps_is_kept(run: Run, signal: str, where: str, status: int, folder: Path) -> None:
     configuration = long_settings(folder, "dpo" if where.startswith("scoring") else "spin")
     stopped = run(folder, configuration, signal, where)
     assert stopped.returncode == status, stopped.stderr[-2000:]
