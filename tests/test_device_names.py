@@ -9,6 +9,8 @@ ROOT = Path(__file__).parents[1] / "lightning_align"
 NAMES = {"is_cuda", "is_xpu", "is_mps"}
 DEVICES = {"cuda", "xpu", "mps"}
 ALLOWED: dict[str, set[str]] = {
+    "console/chat.py": {"cuda", "mps"},  # chooses a device
+    "console/env.py": {"cuda"},  # prints what there is
     "generation/capture.py": {"cuda"},  # has graphs
     "generation/decoder.py": {"cuda"},  # the devices whose steps have a fixed shape, for the graphs
     "generation/looks.py": {"cuda", "mps"},  # one has streams and pinned memory, the other no float64

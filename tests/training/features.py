@@ -119,7 +119,9 @@ def compiled(job: Job) -> None:
     """Train a compiled module."""
     module: Any = torch.compile(job.module, backend="eager")
     trainer = job.trainer()
-    trainer.fit(module, job.data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's compiler calls what its other parts warn of
+        trainer.fit(module, job.data)
     trained(trainer)
 
 

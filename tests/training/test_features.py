@@ -42,8 +42,10 @@ def test_a_feature_of_the_trainer(feature: str, method: str, folders: Path, full
     FEATURES[feature](Job(method, folders / method))
 
 
-def test_the_table_of_the_readme_is_that_of_the_tests() -> None:
-    table = re.search(r"^\| feature of the Trainer .*?\n\n", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def test_the_table_of_the_documentation_is_that_of_the_tests() -> None:
+    table = re.search(
+        r"^\| feature of the Trainer .*?\n\n", (ROOT / "docs" / "your-project.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     assert table is not None
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table[0].strip().splitlines()]
     assert [name.lower() for name in rows[0][1:]] == list(METHODS)
