@@ -89,12 +89,13 @@ def test_launchers_end_all_ranks(tmp_path: Path) -> None:
         deadline = time.monotonic() + LIMIT
         while (left := [pid for process in processes for pid in running(process.pid)]) and time.monotonic() < deadline:
             time.sleep(0.1)
+        remaining = [described(pid) for pid in left]
     finally:
         for pid in [pid for process in processes for pid in running(process.pid)]:
             os.kill(pid, signal.SIGKILL)
     for (launcher, how, lost), folder, code in zip(LAUNCHED, folders, codes, strict=True):
         told = (folder / "output.txt").read_text()
-        assert code != 0 and not left, told
+        assert code != 0 and not remaining, (remaining, told)
         assert f"Rank {lost} {'died' if how == 'kill' else 'failed'}" in told or launcher == "torchrun", told
         # In the words of Lightning's launcher and of torchrun.
         killed = lost == 0 or any(word in told for word in ("SIGKILL", "Signal 9", "code -9"))
@@ -111,6 +112,15 @@ def start_launcher(launcher: str, how: str, lost: int, folder: Path) -> "subproc
     own = {"PYTHONPATH": str(ROOT), "LOST": str(lost), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **own}, start_new_session=True)
+
+
+def described(pid: int) -> str:
+    """What a process is and what it waits for."""
+    try:
+        texts = [Path(f"/proc/{pid}/{name}").read_text().replace("\0", " ") for name in ("cmdline", "wchan", "status")]
+    except OSError:
+        return f"{pid}, which has ended now"
+    return f"{pid}: {texts[0]} waits in {texts[1]}; {' '.join(texts[2].split())[:200]}"
 
 
 def running(session: int) -> list[int]:
