@@ -4,15 +4,14 @@ Such a file says which other files belong to a database. It can be damaged, edit
 checked where it is read, and a name in it never leads out of the folder of the database.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-SEAL = "sha256"
-"""The key of the hash. Files of release 0.1.0 have none."""
+from lightning_align.runtime.checksums import SEAL, sealed, unsealed
+
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """The name of a file in the folder that names it."""
 HEAD_KEYS = frozenset(
@@ -37,7 +36,7 @@ STAGE_NAME = re.compile(r"(chunks|vectors|index|lexical|neighbors)-[0-9a-f]{16}"
 
 def seal(content: Mapping[str, Any]) -> bytes:
     """Return the bytes of a JSON file with the hash of its content."""
-    whole = {**content, SEAL: _hash(content)}
+    whole = sealed(content)
     try:
         return (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # a file name that is not UTF-8
@@ -59,18 +58,10 @@ def read_sealed(path: Path, known: Collection[str]) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"it must hold an object, but holds a {type(content).__name__}")
-    given = content.pop(SEAL, None)
-    if given is not None and given != _hash(content):
-        raise ValueError("its content does not match its hash")
-    if given is None and not content.keys() <= set(known):
+    rest = unsealed(content)
+    if SEAL not in content and not rest.keys() <= set(known):
         raise ValueError("it has no hash")
-    return content
-
-
-def _hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return rest
 
 
 def value_of(content: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:

@@ -18,6 +18,7 @@ from lightning_align.retrieval.database import HEAD, RetrievalDatabase
 from lightning_align.retrieval.sealed import seal
 from lightning_align.retro.datamodule import RETRODataModule
 from lightning_align.runtime import files
+from lightning_align.runtime.checksums import SEAL
 from tests.retrieval.helpers import Listed, Projection, hashes, texts
 
 ENCODER = Projection()
@@ -137,7 +138,7 @@ def test_a_json_file_of_another_shape_is_named(file: str, root: Path) -> None:
         "words.json": root / used["stages"]["lexical"] / "words.json",
     }.get(file) or root / used["stages"][file] / "manifest.json"
     whole = json.loads(path.read_text())
-    is_sealed = isinstance(whole, dict) and whole.pop("sha256", None) is not None
+    is_sealed = isinstance(whole, dict) and whole.pop(SEAL, None) is not None
     tried = 0
     for number, content in enumerate(others(whole)):
         if file != HEAD and number > len(OTHER) and number % 5:
@@ -158,7 +159,7 @@ def test_a_json_file_of_another_shape_is_named(file: str, root: Path) -> None:
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", "a\\b", ""])
 def test_no_name_leads_out_of_the_folder(name: str, root: Path) -> None:
     head = json.loads((root / HEAD).read_text())
-    head.pop("sha256")
+    head.pop(SEAL)
     folder = root / head["stages"]["chunks"]
     for changed in (
         {**head, "base": name},
@@ -172,7 +173,7 @@ def test_no_name_leads_out_of_the_folder(name: str, root: Path) -> None:
         with pytest.raises(ValueError, match=r"database\.json cannot be used: it names"):
             RetrievalDatabase.open(root)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.pop("sha256")
+    manifest.pop(SEAL)
     (root.parent / "secret").write_text("x")
     for changed in ({**manifest, "files": {name: {"bytes": 1, "sha256": "0" * 64}}}, {**manifest, "stage": f"{name}/chunks"}):
         (folder / "manifest.json").write_bytes(seal(changed))
