@@ -23,7 +23,7 @@ MOST = 64
 
 
 def first_row(batch: CALMBatch) -> CALMBatch:
-    """Return the first row of a batch."""
+    """Return the first row of a batch, without what the loader counted in the whole batch."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -32,7 +32,7 @@ def first_row(batch: CALMBatch) -> CALMBatch:
             return AugmentInput(*(cut(part) for part in value))
         return [cut(part) for part in value] if isinstance(value, (list, tuple)) else value
 
-    found: Any = {name: cut(value) for name, value in batch.items()}
+    found: Any = {name: cut(value) for name, value in batch.items() if name not in ("num_targets", "lengths")}
     return found  # type: ignore[no-any-return]
 
 

@@ -68,6 +68,7 @@ OPTIONS: dict[str, tuple[Callable[[Path], Case], Budget]] = {
     "calm prefix": (lambda folder: calm(folder, augment={"alignment": "prefix"}), Budget()),
     # Beside the numbers and two looks, once per token of all rows, whose text the augment reads.
     "calm own tokens": (lambda folder: calm(folder, augment={"tokens": "own"}), Budget(prediction=12)),
+    "calm maps": (lambda folder: calm(folder, attention_maps=True), Budget()),
     "calm all tokens": (lambda folder: calm(folder, loss_on="all"), Budget()),
     # In the first epoch all rows are new. They are read from the device and written to a file.
     "calm stored, new rows": (lambda folder: calm(folder, store_states=str(folder / "states")), Budget(step=8)),
