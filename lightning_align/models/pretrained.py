@@ -166,7 +166,10 @@ class PretrainedLM(UnpaddedDecoder):
         self._cache_checked: bool | None = None
         self.awaits_probe = is_deferring()
         """Whether `probe_head` and `check_causal` are still to be called, when the weights are there."""
-        self._scale, self._softcap = (1.0, None) if self.awaits_probe else probe_head(self)
+        self._scale: float | None = 1.0
+        self._softcap: float | None = None
+        if not self.awaits_probe:
+            self._probe()
         self.compile_backend: str | None = None
         self.known_causal = False
         check_causal(self, remedy=causal_remedy(self.config))
@@ -337,6 +340,11 @@ class PretrainedLM(UnpaddedDecoder):
             return None
         base = PretrainedLM(**{**self.init_args, "adapter": None})
         return base if base.is_loaded else None
+
+    def _probe(self) -> float | None:
+        """Find out how logits come from hidden states, also after the weights were changed. Return the factor."""
+        self._scale, self._softcap = probe_head(self)
+        return self._scale
 
     def take_probe(self, found: tuple[float | None, float | None]) -> None:
         """Take what `probe_head` has found on the first rank of a sharded run."""

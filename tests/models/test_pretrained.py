@@ -224,3 +224,13 @@ def test_the_hub_is_asked_once_with_a_short_timeout(tmp_path: Path, monkeypatch:
     assert asked == [("somebody/some-model", hub.SECONDS)] * 2
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: None)
     assert not hub.out_of_reach("somebody/other-model")
+
+
+def test_the_output_layer_is_probed_again_for_other_weights() -> None:
+    model = make("granite")
+    scale = model._scale
+    assert scale is not None and scale != 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert model._probe() == model._scale == pytest.approx(scale)
