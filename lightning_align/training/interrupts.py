@@ -113,8 +113,8 @@ class InterruptCheckpoint(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save after a signal that has ended something else first, such as a worker of the data loader."""
         if self.status and not self.path and trainer.world_size == 1 and not isinstance(exception, KeyboardInterrupt):
-            self._save(trainer)
             ignore_workers()
+            self._save(trainer)
 
     def _install(self, trainer: L.Trainer) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -124,6 +124,7 @@ class InterruptCheckpoint(Callback):
             if self.status and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.status = 128 + number
+            ignore_workers()  # now: the end of one would raise an error anywhere, also while the checkpoint is saved
             if trainer.world_size == 1 and not self._in_batch:
                 self._stop(trainer)
 
@@ -132,8 +133,8 @@ class InterruptCheckpoint(Callback):
             signal.signal(number, stop)
 
     def _stop(self, trainer: L.Trainer) -> None:
-        self._save(trainer)
         ignore_workers()
+        self._save(trainer)
         raise SystemExit(self.status)
 
     def _save(self, trainer: L.Trainer) -> None:
