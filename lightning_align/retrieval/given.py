@@ -1,9 +1,10 @@
 """Neighbors that are given from outside instead of being searched for."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from lightning_align.retrieval.search import Found, Retriever, check_search, collect
 from lightning_align.retrieval.tables import Tokens
@@ -83,6 +84,8 @@ class GivenNeighbors:
         if self.retriever is not None and rest:
             excluded = None if exclude is None else [exclude[row] for row in rest]
             other = self.retriever.search([queries[row] for row in rest], k, excluded)
-            for whole, part in zip((*found[:3], *found.tokens), (*other[:3], *other.tokens), strict=True):
+            wholes: list[NDArray[Any]] = [*found[:3], *found.tokens]
+            parts: list[NDArray[Any]] = [*other[:3], *other.tokens]
+            for whole, part in zip(wholes, parts, strict=True):
                 whole[rest] = part
         return Found(found.ids, found.mask, found.distances, Tokens(*found.tokens))
