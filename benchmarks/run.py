@@ -40,6 +40,7 @@ TIMED = (
     ("sft/trl_step.py", "--thp"),
     ("sft/packing.py",),
     ("generation/sampling.py", "--peer-length", "160", "--rounds", "2"),
+    ("generation/common_prefix.py", "--rounds", "2"),
     ("generation/continuous.py", "--lengths", "random", "--batch-sizes", "64", "16", "--mean", "32", "--rounds", "1"),
     ("spin/step.py",),
     ("calm/step.py",),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_align.generation.casting import fixed_head
 from lightning_align.generation.packing import pack
+from lightning_align.generation.prefix import Prefix
 from lightning_align.generation.static import StaticDecoder
 from lightning_align.models.language_model import Head, HiddenModel, context_length, has_cache, logits_of
 from lightning_align.runtime.ranks import is_sharded
@@ -49,7 +50,15 @@ class Decoder(Protocol):
         ...
 
 
-def make_decoder(model: nn.Module, prompts: list[list[int]], *, limit: int, copies: int, device: torch.device) -> Decoder:
+def make_decoder(
+    model: nn.Module,
+    prompts: list[list[int]],
+    *,
+    limit: int,
+    copies: int,
+    device: torch.device,
+    prefix: Prefix | None = None,
+) -> Decoder:
     """Build the fastest decoder that the model supports.
 
     Args:
@@ -58,11 +67,14 @@ def make_decoder(model: nn.Module, prompts: list[list[int]], *, limit: int, copi
         limit: The maximum number of tokens to append to a prompt.
         copies: The number of rows per prompt.
         device: The device of the model.
+        prefix: What all prompts begin with, also those that join later, if the model has read it already.
     """
     if not has_cache(model):
         return _PlainDecoder(model, prompts, limit, device)
     if device.type in STATIC and not is_sharded(model) and callable(getattr(model.make_cache(1, 1), "static", None)):
-        return StaticDecoder(model, prompts, limit=limit, copies=copies, device=device)
+        return StaticDecoder(model, prompts, limit=limit, copies=copies, device=device, prefix=prefix)
+    if prefix is not None:
+        return _CachedDecoder(model, prompts, limit, device, prefix=prefix)
     cache = model.make_cache(len(prompts), max(map(len, prompts)) + limit)
     if copies > 1 and not hasattr(cache, "select"):
         # This cache cannot repeat rows, so each copy of a prompt is read separately.
@@ -87,13 +99,20 @@ class _CachedDecoder:
         cache: Any = None,
         repeated: bool = False,
         head: Head | None = None,
+        prefix: Prefix | None = None,
     ) -> None:
-        self.model, self.device, self.repeated = model, device, repeated
+        self.model, self.device, self.repeated, self.prefix = model, device, repeated, prefix
         self.stop = max(map(len, prompts))
-        self.prompts = to_device([[0] * (self.stop - len(p)) + p for p in prompts], device)
+        # The columns after the prefix of the longest prompt are read in every row. So a shorter prompt reads the end of its
+        # prefix again, and no row has a gap.
+        new = self.stop - (0 if prefix is None else len(prefix.tokens))
+        self.prompts = to_device([[0] * (new - len(p)) + p[-new:] for p in prompts], device)
         starts = to_device([self.stop - len(p) for p in prompts], device)[:, None]
         self._lay_out(starts, self.stop + limit, padded=len(set(map(len, prompts))) > 1)
-        self.cache = model.make_cache(len(prompts), self.stop + limit) if cache is None else cache
+        if prefix is not None:
+            self.cache = prefix.repeat(starts[:, 0], self.stop + limit)
+        else:
+            self.cache = model.make_cache(len(prompts), self.stop + limit) if cache is None else cache
         self.head = fixed_head(model) if head is None else head
         # The weight itself and not its cast: under autocast nothing is packed.
         self.linear = None if self.head is None else pack(self.head.weight, self.head.bias)
@@ -108,7 +127,7 @@ class _CachedDecoder:
         self.exists = columns >= starts if padded else None
 
     def start(self, copies: int) -> Tensor:
-        logits = self._forward(self.prompts, 0)
+        logits = self._forward(self.prompts, self.stop - self.prompts.shape[1])
         if copies == 1 or self.repeated:
             return logits
         rows = torch.arange(len(logits), device=logits.device).repeat_interleave(copies)
@@ -142,7 +161,7 @@ class _CachedDecoder:
         return callable(getattr(self.cache, "join", None)) and hasattr(self.cache, "select")
 
     def join(self, prompts: list[list[int]], *, limit: int, copies: int) -> Tensor:
-        new = _CachedDecoder(self.model, prompts, 0, self.device, head=self.head)
+        new = _CachedDecoder(self.model, prompts, 0, self.device, head=self.head, prefix=self.prefix)
         new.linear = self.linear  # its weights are packed already
         logits = new.start(copies)
         # All rows end at the same column, so only the longest row needs its first column.

@@ -16,6 +16,7 @@ from lightning_align.generation.filters import Filters, choose, num_draws
 from lightning_align.generation.history import History, Repetition
 from lightning_align.generation.looks import Looks
 from lightning_align.generation.noise import uniforms
+from lightning_align.generation.prefix import Prefix, read_prefix
 from lightning_align.runtime.ranks import everyone, is_sharded, largest
 from lightning_align.runtime.transfer import to_device
 
@@ -111,12 +112,13 @@ def decode_prompts(
     device, synchronized = next(model.parameters()).device, is_sharded(model)
     every = CHECK_EVERY if device.type != "cpu" or synchronized else CHECK_EVERY_CPU
     most = -(-len(waiting) // config.batch_size)
+    prefix = None if synchronized else read_prefix(model, [prompt.tokens for prompt in waiting], device)
     for _ in range(largest(most, device) if synchronized else most):
         if not waiting and not synchronized:
             return
         # A rank without prompts left decodes a dummy prompt, because forward passes of a sharded model are collectives.
         prompts = _take(waiting, config.batch_size) or [Prompt([0], [Row((0, 0, 0, 0), 0) for _ in range(config.num_samples)])]
-        batch = _Batch(model, prompts, config, ends, device)
+        batch = _Batch(model, prompts, config, ends, device, prefix)
         while True:
             left = [index for index, row in enumerate(batch.rows) if row.reason is None]
             if everyone(not left, device) if synchronized else not left:
@@ -152,6 +154,7 @@ class _Batch:
         config: Settings,
         ends: Ends,
         device: torch.device,
+        prefix: Prefix | None,
     ) -> None:
         self.config, self.ends, self.device = config, ends, device
         self.rows = [row for prompt in prompts for row in prompt.rows]
@@ -160,7 +163,7 @@ class _Batch:
             self.limit = largest(self.limit, device)
         texts, copies = [prompt.tokens for prompt in prompts], config.num_samples
         self.noise = self._noise(self.rows, self.limit)
-        self.decoder = make_decoder(model, texts, limit=self.limit, copies=copies, device=device)
+        self.decoder = make_decoder(model, texts, limit=self.limit, copies=copies, device=device, prefix=prefix)
         self.logits: Tensor = self.decoder.start(copies)
         self.history = History(texts, room=self.limit, copies=copies, device=self.device, settings=self.config)
         self.absent = self.ends.support.absent(self.logits.shape[-1], self.device)

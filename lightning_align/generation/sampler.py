@@ -151,6 +151,8 @@ def generate(
 ) -> list[list[Generation]]:
     """Generate responses to prompts of any lengths.
 
+    The tokens that all prompts begin with, such as a system message, are read once if the cache of the model allows it.
+
     With a sharded model, every rank must call this function. Each rank may have any number of prompts. Ranks continue until
     all of them are done.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_align.generation.capture import Captures
 from lightning_align.generation.casting import fixed_head
+from lightning_align.generation.prefix import Prefix
 from lightning_align.models.language_model import Head, HiddenModel, context_length
 from lightning_align.runtime.transfer import to_device
 
@@ -48,6 +49,7 @@ class StaticDecoder:
         limit: The maximum number of tokens to append to a row.
         copies: The number of rows per prompt.
         device: The device of the model.
+        prefix: What all prompts begin with, if the model has read it already.
         wrap: What makes another function of the step, such as a compiled one. Default compiles the step if the model is
             compiled.
     """
@@ -60,9 +62,10 @@ class StaticDecoder:
         limit: int,
         copies: int,
         device: torch.device,
+        prefix: Prefix | None = None,
         wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
     ) -> None:
-        self.model, self.device, self.prompts, self.copies = model, device, prompts, copies
+        self.model, self.device, self.prompts, self.copies, self.prefix = model, device, prompts, copies, prefix
         self.head: Head = fixed_head(model) or model.head
         self.context = context_length(model)
         self.lengths: list[int] = []
@@ -96,15 +99,19 @@ class StaticDecoder:
     def _read(self, prompts: Sequence[Sequence[int]], copies: int) -> Tensor:
         """Read prompts with a usual cache, append `copies` rows of each, and return the logits after them."""
         width, first = max(map(len, prompts)), len(self.lengths)
-        tokens = to_device([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], self.device)
+        past = 0 if self.prefix is None else len(self.prefix.tokens)
+        tokens = to_device([[*prompt[past:], *[0] * (width - len(prompt))] for prompt in prompts], self.device)
         lengths = to_device([len(prompt) for prompt in prompts], self.device)
         places = torch.arange(width, device=self.device)
         mask = None
         if getattr(self.model, "needs_mask", False) and len(set(map(len, prompts))) > 1:
             mask = places < lengths[:, None]
-        cache = self.model.make_cache(len(prompts), width)
-        hidden = self.model.hidden(tokens, mask=mask, positions=places, cache=cache)
-        last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
+        if self.prefix is None:
+            cache = self.model.make_cache(len(prompts), width)
+        else:
+            cache = self.prefix.repeat(torch.zeros(len(prompts), dtype=torch.long, device=self.device), width)
+        hidden = self.model.hidden(tokens, mask=mask, positions=places[past:], cache=cache)
+        last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1 - past]
         if self.cache is None:
             self.cache = cache.static(self.rows, self.width)
         self.cache.insert(cache, first, copies)

@@ -151,6 +151,23 @@ class KVCache:
 
         self.keys, self.values = [selected(keys) for keys in self.keys], [selected(values) for values in self.values]
 
+    def repeat(self, starts: Tensor, capacity: int) -> "KVCache":
+        """Return a cache with a copy of the only row of this one for each start.
+
+        Args:
+            starts: (B,) int64, the number of columns by which each copy is shifted to the right. The columns that are shifted
+                out are lost. A mask must hide those before the start.
+            capacity: The number of columns of the new cache.
+        """
+        shifted = (torch.arange(self.length, device=starts.device) - starts[:, None]).clamp(min=0)
+
+        def repeated(old: Tensor) -> Tensor:
+            new = old.new_empty(len(starts), capacity, *old.shape[2:])
+            new[:, : self.length] = old[0, shifted]
+            return new
+
+        return KVCache([repeated(keys) for keys in self.keys], [repeated(values) for values in self.values], self.length)
+
     def join(self, other: "KVCache", *, columns: int, capacity: int) -> None:
         """Append the rows of another cache. The last columns of both become the last of the new filled columns.
 

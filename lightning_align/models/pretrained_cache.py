@@ -1,8 +1,10 @@
 """Key-value caches of transformers, and the check that decoding with them is right."""
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +18,29 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 COARSE = 0.1
 """The same for dtypes with fewer bits."""
 
+_faults: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()
+"""What `prefix_fault` has found."""
+
 
 class PretrainedCache:
     """A key-value cache of transformers, with the interface of `KVCache` that decoding needs."""
 
-    def __init__(self, past: Any, *, static: Callable[[], Callable[..., Any] | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        past: Any,
+        *,
+        static: Callable[[], Callable[..., Any] | None] = lambda: None,
+        extends: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Wrap a cache.
 
         Args:
             past: A cache of transformers.
             static: What returns the class of the static form, or None if the model cannot be decoded with it.
+            extends: What returns whether the model reads several tokens after cached ones as it reads them at once.
         """
         self.past = past
+        self._extends = extends
         self.length = 0
         """The number of filled columns."""
         self._static = static
@@ -47,6 +60,22 @@ class PretrainedCache:
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, (B',) int64, in this order. A repeated row is copied."""
         self.past.batch_select_indices(rows)
+
+    @property
+    def repeat(self) -> "Callable[[Tensor, int], PretrainedCache] | None":
+        """A function that copies the only row, see `KVCache.repeat`. None if a layer has not kept all columns."""
+        layers = [layer for layer in self.past.layers if layer.is_initialized]
+        whole = _joins(self.past) and all(layer.keys.shape[2] == self.length for layer in layers)
+        return self._repeat if whole and self._extends() else None
+
+    def _repeat(self, starts: Tensor, capacity: int) -> "PretrainedCache":
+        shifted = (torch.arange(self.length, device=starts.device) - starts[:, None]).clamp(min=0)
+        new = PretrainedCache(copy.deepcopy(self.past), static=self._static, extends=self._extends)
+        for layer in new.past.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (states[0][:, shifted].transpose(0, 1) for states in (layer.keys, layer.values))
+        new.length = self.length
+        return new
 
     def join(self, other: "PretrainedCache", *, columns: int, capacity: int) -> None:
         """Append the rows of another cache. See `KVCache.join`. A cache of transformers grows by itself, without `capacity`."""
@@ -108,8 +137,47 @@ def cache_fault(model: Any) -> str | None:
         with evaluating(model), torch.autocast(weight.device.type, enabled=False), uncompiled(model):
             return _compare(model, weight)
     except Exception as error:  # models raise many types here, and each of them means that the cache cannot be used
-        summary = str(error).splitlines()[0][:120] if str(error) else ""
-        return f"{type(error).__name__}: {summary}"
+        return _summary(error)
+
+
+def prefix_fault(model: Any) -> str | None:
+    """Find out whether a `PretrainedLM` gives other logits if several tokens are read after a cached common prefix.
+
+    Args:
+        model: The model. Its mode is not changed.
+
+    Returns:
+        What is wrong, or None.
+    """
+    if model not in _faults:
+        weight = model.model.get_output_embeddings().weight
+        try:
+            with evaluating(model), torch.autocast(weight.device.type, enabled=False), uncompiled(model):
+                _faults[model] = _compare_prefix(model, weight)
+        except Exception as error:  # as in `cache_fault`
+            _faults[model] = _summary(error)
+    return _faults[model]
+
+
+def _summary(error: Exception) -> str:
+    summary = str(error).splitlines()[0][:120] if str(error) else ""
+    return f"{type(error).__name__}: {summary}"
+
+
+def _compare_prefix(model: Any, weight: Tensor) -> str | None:
+    device, size = weight.device, weight.shape[0]
+    ids = [(index + 1) * (size - 1) // 11 for index in range(10)]
+    prefix, prompts = ids[:3], [ids[:7], [*ids[:3], *ids[8:]]]
+    cache = model.new_cache()
+    model.hidden(torch.tensor([prefix], device=device), cache=cache)
+    width, new = 7, 7 - len(prefix)
+    starts = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    cache = cache._repeat(starts, width)
+    columns = torch.arange(width, device=device)
+    exists, positions = columns >= starts[:, None], (columns - starts[:, None]).clamp(min=0)
+    tokens = torch.tensor([prompt[-new:] for prompt in prompts], device=device)
+    hidden = model.hidden(tokens, mask=exists, positions=positions[:, -new:], cache=cache)
+    return _difference(model, last_states(model, prompts, device), hidden[:, -1])
 
 
 def _compare(model: Any, weight: Tensor) -> str | None:
@@ -133,7 +201,12 @@ def _compare(model: Any, weight: Tensor) -> str | None:
     found.append(hidden[:, -1])
     expected = [last_states(model, prompts, device)]
     expected.append(last_states(model, [[*prompts[row], following[row]] for row in chosen], device))
-    right, cached = (model.head.logits(torch.cat(parts)).double() for parts in (expected, found))
+    return _difference(model, torch.cat(expected), torch.cat(found))
+
+
+def _difference(model: Any, expected: Tensor, found: Tensor) -> str | None:
+    """Return how the logits of hidden states (B, D) differ from the expected ones, or None if only by rounding."""
+    right, cached = (model.head.logits(states).double() for states in (expected, found))
     limit = max(TOLERANCE.get(parameter.dtype, COARSE) for parameter in model.parameters() if parameter.is_floating_point())
     difference = float((right - cached).abs().max() / right.std().clamp(min=1e-30))
     return None if difference <= limit else f"the logits differ by {difference:.1e} of their standard deviation"

@@ -96,6 +96,14 @@ class Caches(NamedTuple):
         self.second.select(rows)
 
     @property
+    def repeat(self) -> "Callable[[Tensor, int], Caches] | None":
+        """A function that copies the only row, see `KVCache.repeat`. None if a cache does not support it."""
+        one, two = (getattr(cache, "repeat", None) for cache in self)
+        if one is None or two is None:
+            return None
+        return lambda starts, capacity: Caches(one(starts, capacity), two(starts, capacity))
+
+    @property
     def join(self) -> Callable[..., None] | None:
         """A function that appends the rows of other caches, see `KVCache.join`. None if a cache does not support it."""
         one, two = (getattr(cache, "join", None) for cache in self)
