@@ -91,7 +91,8 @@ class Adapter(nn.Module):
         The product A B is never formed: at rank 8 it would cost as much as the layer itself.
         """
         dropped: Tensor = self.dropout(x)
-        return (dropped @ self.A) @ self.B * self.scale
+        # The r columns are scaled and not the outputs, of which there are a hundred times as many.
+        return (dropped @ self.A * self.scale) @ self.B
 
     def delta(self) -> Tensor:
         """Return the matrix that merging adds to the layer's weight, in the shape of that weight."""
