@@ -31,6 +31,7 @@ TIMED = (
     ("dpo/reference.py",),
     ("dpo/trl_losses.py",),
     ("training/trainer_overhead.py",),
+    ("training/bound.py", "--rounds", "3"),
     ("training/kept_memory.py",),
     ("training/precision.py",),
     ("dpo/trl_step.py",),
