@@ -22,7 +22,7 @@ from lightning_align.models.language_model import Head, declared_ends
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 from lightning_align.models.peft_adapters import TRAINED, AdapterStart, add_peft, peft_disabled, stirred, watch_start
-from lightning_align.models.pretrained_cache import PretrainedCache, cache_fault, has_selectable_layers, prefix_fault
+from lightning_align.models.pretrained_cache import PretrainedCache, cache_fault, has_selectable_layers, continuation_fault
 from lightning_align.models.pretrained_loading import (
     build_random,
     causal_remedy,
@@ -312,7 +312,7 @@ class PretrainedLM(UnpaddedDecoder):
         from transformers import DynamicCache
 
         past = DynamicCache(config=self.config)
-        return PretrainedCache(past, static=partial(static_form, self), extends=lambda: prefix_fault(self) is None)
+        return PretrainedCache(past, static=partial(static_form, self), extends=lambda: continuation_fault(self) is None)
 
     def _check_cache(self) -> bool:
         """Return whether rows can be decoded with a cache."""

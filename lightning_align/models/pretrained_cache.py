@@ -19,7 +19,7 @@ COARSE = 0.1
 """The same for dtypes with fewer bits."""
 
 _faults: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()
-"""What `prefix_fault` has found."""
+"""What `continuation_fault` has found."""
 
 
 class PretrainedCache:
@@ -140,7 +140,7 @@ def cache_fault(model: Any) -> str | None:
         return _summary(error)
 
 
-def prefix_fault(model: Any) -> str | None:
+def continuation_fault(model: Any) -> str | None:
     """Find out whether a `PretrainedLM` gives other logits if several tokens are read after a cached common prefix.
 
     Args:
@@ -153,7 +153,7 @@ def prefix_fault(model: Any) -> str | None:
         weight = model.model.get_output_embeddings().weight
         try:
             with evaluating(model), torch.autocast(weight.device.type, enabled=False), uncompiled(model):
-                _faults[model] = _compare_prefix(model, weight)
+                _faults[model] = _compare_continuation(model, weight)
         except Exception as error:  # as in `cache_fault`
             _faults[model] = _summary(error)
     return _faults[model]
@@ -164,7 +164,7 @@ def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {summary}"
 
 
-def _compare_prefix(model: Any, weight: Tensor) -> str | None:
+def _compare_continuation(model: Any, weight: Tensor) -> str | None:
     device, size = weight.device, weight.shape[0]
     ids = [(index + 1) * (size - 1) // 11 for index in range(10)]
     prefix, prompts = ids[:3], [ids[:7], [*ids[:3], *ids[8:]]]

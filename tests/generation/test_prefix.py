@@ -13,7 +13,7 @@ from lightning_align.generation.static import StaticDecoder
 from lightning_align.models import pretrained_cache
 from lightning_align.models.attention import KVCache
 from lightning_align.models.pretrained import PretrainedLM
-from lightning_align.models.pretrained_cache import prefix_fault
+from lightning_align.models.pretrained_cache import continuation_fault
 from tests.generation.test_continuous import FAMILIES, MODELS, check_equal, lively
 from tests.models.families import TEXT, build
 from tests.models.test_families import WITHOUT_CACHE
@@ -49,7 +49,7 @@ def test_responses_are_those_of_whole_prompts(name: str, settings: dict[str, Any
 
 @pytest.mark.parametrize("family", [name for name in TEXT if name not in WITHOUT_CACHE])
 def test_every_family_continues_a_prefix(family: str) -> None:
-    assert prefix_fault(build(family)) is None
+    assert continuation_fault(build(family)) is None
 
 
 @pytest.mark.parametrize("name", ["palm", "llama", "gpt2", "mixture"])
@@ -132,7 +132,7 @@ def test_a_model_that_cannot_continue_reads_whole_prompts(monkeypatch: pytest.Mo
         return hidden(tokens, cache=cache, positions=positions, **options)
 
     monkeypatch.setattr(model, "hidden", forgetful)
-    fault = prefix_fault(model)
+    fault = continuation_fault(model)
     assert fault is not None and "standard deviation" in fault
     with torch.no_grad():
         assert read_prefix(model, prompts(), CPU) is None
