@@ -22,7 +22,7 @@ from lightning_align.models.language_model import Head, declared_ends
 from lightning_align.models.lora import is_adapted
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 from lightning_align.models.peft_adapters import TRAINED, AdapterStart, add_peft, peft_disabled, stirred, watch_start
-from lightning_align.models.pretrained_cache import PretrainedCache, cache_fault, has_selectable_layers, continuation_fault
+from lightning_align.models.pretrained_cache import PretrainedCache, cache_fault, continuation_fault, has_selectable_layers
 from lightning_align.models.pretrained_loading import (
     build_random,
     causal_remedy,
