@@ -37,6 +37,9 @@ class TokenBatch(TypedDict):
     lengths: NotRequired[list[int]]
     """The number of real tokens of each row, or of each document of a packed batch. With it, a batch on a GPU is computed
     without its padding. Remove it if you change ``mask``."""
+    prefixes: NotRequired[Any]
+    """The common beginnings of the rows (`lightning_align.models.shared_rows.PrefixPlan`), which are then computed once. Remove
+    it if you change ``tokens``, ``mask`` or ``targets``."""
     document_ids: NotRequired[Tensor]
     """(B, N) int64. Only in a packed batch, whose rows are sequences of several documents: the number of the document that each
     token belongs to, from 0 and in ascending order over the whole batch, and -1 at padding. Attention stays within a document.
@@ -52,6 +55,8 @@ class PreferenceBatch(TypedDict):
     """(B,) float32 factor on the loss of each pair."""
     margins: NotRequired[Tensor]
     """(B,) float32 margin by which the reward of ``chosen`` should exceed that of ``rejected``."""
+    prefixes: NotRequired[Any]
+    """The common beginnings of all rows, chosen rows first; see `TokenBatch`. None if they are not shared."""
     reference: NotRequired["LogProbs"]
     """(2B,) log-probs under the reference, chosen rows first. Present only if they were computed in advance."""
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lightning_align.models.attention import Attend
 from lightning_align.models.palm import rotary, rotate
-from lightning_align.models.varlen import VarlenAttention
 
 
 def even_pairs(num_augment: int, num_anchor: int, num_connections: int) -> list[tuple[int, int]]:
@@ -115,7 +115,7 @@ class Visible(NamedTuple):
     """(B, 1, N, M) bool, true at visible pairs. None means all pairs, or the lower triangle if `causal` is true."""
     causal: bool = False
     """Whether a position sees only columns up to its own. It applies only without a mask."""
-    attend: VarlenAttention | None = None
+    attend: Attend | None = None
     """The attention of rows without padding, (1, T, ...). It takes the place of `mask` and `causal`."""
     blind: Tensor | None = None
     """(B, N, 1) bool, true at positions of the anchor that see nothing. None if there are no such positions."""

@@ -11,9 +11,9 @@ from lightning_align.calm.connections import Visible
 from lightning_align.calm.context import check_context
 from lightning_align.calm.reading import Reader
 from lightning_align.calm.spec import Inputs, Spot
-from lightning_align.models.attention import attention_dtype
+from lightning_align.models.attention import Attend, attention_dtype
 from lightning_align.models.unpadded import Unpadded
-from lightning_align.models.varlen import VarlenAttention, choose_kernel
+from lightning_align.models.varlen import choose_kernel
 
 
 def longest_unpadded(models: Sequence[nn.Module], readers: Sequence[Reader], device: torch.device) -> float | None:
@@ -50,7 +50,7 @@ def unpadded_inputs(
         What each connection attends to, in the order of ``spots``.
     """
     positions, device = unpadded.positions[None], unpadded.tokens.device
-    shared: dict[tuple[Any, ...], VarlenAttention] = {}
+    shared: dict[tuple[Any, ...], Attend] = {}
     attended = []
     for index, reader in enumerate(readers):
         given = None if inputs is None else inputs[index]
@@ -67,6 +67,6 @@ def unpadded_inputs(
             key = attention_dtype(one.to_q.weight), one.dim_head, one.attn_dropout if one.training else 0.0
             if key not in shared:
                 kernel = choose_kernel(device, key[0], key[1], dropout=key[2])
-                shared[key] = VarlenAttention(unpadded.segments, unpadded.segments, True, kernel)
+                shared[key] = unpadded.attention(kernel)
             attended.append(Attended(k, v, positions, Visible(None, attend=shared[key])))
     return attended

@@ -90,10 +90,21 @@ def pack_lengths(lengths: Indices, capacity: int, *, at_least: int = 1) -> Packi
     sequence_of = np.concatenate([sequences for sequences, _ in members])
     places = np.concatenate([places for _, places in members])[sequence_of.argsort(kind="stable")]
     starts = np.concatenate([[0], np.bincount(sequence_of, minlength=num_sequences).cumsum()])
-    while len(starts) <= at_least and (sizes := np.diff(starts)).max() > 1:
+    return split_sequences(PackingPlan(places, starts), at_least)
+
+
+def split_sequences(plan: PackingPlan, number: int) -> PackingPlan:
+    """Split the sequences with the most rows until there are so many, or each has one row.
+
+    Args:
+        plan: The sequences.
+        number: The least number of sequences.
+    """
+    starts = plan.starts
+    while len(starts) <= number and (sizes := np.diff(starts)).max() > 1:
         largest = int(sizes.argmax())
         starts = np.insert(starts, largest + 1, starts[largest] + sizes[largest] // 2)
-    return PackingPlan(places, starts)
+    return PackingPlan(plan.places, starts)
 
 
 class PackedSampler(LengthGroupedSampler):

@@ -24,6 +24,8 @@ def concatenate(batch: PreferenceBatch) -> TokenBatch:
         both["num_targets"] = chosen["num_targets"] + rejected["num_targets"]
     if "lengths" in chosen and "lengths" in rejected:
         both["lengths"] = [*chosen["lengths"], *rejected["lengths"]]
+    if batch.get("prefixes") is not None:
+        both["prefixes"] = batch["prefixes"]
     return both
 
 

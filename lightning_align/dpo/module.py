@@ -27,6 +27,7 @@ from lightning_align.training.arguments import PolicyArguments, Unpack
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import PairMeans
 from lightning_align.training.module import AlignModule
+from lightning_align.training.shared_prefix import PrefixSharing, SharedPrefix
 from lightning_align.training.tensorboard import Charts
 from lightning_align.types import LogProbs, PreferenceBatch, PromptBatch, TokenBatch
 
@@ -71,6 +72,7 @@ class DPOModule(AlignModule):
         ld_alpha: float = 1.0,
         reference: ReferenceKind = "frozen",
         reference_cache: str = ".cache/lightning_align",
+        shared_prefix: SharedPrefix = "auto",
         **shared: Unpack[PolicyArguments],
     ) -> None:
         """Describe the run. Policy and reference are built in ``configure_model``.
@@ -94,6 +96,10 @@ class DPOModule(AlignModule):
                 memory nor time; or `moving`, updated by the callback `ReferenceUpdate`.
             reference_cache: The folder of stored log-probs, on a disk that all nodes share. Its files are found by the hashes
                 of the rows and of the reference's weights, and may be deleted at any time.
+            shared_prefix: Whether the beginning that chosen and rejected have in common, such as their prompt, is computed
+                once. The log-probs and gradients are the same. With `auto`, it is if training has no dropout, a batch saves a
+                tenth of its tokens, and the model computes the same numbers, which is found out. With true, a model that does
+                not is an error.
             **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout`, `router_aux_loss_coef` and
                 `activation_checkpointing` of `AlignModule`. With `lora`, a frozen reference is the policy with its adapters off
                 and costs no memory. A moving one is a second set of adapters.
@@ -129,6 +135,7 @@ class DPOModule(AlignModule):
         self.beta, self.sft_weight = beta, sft_weight
         self.confidence_weighting, self.ld_alpha = confidence_weighting, ld_alpha
         self.initial_policy = InitialPolicy(reference, cache_dir=reference_cache)
+        self.prefix_sharing = PrefixSharing(shared_prefix, dropout=not self.dropout.off)
         self.val_means, self.test_means = PairMeans(METRICS), PairMeans(METRICS)
         # Margins that are not numbers are kept, to say how many there are.
         self.val_margins = CatMetric(nan_strategy="disable")
@@ -219,8 +226,11 @@ class DPOModule(AlignModule):
         self.initial_policy.check_resumed(self, checkpoint)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Add stored log-probs to a batch of pairs while it is on the CPU, where its rows can be hashed."""
-        return self.initial_policy.attach(batch, self.join)
+        """Add stored log-probs and common beginnings to a batch of pairs while it is on the CPU, where rows can be compared."""
+        batch = self.initial_policy.attach(batch, self.join)
+        if isinstance(batch, dict) and {"chosen", "rejected"} <= batch.keys():
+            return {**batch, "prefixes": self.join(batch).get("prefixes")}  # type: ignore[arg-type]  # a `PreferenceBatch`
+        return batch
 
     # -- scores and losses
 
@@ -231,6 +241,7 @@ class DPOModule(AlignModule):
             Log-probs under the policy, chosen rows first (2B,), and log-ratios to the reference (B,).
         """
         both = self.join(batch)
+        self.prefix_sharing.check(self.policy)
         logps, rows = token_logprobs(self.policy, both)
         policy = counted = sum_logprobs(logps, rows, both["targets"])
         if "target_weights" in both:
@@ -241,8 +252,8 @@ class DPOModule(AlignModule):
         return policy, log_ratios(counted, reference)
 
     def join(self, batch: PreferenceBatch) -> TokenBatch:
-        """Concatenate both sides, (2B, N), with the weight of each target if `ld_alpha` is not 1."""
-        both = concatenate(batch)
+        """Concatenate both sides, (2B, N), with common beginnings, and the weight of each target if `ld_alpha` is not 1."""
+        both = self.prefix_sharing.attach(concatenate(batch))
         if self.ld_alpha != 1:
             both["target_weights"] = tail_weights(both["targets"], self.ld_alpha)
         return both
@@ -251,7 +262,7 @@ class DPOModule(AlignModule):
         """Return the loss of each pair, (B,), with the added SFT term, which is averaged per pair and not per batch."""
         weights = batch.get("weights")
         if self.confidence_weighting:
-            confidence = confidence_weights(policy, response_collisions(self.policy, concatenate(batch)))
+            confidence = confidence_weights(policy, response_collisions(self.policy, self.join(batch)))
             weights = confidence if weights is None else weights * confidence
         losses = self.objective(ratios, weights=weights, margins=batch.get("margins"))
         if self.sft_weight:

@@ -71,9 +71,10 @@ def describe_run(trainer: L.Trainer) -> dict[str, Any]:
     """Return the settings of a Trainer and its data module that matter for the result."""
     data = getattr(trainer, "datamodule", None)
     found: dict[str, Any] = {"steps": trainer.global_step, "epochs": trainer.current_epoch}
-    size = getattr(data, "batch_size", None)
+    tokens = getattr(data, "batch_tokens", None)
+    name, size = ("batch size", getattr(data, "batch_size", None)) if tokens is None else ("tokens per batch", tokens)
     if isinstance(size, int):
-        found["batch size"] = size * trainer.accumulate_grad_batches * trainer.world_size
+        found[name] = size * trainer.accumulate_grad_batches * trainer.world_size
     length = getattr(data, "max_length", None)
     found |= {"max_length": length} if length is not None else {}
     if trainer.optimizers:

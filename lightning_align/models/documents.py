@@ -21,6 +21,8 @@ TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 """The largest difference of outputs that counts as equal, in standard deviations, in float32 and in 16 bits."""
 _PROBED = ((7, 12), (5, 1, 9))
 """The lengths of the documents of each row that the check packs."""
+_SHARED = ((12, 0), (19, 7), (14, 10), (9, 0), (11, 7))
+"""The length of each row of the check of common beginnings, and the length of its beginning that it shares with the first."""
 _problems: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()
 
 
@@ -86,13 +88,10 @@ def probe_documents(model: nn.Module, run: Callable[[Tensor, Tensor], Tensor]) -
         model: Any language model.
         run: What computes the outputs (B, N, D) or (B N, D) of tokens and documents, (B, N) each.
     """
-    device = next(model.parameters()).device
-    size = vocabulary_size(model) or 2
     width = max(sum(lengths) for lengths in _PROBED) + 2  # the last columns are padding
-    # Numbers that look random, without drawing any.
-    tokens = ((torch.arange(len(_PROBED) * width, device=device) * 7919 + 13) % 104729 % size).view(len(_PROBED), width)
+    tokens = _spread_tokens(model, len(_PROBED), width)
     documents = torch.full_like(tokens, -1)
-    alone, concatenated = [], []
+    alone, mixed = [], []
     with evaluating(model), uncompiled(model):
         number = 0
         for row, lengths in enumerate(_PROBED):
@@ -101,23 +100,70 @@ def probe_documents(model: nn.Module, run: Callable[[Tensor, Tensor], Tensor]) -
                 documents[row, start : start + length] = number
                 alone.append(_outputs(model, tokens[row : row + 1, start : start + length]))
                 number, start = number + 1, start + length
-            concatenated.append(_outputs(model, tokens[row : row + 1, :start]))
-        try:
-            packed = run(tokens, documents).view(documents.numel(), -1)[documents.flatten() >= 0]
-            packed = packed.to(torch.promote_types(packed.dtype, torch.float32))
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as raised:
-            return f"it raises {type(raised).__name__}: {str(raised)[:200]}"
-    expected = torch.cat(alone)
-    scale = float(expected.std().clamp(min=1e-6))
-    error = float((packed - expected).abs().max()) / scale
-    # How far a model is off that does not keep documents apart at all. In 16 bits this can be as small as the tolerance.
-    mixed = float((torch.cat(concatenated) - expected).abs().max()) / scale
-    if error <= TOLERANCE or (_is_half(model) and error <= min(HALF_TOLERANCE, mixed / 4)):
-        return None
+            mixed.append(_outputs(model, tokens[row : row + 1, :start]))
+        error = _difference(model, lambda: run(tokens, documents).flatten(0, -2)[documents.flatten() >= 0], alone, mixed)
+    if error is None or isinstance(error, str):
+        return error
     return (
         f"its outputs for a row change by {error:.1e} standard deviations if other rows come before it in the same sequence, "
         "as with recurrent layers, or if positions do not start again"
     )
+
+
+@torch.no_grad()
+def probe_rows(model: nn.Module, run: Callable[[Tensor, list[int]], Tensor]) -> str | None:
+    """Compare a few rows whose beginnings are computed together with each of them alone.
+
+    Args:
+        model: Any language model. Its mode and the state of the random numbers do not change.
+        run: What computes the outputs (B, N, D) of tokens (B, N) and the lengths of rows.
+
+    Returns:
+        Why the outputs are wrong, or None if they are right.
+    """
+    lengths = [length for length, _ in _SHARED]
+    tokens = _spread_tokens(model, len(lengths), max(lengths))
+    for row, (_, shared) in enumerate(_SHARED):
+        tokens[row, :shared] = tokens[0, :shared]
+    with evaluating(model), uncompiled(model):
+        alone = [_outputs(model, tokens[row : row + 1, :length]) for row, length in enumerate(lengths)]
+        sequence = torch.cat([tokens[row, :length] for row, length in enumerate(lengths)])[None]
+        mixed = [_outputs(model, sequence)]
+        real = torch.arange(max(lengths), device=tokens.device) < torch.tensor(lengths, device=tokens.device)[:, None]
+        error = _difference(model, lambda: run(tokens, lengths)[real], alone, mixed)
+    if error is None or isinstance(error, str):
+        return error
+    return f"its outputs for an answer change by {error:.1e} standard deviations if another answer is computed beside it"
+
+
+def _spread_tokens(model: nn.Module, rows: int, width: int) -> Tensor:
+    """Return (rows, width) ids that look random, without drawing any."""
+    device = next(model.parameters()).device
+    ids = (torch.arange(rows * width, device=device) * 7919 + 13) % 104729 % (vocabulary_size(model) or 2)
+    return ids.view(rows, width)
+
+
+def _difference(model: nn.Module, run: Callable[[], Tensor], alone: list[Tensor], mixed: list[Tensor]) -> float | str | None:
+    """Compare outputs (T, D) with those of rows alone: the difference, an error's message, or None if they are equal.
+
+    Args:
+        model: The model.
+        run: What computes the outputs.
+        alone: The outputs of each row alone.
+        mixed: The outputs of a model that does not keep rows apart at all.
+    """
+    try:
+        found = run()
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as raised:
+        return f"it raises {type(raised).__name__}: {str(raised)[:200]}"
+    expected = torch.cat(alone)
+    scale = float(expected.std().clamp(min=1e-6))
+    error = float((found - expected).abs().max()) / scale
+    # In 16 bits the difference of mixed rows can be as small as the tolerance.
+    limit = float((torch.cat(mixed) - expected).abs().max()) / scale / 4
+    equal = error <= TOLERANCE or (_is_half(model) and error <= min(HALF_TOLERANCE, limit))
+    return None if equal else error
 
 
 def _outputs(model: nn.Module, tokens: Tensor, documents: Tensor | None = None) -> Tensor:

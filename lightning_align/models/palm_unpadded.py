@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_align.models.attention import Attend, attention_dtype
 from lightning_align.models.unpadded import Unpadded
-from lightning_align.models.varlen import Kernel, Segments, VarlenAttention, choose_kernel
+from lightning_align.models.varlen import Kernel, Segments, choose_kernel
 
 
 class WithoutPadding(nn.Module):
@@ -43,8 +43,7 @@ class WithoutPadding(nn.Module):
         return self._unpadded(unpadded)
 
     def _unpadded(self, unpadded: Unpadded) -> Tensor:
-        segments, kernel = unpadded.segments, self._kernel(unpadded.tokens.device)
-        return self._packed(unpadded.tokens, unpadded.positions, VarlenAttention(segments, segments, True, kernel))
+        return self._packed(unpadded.tokens, unpadded.positions, unpadded.attention(self._kernel(unpadded.tokens.device)))
 
     def _kernel(self, device: torch.device) -> Kernel:
         dropout = max(float(getattr(block, "attn_dropout", 0.0)) for block in self.blocks) if self.training else 0.0

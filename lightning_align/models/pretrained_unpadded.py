@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_align.models.attention import attention_dtype
+from lightning_align.models.attention import Attend, attention_dtype
 from lightning_align.models.documents import probe_documents
 from lightning_align.models.parallelize import uncompiled
 from lightning_align.models.unpadded import Unpadded
-from lightning_align.models.varlen import Segments, VarlenAttention, choose_kernel
+from lightning_align.models.varlen import Segments, choose_kernel
 
 NAME = "lightning_align"
 UNKNOWN = ("softcap", "s_aux", "position_bias")
@@ -70,7 +70,7 @@ class UnpaddedDecoder(nn.Module):
         dim_head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         dropout = self.training and float(getattr(text, "attention_dropout", 0.0) or 0.0) > 0
         dtype = attention_dtype(next(self.parameters()))
-        documents = _Documents(unpadded.segments, dtype=dtype, dim_head=dim_head, dropout=dropout)
+        documents = _Documents(unpadded, dtype=dtype, dim_head=dim_head, dropout=dropout)
         out = model.decoder(
             input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False, unpadded_documents=documents
         )
@@ -111,23 +111,23 @@ class UnpaddedDecoder(nn.Module):
 class _Documents:
     """The documents of one forward pass, and their attention, which layers share."""
 
-    def __init__(self, segments: Segments, *, dtype: torch.dtype, dim_head: int, dropout: bool) -> None:
+    def __init__(self, unpadded: Unpadded, *, dtype: torch.dtype, dim_head: int, dropout: bool) -> None:
         """Prepare the attention before the layers run, because they may be compiled.
 
         Args:
-            segments: The documents.
+            unpadded: The documents.
             dtype: The dtype of queries that the layers are expected to have.
             dim_head: The width of their heads.
             dropout: Whether they have dropout.
         """
-        self.segments, self.expected = segments, (dtype, dim_head, dropout)
+        self.unpadded, self.expected = unpadded, (dtype, dim_head, dropout)
         self.shared = self._make(*self.expected)
 
-    def _make(self, dtype: torch.dtype, dim_head: int, dropout: bool) -> VarlenAttention:
-        kernel = choose_kernel(self.segments.starts.device, dtype, dim_head, dropout=float(dropout))
-        return VarlenAttention(self.segments, self.segments, True, kernel)
+    def _make(self, dtype: torch.dtype, dim_head: int, dropout: bool) -> Attend:
+        kernel = choose_kernel(self.unpadded.tokens.device, dtype, dim_head, dropout=float(dropout))
+        return self.unpadded.attention(kernel)
 
-    def attention(self, like: Tensor, dropout: float) -> VarlenAttention:
+    def attention(self, like: Tensor, dropout: float) -> Attend:
         """Return the attention for queries like given ones (..., K)."""
         kind = attention_dtype(like) if like.dtype is torch.float32 else like.dtype, like.shape[-1], dropout > 0
         return self.shared if kind == self.expected else self._make(*kind)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_align.models.varlen import Segments
+from lightning_align.models.attention import Attend
+from lightning_align.models.varlen import Kernel, Segments, VarlenAttention
 from lightning_align.types import TokenBatch
 
 
@@ -55,6 +56,14 @@ class Unpadded:
         rows, columns = self.shape
         flat = x.new_zeros(rows * columns, *x.shape[1:]).index_copy(0, self.where, x)
         return flat.view(rows, columns, *x.shape[1:])
+
+    def attention(self, kernel: Kernel) -> Attend:
+        """Return the attention of each document to itself, for layers on (T, ...).
+
+        Args:
+            kernel: What computes it, from `choose_kernel`.
+        """
+        return VarlenAttention(self.segments, self.segments, True, kernel)
 
     def index(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the index among the T tokens of given rows and columns, (M,) each, which must not be padding."""

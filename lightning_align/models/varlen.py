@@ -159,7 +159,7 @@ class VarlenAttention:
     Args:
         queries: The documents of the queries.
         keys: The documents of the keys, as many as of the queries.
-        causal: Whether to hide later tokens from each token. Only if queries and keys have the same documents.
+        causal: Whether to hide later tokens from each token. The queries of a document are then its last tokens.
         kernel: What computes it, from `choose_kernel`.
     """
 
@@ -177,10 +177,11 @@ class VarlenAttention:
             ValueError: If the documents of queries and keys do not fit.
         """
         lengths_q, lengths_k = self.queries.lengths, self.keys.lengths
-        if len(lengths_q) != len(lengths_k) or (self.causal and list(lengths_q) != list(lengths_k)):
+        shorter = self.causal and any(k < q for q, k in zip(lengths_q, lengths_k, strict=False))
+        if len(lengths_q) != len(lengths_k) or shorter:
             raise ValueError(
-                f"`keys` must have as many documents as `queries`, {len(lengths_q)}, and of the same lengths if `causal` is "
-                f"true, but has {len(lengths_k)}. Pass the same `Segments` for both."
+                f"`keys` must have as many documents as `queries`, {len(lengths_q)}, and none shorter than its queries if "
+                f"`causal`, but has {len(lengths_k)}{', some shorter' if shorter else ''}. Pass the same `Segments` for both."
             )
         device = self.queries.starts.device
         if any(q and not k for q, k in zip(lengths_q, lengths_k, strict=True)):
@@ -196,7 +197,7 @@ class VarlenAttention:
         elif self.kernel == "flex":
             self._plan = _block_mask(self.queries, self.keys, causal=self.causal)
         else:
-            self._plan = _groups(self.queries.lengths, self.keys.lengths, device)
+            self._plan = _groups(self.queries.lengths, self.keys.lengths, device, causal=self.causal)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout: float) -> Tensor:
         """Compute the attention output: (T, H, K), (T', G, K) or (T', K), the same -> (T, H, K).
@@ -262,13 +263,16 @@ def _block_mask(queries: Segments, keys: Segments, *, causal: bool) -> Any:
     of_query, of_key = (_documents_of(part) for part in (queries, keys))
     first_q, last_q, first_k, last_k = (end for ids in (of_query, of_key) for end in _block_ends(ids))
     needed = (first_k[None] <= last_q[:, None]) & (last_k[None] >= first_q[:, None])
+    # The last key of each query, counted over all documents: a document ends with the same token in queries and keys.
+    places = torch.arange(queries.total, device=needed.device)
+    bounds = places + (keys.starts - queries.starts)[1:][of_query.long()]
     if causal:
-        blocks = torch.arange(len(first_q), device=needed.device)
-        needed = needed & (blocks[None] <= blocks[:, None])
+        starts = torch.arange(0, keys.total, BLOCK, device=needed.device)
+        needed = needed & (starts[None] <= _block_ends(bounds)[1][:, None])
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same = of_query[query] == of_key[key]
-        return same & (key <= query) if causal else same
+        return same & (key <= bounds[query]) if causal else same
 
     # The needed blocks of each row come first.
     order = needed.int().argsort(dim=1, descending=True, stable=True).int()
@@ -287,7 +291,7 @@ def _documents_of(segments: Segments) -> Tensor:
 
 
 def _block_ends(documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the documents of the first and the last token of each block."""
+    """Return the documents of the first and the last token of each block, or other values of tokens."""
     return documents[::BLOCK], torch.cat([documents[BLOCK - 1 :: BLOCK], documents[-1:]])[: -(-len(documents) // BLOCK)]
 
 
@@ -298,14 +302,16 @@ def _block_ends(documents: Tensor) -> tuple[Tensor, Tensor]:
 class _Groups:
     shapes: list[tuple[int, int, int]]
     """The number of documents of each group, and their padded numbers of queries and keys."""
+    rests: tuple[int, int, int]
+    """0, and the numbers of queries and of keys of documents without a group."""
     where_q: Tensor
     """(T,) the index of each query in the padded documents of all groups."""
     where_k: Tensor
     masks: list[Tensor | None]
-    """(documents, 1, 1, keys) bool of each group, true at keys that exist. None if all do, or if causality hides the others."""
+    """(documents, 1, 1 or queries, keys) bool of each group, true at visible keys. None if all are, or all up to the query."""
 
 
-def _groups(lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.device) -> _Groups:
+def _groups(lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.device, *, causal: bool) -> _Groups:
     order = sorted(range(len(lengths_q)), key=lambda i: (-lengths_q[i], -lengths_k[i]))
     shapes: list[list[int]] = []
     members: list[list[int]] = []
@@ -313,8 +319,9 @@ def _groups(lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.de
         q, k = lengths_q[i], lengths_k[i]
         if not q or not k:
             continue
-        # A longer document of keys than the first one of its group needs a group of its own.
-        if shapes and q >= SIMILAR * shapes[-1][1] and SIMILAR * shapes[-1][2] <= k <= shapes[-1][2]:
+        # A longer document of keys than the first one of its group needs a group of its own. So do documents with a mask.
+        apart = causal and bool(shapes) and (q == k) != (shapes[-1][1] == shapes[-1][2])
+        if shapes and not apart and q >= SIMILAR * shapes[-1][1] and SIMILAR * shapes[-1][2] <= k <= shapes[-1][2]:
             shapes[-1][0] += 1
             members[-1].append(i)
         else:
@@ -322,13 +329,22 @@ def _groups(lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.de
             members.append([i])
     same = list(lengths_q) == list(lengths_k)
     masks: list[Tensor | None] = []
-    for (_, _, longest), documents in zip(shapes, members, strict=True):
+    for (_, most, longest), documents in zip(shapes, members, strict=True):
         found = np.array([lengths_k[i] for i in documents])
-        visible = np.arange(longest) < found[:, None]
-        masks.append(None if bool(visible.all()) else to_device(visible[:, None, None], device))
+        if causal and most == longest:
+            masks.append(None)
+            continue
+        if causal:
+            bounds = np.array([lengths_k[i] - lengths_q[i] for i in documents])[:, None] + np.arange(1, most + 1)
+            visible = np.arange(longest) < bounds[..., None]
+        else:
+            visible = (np.arange(longest) < found[:, None])[:, None]
+        masks.append(None if bool(visible.all()) else to_device(visible[:, None], device))
     where_q = _places(lengths_q, shapes, members, 1, device)
     where_k = where_q if same else _places(lengths_k, shapes, members, 2, device)
-    return _Groups([(rows, q, k) for rows, q, k in shapes], where_q, where_k, masks)
+    loose = [i for i, (q, k) in enumerate(zip(lengths_q, lengths_k, strict=True)) if not q or not k]
+    rests = 0, sum(lengths_q[i] for i in loose), sum(lengths_k[i] for i in loose)
+    return _Groups([(rows, q, k) for rows, q, k in shapes], rests, where_q, where_k, masks)
 
 
 def _places(
@@ -363,9 +379,10 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, plan: _Groups, *, causal: bool, sc
             one_q,
             one_k,
             one_v,
-            attn_mask=None if causal else mask,  # the padding is on the right, so causality alone hides it
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=causal,
+            # The padding is on the right, so causality alone hides it.
+            is_causal=causal and one_q.shape[2] == one_k.shape[2],
             scale=scale,
             enable_gqa=one_k.shape[1] != heads,
         )
@@ -376,7 +393,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, plan: _Groups, *, causal: bool, sc
 def _padded(x: Tensor, where: Tensor, plan: _Groups, column: int) -> list[Tensor]:
     """Pad the documents of each group on the right: (T, G, K) -> a (documents, tokens, G, K) per group."""
     sizes = [shape[0] * shape[column] for shape in plan.shapes]
-    rest = max(0, x.shape[0] - sum(sizes))  # room for tokens without a group
+    rest = plan.rests[column]
     padded = x.new_zeros(sum(sizes) + rest, *x.shape[1:]).index_copy(0, where, x)
     padded = padded[: sum(sizes)] if rest else padded
     parts = [padded] if len(sizes) == 1 else padded.split(sizes)

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lightning_align.models.shared_rows import plan_prefixes
 from lightning_align.runtime.files import publish
 from lightning_align.runtime.ranks import everyone
 from lightning_align.scoring.targets import host_counts
@@ -156,7 +157,9 @@ class StoredLogProbs:
                 continue
             rows = torch.tensor(missing)
             part: Any = {name: value[rows] for name, value in batch.items() if isinstance(value, Tensor)}
-            part = {name: value.to(device, non_blocking=True) for name, value in part.items()} | host_counts(part)
+            plan = {} if batch.get("prefixes") is None else {"prefixes": plan_prefixes(part, worth=batch["prefixes"].worth)}
+            counts = host_counts(part) | plan
+            part = {name: value.to(device, non_blocking=True) for name, value in part.items()} | counts
             self._keep([keys[row] for row in missing], self._model()(policy, part))
             done += len(missing)
         return done

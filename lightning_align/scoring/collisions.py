@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.models.language_model import Head, has_hidden, logits_of
-from lightning_align.models.unpadded import unpadded_batch
+from lightning_align.models.shared_rows import computed_rows
 from lightning_align.scoring import head as tiling
 from lightning_align.scoring.products import accumulator_dtype
 from lightning_align.scoring.targets import select_targets
@@ -27,7 +27,7 @@ def response_collisions(model: nn.Module, batch: TokenBatch) -> Tensor:
     """
     rows, before, _ = select_targets(batch)
     if has_hidden(model):
-        unpadded = unpadded_batch(model, batch)
+        unpadded = computed_rows(model, batch)
         if unpadded is None:
             states = model.hidden(batch["tokens"])[rows, before]
         else:

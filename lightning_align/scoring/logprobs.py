@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lightning_align.models.documents import check_packing
 from lightning_align.models.language_model import HiddenModel, has_hidden, logits_of, vocabulary_size
 from lightning_align.models.routers import announce_mask
-from lightning_align.models.unpadded import unpadded_batch
+from lightning_align.models.shared_rows import computed_rows
 from lightning_align.scoring.grouping import length_groups, targets_of
 from lightning_align.scoring.head import target_logprobs
 from lightning_align.scoring.logits import logits_logprobs
@@ -33,7 +33,7 @@ def token_logprobs(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]
     tokens, mask = batch["tokens"], batch["mask"]
     check_ids(tokens, vocabulary_size(model))
     announce_mask(model, mask)
-    if has_hidden(model) and (unpadded := unpadded_batch(model, batch)) is not None:
+    if has_hidden(model) and (unpadded := computed_rows(model, batch)) is not None:
         hidden = model.unpadded_hidden(unpadded).index_select(0, unpadded.index(rows, before))
         groups = batch["document_ids"][rows, before] if "document_ids" in batch else rows
         return target_logprobs(hidden, model.head, targets), groups

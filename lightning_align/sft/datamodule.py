@@ -55,6 +55,11 @@ class SFTDataModule(AlignDataModule):
                 f"`packing` must be false for a mixture with weights ({describe(weighted)}), but got true. Leave the weights "
                 "out, so that an epoch has every row once, or set `packing: false`."
             )
+        if packing and self.batch_tokens is not None:
+            raise ValueError(
+                f"`batch_tokens` must be null with `packing`, but got {self.batch_tokens}. Set `packed_length`, the tokens of "
+                "a sequence, and `batch_size`, the sequences of a batch."
+            )
         self.packing = packing
         self.packed_length = self.max_length if packed_length is None else packed_length
 

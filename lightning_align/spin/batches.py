@@ -113,3 +113,9 @@ def split_rows(batch: TokenBatch) -> tuple[list[Tensor], list[Tensor], list[int]
             )
     rows = [row[:length] for row, length in zip(batch["tokens"], lengths, strict=True)]
     return rows, [target[:length] for target, length in zip(batch["targets"], lengths, strict=True)], prompts
+
+
+def tied(pairs: TokenBatch) -> Tensor:
+    """Return which generated rows equal their real rows, (B,) bool. Such ties have a gradient of 0."""
+    same = [(a == b).all(dim=1) for a, b in (pairs[name].chunk(2) for name in ("tokens", "mask", "targets"))]
+    return same[0] & same[1] & same[2]

@@ -12,3 +12,13 @@ CHARTS: Charts = {
     "by iteration: log-probs of demonstrations": ("spin/train/real_logprob", "spin/validation/real_logprob"),
     "by iteration: KL to the base model": ("spin/train/kl_to_base", "spin/validation/kl_to_base"),
 }
+METRICS = (
+    "loss",
+    "rewards/real",
+    "rewards/generated",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/real",
+    "logps/generated",
+    "tie_rate",
+)

@@ -9,6 +9,7 @@ over the policy p. Here y is the real response, y' is the generated response, b 
 population minimizer is q (p_data / q)^(1/b) up to a constant, so the policy stops changing exactly at q = p_data.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -30,28 +31,19 @@ from lightning_align.runtime.lightning_internals import callbacks_of, datamodule
 from lightning_align.scoring.losses import LOSSES, LossName, check_loss
 from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
-from lightning_align.spin.batches import content_number, is_paired, on_host, real_rows, sent, split_rows
+from lightning_align.spin.batches import content_number, is_paired, on_host, real_rows, sent, split_rows, tied
 from lightning_align.spin.callbacks import SelfPlayGeneration
-from lightning_align.spin.charts import CHARTS
+from lightning_align.spin.charts import CHARTS, METRICS
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
 from lightning_align.training.arguments import PolicyArguments, Unpack
 from lightning_align.training.evaluation import log_values, metrics_of, parts_of
 from lightning_align.training.metrics import PairMeans, TokenNLL
 from lightning_align.training.module import AlignModule
+from lightning_align.training.shared_prefix import PrefixSharing, SharedPrefix
 from lightning_align.types import LogProbs, SelfPlayBatch, TokenBatch
 
 Generate = Literal["per_iteration", "per_step"]
-METRICS = (
-    "loss",
-    "rewards/real",
-    "rewards/generated",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/real",
-    "logps/generated",
-    "tie_rate",
-)
 
 
 class SPINModule(AlignModule):
@@ -74,6 +66,7 @@ class SPINModule(AlignModule):
         base_weight: float = 0.5,
         generate: Generate = "per_iteration",
         monitor_kl: bool = False,
+        shared_prefix: SharedPrefix = "auto",
         **shared: Unpack[PolicyArguments],
     ) -> None:
         """Store the settings. ``configure_model`` builds policy and opponent.
@@ -98,6 +91,7 @@ class SPINModule(AlignModule):
                 opponent scores them. Default is `per_iteration`.
             monitor_kl: Whether to log the KL divergence of each iteration from the base. This keeps a copy of the base, unless
                 only adapters train. Default is false.
+            shared_prefix: Whether the prompt of a pair is computed once for both responses; see `DPOModule`. Default is `auto`.
             **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout`, `router_aux_loss_coef` and
                 `activation_checkpointing` of `AlignModule`. With `lora`, an opponent that must be kept is a second set of
                 adapters on the same backbone. The schedule restarts with each iteration. `generation` is also how the opponent
@@ -138,6 +132,7 @@ class SPINModule(AlignModule):
         self.base_hash: str | None = None
         """The hash of the base if a copy is kept. Generated sets store it to identify their run."""
         self._stepping = False
+        self.prefix_sharing = PrefixSharing(shared_prefix, dropout=not self.dropout.off)
         self.val_means, self.test_means = PairMeans(METRICS), PairMeans(METRICS)
         self.val_nll, self.test_nll = TokenNLL(), TokenNLL()
 
@@ -148,8 +143,13 @@ class SPINModule(AlignModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Return a `SelfPlayGeneration` callback with default settings, unless the Trainer already has one."""
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer` in `LightningModule`")
         present = any(isinstance(callback, SelfPlayGeneration) for callback in callbacks_of(self.trainer))
         return [*super().configure_callbacks(), *([] if present else [SelfPlayGeneration()])]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Plan the common beginnings of pairs while they are on the CPU, where rows can be compared."""
+        return {**batch, "pairs": self.prefix_sharing.attach(batch["pairs"])} if is_paired(batch) else batch
 
     # -- the opponent
 
@@ -279,7 +279,8 @@ class SPINModule(AlignModule):
             The log-probs under the policy with real rows first, (2B,), the log-ratios to the opponent, (B,), and whether each
             pair is a tie, (B,).
         """
-        policy = response_logprobs(self.policy, batch["pairs"])
+        self.prefix_sharing.check(self.policy)
+        policy = response_logprobs(self.policy, self.prefix_sharing.attach(batch["pairs"]))
         ratios = log_ratios(policy, LogProbs(batch["opponent"], policy.counts))
         return policy, ratios, tied(batch["pairs"])
 
@@ -346,7 +347,7 @@ class SPINModule(AlignModule):
             for row, n, (answer, *_) in zip(rows, prompts, answers, strict=True)
         ]
         pairs = join_pairs(rows, targets, generated, prompts, pad_id=0 if tokenizer is None else tokenizer.pad_id)
-        pairs = sent(pairs, device)
+        pairs = sent(self.prefix_sharing.attach(pairs), device)
         return {"pairs": pairs, "opponent": score(self.opponent.player(self.policy), pairs)}
 
     # -- evaluation
@@ -392,9 +393,3 @@ class SPINModule(AlignModule):
             means.reset()
             nll.reset()
             log_values(self, stage, values, loader=loader, progress_bar=("loss", "rewards/accuracies"))
-
-
-def tied(pairs: TokenBatch) -> Tensor:
-    """Return which generated rows equal their real rows, (B,) bool. Such ties have a gradient of 0."""
-    same = [(a == b).all(dim=1) for a, b in (pairs[name].chunk(2) for name in ("tokens", "mask", "targets"))]
-    return same[0] & same[1] & same[2]

@@ -22,6 +22,7 @@ from lightning_align.models.formats import merged_weights, transformers_weights,
 from lightning_align.models.language_model import Head, context_length, has_cache, has_hidden, logits_of
 from lightning_align.models.lora import using_lora
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.models.shared_rows import plan_prefixes
 from lightning_align.models.unpadded import Unpadded
 from lightning_align.references.frozen import move_to
 from lightning_align.references.moving import REFERENCE_SCOPE, MovingAdapters, MovingCopy
@@ -48,6 +49,7 @@ class Scoped(nn.Module):
         """
         super().__init__()
         self.model, self.scopes = model, scopes
+        self.computed_by = (model,)
         self.max_seq_len = context_length(model)
         if has_hidden(model):
             self.hidden = self._hidden
@@ -172,6 +174,7 @@ class GeometricMixture(nn.Module):
         """
         super().__init__()
         self.first, self.second, self.weight = first, second, weight
+        self.computed_by = (first, second)
         self.max_seq_len = min((size for size in map(context_length, (first, second)) if size is not None), default=None)
         if not (has_hidden(first) and has_hidden(second)) or first.head.softcap or second.head.softcap:
             return
@@ -222,14 +225,20 @@ def score(model: nn.Module, pairs: TokenBatch) -> Tensor:
     Returns:
         The sum of the log-probs of each row in nats, (B,).
     """
-    tokens = pairs["tokens"]
+    tokens, plan = pairs["tokens"], pairs.get("prefixes")
     count = 1 if tokens.device.type != "cpu" or is_sharded(model) else -(-tokens.numel() // SCORED_TOKENS)
-    parts = zip(*(part.chunk(count) for part in (tokens, pairs["mask"], pairs["targets"])), strict=True)
     with evaluating(model):
         if count == 1:
             return response_logprobs(model, pairs).sums
-        sums = [response_logprobs(model, {"tokens": t, "mask": m, "targets": w}).sums for t, m, w in parts]
-    return torch.cat(sums)
+        # Rows that begin alike stay together.
+        order = torch.arange(len(tokens)) if plan is None else torch.tensor(plan.rows)
+        sums = []
+        for rows in order.chunk(count):
+            part: TokenBatch = {"tokens": tokens[rows], "mask": pairs["mask"][rows], "targets": pairs["targets"][rows]}
+            if plan is not None:
+                part["prefixes"] = plan_prefixes(part, worth=plan.worth)
+            sums.append(response_logprobs(model, part).sums)
+    return torch.cat(sums)[order.argsort()]
 
 
 class Opponent:

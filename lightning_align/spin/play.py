@@ -161,10 +161,11 @@ class Play:
             )
         answers_of = [(row["row"], answer) for row in rows for answer in row["generated"]]
         # A real response is scored once for all of its generated responses. The base scores generated responses only.
-        for row, value in zip(rows, self._score(self.player, [(row["row"], None) for row in rows]), strict=True):
-            row["real_logprob"] = value
         responses = [(index, answer_ids(answer, eos_id)) for index, answer in answers_of]
-        logprobs = self._score(self.player, responses)
+        scored = self._score(self.player, [*((row["row"], None) for row in rows), *responses])
+        logprobs = scored[len(rows) :]
+        for row, value in zip(rows, scored, strict=False):
+            row["real_logprob"] = value
         based = [None] * len(responses) if self.base is None else self._score(self.base, responses)
         for (_, answer), own, base in zip(answers_of, logprobs, based, strict=True):
             answer["logprob"], answer["base_logprob"] = own, base
@@ -173,12 +174,14 @@ class Play:
     def _score(self, model: nn.Module, responses: Sequence[tuple[int, list[int] | None]]) -> list[float]:
         """Compute the log-probs of responses to rows of the store. Ids of None stand for the real response."""
         size = 2 * self.module.generation.batch_size
-        batches = [responses[start : start + size] for start in range(0, len(responses), size)]
+        # The responses to a prompt stay together, so that it is computed once for all of them.
+        order = sorted(range(len(responses)), key=lambda place: responses[place][0])
+        batches = [[responses[place] for place in order[start : start + size]] for start in range(0, len(order), size)]
         if is_sharded(self.player):
             # Every rank must make the same number of forward passes. The extra passes repeat the first batch.
             batches += batches[:1] * (largest(len(batches), self.module.device) - len(batches))
-        sums = torch.cat([score(model, self._batch(some)) for some in batches])
-        return cast(list[float], sums[: len(responses)].tolist())
+        sums = torch.cat([score(model, self._batch(some)) for some in batches])[: len(order)]
+        return cast(list[float], sums[torch.tensor(order).argsort()].tolist())
 
     def _batch(self, responses: Sequence[tuple[int, list[int] | None]]) -> TokenBatch:
         rows, targets = [], []
@@ -191,7 +194,8 @@ class Play:
                 target = torch.arange(len(row)) >= stored.num_prompt
             rows.append(row)
             targets.append(target)
-        return sent(join_rows(rows, targets, pad_id=self.data.tokenizer.pad_id), self.module.device)
+        joined = self.module.prefix_sharing.attach(join_rows(rows, targets, pad_id=self.data.tokenizer.pad_id))
+        return sent(joined, self.module.device)
 
 
 def real_ids(store: Any, index: int) -> list[int]:

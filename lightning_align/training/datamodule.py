@@ -28,6 +28,7 @@ from lightning_align.data.recipe import Recipe
 from lightning_align.data.rows import Grader, RowTask, read_rows
 from lightning_align.data.shapes import RankedPairs, Shape
 from lightning_align.data.store import StoredRow, TokenStore, build_store, store_path
+from lightning_align.data.token_batches import TokenBatchSampler
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
 from lightning_align.training.loading import for_device
@@ -63,6 +64,8 @@ class AlignDataModule(L.LightningDataModule):
         predict: The source of the rows to respond to or to score.
         tokenizer: `bytes`, the path of a tokenizer.json, or the folder or hub name of a transformers tokenizer.
         batch_size: Rows per training batch, on each device.
+        batch_tokens: Tokens per training batch, on each device, in place of `batch_size`: as many rows as fit, of a pair both
+            sides, without padding. The gradient of a step is the mean over all of its rows, whatever their number.
         eval_batch_size: Rows per validation, test or prediction batch, on each device. Default is `batch_size`.
         max_length: The largest number of tokens per row, prompt and response together.
         truncation: What happens to a longer row. `keep_start` cuts the end of the response, `keep_end` cuts the beginning
@@ -113,6 +116,7 @@ class AlignDataModule(L.LightningDataModule):
         predict: str | list[str] | list[SourcePart] | RowTask | Path | None = None,
         tokenizer: str = "bytes",
         batch_size: int = 8,
+        batch_tokens: int | None = None,
         eval_batch_size: int | None = None,
         max_length: int = 512,
         truncation: Truncation = "keep_start",
@@ -157,7 +161,7 @@ class AlignDataModule(L.LightningDataModule):
         """The sources. The key is the stage, or `stage/name` for one of several."""
         self._parts = {stage: parts_of(source) for stage, source in self.sources.items()}
         self.tokenizer_name = tokenizer
-        self.batch_size = batch_size
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_length = max_length
         self.truncation: Truncation = truncation
@@ -167,10 +171,8 @@ class AlignDataModule(L.LightningDataModule):
         self.on_bad_row: BadRow = on_bad_row
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.group_by_length = group_by_length
-        self.num_workers = num_workers
-        self.preparation_workers = preparation_workers
-        self.cache_dir = cache_dir
-        self.seed = seed
+        self.num_workers, self.preparation_workers = num_workers, preparation_workers
+        self.cache_dir, self.seed = cache_dir, seed
         self.ledgers: dict[str, Ledger] = {}
         """Counts of kept, trimmed and dropped rows, per stage. The key of a part of a mixture is `stage/source`."""
         self._stores: dict[str, TokenStore] = {}
@@ -297,6 +299,12 @@ class AlignDataModule(L.LightningDataModule):
         replicas = {} if self._overfits else (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         lengths = store.lengths() if grouped else None
         weights = [part.weight for part in self._parts.get("train", ()) if part.weight is not None]
+        if shuffle and self.batch_tokens is not None:
+            if len(weights) > 1:
+                raise ValueError(f"`batch_tokens` is {self.batch_tokens}, but weights of sources need `batch_size`. Drop one.")
+            made = TokenBatchSampler(store.lengths(), budget=self.batch_tokens, grouped=grouped, seed=self.seed, **replicas)
+            rank_zero_info(f"train: {made.describe()}")
+            return made
         if shuffle and len(weights) > 1:
             return MixtureSampler(
                 lengths,

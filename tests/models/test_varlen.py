@@ -17,6 +17,7 @@ COMPILED = varlen._compiled_flex
 SELF = [([5, 1, 9, 6, 9], True), ([5, 1, 9, 6, 9], False), ([0, 3, 0, 7], True), ([4], True), ([150, 131, 3], True)]
 CASES = [(lengths, lengths, causal) for lengths, causal in SELF]
 CASES += [([3, 4, 0, 2, 5], [6, 0, 2, 1, 9], False), ([1, 1], [130, 2], False), ([2, 3], [0, 0], False)]
+CASES += [([2, 5, 0, 1, 4, 4], [6, 5, 3, 4, 7, 6], True), ([150, 20, 3], [290, 20, 140], True)]
 HEADS = [(1, 1), (4, 4), (4, 2), (4, 1)]
 
 
@@ -26,7 +27,7 @@ def slow(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[
     start_q = start_k = 0
     for num_q, num_k in zip(lengths_q, lengths_k, strict=True):
         for i in range(num_q):
-            stop = start_k + (i + 1 if causal else num_k)
+            stop = start_k + (num_k - num_q + i + 1 if causal else num_k)
             heads = []
             for head in range(q.shape[1]):
                 shared = head * k.shape[1] // q.shape[1]
@@ -119,7 +120,7 @@ def test_the_stand_in_has_the_signature_of_torch() -> None:
 KERNELS = [("groups", None), ("varlen", reference_varlen_attn), ("varlen", older), ("varlen", without_heads)]
 EACH = [(kernel, case, heads) for kernel in KERNELS for case in CASES for heads in HEADS]
 # Each is traced, which takes long.
-EACH += [(("flex", None), CASES[case], HEADS[heads]) for case, heads in ((2, 2), (4, 3), (5, 1), (6, 0))]
+EACH += [(("flex", None), CASES[case], HEADS[heads]) for case, heads in ((2, 2), (4, 3), (5, 1), (6, 0), (9, 1))]
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
@@ -130,12 +131,13 @@ def test_each_kernel_against_a_slow_version(
 ) -> None:
     lengths_q, lengths_k, causal = case
     if max(lengths_q) > 100 and kernel[0] != "flex":
-        lengths_q = lengths_k = [length // 20 for length in lengths_q]  # long ones are for the blocks
+        # Long ones are for the blocks.
+        lengths_q, lengths_k = ([length // 20 for length in each] for each in (lengths_q, lengths_k))
     tensors = inputs(lengths_q, lengths_k, heads)
     expected = values_and_gradients(lambda q, k, v: slow(q, k, v, lengths_q, lengths_k, causal, 0.3), tensors)
     with mock.patch("torch.nn.attention.varlen.varlen_attn", kernel[1]):
         queries = Segments.of_lengths(lengths_q, CPU)
-        keys = queries if causal else Segments.of_lengths(lengths_k, CPU)
+        keys = queries if lengths_q == lengths_k else Segments.of_lengths(lengths_k, CPU)
         attend = VarlenAttention(queries, keys, causal, kernel[0])
         found = values_and_gradients(lambda q, k, v: attend(q, k, v, scale=0.3, dropout=0.0), tensors)
     for one, other in zip(expected, found, strict=True):

@@ -52,8 +52,7 @@ def as_on_a_device(kernel: str) -> Iterator[list[Tensor]]:
         return Unpadded.of(batch["tokens"], batch["mask"], Segments.of_lengths(lengths, CPU))
 
     with (
-        mock.patch("lightning_align.scoring.logprobs.unpadded_batch", found),
-        mock.patch("lightning_align.scoring.collisions.unpadded_batch", found),
+        mock.patch("lightning_align.models.shared_rows.unpadded_batch", found),
         mock.patch("lightning_align.models.palm_unpadded.choose_kernel", lambda *_, dropout: "groups" if dropout else kernel),
         mock.patch("lightning_align.models.pretrained_unpadded.choose_kernel", lambda *_, dropout: kernel),
         mock.patch("torch.nn.attention.varlen.varlen_attn", reference_varlen_attn),

@@ -18,8 +18,9 @@ from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.runtime.modes import evaluating
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.spin import opponent
+from lightning_align.spin.batches import tied
 from lightning_align.spin.generations import join_pairs, statistics
-from lightning_align.spin.module import SPINModule, tied
+from lightning_align.spin.module import SPINModule
 from lightning_align.spin.opponent import GeometricMixture, Scoped, served_weights
 from tests.models.test_pretrained import FAMILIES
 from tests.spin.runs import finish, set_rows

@@ -42,7 +42,7 @@ from lightning_align.data.tasks.markov import END
 from lightning_align.data.tokenizer import ByteTokenizer
 from lightning_align.runtime.modes import evaluating
 from lightning_align.scoring.ratios import Ratios, log_ratios
-from lightning_align.spin.module import tied
+from lightning_align.spin.batches import tied
 from lightning_align.types import LogProbs, SelfPlayBatch
 
 ROWS, BATCH, BASE_EPOCHS, LENGTH = 1000, 32, 30, 28
