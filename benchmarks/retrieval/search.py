@@ -13,8 +13,9 @@ import torch
 from benchmarks import common
 from lightning_align.retrieval.dense import DenseSearcher
 from lightning_align.retrieval.faiss_seam import set_effort
-from lightning_align.retrieval.index import IndexConfig, exact_neighbors, tune
+from lightning_align.retrieval.index import IndexConfig
 from lightning_align.retrieval.neighbors import Forbidden
+from lightning_align.retrieval.recall import exact_neighbors, tune
 
 NUM, DIM, K = 100_000, 384, 2
 BLOCK = 8192

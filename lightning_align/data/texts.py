@@ -5,6 +5,7 @@ import gzip
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, cast
 
@@ -52,34 +53,56 @@ def list_entries(folder: Path, patterns: Sequence[str], exclude: Sequence[str]) 
     Returns:
         The files by name, sorted, and the names of the entries that are left out, by the reason.
     """
-    excluded = {path for pattern in exclude for path in folder.glob(pattern)}
+    # A name at any depth is matched while the folder is walked, so that folders that are left out are not entered.
+    tails = [tail for pattern in exclude if (tail := _any_depth(pattern))]
+    excluded = {path for pattern in exclude if not _any_depth(pattern) for path in folder.glob(pattern)}
+    names = [tail for pattern in patterns if (tail := _any_depth(pattern))]
     files: dict[str, Path] = {}
     odd: dict[str, set[str]] = {}
 
+    def is_excluded(path: Path) -> bool:
+        parts = path.relative_to(folder).parts if tails else ()
+        return not excluded.isdisjoint((path, *path.parents)) or any(_matches(part, tails) for part in parts)
+
     def note(reason: str, path: str | Path) -> None:
-        if excluded.isdisjoint((path := Path(path), *path.parents)):
+        if not is_excluded(path := Path(path)):
             odd.setdefault(reason, set()).add(document_name(path.relative_to(folder)))
 
-    for parent, folders, _ in os.walk(folder, onerror=lambda error: note(UNREADABLE, error.filename)):
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        for name in links:
-            note("a link to a folder, which is not followed", os.path.join(parent, name))
-        folders[:] = [name for name in folders if Path(parent, name) not in excluded]
+    found: list[tuple[str, Path]] = []
+    for parent, folders, others in os.walk(folder, onerror=lambda error: note(UNREADABLE, error.filename)):
+        folders[:] = [name for name in folders if not _matches(name, tails) and Path(parent, name) not in excluded]
+        for name in folders:
+            if os.path.islink(os.path.join(parent, name)):
+                note("a link to a folder, which is not followed", os.path.join(parent, name))
+        for name in (*folders, *others):
+            found += ((f"**/{tail}", Path(parent, name)) for tail in names if fnmatch(name, tail) and not _matches(name, tails))
     for pattern in patterns:
-        for path in folder.glob(pattern):
-            try:
-                mode = path.stat().st_mode
-            except OSError:
-                note("a link that leads nowhere" if path.is_symlink() else UNREADABLE, path)
-                continue
-            if stat.S_ISREG(mode):
-                if excluded.isdisjoint((path, *path.parents)):
-                    files[document_name(path.relative_to(folder))] = path
-            elif not stat.S_ISDIR(mode):
-                note("a socket, a pipe or a device", path)
-            elif "." in pattern.rpartition("/")[2] and not path.is_symlink():  # not a pattern of all folders, such as **/*
-                note("a folder that is named like a file", path)
+        if not _any_depth(pattern):
+            found += ((pattern, path) for path in folder.glob(pattern))
+    for pattern, path in found:
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            note("a link that leads nowhere" if path.is_symlink() else UNREADABLE, path)
+            continue
+        if stat.S_ISREG(mode):
+            if not is_excluded(path):
+                files[document_name(path.relative_to(folder))] = path
+        elif not stat.S_ISDIR(mode):
+            note("a socket, a pipe or a device", path)
+        elif "." in pattern.rpartition("/")[2] and not path.is_symlink():  # not a pattern of all folders, such as **/*
+            note("a folder that is named like a file", path)
     return dict(sorted(files.items())), {reason: sorted(names) for reason, names in odd.items()}
+
+
+def _any_depth(pattern: str) -> str | None:
+    """Return what a pattern such as ``**/*.txt`` says of a name at any depth. None for other patterns."""
+    head, _, tail = pattern.rpartition("/")
+    return tail if head == "**" and tail not in ("", ".", "..", "**") else None
+
+
+def _matches(name: str, tails: Sequence[str]) -> bool:
+    return any(fnmatch(name, tail) for tail in tails)
 
 
 def read_text(path: Path) -> str:

@@ -292,6 +292,7 @@ def _merge(stage: Stage, num_blocks: int, tokenizer: ChunkTokenizer, chunk_size:
             found, signatures[first] = text.sketch(), text.signature()
             sketch_lengths.append(np.array([len(found.hashes)]))
             sketch_limits.append(np.array([found.limit], dtype=np.uint64))
+            del text, found  # the sketch of a long document is large
 
     def parts(name: str, of_long: Callable[[int, Iterator[Arrays]], NDArray[Any]] | None = None) -> Iterator[NDArray[Any]]:
         """Yield an array of each block. With `of_long`, the blocks of a long document give one array together."""

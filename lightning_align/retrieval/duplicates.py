@@ -107,7 +107,10 @@ def windows(found: NDArray[np.uint32]) -> Hashes:
 def sketch(hashes: Hashes) -> Sketch:
     """Return the sketch of a document, given its `shingles`, or of a part of it."""
     # To sort all hashes of a long document would take longer than to compute them.
-    small = np.unique(hashes[hashes <= _FLOOR])
+    small = hashes[hashes <= _FLOOR]
+    if len(small) >= KEPT:
+        small.sort()  # in place, because the hashes of a text in one line can be 100 MB
+        small = small[np.append(True, small[1:] != small[:-1])]
     if len(small) >= KEPT:
         return Sketch(small, _FLOOR)
     found = np.unique(hashes)

@@ -4,7 +4,7 @@ For language modeling BM25 outperforms dense retrieval, and reranking with BM25 
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,20 @@ from numpy.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from lightning_align.retrieval.dense import DenseSearcher
+from lightning_align.retrieval.inversion import FILES, Doubles, count_terms, write_postings
 from lightning_align.retrieval.neighbors import Forbidden, Nearest, pick
-from lightning_align.retrieval.postings import FILES, Doubles, Postings, count_terms, write_postings
+from lightning_align.retrieval.postings import Postings
 from lightning_align.retrieval.sealed import value_of
-from lightning_align.retrieval.stages import Stage, Team, write_bytes
+from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.retrieval.tables import ChunkTable, Floats, Ints
 from lightning_align.retrieval.words import WordsConfig, config_of, earlier_terms, terms, words_key
+from lightning_align.runtime.mapped import release_pages
 
-FORMAT = 3
+FORMAT = 4
 """Version of the file format. Increase it when the same settings lead to other bytes."""
 Decode = Callable[[list[int]], str]
+_OFTEN = 64
+"""Chunks after which pages of files are returned to the system, if they are many."""
 
 
 def build_lexical(
@@ -51,21 +55,20 @@ def build_lexical(
 
 
 def _index(stage: Stage, table: ChunkTable, decode: Decode, config: WordsConfig) -> None:
-    vocabulary: dict[str, int] = {}
-
-    def numbers() -> Iterator[list[int]]:
+    def words() -> Iterator[list[str]]:
         for chunk in tqdm(range(len(table)), desc="lexical", unit=" chunks", disable=None, leave=False):
-            found = terms(decode(table.chunk(chunk).tolist()), config)
-            yield [vocabulary.setdefault(word, len(vocabulary)) for word in found]
+            if chunk % _OFTEN == 0:
+                release_pages(stage.root)
+            yield terms(decode(table.chunk(chunk).tolist()), config)
 
-    if not write_postings(stage.folder, count_terms(numbers())):
+    num_terms = write_postings(stage.folder, count_terms(words()))
+    if not num_terms:
         raise ValueError(
             "Chunks must have words for BM25, but no chunk has one. Increase `chunk_size` (a byte tokenizer needs several "
             "times the size of a word tokenizer), or use a dense encoder."
         )
-    write_bytes(stage.folder / "words.json", json.dumps(list(vocabulary), ensure_ascii=False).encode())
-    counts = {"words": len(vocabulary), "chunks": len(table)}
-    stage.finish(table={"words": words_key(config)}, counts=counts, files=[*(f"{name}.npy" for name in FILES), "words.json"])
+    counts = {"words": num_terms, "chunks": len(table)}
+    stage.finish(table={"words": words_key(config)}, counts=counts, files=[f"{name}.npy" for name in FILES])
 
 
 class LexicalSearcher:
@@ -78,9 +81,8 @@ class LexicalSearcher:
     """
 
     def __init__(self, stage: Stage, groups: Ints, decode: Decode) -> None:
-        names = _read_words(stage.folder / "words.json")
-        is_earlier = isinstance(names, dict)
-        self.vocabulary: dict[str, int] = names["vocabulary"] if is_earlier else {name: i for i, name in enumerate(names)}
+        self.folder = stage.folder
+        is_earlier = (stage.folder / "words.json").exists()
         self.postings = _EarlierPostings(stage.folder, groups) if is_earlier else Postings(stage.folder, groups)
         settings = stage.setting("words", dict, default={}) or None
         try:
@@ -99,7 +101,7 @@ class LexicalSearcher:
     def terms(self, queries: Sequence[ArrayLike]) -> list[list[int]]:
         """Return the distinct words of sequences of tokens, as word numbers. Words that no chunk has are dropped."""
         texts = (self.decode(np.asarray(query).tolist()) for query in queries)
-        return [sorted({self.vocabulary[word] for word in self._terms(text) if word in self.vocabulary}) for text in texts]
+        return [self.postings.numbers(self._terms(text)) for text in texts]
 
     def scores(self, query: list[int], chunks: Ints) -> Any:
         """Compute the scores (n,) of chunks (n,), float64."""
@@ -111,32 +113,25 @@ class LexicalSearcher:
         ids, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
         distances = np.full(shape, np.inf, dtype=np.float32)
         for row, (query, groups) in enumerate(zip(queries, _groups_of_rows(forbidden, len(queries)), strict=True)):
+            if row % _OFTEN == 0:
+                release_pages(self.folder)
             found, scores = self.postings.best(query, k, groups)
             ids[row, : len(found)], mask[row, : len(found)], distances[row, : len(found)] = found, True, 0 - scores
         return Nearest(ids, mask, distances)
-
-
-def _read_words(path: Path) -> Any:
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-        listed = value_of(names, "vocabulary", dict) if isinstance(names, dict) else names
-        if not isinstance(listed, (dict, list)) or not all(isinstance(name, str) for name in listed):
-            raise ValueError(f"it must list words, but holds {names!r:.60}")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} cannot be used: {error}. Build the database again. Only damaged stages are made again."
-        ) from error
-    return names
 
 
 class _EarlierPostings:
     """The index of release 0.1.0: the score of each word for each chunk that has it, word by word. See `Postings`."""
 
     def __init__(self, folder: Path, groups: Ints) -> None:
-        self.groups = groups
+        self.groups, self._vocabulary = groups, _read_vocabulary(folder / "words.json")
         self._scores, self._chunks, self._starts = (
             np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("data", "indices", "indptr")
         )
+
+    def numbers(self, terms: Iterable[str]) -> list[int]:
+        """Return the distinct numbers of terms, ascending."""
+        return sorted({self._vocabulary[term] for term in terms if term in self._vocabulary})
 
     def scores(self, query: Sequence[int], chunks: Ints) -> Doubles:
         """Compute the scores (n,) of chunks (n,)."""
@@ -153,6 +148,18 @@ class _EarlierPostings:
         found: Ints = np.argsort(-scores, kind="stable")[:k]
         found = found[scores[found] > 0]
         return found, scores[found]
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    try:
+        found: dict[str, int] = value_of(json.loads(path.read_text(encoding="utf-8")), "vocabulary", dict)
+        if not all(type(number) is int for number in found.values()):
+            raise ValueError(f"its words must have whole numbers, but it has {found!r:.60}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be used: {error}. Build the database again. Only damaged stages are made again."
+        ) from error
+    return found
 
 
 class HybridSearcher:

@@ -221,6 +221,7 @@ class WholeText:
 
     def sketch(self) -> Sketch:
         """See `duplicates.sketch`."""
-        found = sketch(np.concatenate(self._hashes))
+        self._hashes = [np.concatenate(self._hashes)]
+        found = sketch(self._hashes[0])
         # A part that has more hashes than its sketch tells that the document has more, too.
         return Sketch(found.hashes, found.hashes[-1]) if self._is_cut and found.limit == ALL else found

@@ -1,4 +1,4 @@
-"""BM25 on disk: which terms each chunk has, and which chunks each term has. It is built and searched in bounded memory.
+"""BM25 on disk: which terms each chunk has, and which chunks each term has. It is searched in bounded memory.
 
 The score of a chunk for a query is the sum over the distinct terms of the query of
 
@@ -12,30 +12,24 @@ falling weight, so that the weight of what was left out is known closely. Once i
 no other chunk can be among the k best. The chunks that can be are scored exactly, in float64, from their own terms.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_align.retrieval.stages import write_rows
+from lightning_align.retrieval.inversion import (
+    FILES,
+    TIERS,
+    Doubles,
+    hash_terms,
+    inverse_frequency,
+    saturation,
+)
 from lightning_align.retrieval.tables import Bools, Ints
 
-Doubles = NDArray[np.float64]
-
-K1, B = 1.5, 0.75
-TIERS = 8
-"""Parts of the list of a term, of falling weight. They have about the same number of postings over all terms."""
-FILES = ("terms", "counts", "starts", "lengths", "frequencies", "chunks", "weights", "tiers", "edges")
-_BLOCK = 8192
-"""Chunks whose terms are counted at a time."""
-_PART = 1 << 21
-"""Postings that are read at a time."""
-_SORTED = 1 << 22
-"""Postings that are sorted at a time."""
 _FIRST = 2048
 """Postings after which a search estimates the k-th best score."""
 _CALL = 24.0
@@ -49,168 +43,6 @@ _WORTH = 5
 """With more postings than a fifth of the chunks, it is faster to look at the scores of all chunks than to gather some."""
 _WIDTH = 64
 """Chunks per block of scores."""
-
-
-class Span(NamedTuple):
-    """The terms of a number of chunks."""
-
-    terms: NDArray[np.int32]
-    """(P,) numbers of the distinct terms of each chunk, ascending, chunk by chunk."""
-    counts: NDArray[np.int32]
-    """(P,) how often the chunk has the term."""
-    widths: Ints
-    """(n,) distinct terms per chunk."""
-    lengths: NDArray[np.int32]
-    """(n,) terms per chunk."""
-
-
-def count_terms(chunks: Iterable[Sequence[int]]) -> Iterator[Span]:
-    """Count the terms of chunks, a block of chunks at a time.
-
-    Args:
-        chunks: The numbers of the terms of each chunk, in order, with repetitions.
-    """
-    block: list[Sequence[int]] = []
-    for chunk in chunks:
-        block.append(chunk)
-        if len(block) == _BLOCK:
-            yield _count(block)
-            block = []
-    if block:
-        yield _count(block)
-
-
-def _count(block: Sequence[Sequence[int]]) -> Span:
-    lengths = np.array([len(chunk) for chunk in block], dtype=np.int32)
-    flat = np.array([term for chunk in block for term in chunk], dtype=np.int64)
-    keys = np.repeat(np.arange(len(block)) << 40, lengths) | flat
-    keys, counts = np.unique(keys, return_counts=True)
-    widths = np.bincount(keys >> 40, minlength=len(block))
-    return Span((keys & ((1 << 40) - 1)).astype(np.int32), counts.astype(np.int32), widths, lengths)
-
-
-def write_postings(folder: Path, spans: Iterable[Span]) -> int:
-    """Write the files of an index.
-
-    Args:
-        folder: The folder to write to.
-        spans: The terms of all chunks in order, see `count_terms`. The numbers of terms are 0, 1, ... without gaps.
-
-    Returns:
-        The number of distinct terms. If it is 0, nothing is complete.
-
-    Raises:
-        ValueError: If the disk is full.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = {name: folder / f".{name}.tmp" for name in ("terms", "counts")}
-    widths, lengths, frequencies = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.int32)], np.zeros(0, dtype=np.int64)
-    try:
-        with raw["terms"].open("wb") as terms, raw["counts"].open("wb") as counts:
-            for span in spans:
-                terms.write(span.terms.data.cast("B") if len(span.terms) else b"")
-                counts.write(span.counts.data.cast("B") if len(span.counts) else b"")
-                widths.append(span.widths)
-                lengths.append(span.lengths)
-                found = np.bincount(span.terms, minlength=len(frequencies))
-                found[: len(frequencies)] += frequencies
-                frequencies = found
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror or error}). Free disk space.") from error
-    starts, length = np.cumsum(np.concatenate(widths)), np.concatenate(lengths)
-    if not len(frequencies):
-        return 0
-    num = int(starts[-1])
-    for name, path in raw.items():
-        parts = (np.fromfile(path, dtype=np.int32, count=_PART, offset=4 * at) for at in range(0, num, _PART))
-        write_rows(folder / f"{name}.npy", parts, dtype=np.int32, shape=(num,))
-        path.unlink()
-    for name, values in (("starts", starts), ("lengths", length), ("frequencies", frequencies)):
-        write_rows(folder / f"{name}.npy", [values], dtype=values.dtype, shape=values.shape)
-    _invert(folder, starts, length, frequencies)
-    return len(frequencies)
-
-
-def _invert(folder: Path, starts: Ints, lengths: NDArray[np.int32], frequencies: Ints) -> None:
-    """Write the chunks of each term, from the terms of each chunk."""
-    mean, num = float(lengths.mean()), int(starts[-1])
-
-    def parts(first: int = 0, last: int | None = None) -> Iterator[tuple[Ints, NDArray[np.int32], Doubles]]:
-        """Yield the chunks, the terms from first to last, and tf / (tf + ...), in parts."""
-        terms, counts = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("terms", "counts"))
-        for at in range(0, num, _PART):
-            some = np.asarray(terms[at : at + _PART])
-            low, high = np.searchsorted(starts, (at, at + len(some)), side="right")
-            inner = np.clip(starts[low - 1 : high + 1], at, at + len(some))
-            chunks = np.repeat(np.arange(low - 1, low - 1 + len(inner) - 1), np.diff(inner))
-            tf = np.asarray(counts[at : at + _PART])
-            if last is not None:
-                kept = np.flatnonzero((some >= first) & (some < last))
-                some, chunks, tf = some[kept], chunks[kept], tf[kept]
-            yield chunks, some, saturation(tf, lengths[chunks], mean)
-
-    histogram = np.zeros(1 << 12, dtype=np.int64)
-    for _, _, share in parts():
-        histogram += np.bincount((share * len(histogram)).astype(np.int64), minlength=len(histogram))
-    # Tiers are bounded by values that as many postings lie between.
-    wanted = num * np.arange(1, TIERS) / TIERS
-    inner = (np.searchsorted(np.cumsum(histogram), wanted, side="left") + 1) / len(histogram)
-    edges = np.concatenate([[0.0], inner, [1.0]])[::-1]
-    ends = np.concatenate([[0], np.cumsum(frequencies)])
-    sizes = np.zeros((len(frequencies), TIERS), dtype=np.int32)
-    # Terms whose lists are sorted together: as many as have _SORTED postings, at least one.
-    cuts = [0]
-    while cuts[-1] < len(frequencies):
-        cuts.append(max(cuts[-1] + 1, int(np.searchsorted(ends, ends[cuts[-1]] + _SORTED, side="right")) - 1))
-
-    def lists() -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
-        for first, last in pairwise(cuts):
-            found = [(c.astype(np.int32), t, s.astype(np.float32), _tier(s, edges)) for c, t, s in parts(first, last)]
-            chunks, terms, share, tier = (np.concatenate(column) for column in zip(*found, strict=True))
-            del found
-            keys = (terms - np.int32(first)).astype(np.int64) * TIERS + tier
-            sizes[first:last] = np.bincount(keys, minlength=(last - first) * TIERS).reshape(-1, TIERS)
-            order = np.argsort(keys, kind="stable")
-            idf = inverse_frequency(frequencies[terms], len(lengths))
-            yield chunks[order], (idf * share)[order].astype(np.float32)
-
-    # Two files in one pass: weights go to a raw file first.
-    raw = folder / ".weights.tmp"
-    with raw.open("wb") as weights:
-
-        def chunk_lists() -> Iterator[NDArray[np.int32]]:
-            for chunks, some in lists():
-                weights.write(some.data.cast("B"))
-                yield chunks
-
-        write_rows(folder / "chunks.npy", chunk_lists(), dtype=np.int32, shape=(num,))
-    floats = (np.fromfile(raw, dtype=np.float32, count=_PART, offset=4 * at) for at in range(0, num, _PART))
-    write_rows(folder / "weights.npy", floats, dtype=np.float32, shape=(num,))
-    raw.unlink()
-    begins = ends[:-1, None]
-    tiers = (
-        begins[at : at + _BLOCK] + np.pad(np.cumsum(sizes[at : at + _BLOCK], axis=1, dtype=np.int64), ((0, 0), (1, 0)))
-        for at in range(0, len(sizes), _BLOCK)
-    )
-    write_rows(folder / "tiers.npy", tiers, dtype=np.int64, shape=(len(sizes), TIERS + 1))
-    write_rows(folder / "edges.npy", [edges], dtype=np.float64, shape=edges.shape)
-
-
-def _tier(share: Doubles, edges: Doubles) -> NDArray[np.int8]:
-    """Return the tier of each posting: tier j has shares above edges[j + 1] and up to edges[j]."""
-    return (TIERS - np.searchsorted(edges[::-1][1:-1], share, side="left") - 1).astype(np.int8)
-
-
-def saturation(tf: NDArray[Any], lengths: NDArray[Any], mean: float) -> Doubles:
-    """Compute tf / (tf + k1 · (1 - b + b · length / mean)), from 0 to 1."""
-    result: Doubles = tf / (tf + K1 * (1 - B + B * lengths / mean))
-    return result
-
-
-def inverse_frequency(frequencies: NDArray[Any], num_chunks: int) -> Doubles:
-    """Compute ln(1 + (C - df + 0.5) / (df + 0.5))."""
-    result: Doubles = np.log(1 + (num_chunks - frequencies + 0.5) / (frequencies + 0.5))
-    return result
 
 
 class Postings:
@@ -231,14 +63,24 @@ class Postings:
         self._chunks, self._weights, self._tiers, edges = (
             np.asarray(arrays[name]) for name in ("chunks", "weights", "tiers", "edges")
         )
+        self._hashes, self._frequencies = np.asarray(arrays["hashes"]), np.asarray(arrays["frequencies"])
         self.num_chunks = len(self._lengths)
-        self.idf = inverse_frequency(np.asarray(arrays["frequencies"]), self.num_chunks)
         self.groups, self._mean = groups, float(self._lengths.mean())
         self._edges, self._drops = edges, edges[:-1] - edges[1:]
-        self._query_idf = np.zeros(len(self.idf))
+        self._query_idf = np.zeros(len(self._hashes))
         self._lists = torch.from_numpy(self._chunks), torch.from_numpy(self._weights)
         self._scores = torch.zeros(self.num_chunks, dtype=torch.float32)  # bf16-true changes the default
         self._last = np.zeros(self.num_chunks, dtype=np.int32)
+
+    def numbers(self, terms: Iterable[str]) -> list[int]:
+        """Return the distinct numbers of terms, ascending. Terms that no chunk has are dropped."""
+        hashes = np.unique(hash_terms(list(terms)))
+        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        found: list[int] = places[self._hashes[places] == hashes].tolist()
+        return found
+
+    def _idf(self, terms: Ints) -> Doubles:
+        return inverse_frequency(self._frequencies[terms], self.num_chunks)
 
     def scores(self, query: Sequence[int], chunks: Ints) -> Doubles:
         """Compute the scores (n,) of chunks (n,) for the distinct terms of a query."""
@@ -247,7 +89,7 @@ class Postings:
         ends = np.cumsum(widths)
         places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - widths), widths)
         terms = np.asarray(query, dtype=np.int64)
-        self._query_idf[terms] = self.idf[terms]
+        self._query_idf[terms] = self._idf(terms)
         idf = self._query_idf[self._terms[places]]
         self._query_idf[terms] = 0
         parts = idf * saturation(self._counts[places], np.repeat(self._lengths[chunks], widths), self._mean)
@@ -272,7 +114,7 @@ class Postings:
         terms = np.asarray(query, dtype=np.int64)
         tiers = self._tiers[terms]  # (t, TIERS + 1)
         sizes = np.diff(tiers, axis=1)
-        gains = self.idf[terms][:, None] * self._drops
+        gains = self._idf(terms)[:, None] * self._drops
         # The tiers that lower the bound of the rest most per posting come first. Tiers of a term stay in order.
         worth = np.minimum.accumulate(gains / (sizes + _CALL * (sizes > 0) + 1e-9), axis=1).reshape(-1)
         order = np.argsort(-worth, kind="stable")

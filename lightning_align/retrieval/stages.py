@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from lightning_align.retrieval.sealed import FILE_NAME, read_sealed, seal, value_of
 from lightning_align.runtime.files import publish
+from lightning_align.runtime.mapped import release_pages
 from lightning_align.runtime.team import Team as Team
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -166,7 +167,8 @@ class Stage:
             return dict(arrays)
 
     def write_block(self, number: int, arrays: Arrays) -> None:
-        """Write a block. It appears complete or not at all."""
+        """Write a block. It appears complete or not at all. What was read from other stages need not stay in memory."""
+        release_pages(self.root)
         content = _pack(arrays)
         write_bytes(self._block_folder(number) / f"{number:08d}-{hashlib.sha256(content).hexdigest()}.npz", content)
 
@@ -314,6 +316,7 @@ def write_rows(path: Path, parts: Iterable[NDArray[Any]], *, dtype: Any, shape: 
                 content = np.ascontiguousarray(part, dtype=dtype)
                 file.write(content.data.cast("B") if content.size else b"")
                 written += content.size
+                del part, content  # not in memory together with the next
             file.flush()
             os.fsync(file.fileno())
         assert written == math.prod(shape), f"{path}: {written} values for the shape {shape}"

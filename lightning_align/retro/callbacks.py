@@ -49,6 +49,10 @@ class RetrievalIndexing(Callback):
         hide_copies: Whether near-duplicates of a document of `queries` are excluded from its neighbors. False shows the effect
             of a leak. For documents of the database they are always excluded.
         verify: The share of the blocks of each stage that are computed twice and compared.
+        max_chunks: The most chunks that `documents` may have. With more, the run ends before anything is encoded. Default is
+            any number.
+        rebuild: Whether `fit` makes vectors, index and neighbors again, also if they are finished. A run that is resumed makes
+            them once more, so set it back to false first. Evaluation and refreshes use what is finished.
         precision: The precision of the encoder. Default is the precision of the Trainer. bf16-mixed is the fastest on most
             machines.
         refresh_every_n_epochs: Rebuild the database with the current policy as encoder every this many epochs. 0 never does.
@@ -75,6 +79,8 @@ class RetrievalIndexing(Callback):
         words: WordsConfig | None = None,
         hide_copies: bool = True,
         verify: float = 0.01,
+        max_chunks: int | None = None,
+        rebuild: bool = False,
         precision: str | None = None,
         refresh_every_n_epochs: int = 0,
     ) -> None:
@@ -97,7 +103,9 @@ class RetrievalIndexing(Callback):
             "words": words,
             "hide_copies": hide_copies,
             "verify": verify,
+            "max_chunks": max_chunks,
         }
+        self._rebuild = rebuild
         self._refreshed: dict[str, Any] | None = None
         """The last refresh: the number of ``epochs`` before it and the ``head`` (manifest) of the database. None if none."""
 
@@ -139,7 +147,7 @@ class RetrievalIndexing(Callback):
         if stage != "fit" and self.refresh_every_n_epochs and self._is_refreshed():
             return
         self._refreshed = None
-        self._build(trainer, encoder)
+        self._build(trainer, encoder, rebuild=self._rebuild and stage == "fit")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the generation of the database that the run uses, if the policy was its encoder."""
@@ -210,7 +218,7 @@ class RetrievalIndexing(Callback):
         database = self._build(trainer, LMEncoder(policy, fingerprint=weights_hash(policy), borrowed=True))
         self._refreshed = {"epochs": epochs, "head": database.manifest}
 
-    def _build(self, trainer: L.Trainer, encoder: str | Encoder) -> RetrievalDatabase:
+    def _build(self, trainer: L.Trainer, encoder: str | Encoder, *, rebuild: bool = False) -> RetrievalDatabase:
         data = getattr(trainer, "datamodule", None)
         tokenizer: str | Tokenizer | None = (
             self.tokenizer or getattr(data, "tokenizer_name", None) or getattr(data, "tokenizer", None)
@@ -226,6 +234,7 @@ class RetrievalIndexing(Callback):
             queries=self.queries,
             tokenizer=tokenizer,
             trainer=partial(trainer_like, trainer, precision=self.precision),
+            rebuild=rebuild,
             **self._settings,
         )
         generation = database.manifest["generation"]

@@ -5,11 +5,13 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from lightning_align.data import texts
 from lightning_align.data.documents import FileDocuments, FolderDocuments, RowDocuments, load_documents
+from lightning_align.data.texts import list_entries
 from tests.retrieval.helpers import write_folder
 
 
@@ -137,3 +139,22 @@ def test_a_split_of_a_file_is_complete_and_an_empty_one_is_named(tmp_path: Path)
         list(FileDocuments(str(path), part="held_out", held_out=1e-6).documents())
     with pytest.raises(ValueError, match=r"no file that matches .*1 match, but are in the other part. Change `held_out`"):
         list(FolderDocuments(str(tmp_path), part="held_out", held_out=1e-6).documents())
+
+
+@pytest.mark.parametrize("exclude", [["**/b", "**/*.md"], ["a/b", "**/c/*"], ["**/.h*", "a/**/c"], []])
+@pytest.mark.parametrize("patterns", [["**/*"], ["**/*.t?t"], ["a/*", "**/b/*.txt"], ["**/[ab]*", "*.md"]])
+def test_entries_are_those_of_glob(tmp_path, patterns, exclude):
+    draw = np.random.default_rng(0)
+    for _ in range(40):
+        folder = tmp_path.joinpath(*draw.choice(["a", "b", "c", ".hidden", "d.txt"], draw.integers(0, 4)))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / str(draw.choice(["a.md", "b.txt", ".h.txt", "x"]))).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    left_out = {path for pattern in exclude for path in tmp_path.glob(pattern)}
+    expected = {
+        str(path.relative_to(tmp_path))
+        for pattern in patterns
+        for path in tmp_path.glob(pattern)
+        if path.is_file() and left_out.isdisjoint((path, *path.parents))
+    }
+    assert list(list_entries(tmp_path, patterns, exclude)[0]) == sorted(expected)

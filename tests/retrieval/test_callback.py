@@ -53,6 +53,22 @@ def test_database_is_built_before_the_loader(tmp_path):
     assert len(data.seen) == 1 and data.seen[0][1].shape[1] == 2
 
 
+def test_a_forced_rebuild_is_for_fit_and_the_cap_holds(tmp_path):
+    folder = tmp_path / "db"
+
+    def inodes():
+        stages = RetrievalDatabase.open(folder).manifest["stages"]
+        return {name: (folder / path / "manifest.json").stat().st_ino for name, path in stages.items()}
+
+    for fn, rebuild, again in (("fit", False, set()), ("fit", True, {"lexical", "neighbors"}), ("validate", True, set())):
+        before = inodes() if folder.exists() else {}
+        trainer = trainer_of(indexing_of(folder, rebuild=rebuild), limit_val_batches=1)
+        getattr(trainer, fn)(SFTModule(tiny_palm()), datamodule=Reads(folder))
+        assert {name for name, inode in before.items() if inodes()[name] != inode} == again
+    with pytest.raises(ValueError, match="at most `max_chunks` chunks, 3, but they have"):
+        trainer_of(indexing_of(folder, max_chunks=3)).fit(SFTModule(tiny_palm()), Reads(folder))
+
+
 def test_database_is_refreshed_with_the_current_policy(tmp_path):
     data = Reads(tmp_path / "db")
     indexing = indexing_of(tmp_path / "db", encoder=checkpoint(tmp_path / "e.ckpt"), refresh_every_n_epochs=2)

@@ -120,7 +120,7 @@ def others(content: Any) -> Iterator[Any]:
             yield from ({**content, name: other} for other in others(value))
 
 
-@pytest.mark.parametrize("file", [HEAD, "chunks", "index", "lexical", "neighbors", "leaks.json", "words.json"])
+@pytest.mark.parametrize("file", [HEAD, "chunks", "index", "lexical", "neighbors", "leaks.json"])
 def test_a_json_file_of_another_shape_is_named(file: str, root: Path) -> None:
     def use() -> None:
         database = RetrievalDatabase.open(root)
@@ -135,7 +135,6 @@ def test_a_json_file_of_another_shape_is_named(file: str, root: Path) -> None:
     path = {
         HEAD: root / HEAD,
         "leaks.json": root / used["queries"]["validation"]["neighbors"] / "leaks.json",
-        "words.json": root / used["stages"]["lexical"] / "words.json",
     }.get(file) or root / used["stages"][file] / "manifest.json"
     whole = json.loads(path.read_text())
     is_sealed = isinstance(whole, dict) and whole.pop(SEAL, None) is not None

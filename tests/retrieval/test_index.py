@@ -9,8 +9,9 @@ from lightning_align.retrieval import faiss_seam
 from lightning_align.retrieval.advisor import advise, check_training, index_bytes
 from lightning_align.retrieval.dense import DenseSearcher
 from lightning_align.retrieval.faiss_seam import max_effort, set_effort
-from lightning_align.retrieval.index import IndexConfig, append_index, build_index, exact_neighbors, open_index, tune
+from lightning_align.retrieval.index import IndexConfig, append_index, build_index, open_index
 from lightning_align.retrieval.neighbors import Forbidden
+from lightning_align.retrieval.recall import exact_neighbors, tune
 from lightning_align.retrieval.stages import Stage, Team, write_rows
 
 DIM = 16

@@ -1,15 +1,18 @@
 import math
+import shutil
+import tracemalloc
 import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from lightning_align.retrieval import postings
+from lightning_align.retrieval import inversion, postings
+from lightning_align.retrieval.inversion import Span, count_terms, write_postings
 from lightning_align.retrieval.lexical import LexicalSearcher, build_lexical
 from lightning_align.retrieval.neighbors import Forbidden, group_of_chunks
-from lightning_align.retrieval.postings import Postings, count_terms, write_postings
-from lightning_align.retrieval.stages import Team
+from lightning_align.retrieval.postings import Postings
+from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retrieval.words import WordsConfig, words_key
 from lightning_align.retrieval.words import terms as terms_of
@@ -146,9 +149,7 @@ def test_the_search_analyzes_as_the_index_did(tmp_path):
 def many(tmp_path_factory):
     """An index over 4,000 chunks whose words are as frequent as those of a language, and the chunks."""
     draw, folder = np.random.default_rng(0), tmp_path_factory.mktemp("postings")
-    lists = [(draw.zipf(1.4, draw.integers(0, 40)) % 900).tolist() for _ in range(4000)]
-    vocabulary: dict[int, int] = {}
-    lists = [[vocabulary.setdefault(word, len(vocabulary)) for word in words] for words in lists]
+    lists = [[f"w{word}" for word in (draw.zipf(1.4, draw.integers(0, 40)) % 900).tolist()] for _ in range(4000)]
     return folder, lists, write_postings(folder, count_terms(lists))
 
 
@@ -166,9 +167,9 @@ def test_the_best_of_the_pruned_search_are_the_best_of_all(many, monkeypatch, sh
     search, counts = Postings(folder, groups), [Counter(words) for words in lists]
     mean, frequencies = np.mean([len(words) for words in lists]), Counter(word for words in counts for word in words)
     for number in range(0, 4000, 199):
-        query = sorted(set(lists[number]))
-        scores = np.zeros(4000)
-        for word in query:
+        words, scores = sorted(set(lists[number])), np.zeros(4000)
+        query = search.numbers(words)
+        for word in words:
             idf = math.log(1 + (4000 - frequencies[word] + 0.5) / (frequencies[word] + 0.5))
             tf = np.array([found[word] for found in counts])
             scores += idf * tf / (tf + 1.5 * (0.25 + 0.75 * np.array([len(words) for words in lists]) / mean))
@@ -183,6 +184,36 @@ def test_the_best_of_the_pruned_search_are_the_best_of_all(many, monkeypatch, sh
 def test_the_index_does_not_depend_on_how_much_is_sorted_at_a_time(many, monkeypatch, tmp_path):
     folder, lists, num_terms = many
     for name, value in (("_SORTED", 700), ("_PART", 333), ("_BLOCK", 100)):
-        monkeypatch.setattr(postings, name, value)
+        monkeypatch.setattr(inversion, name, value)
     assert write_postings(tmp_path, count_terms(lists)) == num_terms
     assert hashes(tmp_path) == hashes(folder)
+
+
+def test_memory_to_write_does_not_grow_with_the_postings(monkeypatch, tmp_path):
+    for name in ("_SORTED", "_PART"):
+        monkeypatch.setattr(inversion, name, 1 << 14)
+    per_chunk, peaks = 64, []
+    for num_blocks in (4, 16):
+
+        def spans(num_blocks=num_blocks):
+            draw = np.random.default_rng(0)
+            for _ in range(num_blocks):
+                terms = np.sort(draw.choice(5000, (500, per_chunk)), axis=1).astype(np.uint64) * np.uint64(2**40)
+                ones = np.ones(500, dtype=np.int32)
+                yield Span(terms.reshape(-1), np.ones(terms.size, dtype=np.int32), ones.astype(np.int64) * per_chunk, ones * 64)
+
+        tracemalloc.start()
+        write_postings(tmp_path / str(num_blocks), spans())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # A posting has 16 bytes on disk. What is held per chunk is where it begins, and its length.
+    assert peaks[1] - peaks[0] < 12 * 500 * 100, peaks
+
+
+@pytest.mark.parametrize("content", ["[]", '{"vocabulary": 3}', '{"vocabulary": {"a": "b"}}', "{"])
+def test_a_damaged_vocabulary_of_an_earlier_release_is_named(built, tmp_path, content):
+    table, stage = built
+    shutil.copytree(stage.folder, tmp_path / stage.folder.name)
+    (tmp_path / stage.folder.name / "words.json").write_text(content)
+    with pytest.raises(ValueError, match=r"words\.json cannot be used: .* Build the database again"):
+        LexicalSearcher(Stage(tmp_path, stage.name, stage.inputs), group_of_chunks(table, NOTHING), DECODE)
