@@ -29,6 +29,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import lightning_align
 from lightning_align.console.advice import advise, mismatch, with_nearest
 from lightning_align.console.chat import chat
+from lightning_align.console.evaluate import evaluate
+from lightning_align.console.last import LastLink
 from lightning_align.console.pages import EPILOG, USAGE
 from lightning_align.console.parser import TRACEBACK, AlignParser, FileParser
 from lightning_align.console.progress import RunProgress, announce_places, has_own_bar
@@ -49,6 +51,7 @@ FILE_COMMANDS: dict[str, Callable[..., Any]] = {
     "judge": judge_file,
     "export": export_checkpoint,
     "chat": chat,
+    "eval": evaluate,
 }
 """Commands that work on files, without a Trainer."""
 
@@ -243,7 +246,7 @@ class AlignCLI(LightningCLI):
     def before_fit(self) -> None:
         """Save the last step, also of a run that is stopped, and print how to resume."""
         AlignCLI.interrupts = InterruptCheckpoint()
-        callbacks_of(self.trainer).extend([LastCheckpoint(), AlignCLI.interrupts, ResumeHint()])
+        callbacks_of(self.trainer).extend([LastCheckpoint(), AlignCLI.interrupts, ResumeHint(), LastLink()])
 
     def after_fit(self) -> None:
         """Print where the checkpoint, the log and the export are."""
@@ -327,6 +330,8 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
         _refuse_empty_files(arguments)
         if arguments and arguments[0] in FILE_COMMANDS:
             FileParser.command = arguments[0]
+            if arguments[0] == "chat" and len(arguments) > 2 and not any(word.startswith("-") for word in arguments[1:3]):
+                arguments.insert(2, "--compare")
             auto_cli(
                 FILE_COMMANDS[arguments[0]],
                 args=arguments[1:],
