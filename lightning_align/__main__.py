@@ -22,12 +22,12 @@ def main() -> None:
             from lightning_align.console import env
 
             sys.exit(env.main(rest))
-        case ["--help"] if (text := page("all")) is not None:
+        case ["--help" | "help"] if (text := page("all")) is not None:
             print(text, end="")
         case [] if (text := page("all")) is not None:
             print(text, end="", file=sys.stderr)
             sys.exit(2)
-        case [command, "--help"] if (text := page(command)) is not None:
+        case [command, "--help"] | ["help", command] if (text := page(command)) is not None:
             print(text, end="")
         case [command, *_] if not command.startswith("-") and command not in COMMANDS:
             print(f"lightning-align: error: {unknown_command(command, COMMANDS)}", file=sys.stderr)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import lightning as L
 import torch
@@ -27,8 +27,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_align
-from lightning_align.console.advice import advise
+from lightning_align.console.advice import advise, mismatch, with_nearest
 from lightning_align.console.chat import chat
+from lightning_align.console.evaluate import evaluate
+from lightning_align.console.last import LastLink
 from lightning_align.console.pages import EPILOG, USAGE
 from lightning_align.console.parser import TRACEBACK, AlignParser, FileParser
 from lightning_align.console.progress import RunProgress, announce_places, has_own_bar
@@ -49,6 +51,7 @@ FILE_COMMANDS: dict[str, Callable[..., Any]] = {
     "judge": judge_file,
     "export": export_checkpoint,
     "chat": chat,
+    "eval": evaluate,
 }
 """Commands that work on files, without a Trainer."""
 
@@ -147,8 +150,18 @@ class AlignCLI(LightningCLI):
         except TypeError as error:
             raise ValueError(f"the Trainer refuses its settings: {error}") from error  # as it does with most of them
         config = self.config[self.config["subcommand"]].get("trainer") or {}
+        if trainer.accumulate_grad_batches < 1:  # Lightning divides by it
+            raise ValueError(f"`accumulate_grad_batches` must be 1 or more, but got {trainer.accumulate_grad_batches}.")
         RunProgress.install(trainer, configured=has_own_bar(config.get("callbacks")))
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (KeyError, AttributeError, TypeError) as error:
+            if (message := mismatch(self.model, self.datamodule, error)) is None:
+                raise
+            raise ValueError(message) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments, and keep them to parse them again when a checkpoint is given."""
@@ -233,7 +246,7 @@ class AlignCLI(LightningCLI):
     def before_fit(self) -> None:
         """Save the last step, also of a run that is stopped, and print how to resume."""
         AlignCLI.interrupts = InterruptCheckpoint()
-        callbacks_of(self.trainer).extend([LastCheckpoint(), AlignCLI.interrupts, ResumeHint()])
+        callbacks_of(self.trainer).extend([LastCheckpoint(), AlignCLI.interrupts, ResumeHint(), LastLink()])
 
     def after_fit(self) -> None:
         """Print where the checkpoint, the log and the export are."""
@@ -283,6 +296,13 @@ def _root(error: ValueError) -> str:
     return re.sub(r"^Problem with given class_path '[^']*':\n\s*", "", str(found))
 
 
+def _exit_with(message: str, error: Exception) -> NoReturn:
+    """Exit with status 1 and a message of at most two lines, or raise the error if the traceback is wanted."""
+    if os.environ.get(TRACEBACK):
+        raise error
+    sys.exit(f"lightning-align: error: {with_nearest(message)}\n(the traceback is printed with {TRACEBACK}=1)")
+
+
 def main() -> None:
     """The console script."""
     flush_subnormal()
@@ -310,6 +330,8 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
         _refuse_empty_files(arguments)
         if arguments and arguments[0] in FILE_COMMANDS:
             FileParser.command = arguments[0]
+            if arguments[0] == "chat" and len(arguments) > 2 and not any(word.startswith("-") for word in arguments[1:3]):
+                arguments.insert(2, "--compare")
             auto_cli(
                 FILE_COMMANDS[arguments[0]],
                 args=arguments[1:],
@@ -345,30 +367,23 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
         )
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # Lightning's own status is 0, as if the run were complete
-    except RuntimeError:
+    except RuntimeError as error:
         # A worker of the data loader gets the signal too, and its death is an error of the data loader.
         if AlignCLI.interrupts is not None and AlignCLI.interrupts.status:
             sys.exit(AlignCLI.interrupts.status)
-        raise
+        if not isinstance(error, torch.OutOfMemoryError) and "which is not available" not in str(error):
+            raise
+        _exit_with(advise(error), error)
     except ValueError as error:
         # A ValueError tells the user what to do. The traceback through the Trainer would hide it.
-        if os.environ.get(TRACEBACK):
-            raise
-        sys.exit(f"lightning-align: error: {_root(error)}\n(the traceback is printed with {TRACEBACK}=1)")
+        _exit_with(_root(error), error)
     except OSError as error:
         # Full disks, missing permissions: errors of the system that Lightning, loggers and libraries pass on.
-        if os.environ.get(TRACEBACK):
-            raise
         place = error.filename2 or error.filename
-        sys.exit(
-            f"lightning-align: error: {place or 'the disk'}: {error.strerror or error}. Choose another path or free this one.\n"
-            f"(the traceback is printed with {TRACEBACK}=1)"
-        )
-    except (MisconfigurationException, ModuleNotFoundError, torch.OutOfMemoryError) as error:
-        # Settings that Lightning refuses, packages that are missing, devices that are full: libraries say so in a line or two.
-        if os.environ.get(TRACEBACK):
-            raise
-        sys.exit(f"lightning-align: error: {advise(error)}\n(the traceback is printed with {TRACEBACK}=1)")
+        _exit_with(f"{place or 'the disk'}: {error.strerror or error}. Choose another path or free this one.", error)
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        # Settings that Lightning refuses and packages that are missing: libraries say so in a line or two.
+        _exit_with(advise(error), error)
     except KeyboardInterrupt:
         print("lightning-align: stopped", file=sys.stderr)
         sys.exit(130)  # as shells count an interrupt

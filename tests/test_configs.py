@@ -162,7 +162,7 @@ def test_ablations_train_from_the_two_checkpoints(name: str, tmp_path: Path, mon
         trainer = L.Trainer(accelerator="cpu", max_steps=0, logger=False, num_sanity_val_steps=0)
         backbone = PaLM(num_tokens=259, dim=16, depth=4, heads=2, dim_head=8)
         trainer.fit(SFTModule(backbone), DataLoader([0]), DataLoader([0]))  # of which nothing is read
-        trainer.save_checkpoint(f"runs/{model}/version_0/checkpoints/last.ckpt")
+        trainer.save_checkpoint(f"runs/{model}/last.ckpt")
     data = {"train": task("KeyValue"), "validation": task("KeyValue"), "batch_size": 8}
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     run_it = {"accelerator": "cpu", "max_steps": 2, "val_check_interval": 2, "log_every_n_steps": 1, "callbacks": [], **off}

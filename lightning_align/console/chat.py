@@ -1,4 +1,4 @@
-"""``lightning-align chat``: talk to a checkpoint or an exported folder."""
+"""``lightning-align chat``: talk to a checkpoint or an exported folder, or to two of them side by side."""
 
 import sys
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ HELP = "Type a message. /new begins a new conversation, /exit ends. An empty lin
 def chat(
     model: str,
     *,
+    compare: str | None = None,
     tokenizer: str | None = None,
     template: Literal["auto", "on", "off"] = "auto",
     system: str | None = None,
@@ -41,7 +42,8 @@ def chat(
 
     Args:
         model: A checkpoint of a run, or an exported folder.
-        tokenizer: The tokenizer, as in the data module. Default is that of the checkpoint or the folder.
+        compare: A second model, which answers the same messages after the first. `chat A B` is the same.
+        tokenizer: The tokenizer, as in the data module. Default is that of each checkpoint or folder.
         template: Whether messages are turns of a conversation, written with the chat template (`on`), or prompts that the
             model continues (`off`). `auto` is `on` if the tokenizer has a chat template of its own. Use `on` for a model that
             was trained on rows of messages with another tokenizer.
@@ -57,33 +59,84 @@ def chat(
         ValueError: If the model or its tokenizer cannot be read, or a message fills the context of the model.
     """
     config = GenerationConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    policy, reader = _load(model, tokenizer)
-    policy = policy.to(_device(device)).eval()
-    # An export of a tokenizer without a template has the built-in one.
-    own = reader.has_template and template_of(reader) != plain_template(has_bos=reader.bos_id is not None)
-    turns = template == "on" or (template == "auto" and own)
-    if system is not None and not turns:
-        raise ValueError("`system` needs conversations, but messages are plain prompts here. Add --template on.")
-    start: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
-    messages = list(start)
-    context = context_length(policy)
-    room = 1 << 30 if context is None else max(2, context - min(max_new_tokens, context // 2))
+    names = [model] if compare is None else [model, compare]
+    speakers = [Speaker(name, tokenizer, config, template=template, system=system, device=device_of(device)) for name in names]
     if prompt is None and sys.stdin.isatty():
-        print(f"{model}: {'a conversation' if turns else 'each message is a prompt that the model continues'}. {HELP}")
+        for speaker in speakers:
+            print(
+                f"{speaker.name}: {'a conversation' if speaker.turns else 'each message is a prompt that the model continues'}"
+            )
+        print(HELP)
     for number, text in enumerate([prompt] if prompt is not None else _lines()):
         if text == "/exit":
             break
-        if text == "/new":
-            messages = list(start)
-            continue
-        messages.append({"role": "user", "content": text})
-        ids = _encoded({"messages": messages} if turns else {"prompt": text}, reader, room=room)
-        answer = ""
-        for piece in stream(policy, ids, config, tokenizer=reader, number=number):
-            print(piece, end="", flush=True)
-            answer += piece
-        print(flush=True)
-        messages.append({"role": "assistant", "content": answer})
+        for speaker in speakers:
+            if text == "/new":
+                speaker.begin()
+                continue
+            if len(speakers) > 1:
+                print(f"[{speaker.name}]")
+            for piece in speaker.answer(text, number):
+                print(piece, end="", flush=True)
+            print(flush=True)
+
+
+class Speaker:
+    """A model in a conversation.
+
+    Args:
+        name: A checkpoint or an exported folder.
+        tokenizer: The tokenizer. None for that of the model.
+        config: The sampling settings.
+        template: See `chat`.
+        system: The message of the system.
+        device: Where the model computes.
+
+    Raises:
+        ValueError: If the model or its tokenizer cannot be read, or `system` is given for plain prompts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: str | None,
+        config: GenerationConfig,
+        *,
+        template: str,
+        system: str | None,
+        device: torch.device,
+    ) -> None:
+        policy, reader = load(name, tokenizer)
+        self.name, self.config, self.reader = name, config, reader
+        self.policy = policy.to(device).eval()
+        # An export of a tokenizer without a template has the built-in one.
+        own = reader.has_template and template_of(reader) != plain_template(has_bos=reader.bos_id is not None)
+        self.turns = template == "on" or (template == "auto" and own)
+        if system is not None and not self.turns:
+            raise ValueError(f"`system` needs conversations, but messages are plain prompts for {name}. Add --template on.")
+        self.start: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        context, length = context_length(policy), config.max_new_tokens
+        self.room = 1 << 30 if context is None else max(2, context - min(length, context // 2))
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a new conversation."""
+        self.messages = list(self.start)
+
+    def answer(self, text: str, number: int) -> Iterator[str]:
+        """Yield the answer to a message in pieces, and remember both.
+
+        Args:
+            text: The message.
+            number: The number of the message, which selects its random numbers.
+        """
+        self.messages.append({"role": "user", "content": text})
+        ids = _encoded({"messages": self.messages} if self.turns else {"prompt": text}, self.reader, room=self.room)
+        written = ""
+        for piece in stream(self.policy, ids, self.config, tokenizer=self.reader, number=number):
+            yield piece
+            written += piece
+        self.messages.append({"role": "assistant", "content": written})
 
 
 def _lines() -> Iterator[str]:
@@ -117,7 +170,16 @@ def _encoded(fields: dict[str, Any], tokenizer: Any, *, room: int) -> list[int]:
     return [int(token) for token in row.sides[0].tokens[: row.num_prompt]]
 
 
-def _load(path: str, tokenizer: str | None) -> tuple[torch.nn.Module, Any]:
+def load(path: str, tokenizer: str | None) -> tuple[torch.nn.Module, Any]:
+    """Read a model and its tokenizer.
+
+    Args:
+        path: A checkpoint or an exported folder.
+        tokenizer: The tokenizer. None for that of the model.
+
+    Raises:
+        ValueError: If one of them cannot be read.
+    """
     if (Path(path) / "config.json").is_file():
         name = tokenizer or folder_tokenizer(path)
         if name is None:
@@ -130,7 +192,8 @@ def _load(path: str, tokenizer: str | None) -> tuple[torch.nn.Module, Any]:
     return build_policy(saved, path), reader
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """Return the device of a name, or for ``auto`` the first one there is."""
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():

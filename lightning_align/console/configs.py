@@ -57,7 +57,13 @@ def resolve(arguments: Sequence[str]) -> list[str]:
 
 
 def _path(value: str) -> str:
-    path = None if Path(value).is_file() else find(value)
+    if Path(value).is_file():
+        try:
+            Path(value).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--config {value} must be YAML in UTF-8, but byte {error.start} is not text.") from error
+        return value
+    path = find(value)
     return value if path is None else str(path)
 
 

@@ -1,19 +1,28 @@
 """Errors of the parser in three lines: what is wrong with the nearest names, what is possible, and where the help is."""
 
-import inspect
 import re
-from collections.abc import Iterable, Sequence
-from difflib import SequenceMatcher, get_close_matches
-from importlib import import_module
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from lightning_align.console.configs import nearest, shipped
+from lightning_align.console.names import ALIASES, classes, did_you_mean, near, parameters
 
 WIDTH = 400
 """The largest number of characters of a line."""
+PLAIN = {
+    "NoneType": "null",
+    "str": "text",
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "dict": "a mapping",
+    "list": "a list",
+    "collections.abc.Iterable": "a list",
+}
+"""Types of Python in the words of YAML."""
 
 
 def explain(message: str, *, command: str = "", options: Sequence[str] = (), arguments: Sequence[str] = ()) -> str:
@@ -32,8 +41,12 @@ def explain(message: str, *, command: str = "", options: Sequence[str] = (), arg
     for kind in (
         _missing_config,
         _broken_config,
+        _not_a_mapping,
+        _help_of_a_part,
+        _misspelt_class_key,
         _unknown_option,
         _unrecognized,
+        _needs_arguments,
         _required,
         _no_class,
         _no_choice,
@@ -45,21 +58,6 @@ def explain(message: str, *, command: str = "", options: Sequence[str] = (), arg
     else:
         lines = [*_innermost(message)[:2], f"Help: {call} --help"]
     return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..." for line in lines)
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return ``; did you mean 'a' or 'b'?`` with the nearest names, or nothing if none is near."""
-    found = near(name, names)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
-
-
-def near(name: str, names: Iterable[str]) -> list[str]:
-    """Return the one or two names that are nearest, whatever their case: one if it is very near."""
-    by_lower = {other.lower(): other for other in names}
-    found = get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)
-    if found and SequenceMatcher(None, name.lower(), found[0]).ratio() >= 0.8:
-        found = found[:1]
-    return [by_lower[match] for match in found]
 
 
 def unknown_command(name: str, commands: Sequence[str]) -> str:
@@ -106,6 +104,72 @@ def _broken_config(message: str, call: str, options: Sequence[str], arguments: S
     return []
 
 
+def _not_a_mapping(message: str, call: str, options: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    if "Unexpected config" not in message and not re.search(r'key "config": Path is not a file', message):
+        return []
+    keys = "seed_everything, model, data, trainer and ckpt_path"
+    for path in (Path(word.rpartition("=")[2]) for word in arguments):
+        if path.is_dir():
+            inside = sorted(file.name for file in path.glob("*.y*ml"))
+            found = f" It has {', '.join(inside[:5])}." if inside else ""
+            return [f"--config {path} is a folder, and must be a YAML file.{found}", "Shipped: lightning-align configs"]
+        if path.suffix not in (".yaml", ".yml", ".json") or not path.is_file():
+            continue
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            what = "is empty" if content is None else f"holds a {type(content).__name__}"
+            return [f"--config {path} {what}, and must be a mapping with keys such as {keys}."]
+    return []
+
+
+def _help_of_a_part(message: str, call: str, options: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    match = re.search(r"unrecognized arguments: --([\w.]+)\.help=?(\S*)", message)
+    keys = _keys(message)
+    if not match or not keys:
+        return []
+    outer = {"model": "DPOModule", "data": "DPODataModule"}.get(keys[0], "CLASS")
+    example = f"{call} --{keys[0]} {outer} --{keys[0]}.{match[1]}.help {match[2]}".rstrip()
+    return [f"--{keys[0]}.{match[1]}.help needs the class of --{keys[0]} before it.", f"Example: {example}"]
+
+
+def _misspelt_class_key(message: str, call: str, options: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    match = re.search(r"Option '(\w+)[^']*' is not accepted", message)
+    written = re.search(r"Given value: (?:\[.*)?\{[^\n]*", _block(message))
+    if not match or not written or match[1] not in ("class", "cls", "name", "type", "classpath", "init_arg", "args", "kwargs"):
+        return []
+    right = "init_args" if "arg" in match[1] else "class_path"
+    if right in written[0]:
+        return []
+    return [
+        f"--{'.'.join(_keys(message))} has no key {match[1]!r}; did you mean {right!r}?",
+        "A class is written as {class_path: NAME, init_args: {argument: value}}.",
+        f"Help: {call} --help",
+    ]
+
+
+def _needs_arguments(message: str, call: str, options: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """An argument without a default of a class."""
+    match = re.search(r"arguments are required: ([\w, ]+)", message)
+    if not match:
+        return []
+    # The class is named after the arguments if it is a factory, and before them otherwise.
+    if "callable class: the following" in message:
+        found = re.findall(r"class_path'?[:=] ?'([^']+)'", message[match.end() :])[:1]
+    else:
+        found = re.findall(r"class_path '([^']+)'", message[: match.start()])[-1:]
+    if not found:
+        return []
+    path = found[0] if "." in found[0] else classes().get(found[0], found[0])
+    names = [name.strip() for name in match[1].split(",") if name.strip()]
+    place = ".".join(_keys(message))
+    given = " and ".join(f"--{place}.{name} VALUE" for name in names)
+    return [
+        f"{_short(path)} needs {' and '.join(map(repr, names))}: give {given}",
+        f"Arguments of {_short(path)}: {', '.join(parameters(path))}",
+        f"Help: {call} {_help_flag(message, path)}",
+    ]
+
+
 def _unknown_option(message: str, call: str, options: Sequence[str], arguments: Sequence[str]) -> list[str]:
     match = re.search(r"Option '([^']+)' is not accepted([^\n]*)", message)
     if not match:
@@ -122,7 +186,8 @@ def _unknown_option(message: str, call: str, options: Sequence[str], arguments: 
             f"Help: {call} --help",
         ]
     known = parameters(path)
-    hint = did_you_mean(match[1], known) or "."
+    other_name = next((name for name in ALIASES.get(match[1], ()) if name in known), None)
+    hint = f"; did you mean {other_name!r}?" if other_name else did_you_mean(match[1], known) or "."
     if match[1] in ("lr", "learning_rate", "weight_decay") and "optimizer" in known:
         name = match[1].replace("learning_rate", "lr")
         hint = f"; it is set with --{(_keys(message) or ['model'])[0]}.optimizer AdamW --model.optimizer.{name} VALUE."
@@ -140,12 +205,36 @@ def _unrecognized(message: str, call: str, options: Sequence[str], arguments: Se
     name = given.lstrip("-").partition("=")[0]
     if match[1] and not given.startswith("-"):
         return [f"the argument {given!r} belongs to no option.", f"Options begin with --, as in {call} --config sft/jsonl"]
+    if match[1] and f"-{name}" in [word.partition("=")[0] for word in arguments] and f"--{name}" not in " ".join(arguments):
+        return [f"the option -{name} is written with two dashes: --{name}", f"Help: {call} --help"]
     head, _, rest = name.partition(".")
     groups = list(dict.fromkeys(option.partition(".")[0] for option in options))
     dashes = "--" if match[1] else ""
     wrong, known = (head, groups) if head not in groups and rest else (name, options)
-    hint = did_you_mean(dashes + wrong, [dashes + other for other in known])
+    place = _place(name) if "model" in groups and head not in groups else None
+    if place is not None:
+        right = f"--{place}" if match[1] else place.replace("model.", "model.init_args.").replace("data.", "data.init_args.")
+        hint = f"; did you mean {right!r}?"
+    else:
+        hint = did_you_mean(dashes + wrong, [dashes + other for other in known])
     return [f"{call} has no option {dashes + wrong!r}{hint or '.'}", f"Help: {call} --help"]
+
+
+def _place(name: str) -> str | None:
+    """Return the option that sets an argument of the module, the data or the Trainer, if the name is exactly one of them."""
+    head, _, rest = name.partition(".")
+    head = {"learning_rate": "lr", "epochs": "max_epochs", "steps": "max_steps"}.get(head, head)
+    if head in ("lr", "weight_decay"):
+        return f"model.optimizer.{head}"
+    places = (
+        ("model", "lightning_align.DPOModule"),
+        ("data", "lightning_align.DPODataModule"),
+        ("trainer", "lightning.Trainer"),
+    )
+    for group, path in places:
+        if head in parameters(path):
+            return f"{group}.{head}{'.' * bool(rest)}{rest}"
+    return None
 
 
 def _required(message: str, call: str, options: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -153,7 +242,8 @@ def _required(message: str, call: str, options: Sequence[str], arguments: Sequen
     if not match:
         return []
     names = [name.strip().rpartition(".")[2] for name in match[1].split(",") if name.strip()]
-    if {"model", "data"} & set(names):
+    runs = call.rpartition(" ")[2] in ("fit", "validate", "test", "predict")
+    if runs and {"model", "data"} & set(names):
         needed = " and ".join(f"--{name}" for name in sorted(names, reverse=True))
         return [
             f"{call} needs {needed}, which a configuration can give.",
@@ -166,14 +256,21 @@ def _required(message: str, call: str, options: Sequence[str], arguments: Sequen
 def _no_class(message: str, call: str, options: Sequence[str], arguments: Sequence[str]) -> list[str]:
     block = _block(message)
     signs = r"Expected a dot import path string|No module named|has no attribute|cannot import name|Import path"
-    kinds = set(re.findall(r"Expected an? <class '([\w.]+)'>", block)) - {"NoneType"}
-    given = _value(block)
+    others = {"NoneType", "bool", "list", "collections.abc.Iterable"}  # a number or a text is said by the next kinds
+    kinds = set(re.findall(r"Expected an? <class '([\w.]+)'>", block)) - others
+    given = _class_given(block)
     if given is None or kinds or not re.search(signs, block):
         return []
     keys = _keys(message)
-    classes = _classes()
-    others = [repr(classes[name]) for name in near(given.rpartition(".")[2], classes)]
-    hint = f"; did you mean {' or '.join(others)}?" if others else "."
+    known, key = classes(), keys[-1] if keys else ""
+    sort = {"logger": "Logger", "lr_scheduler": "LR"}.get(key)
+    name = given.rpartition(".")[2]
+    found = near(name, [other for other in known if sort and sort in other]) or near(name, known)
+    hint = f"; did you mean {' or '.join(repr(known[other]) for other in found)}?" if found else "."
+    package = given.partition(".")[0]
+    if "." in given and f"No module named '{package}'" in block:
+        like = did_you_mean(package, ("lightning_align", "lightning", "torch"))
+        hint = f": there is no module {package!r}{like or '. Its file must be in the current folder or in PYTHONPATH.'}"
     return [
         f"no class {given!r} for --{'.'.join(keys)}{hint}" if keys else f"no class {given!r}{hint}",
         "Classes of lightning_align, torch.optim and Lightning need no module path. Give others as package.module.Class",
@@ -189,7 +286,8 @@ def _no_choice(message: str, call: str, options: Sequence[str], arguments: Seque
         return []
     keys = _keys(message)
     name = keys[-1] if keys else "value"
-    others = [kind for kind, sign in (("a mapping", "<class 'dict'>"), ("a number", "'float'>")) if sign in block]
+    kinds = (("a mapping", "dict"), ("a number", "float"), ("an integer", "int"))
+    others = [kind for kind, typed in kinds if f"Expected a <class '{typed}'>" in block]
     either = "".join(f", or {kind}" for kind in others)
     return [
         f"no {name.rpartition('.')[2]} {value!r}{did_you_mean(value, choices) or '.'}",
@@ -202,7 +300,9 @@ def _wrong_type(message: str, call: str, options: Sequence[str], arguments: Sequ
     block = _block(message)
     value = _value(block)
     kinds = list(dict.fromkeys(re.findall(r"Expected an? <class '([\w.]+)'>", block)))
-    kinds = [{"NoneType": "null", "str": "text", "int": "an integer", "float": "a number"}.get(kind, kind) for kind in kinds]
+    kinds = [
+        {"NoneType": "null", "str": "text", "int": "an integer", "float": "a number", **PLAIN}.get(kind, kind) for kind in kinds
+    ]
     keys = _keys(message)
     if not kinds or value is None or not keys:
         return []
@@ -245,6 +345,18 @@ def _value(block: str) -> str | None:
     return str(nested[1] if nested else match[1].strip())
 
 
+def _class_given(block: str) -> str | None:
+    """Return the path of the class that cannot be imported."""
+    named = re.search(r"Expected a dot import path string: ([^\s]+)", block)
+    if named:
+        return named[1]
+    value = re.search(
+        r"(?:has no attribute|No module named|cannot import)[^\n]*Got value: Namespace\(class_path='([^']+)'", block
+    )
+    inside = value or re.search(r"class_path'?[:=] ?'([\w.]+)'", _value(block) or "")
+    return inside[1] if inside else _value(block)
+
+
 def _last_class(message: str) -> str:
     return str((re.findall(r"class_path '([^']+)'", message) or [""])[-1])
 
@@ -266,34 +378,3 @@ def _innermost(message: str) -> list[str]:
     kept = [line for line in lines if line and not line.startswith((*noise, "Parser key")) and line != "-"]
     prefix = f"--{'.'.join(_keys(message))}: " if _keys(message) else ""
     return [prefix + kept[0], *kept[1:]] if kept else [message.splitlines()[0]]
-
-
-def parameters(path: str) -> list[str]:
-    """Return the arguments of a class by its import path. None if it cannot be imported."""
-    module, _, name = path.rpartition(".")
-    try:
-        found: Any = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return []
-    names: dict[str, None] = {}
-    for base in getattr(found, "__mro__", ()):
-        if "__init__" not in vars(base):
-            continue
-        signature = inspect.signature(base.__init__).parameters.values()
-        names |= dict.fromkeys(
-            p.name for p in signature if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        )
-        if all(p.kind != p.VAR_KEYWORD for p in signature):
-            break
-    return list(names)
-
-
-def _classes() -> dict[str, str]:
-    """Return the classes that need no module path: name -> what to write."""
-    names: dict[str, str] = {}
-    for module in ("torch.optim.lr_scheduler", "torch.optim", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"):
-        found = import_module(module)
-        public = [name for name, value in vars(found).items() if inspect.isclass(value) and not name.startswith("_")]
-        names |= {name: f"{module}.{name}" if module.startswith("torch") else name for name in public}
-    own = import_module("lightning_align")
-    return names | {name: name for name in own.__all__ if name[0].isupper()}

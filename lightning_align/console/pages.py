@@ -3,14 +3,15 @@
 from importlib.metadata import version
 from pathlib import Path
 
-COMMANDS = ("fit", "validate", "test", "predict", "tokenizer", "judge", "export", "chat", "configs", "env")
+COMMANDS = ("fit", "validate", "test", "predict", "tokenizer", "judge", "export", "chat", "eval", "configs", "env")
 """All commands."""
 USAGE = f"lightning-align {{{','.join(COMMANDS)}}} ..."
 EPILOG = """Also:
   tokenizer: train a tokenizer on your rows
   judge:     turn graded samples of a task into preference pairs
   export:    write a model that transformers and vLLM read
-  chat:      talk to a checkpoint or an exported model
+  chat:      talk to a checkpoint or an exported model, or to two of them
+  eval:      evaluate a model on tasks of the lm-eval harness
   configs:   list the shipped configurations, or copy one to edit it
   env:       print versions, devices and kernels, for bug reports
 Print the version: `lightning-align --version`.

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_align.console.last import link_of
 from lightning_align.export.callback import ExportModel
 from lightning_align.runtime.lightning_internals import batches_in_epoch, callbacks_of, is_fast_dev_run
 
@@ -126,6 +127,9 @@ def places(trainer: L.Trainer) -> Iterator[str]:
             if kind == "best" and callback.monitor is None and callback.last_model_path:
                 continue  # without a metric it is merely the newest
             note = "" if kind == "checkpoint" or callback.monitor is None else f" (best {callback.monitor})"
+            link = link_of(trainer) if kind == "checkpoint" else None
+            if link is not None and link.is_symlink() and link.resolve() == Path(path).resolve():
+                note = f" (the newest of this name: {_relative(link)})"
             yield f"checkpoint: {_relative(path)}{note}"
     if trainer.loggers and (folder := trainer.log_dir or trainer.loggers[0].save_dir):
         yield f"log: {_relative(folder)} (tensorboard --logdir {_relative(trainer.loggers[0].save_dir or folder)})"

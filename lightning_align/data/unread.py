@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from lightning_align.data.conversations import BadRowError
@@ -77,9 +78,19 @@ def advise_columns(fields: Mapping[str, Any], missing: Sequence[str]) -> str:
         names = [name for name in names if name not in known]
         if names and ("prompt" not in missing or "prompt" in mapping):
             mapping["response"] = names[0]
+    for wanted in missing:
+        others = [name for name, value in fields.items() if name not in known and isinstance(value, (str, list))]
+        alike = next((name for name in others if _alike(name, wanted)), None)
+        if alike and wanted not in mapping:
+            mapping[wanted] = alike
     if not mapping:
         return ". Other names are read with `columns`, such as `columns: {prompt: question.text}`" if missing else ""
     return f". Set `columns: {{{', '.join(f'{name}: {column}' for name, column in mapping.items())}}}` to read other fields"
+
+
+def _alike(name: str, wanted: str) -> bool:
+    """Return whether a column is a misspelt one, or has the name of one in its own."""
+    return wanted in name.lower() or SequenceMatcher(None, name.lower(), wanted).ratio() >= 0.8
 
 
 def _is_question(name: str, value: Any) -> bool:

@@ -63,7 +63,8 @@ def newest_checkpoint(folders: Iterable[Path], root: str | Path | None, *, resum
     listed = [path for folder in folders for path in sorted(folder.rglob("*.ckpt"))]
     listed += [*sorted(root.glob("hpc_ckpt_*.ckpt")), *sorted(root.glob("interrupted.ckpt"))]
     # A link to a checkpoint is that checkpoint. Files may vanish while they are listed, since the run may still be going on.
-    by_place = {path.resolve(): path for path in reversed(listed) if path.exists()}
+    listed = [*filter(Path.is_symlink, listed), *reversed([path for path in listed if not path.is_symlink()])]
+    by_place = {path.resolve(): path for path in listed if path.exists()}
     skipped: list[str] = []
     for path in sorted(by_place.values(), key=_saved_at, reverse=True):
         try:

@@ -30,7 +30,10 @@ class PolicySource:
             ValueError: If there is neither a backbone nor a checkpoint.
         """
         if backbone is None and init_from is None:
-            raise ValueError(f"{owner} needs `backbone` (what to build), `init_from` (a checkpoint), or both.")
+            raise ValueError(
+                f"{owner} needs `backbone` (what to build), `init_from` (a checkpoint), or both. On the command line: --config "
+                "model/palm_tiny, or --model.init_from PATH."
+            )
         self.owner, self.backbone, self.init_from, self.lora = owner, plain(backbone), init_from, lora
         self.awaits_weights = False
         """Whether the weights of ``init_from`` are still missing and must come from a checkpoint of the run itself."""

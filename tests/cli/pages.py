@@ -12,7 +12,7 @@ from unittest import mock
 
 from lightning_align.console.pages import PAGES, heading
 
-COMMANDS = ("all", "fit", "validate", "test", "predict", "tokenizer", "judge", "export", "chat")
+COMMANDS = ("all", "fit", "validate", "test", "predict", "tokenizer", "judge", "export", "chat", "eval")
 
 
 def rendered(command: str) -> str:

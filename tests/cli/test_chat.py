@@ -56,3 +56,28 @@ def test_a_long_conversation_loses_its_beginning() -> None:
     assert len(ids) <= 40
     assert ids[0] == tokenizer.bos_id
     assert tokenizer.decode(ids).endswith("<|user|>\nlast\n<|assistant|>\n")
+
+
+def test_two_models_answer_one_after_the_other(
+    folder: Path, sft_rows: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = checkpoint(fit("sft", folder, sft_rows))
+    second = checkpoint(fit("sft", folder, sft_rows, "--seed_everything", "5"))
+    second = second if second != first else str(sorted(folder.rglob("*.ckpt"))[-1])
+    fixed = ["--temperature", "0", "--max_new_tokens", "6", "--device", "cpu"]
+
+    def said(*arguments: str) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("3+1=\n/new\n5+1=\n"))
+        capsys.readouterr()
+        run(["chat", *arguments, *fixed])
+        return capsys.readouterr().out
+
+    alone = [said(model, "--prompt", "3+1=") for model in (first, second)]
+    expected = f"[{first}]\n{alone[0]}[{second}]\n{alone[1]}"
+    assert said(first, second, "--prompt", "3+1=") == expected
+    assert said(first, "--compare", second).startswith(expected)
+    assert said(first, second, "--template", "on").count("[") >= 4
+    with pytest.raises(SystemExit, match="2"):
+        run(["chat", first, second, first])
+    with pytest.raises(SystemExit, match=r"nowhere\.ckpt"):
+        run(["chat", first, "nowhere.ckpt"])

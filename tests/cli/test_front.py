@@ -128,7 +128,7 @@ MISTAKES = [
     (["--model.backbone", "palm"], "no class 'palm' for --model.backbone; did you mean 'PaLM'?"),
     (["--model.optimizer", "AdamV"], "did you mean 'torch.optim.Adam'?"),
     (["--model.learning_rate", "1e-3"], "it is set with --model.optimizer AdamW --model.optimizer.lr VALUE."),
-    (["--model", "my.package.Net"], "no class 'my.package.Net' for --model."),
+    (["--model", "my.package.Net"], "no class 'my.package.Net' for --model: there is no module 'my'"),
     (["--data", "DPODataModle"], "did you mean 'DPODataModule'?"),
     (["--data.truncation", "keep_strt"], "no truncation 'keep_strt'; did you mean 'keep_start'?"),
     (["--data.batchsize", "3"], "did you mean 'batch_size'?"),
@@ -175,7 +175,7 @@ def test_errors_of_libraries_have_no_traceback(folder: Path, monkeypatch: pytest
     base = ["fit", "--config", config("sft", folder), "--data.train", "rows.jsonl", "--trainer.logger", "false"]
     for arguments, expected in (
         (["--trainer.accelerator", "tpu"], "TPU|XLA|torch_xla"),
-        (["--trainer.strategy", "dpp"], "invalid strategy name"),
+        (["--trainer.strategy", "dpp"], "no strategy 'dpp'; did you mean 'ddp'"),
         (["--trainer.plugins", "SLURMEnvironment", "--trainer.devices", "many"], "devices"),
     ):
         with pytest.raises(SystemExit, match=expected) as stopped:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ class FileTokenizer:
         check_sums(Path(path).parent, wanted=lambda name: name == Path(path).name)
         try:
             text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            close = get_close_matches(Path(path).name, sorted(file.name for file in Path(path).parent.glob("*.json")), n=3)
+            near = f"; similar files: {', '.join(str(Path(path).parent / name) for name in close)}" if close else ""
+            raise ValueError(f"tokenizer {path}: there is no such file (searched in {Path.cwd()}{near})") from error
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"tokenizer {path} cannot be read ({error})") from error
         try:

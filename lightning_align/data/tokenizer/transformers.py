@@ -45,6 +45,10 @@ class TransformersTokenizer(FileTokenizer):
                 " pip install 'lightning-align[hf]'"
             ) from error
         place, gguf = split_gguf(name, what="tokenizer")
+        if Path(place).is_file() and not gguf:
+            raise ValueError(f"tokenizer {name!r} must be 'bytes', a .json file, a GGUF file or a folder, but is another file.")
+        if Path(place).is_dir() and not any(Path(place).glob("*token*")):
+            raise ValueError(f"tokenizer {name!r} is a folder without a tokenizer. Expected one that save_pretrained wrote.")
         try:
             if not gguf:
                 check_sums(name, wanted=lambda file: "/" not in file and not file.endswith(".safetensors"))
