@@ -60,8 +60,10 @@ TIMED = (
 STUDIES = (
     ("studies/long_runs.py",),
     ("studies/dpo/frontier.py",),
+    ("studies/dpo/pretrained.py",),
     ("studies/spin/kill.py",),
     ("studies/spin/markov.py",),
+    ("studies/spin/crossing.py",),
     ("studies/spin/arithmetic.py",),
     ("studies/spin/rows.py",),
     ("studies/calm/key_value.py", "--seeds", "0", "1", "2"),

@@ -177,9 +177,12 @@ class Unshifted(SPINModule):
 class Seed:
     """A chain, its demonstrations, and the model fine-tuned on them."""
 
-    def __init__(self, seed: int, folder: Path, *, split: str = "test") -> None:
+    def __init__(
+        self, seed: int, folder: Path, *, split: str = "test", rows: int = ROWS, base_epochs: int = BASE_EPOCHS
+    ) -> None:
         self.seed, self.folder, self.ruler = seed, folder / f"seed_{seed}", Ruler(seed, split)
-        self.task, self.base = MarkovChain(ROWS, chain=seed), self.folder / "base.ckpt"
+        self.task, self.base = MarkovChain(rows, chain=seed), self.folder / "base.ckpt"
+        self.rows, self.base_epochs = rows, base_epochs
 
     def fit(self, module: L.LightningModule, data: L.LightningDataModule, *callbacks: Callback, epochs: int) -> L.Trainer:
         """Train without logger, checkpoints and progress bar."""
@@ -212,11 +215,11 @@ class Seed:
         if not self.base.exists():
             torch.manual_seed(self.seed)
             model = PaLM(num_tokens=259, dim=64, depth=2, heads=4, dim_head=16, variant="paper", qk_rmsnorm=True)
-            steps = BASE_EPOCHS * -(-ROWS // BATCH)
+            steps = self.base_epochs * -(-self.rows // BATCH)
             schedule = functools.partial(WarmupDecay, total_steps=steps, warmup_steps=20, decay="linear")
             optimizer = functools.partial(torch.optim.AdamW, lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)
             module = SFTModule(model, optimizer=optimizer, lr_scheduler=schedule)
-            trainer = self.fit(module, self.data(SFTDataModule), epochs=BASE_EPOCHS)
+            trainer = self.fit(module, self.data(SFTDataModule), epochs=self.base_epochs)
             trainer.save_checkpoint(self.base)
         module = SFTModule(init_from=str(self.base))
         module.configure_model()
