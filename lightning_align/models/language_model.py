@@ -6,7 +6,8 @@ capabilities are found by attribute, never by type:
 - ``hidden(tokens, mask=, positions=, cache=) -> (B, N, D)`` and ``head`` (a `Head`): log-probs are computed in chunks.
 - ``packed_hidden(tokens, mask) -> (T, D)``: padding is not computed on a CPU.
 - ``unpadded_hidden(unpadded) -> (T, D)`` and ``longest_unpadded(device)``: the same on other devices
-  (`lightning_align.models.unpadded`).
+  (`lightning_align.models.unpadded`). If its layers attend by ``unpadded.attention(kernel)``, rows that begin alike share the
+  computation of their beginnings, on any device (`lightning_align.models.shared_rows`).
 - ``make_cache(batch, length)``: decoding takes constant time per token.
 - ``blocks``: a list of layers whose outputs can be read.
 - ``documents``, an argument of the forward pass and of ``hidden``: a row can hold several documents. Each is computed as if it

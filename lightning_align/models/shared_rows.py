@@ -28,7 +28,8 @@ from lightning_align.types import TokenBatch
 Indices = NDArray[np.int64]
 WORTH = 0.1
 """The smallest share of saved tokens that is worth it. Attention to keys in two places takes some time of its own."""
-_faults: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()
+_faults: "WeakKeyDictionary[nn.Module, dict[str, str | None]]" = WeakKeyDictionary()
+"""What `prefix_fault` has found, by model and type of device, whose kernels differ."""
 
 
 class PrefixPlan:
@@ -206,13 +207,13 @@ def prefix_fault(model: nn.Module) -> str | None:
     if (parts := getattr(model, "computed_by", None)) is not None:
         faults = [prefix_fault(part) for part in parts]
         return next((fault for fault in faults if fault is not None), None)
-    if model not in _faults:
-        device = next(model.parameters()).device
-        _faults[model] = fault = _probe(model, device)
+    device, found = next(model.parameters()).device, _faults.setdefault(model, {})
+    if device.type not in found:
+        found[device.type] = fault = _probe(model, device)
         inner: Any = getattr(model, "model", model)
         if fault is not None:
             rank_zero_info(f"{type(inner).__name__}: The prompts of pairs are computed once per answer, because {fault}.")
-    return _faults[model]
+    return found[device.type]
 
 
 def _probe(model: nn.Module, device: torch.device) -> str | None:
