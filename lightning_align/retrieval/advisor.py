@@ -8,6 +8,7 @@ import os
 from typing import Any, NamedTuple
 
 from lightning_align.retrieval.faiss_seam import load_faiss
+from lightning_align.retrieval.stored import SUFFIX, split_factory
 
 POINTS_PER_CENTROID = 39
 """Minimum number of training vectors per centroid. With fewer, faiss warns and the centroids overfit the training vectors."""
@@ -21,9 +22,9 @@ class Advice(NamedTuple):
     """A recommended index and its cost."""
 
     factory: str
-    """Factory string of faiss."""
+    """Factory string, see `IndexConfig`."""
     num_bytes: int
-    """Size of the file."""
+    """Size of the file. Stored vectors are not part of it."""
     hours: float
     """Time to train and fill the index, an estimate of the order of magnitude."""
 
@@ -57,13 +58,13 @@ def advise(num: int, dim: int, *, memory: int | None = None, cores: int | None =
     small = 2 ** round(math.log2(max(1.0, 8 * math.sqrt(num))))
     coarse = f"IVF{small}" if num < POINTS_PER_CENTROID * 65536 else f"IVF{lists}_HNSW32"
     if num <= 200_000:
-        candidates = ["Flat", f"{coarse},SQ8", f"{reduced},{coarse},PQ{subs}"]
+        candidates = ["Flat", f"{coarse},SQ8", f"{reduced},{coarse},PQ{subs}{SUFFIX}"]
     else:
-        # A byte per dimension keeps the recall that packed codes alone lose. Codes of four bits are not chosen: faiss packs
-        # them by the sizes of the shards, so their bytes would depend on these.
+        # A byte per dimension keeps the recall that packed codes lose. With those, stored vectors restore it. Codes of four
+        # bits are not chosen: faiss packs them by the sizes of the shards, so their bytes would depend on these.
         half = max(1, subs // 2)
         packed = [f"{reduced},{coarse},PQ{subs}", f"OPQ{half}_{min(dim, 4 * half)},{coarse},PQ{half}"]
-        candidates = [f"{coarse},SQ8", *packed]
+        candidates = [f"{coarse},SQ8", *(f"{each}{SUFFIX}" for each in packed)]
     for factory in candidates:
         size = index_bytes(factory, num, dim)
         if size <= memory:
@@ -124,7 +125,9 @@ def index_bytes(factory: str, num: int, dim: int) -> int:
     """
     faiss = load_faiss()
 
-    index = faiss.index_factory(dim, factory)  # keep a reference: the parts that `_bytes` looks at belong to this object
+    index = faiss.index_factory(
+        dim, split_factory(factory).faiss
+    )  # keep a reference: the parts that `_bytes` looks at belong to this object
     return _bytes(index, num)
 
 

@@ -21,6 +21,7 @@ from lightning_align.retrieval.faiss_seam import (
     search_parameters,
 )
 from lightning_align.retrieval.neighbors import DELETED, Forbidden, Nearest, pick
+from lightning_align.retrieval.stored import num_stored_candidates, stored_distances
 from lightning_align.retrieval.tables import Bools, ChunkTable, Floats, Ints
 
 MARGIN = 14
@@ -42,6 +43,7 @@ class DenseSearcher:
         effort: The effort that the index is set to.
         vectors: (Q, d) vectors of the chunks that `queries_of` is called with.
         device: The device for exact search. Default is the CPU, where all other searches run.
+        stored: (C, d) vectors of all chunks, if they compare the candidates of the index, see `stored`.
     """
 
     def __init__(
@@ -52,13 +54,16 @@ class DenseSearcher:
         effort: int,
         vectors: NDArray[np.float16] | None = None,
         device: torch.device | None = None,
+        stored: NDArray[np.float16] | None = None,
     ) -> None:
-        self.index, self.groups, self.effort, self.vectors = index, groups, effort, vectors
+        self.index, self.groups, self.effort, self.vectors, self._stored = index, groups, effort, vectors, stored
         # The index that candidates come from, and the index that compares them if it is another one.
         both = load_faiss().downcast_index(index) if refines(index) else None
         self._base = index if both is None else both.base_index
         self._refine: Any = None if both is None else both.refine_index
         self._candidates = 1 if both is None else num_candidates(index, effort)
+        if stored is not None:
+            self._candidates = num_stored_candidates(index, effort)
         flat = flat_vectors(index if both is None else both.refine_index)
         self._exact = None if flat is None else exact_search(flat, groups, device)
         self._free = free_neighbors(index, effort)
@@ -92,17 +97,18 @@ class DenseSearcher:
         num_excluded, candidates = len(self.groups) - available, min(self._candidates * k, len(self.groups))
         fetch = candidates + np.minimum(np.exp2(np.ceil(np.log2(np.maximum(num_excluded, 1)))).astype(np.int64), MOST)
         fetch = np.maximum(fetch, max(candidates + MARGIN, self._free))
-        fetch = np.minimum(np.where(num_excluded > 0, fetch, k), len(self.groups))
+        fetch = np.minimum(np.where(num_excluded > 0, fetch, k if self._stored is None else candidates), len(self.groups))
         order = np.argsort(forbidden.rows, kind="stable")
         nothing = np.empty((len(queries), 0), dtype=np.int64)
         by_row = append_to_rows(nothing, forbidden.rows[order], forbidden.groups[order], DELETED)
         incomplete = []
         for number in np.unique(fetch[wanted > 0]):
             rows = np.flatnonzero((fetch == number) & (wanted > 0))
-            index, most = (self.index, k) if number <= k else (self._base, candidates)
+            is_whole = number <= k and self._stored is None
+            index, most = (self.index, k) if is_whole else (self._base, candidates)
             distances, ids = index.search(queries[rows], int(number))
             found = pick(ids, distances, self._allowed(ids, by_row[rows]), most)
-            incomplete.append(_fill(result, rows, found if number <= k else self._refined(queries[rows], found, k), wanted))
+            incomplete.append(_fill(result, rows, found if is_whole else self._refined(queries[rows], found, k), wanted))
         rows = np.sort(np.concatenate(incomplete)) if incomplete else np.array([], dtype=np.int64)
         if self._exact is not None and len(rows):  # an exact second search is affordable, because few queries need it
             selected = np.isin(forbidden.rows, rows)
@@ -114,10 +120,13 @@ class DenseSearcher:
         return result
 
     def _refined(self, queries: Floats, found: Nearest, k: int) -> Nearest:
-        """Select the k nearest of the candidates (n, candidates) by the vectors of the refining index, if there is one."""
-        if self._refine is None:
+        """Select the k nearest of the candidates (n, candidates) by stored vectors, or those of the refining index, if any."""
+        if self._refine is None and self._stored is None:
             return found
-        distances = np.where(found.mask, pair_distances(self._refine, queries, found.ids), np.float32(np.inf))
+        if self._stored is None:
+            distances = np.where(found.mask, pair_distances(self._refine, queries, found.ids), np.float32(np.inf))
+        else:
+            distances = stored_distances(self._stored, queries, np.where(found.mask, found.ids, -1))
         order = np.lexsort((found.ids, distances), axis=1)[:, :k]
         ids, mask, distances = (np.take_along_axis(part, order, 1) for part in (found.ids, found.mask, distances))
         return Nearest(ids, mask, distances)
@@ -134,6 +143,7 @@ class DenseSearcher:
         """Search allowed chunks only. Double the effort until each row has enough results."""
         faiss = load_faiss()
         k = result.ids.shape[1]
+        most = k if self._stored is None else min(self._candidates * k, len(self.groups))
         parts = [self._order[: self._starts[0]], *(self._order[self._starts[g] : self._starts[g + 1]] for g in groups)]
         excluded = np.concatenate(parts)
         batch = faiss.IDSelectorBatch(excluded)
@@ -143,14 +153,16 @@ class DenseSearcher:
             if parameters is None:
                 # This index cannot exclude chunks, so request all excluded chunks in addition. They can be nearly all, so
                 # search one query at a time.
-                number = min(k + len(excluded), len(self.groups))
+                number = min(most + len(excluded), len(self.groups))
                 for row in rows:
-                    distances, ids = self.index.search(queries[row : row + 1], number)
-                    allowed = (ids >= 0) & ~np.isin(ids, excluded)
-                    _fill(result, np.array([row]), pick(ids, distances, allowed, k), wanted)
+                    query = queries[row : row + 1]
+                    distances, ids = self.index.search(query, number)
+                    found = pick(ids, distances, (ids >= 0) & ~np.isin(ids, excluded), most)
+                    _fill(result, np.array([row]), found if self._stored is None else self._refined(query, found, k), wanted)
                 break
-            distances, ids = self.index.search(queries[rows], k, params=parameters)
-            rows = _fill(result, rows, pick(ids, distances, ids >= 0, k), wanted)
+            distances, ids = self.index.search(queries[rows], most, params=parameters)
+            found = pick(ids, distances, ids >= 0, most)
+            rows = _fill(result, rows, found if self._stored is None else self._refined(queries[rows], found, k), wanted)
             if effort >= max_effort(self.index):
                 break
             effort *= 2

@@ -27,6 +27,7 @@ from lightning_align.retrieval.faiss_seam import (
 )
 from lightning_align.retrieval.recall import tune
 from lightning_align.retrieval.stages import Stage, Team
+from lightning_align.retrieval.stored import split_factory
 from lightning_align.runtime.files import publish
 
 FORMAT = 2
@@ -42,7 +43,8 @@ class IndexConfig:
     """Settings of the index.
 
     Args:
-        factory: Factory string of faiss (``index_factory``). Default is auto, which chooses by the number of vectors.
+        factory: Factory string of faiss (``index_factory``). With ``,Stored`` at its end, the stored vectors compare the
+            candidates that it finds. Default is auto, which chooses by the number of vectors.
         min_recall: Fraction of the true nearest chunks that the index must find. Searches visit more of the index until it is
             reached. Default is 0.95.
         recall_at: The number of nearest chunks that the recall is measured on. Default is 2.
@@ -96,7 +98,7 @@ def build_index(root: Path, vectors: Stage, config: IndexConfig, *, team: Team, 
         return stage
     with team.together():
         if team.rank == 0 and not stage.has_block(0):
-            stage.write_block(0, {"index": _dump(_train(data, factory, config))})
+            stage.write_block(0, {"index": _dump(_train(data, split_factory(factory).faiss, config))})
     starts = range(0, num, config.shard_size)
     with team.together():
         trained = stage.read_block(0)["index"]

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_align.retrieval.faiss_seam import load_faiss, max_effort, set_effort
+from lightning_align.retrieval.stored import max_stored_effort, search_stored, split_factory
 from lightning_align.retrieval.tables import Floats, Ints
 from lightning_align.runtime.mapped import release_pages
 
@@ -64,14 +65,18 @@ def tune(
     queries = data[sample].astype(np.float32)
     distances, ids = exact_neighbors(data, queries, k + 1)
     truth, _ = without_self(distances, ids, sample)
-    recall, effort = 0.0, 1
+    recall, effort, is_stored = 0.0, 1, split_factory(factory).is_stored
+    most = max_stored_effort(max_effort(index)) if is_stored else max_effort(index)
     while True:
         set_effort(index, effort)
-        distances, ids = index.search(queries, k + 1)
+        if is_stored:
+            distances, ids = search_stored(index, data, queries, k + 1, effort)
+        else:
+            distances, ids = index.search(queries, k + 1)
         found, _ = without_self(distances, ids, sample, data=data)
         # Compare by distance, because any of equally near chunks, which are often copies, is correct.
         recall = float((found <= truth[:, -1:] * (1 + 1e-4) + 1e-6).mean())
-        if recall >= config.min_recall or effort >= max_effort(index):
+        if recall >= config.min_recall or effort >= most:
             break
         effort *= 2
     if recall < config.min_recall:

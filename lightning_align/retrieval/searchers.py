@@ -16,6 +16,7 @@ from lightning_align.retrieval.lexical import Decode, HybridSearcher, LexicalSea
 from lightning_align.retrieval.neighbors import Searcher, group_of_chunks
 from lightning_align.retrieval.search import DatabaseRetriever
 from lightning_align.retrieval.stages import Stage
+from lightning_align.retrieval.stored import split_factory
 from lightning_align.retrieval.tables import ChunkTable, Ints
 from lightning_align.retrieval.tools import Kind, Tools, check_encoder
 
@@ -46,7 +47,11 @@ def make_searcher(
         return lexical
     vectors = None if query_vectors is None else read_vectors(query_vectors)
     effort = parts.index.setting("effort", int)
-    dense = DenseSearcher(open_index(parts.index), groups, effort=effort, vectors=vectors, device=device)
+    stored = None
+    if split_factory(parts.index.setting("factory", str)).is_stored:
+        assert parts.vectors is not None
+        stored = read_vectors(parts.vectors)
+    dense = DenseSearcher(open_index(parts.index), groups, effort=effort, vectors=vectors, device=device, stored=stored)
     return dense if lexical is None or kind == "dense" else HybridSearcher(dense, lexical)
 
 

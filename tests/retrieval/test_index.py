@@ -5,7 +5,7 @@ import faiss
 import numpy as np
 import pytest
 
-from lightning_align.retrieval import faiss_seam
+from lightning_align.retrieval import faiss_seam, stored
 from lightning_align.retrieval.advisor import advise, check_training, index_bytes
 from lightning_align.retrieval.dense import DenseSearcher
 from lightning_align.retrieval.faiss_seam import max_effort, set_effort
@@ -13,6 +13,7 @@ from lightning_align.retrieval.index import IndexConfig, append_index, build_ind
 from lightning_align.retrieval.neighbors import Forbidden
 from lightning_align.retrieval.recall import exact_neighbors, tune
 from lightning_align.retrieval.stages import Stage, Team, write_rows
+from lightning_align.retrieval.stored import max_stored_effort, stored_distances
 
 DIM = 16
 
@@ -143,10 +144,10 @@ def test_advice_depends_on_the_size_of_the_corpus():
     assert advise(10_000, 384, memory=gib).factory == "Flat"
     assert advise(1_000_000, 384, memory=8 * gib).factory == "IVF8192,SQ8"
     assert advise(5_000_000, 768, memory=8 * gib).factory == "IVF65536_HNSW32,SQ8"
-    assert advise(5_000_000, 768, memory=2 * gib).factory == "OPQ64_256,IVF65536_HNSW32,PQ64"
+    assert advise(5_000_000, 768, memory=2 * gib).factory == "OPQ64_256,IVF65536_HNSW32,PQ64,Stored"
     big = advise(10**9, 768, memory=100 * gib)
-    assert big.factory == "OPQ64_256,IVF1048576_HNSW32,PQ64" and 70e9 < big.num_bytes < 80e9
-    assert advise(10**9, 768, memory=50 * gib).factory.endswith("PQ32")
+    assert big.factory == "OPQ64_256,IVF1048576_HNSW32,PQ64,Stored" and 70e9 < big.num_bytes < 80e9
+    assert advise(10**9, 768, memory=50 * gib).factory.endswith("PQ32,Stored")
     assert advise(10**9, 768, memory=100 * gib, cores=64).hours < advise(10**9, 768, memory=100 * gib, cores=8).hours
     assert advise(200_000, 384, memory=200 * 2**20).factory == "IVF4096,SQ8"  # Flat would take 293 MiB
     with pytest.raises(ValueError, match=r"an index of 1,000,000,000 vectors of 768 dimensions, but got 1\.0 GiB"):
@@ -266,12 +267,49 @@ def test_gpu_trains_the_index_that_a_cpu_searches(tmp_path):
 
 
 def test_the_index_above_two_million_vectors_passes_the_gate_that_packed_codes_fail(tmp_path):
-    # The same coding with fewer lists and centroids: the 65,536 lists that auto chooses need 2.5 million vectors.
+    # The same codings with fewer lists and centroids: the 65,536 lists that auto chooses need 2.5 million vectors.
     data = vectors_of(4000, dim=32)
     with pytest.raises(ValueError, match="finds at most 0"):
         build(tmp_path / "packed", data, factory="IVF16,PQ8x4", min_recall=0.95)
-    table = build(tmp_path / "bytes", data, factory="IVF16,SQ8", min_recall=0.95).manifest()["table"]
-    assert table["recall"] >= 0.95
+    for number, factory in enumerate(("IVF16,SQ8", "IVF16,PQ8x4,Stored")):
+        stage = build(tmp_path / str(number), data, factory=factory, min_recall=0.95, shard_size=1500)
+        assert stage.manifest()["table"]["recall"] >= 0.95
+    # What is held are the codes: 4 bytes and a number of 8 bytes per vector, and not its 64 bytes.
+    assert (stage.folder / "index.faiss").stat().st_size < 4000 * 16
+
+
+@pytest.mark.parametrize("factory", ["IVF16,PQ8x4", "PCA16,IVF16,PQ8x4", "PQ8x4fs"])
+@pytest.mark.parametrize("sizes", [[1] * 300, [1500, 700, 1, 1, 300], [2000]], ids=["many", "few", "giant"])
+def test_stored_vectors_find_the_nearest_allowed_chunks(factory, sizes):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    groups[groups == 3] = -1
+    data = vectors_of(len(groups))
+    index = faiss.index_factory(DIM, factory)
+    index.train(data.astype(np.float32))
+    index.add(data.astype(np.float32))
+    effort = max_stored_effort(max_effort(index))
+    set_effort(index, effort)
+    rows = np.random.default_rng(0).choice(len(groups), 40, replace=False)
+    rows = rows[groups[rows] >= 0]
+    searcher = DenseSearcher(index, groups, effort=effort, stored=data)
+    queries = data[rows].astype(np.float32)
+    for pairs in (
+        Forbidden(np.arange(len(rows)), groups[rows]),
+        Forbidden(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)),
+    ):
+        found = searcher.nearest(queries, 4, pairs)
+        allowed = [(groups >= 0) & ((groups != groups[row]) | (len(pairs.rows) == 0)) for row in rows]
+        truth = brute_force(data, data[rows], 4, allowed)
+        assert np.array_equal(found.mask, np.isfinite(truth))
+        assert np.allclose(found.distances[found.mask], truth[found.mask], atol=2e-3)
+
+
+def test_stored_distances_are_those_of_float64(monkeypatch):
+    monkeypatch.setattr(stored, "_VALUES", 200)  # several parts
+    data, draw = vectors_of(50), np.random.default_rng(0)
+    ids, queries = draw.integers(-1, 50, (9, 6)), draw.normal(size=(9, DIM)).astype(np.float32)
+    exact = ((data[ids].astype(np.float64) - queries[:, None]) ** 2).sum(-1)
+    assert np.allclose(stored_distances(data, queries, ids), np.where(ids < 0, np.inf, exact), rtol=1e-5)
 
 
 def test_packed_codes_do_not_depend_on_shards(tmp_path):
