@@ -53,6 +53,7 @@ from lightning_align.training.policy import PolicySource
 from lightning_align.training.responding import Responding
 from lightning_align.training.routers import RouterLoss
 from lightning_align.training.schedules import run_length
+from lightning_align.training.settings import run_settings
 from lightning_align.training.tensorboard import Charts, all_charts, log_charts, log_hyperparameters
 from lightning_align.training.throughput import Throughput
 from lightning_align.training.tokenizer import KEY as TOKENIZER
@@ -379,7 +380,7 @@ class AlignModule(Responding):
         self.router_loss.announce(self.policy)
         self.dropout.announce(self.policy)
         if self.trainer.is_global_zero:
-            log_hyperparameters(self.loggers, self.hparams_initial, metric="val/loss")
+            log_hyperparameters(self.loggers, run_settings(self), metric="val/loss")
             others = [found for callback in callbacks_of(self.trainer) if (found := getattr(callback, "charts", None))]
             log_charts(self.loggers, type(self).__name__, all_charts(self.charts, others))
 

@@ -1,7 +1,7 @@
 """What is written to TensorBoard besides logged values."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -9,23 +9,20 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from lightning_align.runtime.lightning_internals import add_summary
 
-HIDDEN = ("_instantiator", "generation")
-"""Hyperparameters that are not shown: they have no part in the loss."""
 
-
-def log_hyperparameters(loggers: Iterable[Any], hyperparameters: Mapping[str, Any], *, metric: str) -> None:
+def log_hyperparameters(
+    loggers: Iterable[Any], hyperparameters: Mapping[str, bool | int | float | str], *, metric: str
+) -> None:
     """Register a run in TensorBoard's HPARAMS tab.
 
     Args:
         loggers: The module's loggers; all but `TensorBoardLogger` are skipped.
-        hyperparameters: May be nested.
+        hyperparameters: The values by name.
         metric: The logged value that runs are compared by.
     """
-    shown = {name: value for name, value in hyperparameters.items() if name not in HIDDEN}
-    flat = {name: value for name, value in flatten(shown) if value is not None}
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            for summary in hparams(flat, {metric: 0.0}):
+            for summary in hparams(dict(hyperparameters), {metric: 0.0}):
                 add_summary(logger, summary)
 
 
@@ -71,12 +68,3 @@ def _chart(lines: Sequence[str]) -> list[Any]:
         return ["Margin", list(lines)]
     patterns = [re.escape(line).replace(r"\*", ".*") for line in lines]  # TensorBoard takes names as patterns
     return ["Multiline", [f"^{pattern}$" for pattern in patterns]]
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield nested hyperparameters as ``a/b``, with values that TensorBoard can show."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
