@@ -132,8 +132,8 @@ class FileDocuments(DocumentSource):
 
     Args:
         path: The path of the file.
-        separator: The text between two documents, such as an empty line (two line ends) or ``<|endoftext|>``. Default is that
-            the file is one document. No chunk of it then has a neighbor of the same file.
+        separator: The text between two documents, such as an empty line (two line ends, of any system) or ``<|endoftext|>``.
+            Default is that the file is one document. No chunk of it then has a neighbor of the same file.
         part: Which documents to use: ``all``, or one side of a split, ``train`` or ``held_out``. The side of a document depends
             only on its text.
         held_out: The fraction of the documents that the split holds out.

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
@@ -140,19 +141,22 @@ def open_text(path: Path) -> tuple[str, Iterable[str]]:
 def read_pieces(path: Path, separator: str) -> Iterator[str]:
     """Yield the texts between the separators of a file. The file is never in memory as a whole, only its longest piece.
 
+    A line end of the separator also stands for a line end of Windows.
+
     Raises:
         NotTextError: If it is not a text file, or cannot be read.
     """
+    pattern = re.compile("\r?\n".join(re.escape(line) for line in separator.split("\n")))
     held: list[str] = []
     tail = ""
     for part in text_parts(path):
         # A separator can begin in one part and end in the next. Only the end of what is held is searched again.
         text = tail + part
-        *pieces, rest = text.split(separator)
+        *pieces, rest = pattern.split(text)
         for piece in pieces:
             yield "".join([*held, piece])
             held = []
-        keep = len(separator) - 1
+        keep = len(separator) + separator.count("\n") - 1
         cut = max(0, len(rest) - keep)
         held.append(rest[:cut])
         tail = rest[cut:]

@@ -158,3 +158,11 @@ def test_entries_are_those_of_glob(tmp_path, patterns, exclude):
         if path.is_file() and left_out.isdisjoint((path, *path.parents))
     }
     assert list(list_entries(tmp_path, patterns, exclude)[0]) == sorted(expected)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
+def test_an_empty_line_of_another_system_separates(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(texts, "_PIECE", piece)
+    (tmp_path / "a.txt").write_bytes(b"one\r\nmore\r\n\r\ntwo\n\nthree\r\n\nfour\r\r\nfive\r\n")
+    found = [document.text for document in FileDocuments(str(tmp_path / "a.txt"), separator="\n\n").documents()]
+    assert found == ["one\r\nmore", "two", "three", "four\r\r\nfive\r\n"]
