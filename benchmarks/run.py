@@ -37,6 +37,7 @@ TIMED = (
     ("dpo/trl_step.py",),
     ("dpo/trl_step.py", "--thp"),
     ("dpo/trl_step.py", "--vocabulary", "128000", "--rounds", "2"),
+    ("dpo/shared_prefix.py", "--size", "1", "--rounds", "1"),
     ("sft/trl_step.py",),
     ("sft/trl_step.py", "--thp"),
     ("sft/packing.py",),

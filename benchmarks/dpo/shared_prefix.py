@@ -17,10 +17,11 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import peer_trl, turns
-from benchmarks.dpo.trl_step import BETA, PAIRS, peer
+from benchmarks.dpo.trl_step import BETA, peer
 from lightning_align.dpo.batch import concatenate
 from lightning_align.models.shared_rows import plan_prefixes
 from lightning_align.references.frozen import frozen_copy
+from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.scoring.losses import sigmoid_loss
 from lightning_align.scoring.ratios import log_ratios, pair_metrics
 from lightning_align.scoring.sums import response_logprobs
@@ -41,6 +42,7 @@ def long_pairs(count: int, vocabulary: int) -> list[common.Pair]:
 
 def ours(vocabulary: int, batches: list[PreferenceBatch], shared: bool, recompute: bool = False) -> peer_trl.Step:
     """Our step, as `DPOModule` computes it."""
+    keep_freed_memory()
     policy = peer_trl.ours(vocabulary, recompute)
     reference = frozen_copy(policy)
     policy.train()
@@ -70,11 +72,11 @@ SIDES: dict[str, Callable[[int, list[PreferenceBatch]], peer_trl.Step]] = {
 }
 
 
-def report(path: str | None, rounds: int) -> None:
+def report(path: str | None, size: int, rounds: int) -> None:
     """Print the section of one kind of pairs."""
-    count = (1 + rounds) * PAIRS
+    count = (1 + rounds) * size
     pairs = long_pairs(count, VOCABULARY) if path is None else common.file_pairs(path, count, VOCABULARY)
-    batches = common.batches(pairs, PAIRS)
+    batches = common.batches(pairs, size)
     saved = common.median(plan_prefixes(concatenate(batch)).saved for batch in batches)
     with tempfile.NamedTemporaryFile() as file:
         torch.save(batches, file.name)
@@ -83,7 +85,7 @@ def report(path: str | None, rounds: int) -> None:
     common.heading(
         f"A DPO step whose pairs share their prompt: {data}",
         f"The same Llama on all sides: width {peer_trl.WIDTH}, depth {peer_trl.DEPTH}, {peer_trl.HEADS} heads, vocabulary "
-        f"{VOCABULARY:,}; {PAIRS} pairs per step, a frozen reference, fused AdamW, float32, two threads. {saved:.0%} of the "
+        f"{VOCABULARY:,}; {size} pairs per step, a frozen reference, fused AdamW, float32, one thread. {saved:.0%} of the "
         f"tokens of separate rows are saved. Each side has its own process and they take {rounds} steps in turns, after "
         f"one warm-up step. Memory: peak above the interpreter and its imports. {peer_trl.PEER} checkpoints no gradients.",
     )
@@ -93,7 +95,7 @@ def report(path: str | None, rounds: int) -> None:
         rows.append(
             {
                 "side": side,
-                "s/step (median)": f"{common.median(t.seconds for t in run.timings):.2f}",
+                "CPU s/step (median)": f"{common.median(t.seconds for t in run.timings):.2f}",
                 "speed / separate": f"{1 / common.ratio(run.timings, apart.timings):.2f}x",
                 "speed / TRL": f"{1 / common.ratio(run.timings, theirs.timings):.2f}x",
                 "background load": common.load(run.timings),
@@ -120,18 +122,19 @@ def report(path: str | None, rounds: int) -> None:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=8, help="pairs per step")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps per side, after one warm-up step")
     parser.add_argument("--pairs", metavar="FILE", help="JSONL with prompt, chosen and rejected; default: long random prompts")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--batches", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # the peer warns about the settings used here
     if arguments.side:
-        turns.serve(functools.partial(SIDES[arguments.side], VOCABULARY, torch.load(arguments.batches)))
+        turns.serve(functools.partial(SIDES[arguments.side], VOCABULARY, torch.load(arguments.batches)), cpu=True)
     else:
-        report(arguments.pairs, arguments.rounds)
+        report(arguments.pairs, arguments.size, arguments.rounds)
 
 
 if __name__ == "__main__":
