@@ -29,7 +29,11 @@ def release_pages(folder: Path, *, limit: int = LIMIT) -> bool:
         Whether pages were returned.
     """
     global _kept
-    if not sys.platform.startswith("linux") or (taken := _mapped_bytes()) - _kept <= limit:
+    if not sys.platform.startswith("linux"):
+        return False
+    taken = _mapped_bytes()
+    _kept = min(_kept, taken)  # files may have been closed
+    if taken - _kept <= limit:
         return False
     place = os.fsencode(folder.resolve()) + b"/"
     for line in Path("/proc/self/maps").read_bytes().splitlines():
@@ -38,7 +42,7 @@ def release_pages(folder: Path, *, limit: int = LIMIT) -> bool:
             start, stop = (int(part, 16) for part in fields[0].split(b"-"))
             _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
     # Code of libraries and files of other folders stay. Without this, each later call would try again to return them.
-    _kept = min(taken, _mapped_bytes())
+    _kept = _mapped_bytes()
     return True
 
 

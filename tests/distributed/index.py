@@ -1,6 +1,9 @@
 """What one rank of the retrieval test does: a fit whose callback builds the database first."""
 
+import os
+import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_align.models.building import backbone_spec
 from lightning_align.retrieval import chunks, encoders, neighbors
+from lightning_align.retrieval.stages import Arrays, Stage
 from lightning_align.retro.callbacks import RetrievalIndexing
 from lightning_align.sft.module import SFTModule
 from tests.retrieval.helpers import Listed, texts
@@ -62,7 +66,29 @@ def fit(folder: Path, encoder: str, *, strategy: Any, devices: int) -> None:
     trainer.fit(SFTModule(tiny_palm()), loader, loader)
 
 
+def watch_blocks(root: Path, lost: str) -> None:
+    """Note each block of vectors that is published, and have the lost rank die at its second one."""
+    real, published = Stage.write_block, 0
+
+    def write_block(self: Stage, number: int, arrays: Arrays) -> None:
+        nonlocal published
+        if self.name == "vectors":
+            if os.environ["LOCAL_RANK"] == lost and published == 1:
+                while len(list(self.folder.glob("blocks/*/*.npz"))) < torch.distributed.get_world_size():
+                    time.sleep(0.05)  # until each rank has published one, so that there is something to resume
+                (root / "lost").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            with (root / "published").open("a") as file:
+                file.write(f"{self.folder.name}/{number}\n")
+            published += 1
+        real(self, number, arrays)
+
+    Stage.write_block = write_block  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    fit(root / "two", str(root / "encoder.ckpt"), strategy=DDPStrategy(timeout=timedelta(seconds=300)), devices=2)
+    root, ranks, lost = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    if lost != "nobody watched":
+        watch_blocks(root, lost)
+    fit(root / "ranks", str(root / "encoder.ckpt"), strategy=DDPStrategy(timeout=timedelta(seconds=300)), devices=ranks)
     torch.distributed.destroy_process_group()
