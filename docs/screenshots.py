@@ -93,12 +93,12 @@ def runs(folder: Path) -> dict[str, list[str]]:
 
 @contextmanager
 def tensorboard(folder: Path) -> Iterator[str]:
-    """Serve the runs of a folder."""
+    """Serve a run. The page shows the folder, so its name is relative."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port), "--load_fast", "false"]
-    server = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL)
+    words = ["-m", "tensorboard.main", "--logdir", f"runs/{folder.name}", "--port", str(port), "--load_fast", "false"]
+    server = subprocess.Popen([sys.executable, *words], cwd=folder.parent.parent, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
