@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types layers test test-portable demo demo-pretrained notebooks docs bench studies clean
+.PHONY: help install check lint types layers test test-portable test-pythons demo demo-pretrained notebooks docs bench studies clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,15 @@ test: $(VENV)/.installed ## Run all tests; warnings are errors (FULL_STUDIES=1: 
 test-portable: $(VENV)/.installed ## Test learning and exactness with the kernels of other processors (SAMPLE=1: for a minute)
 	$(BIN)/python tests/portable.py $(if $(SAMPLE),--sample)
 
+test-pythons: ## Install the package with each other supported Python that is found, and test the front door and the numbers with it
+	for python in python3.12 python3.13; do \
+	  $$python -c '' 2>/dev/null || { echo "$$python: not found"; continue; }; \
+	  test -x $(VENV)-$$python/bin/python || $$python -m venv $(VENV)-$$python || exit 1; \
+	  $(VENV)-$$python/bin/python -m pip install -q -c constraints.txt -e '.[cpu]' pytest pytest-timeout || exit 1; \
+	  $(VENV)-$$python/bin/python -m pytest -q -W ignore tests/scoring/test_losses.py tests/scoring/test_logprobs.py \
+	    tests/models/test_palm.py tests/cli/test_last.py || exit 1; \
+	done
+
 demo: $(VENV)/.installed ## Fine-tune and align a small model on arithmetic, in minutes on a CPU
 	$(BIN)/python examples/arithmetic_demo.py
 
@@ -77,5 +86,5 @@ studies: $(VENV)/.installed-bench ## Run the studies in benchmarks/studies, in h
 	$(BIN)/python benchmarks/run.py --studies
 
 clean: ## Remove everything that the other targets created
-	rm -rf $(VENV) build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-python3.* build dist runs lightning_logs .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

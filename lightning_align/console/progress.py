@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_align.console.last import link_of
@@ -132,7 +133,9 @@ def places(trainer: L.Trainer) -> Iterator[str]:
                 note = f" (the newest of this name: {_relative(link)})"
             yield f"checkpoint: {_relative(path)}{note}"
     if trainer.loggers and (folder := trainer.log_dir or trainer.loggers[0].save_dir):
-        yield f"log: {_relative(folder)} (tensorboard --logdir {_relative(trainer.loggers[0].save_dir or folder)})"
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        show = f" (tensorboard --logdir {_relative(boards[0].save_dir)})" if boards else ""
+        yield f"log: {_relative(folder)}{show}"
     exports = [callback for callback in callbacks_of(trainer) if isinstance(callback, ExportModel)]
     yield from (f"export: {_relative(export.place(trainer))}" for export in exports)
 

@@ -29,7 +29,7 @@ class EndSettings(Protocol):
 
 @dataclass(frozen=True)
 class Ends:
-    """The ends of a response: end-of-sequence ids, stop texts, and the ids that exist.
+    """How a response ends: at end-of-sequence ids and stop texts. It also knows which ids exist.
 
     Args:
         ids: The ids that end a response, without duplicates. The first one is the tokenizer's own.

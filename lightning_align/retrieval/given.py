@@ -14,7 +14,7 @@ GIVEN = -1
 
 
 class GivenNeighbors:
-    """A `Retriever` that returns the neighbors that it was given for a chunk, and asks another retriever for other chunks.
+    """A `Retriever` that returns given neighbors for known chunks, and asks another retriever for the others.
 
     Use it to generate with passages of your own, with the results of a search service, or with other neighbors than those of
     the database as a control. Without another retriever, other chunks have no neighbors.

@@ -33,7 +33,7 @@ Loader = DataLoader[RetrievalBatch]
 
 
 class RETRODataModule(L.LightningDataModule):
-    """Data module of windows of consecutive chunks with the neighbors of each chunk, from a retrieval database.
+    """Windows of consecutive chunks, each with its neighbors from a retrieval database.
 
     The callback `RetrievalIndexing` builds the database before the first batch is loaded.
 

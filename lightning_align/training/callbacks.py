@@ -113,7 +113,7 @@ class SampleLogger(Callback):
 
 
 class SolveRate(Callback):
-    """Logs ``val/solved``: the share of problems that the policy solves, of a task that grades responses."""
+    """Logs ``val/solved``: the share of the problems of a graded task that the policy solves."""
 
     def __init__(
         self,

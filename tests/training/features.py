@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    BatchSizeFinder,
     Callback,
     EarlyStopping,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
@@ -115,6 +117,23 @@ def scale_batch_size(job: Job) -> None:
     assert size is not None and job.data.batch_size == size >= 4
 
 
+def find_rate(job: Job) -> None:
+    """Find a learning rate at the start of a run."""
+    finder = LearningRateFinder(min_lr=1e-6, max_lr=1e-3, num_training_steps=4, early_stop_threshold=None)
+    if job.method == "spin":
+        refused(lambda: job.fit(finder), "Find the rate with a DPOModule")
+        return
+    trainer = job.fit(finder)
+    trained(trainer)
+    assert finder.optimal_lr is not None and len(finder.optimal_lr.results["lr"]) >= 3
+
+
+def find_batch_size(job: Job) -> None:
+    """Find a batch size at the start of a run, which then trains with it."""
+    trained(job.fit(BatchSizeFinder(max_trials=2, steps_per_trial=1, init_val=2)))
+    assert job.data.batch_size >= 4
+
+
 def compiled(job: Job) -> None:
     """Train a compiled module."""
     module: Any = torch.compile(job.module, backend="eager")
@@ -175,6 +194,8 @@ def plain(steps: int = 4, callbacks: Callable[[], list[Callback]] = list, **opti
 FEATURES: dict[str, Callable[[Job], None]] = {
     "Tuner.lr_find": lr_find,
     "Tuner.scale_batch_size": scale_batch_size,
+    "LearningRateFinder": find_rate,
+    "BatchSizeFinder": find_batch_size,
     "torch.compile(module)": compiled,
     "BackboneFinetuning": backbone_finetuning,
     "BaseFinetuning": base_finetuning,
@@ -194,7 +215,7 @@ FEATURES: dict[str, Callable[[Job], None]] = {
 }
 
 
-REFUSED = {("Tuner.lr_find", "spin"), *(("BackboneFinetuning", method) for method in METHODS)}
+REFUSED = {("Tuner.lr_find", "spin"), ("LearningRateFinder", "spin"), *(("BackboneFinetuning", method) for method in METHODS)}
 """What cannot work and raises an error that says what to do."""
 
 
