@@ -40,15 +40,16 @@ def test_only_seeds_with_every_arm_are_reported(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.skipif(not FULL, reason="trains small models for half a minute; FULL_STUDIES=1 runs it")
+@pytest.mark.filterwarnings("ignore")  # as the script does
 def test_the_crossing_resumes_and_computes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crossing, "ROWS", 32)
-    monkeypatch.setattr(crossing, "STARTS", (1,))
+    monkeypatch.setattr(crossing, "STARTS", (24,))  # more steps than the warm-up
     monkeypatch.setattr(markov, "EPOCHS", (1, 2, 3))
     loop = {"iterations": 3, "epochs": 1, "replay": 0}
     monkeypatch.setattr(crossing, "ARMS", {"SFT": ({"lr": 1e-3}, {}), "SPIN": ({"lr": 1e-3, "beta": 0.5}, loop)})
     output = tmp_path / "crossing.json"
     first = crossing.compute([0], tmp_path, output)
-    arms = first["1 epochs"]["0"]
+    arms = first["24 epochs"]["0"]
     assert arms["SFT"]["steps"] == arms["SPIN"]["steps"] == 3
     before = output.read_bytes()
     assert crossing.compute([0], tmp_path, output) == json.loads(before)
