@@ -1,0 +1,92 @@
+"""What the studies compute from their runs, by hand on small cases, and the pictures in the notebooks."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.studies.dpo import pretrained as beside_trl
+from benchmarks.studies.spin import crossing, markov
+from tests.toys import save_llama
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+FULL = os.environ.get("FULL_STUDIES", "0") not in ("", "0")
+
+
+def point(validity: float, divergence: float) -> dict[str, float]:
+    return {"validity": validity, "divergence": divergence, "length": 10.0}
+
+
+def test_differences_pair_the_arms_of_a_seed_and_have_students_interval() -> None:
+    runs = {str(seed): {"SPIN": point(v, 0.0), "start": point(0.5, 0.0)} for seed, v in enumerate((0.6, 0.7, 0.8))}
+    mean, half = crossing.difference(runs, "SPIN", "start", "validity")
+    assert mean == pytest.approx(0.2)
+    assert half == pytest.approx(4.30 * 0.1 / 3**0.5)  # the standard deviation of 0.1, 0.2 and 0.3 is 0.1
+    _, alone = crossing.difference({"0": runs["0"]}, "SPIN", "start", "validity")
+    assert alone != alone, "one seed has no interval"
+
+
+def test_only_seeds_with_every_arm_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = {name: point(0.25, 2.0) for name in ("start", *crossing.ARMS)}
+    part = {"start": point(0.9, 9.0)}
+    kept = crossing.complete({"120 epochs": {"0": whole, "1": part}, "20 epochs": {"0": part}})
+    assert kept == {"120 epochs": {"0": whole}}
+    crossing.report(kept)
+    told = capsys.readouterr().out
+    assert "| 120 epochs | nothing | 1 | 25.0 | 2.00 | 10.0 |" in told
+    assert "90.0" not in told and "nan" not in told
+
+
+@pytest.mark.skipif(not FULL, reason="trains small models for half a minute; FULL_STUDIES=1 runs it")
+@pytest.mark.filterwarnings("ignore")  # as the script does
+def test_the_crossing_resumes_and_computes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossing, "ROWS", 32)
+    monkeypatch.setattr(crossing, "STARTS", (24,))  # more steps than the warm-up
+    monkeypatch.setattr(markov, "EPOCHS", (1, 2, 3))
+    loop = {"iterations": 3, "epochs": 1, "replay": 0}
+    monkeypatch.setattr(crossing, "ARMS", {"SFT": ({"lr": 1e-3}, {}), "SPIN": ({"lr": 1e-3, "beta": 0.5}, loop)})
+    output = tmp_path / "crossing.json"
+    first = crossing.compute([0], tmp_path, output)
+    arms = first["24 epochs"]["0"]
+    assert arms["SFT"]["steps"] == arms["SPIN"]["steps"] == 3
+    before = output.read_bytes()
+    assert crossing.compute([0], tmp_path, output) == json.loads(before)
+    assert output.read_bytes() == before
+
+
+def test_the_batches_beside_trl_are_the_short_pairs_in_order(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    save_llama(tmp_path / "model")
+    texts = [("a", "bc", "d"), ("e", "f" * 40, "g"), ("h", "i", "jk")]  # the second has 41 tokens of bytes
+    rows = [dict(zip(("prompt", "chosen", "rejected"), each, strict=True)) for each in texts]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    found = beside_trl.encoded(str(tmp_path / "model"), str(tmp_path / "pairs.jsonl"), 2, 1, longest=10)
+    assert [int(batch[side]["targets"].sum()) for batch in found for side in ("chosen", "rejected")] == [3, 2, 2, 3]
+    with pytest.raises(SystemExit, match="2 pairs of at most 10 tokens, and 3 are needed"):
+        beside_trl.encoded(str(tmp_path / "model"), str(tmp_path / "pairs.jsonl"), 3, 1, longest=10)
+
+
+def test_the_gap_of_two_curves_is_their_greatest_difference() -> None:
+    first, second = ([{"loss": value} for value in values] for values in ((0.7, 0.5, 0.4), (0.7, 0.6, 0.35)))
+    assert beside_trl.gap(first, second, "loss") == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_picture_has_an_alternative_text_and_one_style(path: Path) -> None:
+    cells: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [("".join(cell["source"]), cell["outputs"]) for cell in cells if cell["cell_type"] == "code"]
+    assert any("set_style()" in source for source, _ in code)
+    assert not any("rcParams" in source or "plt.show" in source for source, _ in code), "benchmarks.common.plots has the style"
+    drawn = 0
+    for source, outputs in code:
+        for output in outputs:
+            kinds = [kind for kind in output.get("data", {}) if kind.startswith("image/")]
+            for kind in kinds:
+                assert kind == "image/png"
+                alt = output["metadata"][kind]["alt"]
+                assert len(alt) > 60, f"{path.name}: the picture is not described"
+                assert alt[:30] in source, f"{path.name}: the picture is not that of its cell"
+                drawn += 1
+    assert drawn
