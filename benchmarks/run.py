@@ -57,6 +57,8 @@ TIMED = (
 # machine does not matter. A study with a .json file beside it stores each result there and runs only what is missing.
 STUDIES = (
     ("studies/long_runs.py",),
+    ("studies/kills.py",),
+    ("studies/nodes.py",),
     ("studies/dpo/frontier.py",),
     ("studies/spin/kill.py",),
     ("studies/spin/markov.py",),
