@@ -158,7 +158,10 @@ def child(method: str, folder: Path, kill_after: float | None) -> bool:
             return False
         waited = time.monotonic() - begin
         if waited > LIMIT or (kill_after is not None and waited > kill_after):
-            os.killpg(process, signal.SIGKILL)
+            try:
+                os.killpg(process, signal.SIGKILL)
+            except ProcessLookupError:  # it has no group yet
+                os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
             if waited > LIMIT:
                 raise SystemExit(f"{method} hangs")

@@ -215,10 +215,15 @@ def epochs_processed(trainer: L.Trainer) -> int:
 class ResumedModule(L.LightningModule):
     """Corrects what a resumed run would do otherwise, and knows in which hook a checkpoint is saved."""
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name" and value == "on_save_checkpoint":
-            self.__dict__["saving_hook"] = self.__dict__.get(name)
-        super().__setattr__(name, value)
+    @property
+    def _current_fx_name(self) -> str | None:
+        return self.__dict__.get("hook")
+
+    @_current_fx_name.setter
+    def _current_fx_name(self, name: str | None) -> None:
+        if name == "on_save_checkpoint":
+            self.__dict__["saving_hook"] = self.__dict__.get("hook")
+        self.__dict__["hook"] = name
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Let callbacks that average the weights come first, so that what others save at the end of a step is averaged."""
