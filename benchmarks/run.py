@@ -61,6 +61,8 @@ TIMED = (
 # machine does not matter. A study with a .json file beside it stores each result there and runs only what is missing.
 STUDIES = (
     ("studies/long_runs.py",),
+    ("studies/kills.py",),
+    ("studies/nodes.py",),
     ("studies/dpo/frontier.py",),
     ("studies/dpo/pretrained.py",),
     ("studies/spin/kill.py",),

@@ -387,3 +387,8 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
     except KeyboardInterrupt:
         print("lightning-align: stopped", file=sys.stderr)
         sys.exit(130)  # as shells count an interrupt
+    except SystemExit as end:
+        # Lightning ends an interrupted command with status 1.
+        if end.code == 1 and isinstance(end.__context__, KeyboardInterrupt):
+            sys.exit(130)
+        raise

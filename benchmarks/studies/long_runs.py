@@ -12,7 +12,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -137,6 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps per method; 20,000 takes an hour")
     parser.add_argument("--method", choices=METHODS, help="run one method, and print its samples as JSON")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS, help="the methods to compare")
+    parser.add_argument("--keep", type=Path, help="folder of samples; a method that has some in it is not run again")
     parser.add_argument("--jobs", type=int, default=1, help="methods that run at the same time")
     arguments = parser.parse_args()
     if arguments.method:
@@ -146,14 +148,20 @@ def main() -> None:
     start = time.perf_counter()
 
     def samples_of(method: str) -> list[list[float]]:
+        kept = arguments.keep and arguments.keep / f"{method}-{arguments.steps}.json"
+        if kept and kept.exists():
+            return cast("list[list[float]]", json.loads(kept.read_text()))
         command = [sys.executable, __file__, "--method", method, "--steps", str(arguments.steps)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         samples: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(samples))
         return samples
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = list(pool.map(samples_of, METHODS))
-    for method, samples in zip(METHODS, found, strict=True):
+        found = list(pool.map(samples_of, arguments.methods))
+    for method, samples in zip(arguments.methods, found, strict=True):
         middle, end = samples[len(samples) // 2 - 2 : len(samples) // 2 + 1], samples[-3:]
         sizes, files, threads = ([median([sample[i] for sample in part]) for part in (middle, end)] for i in (1, 2, 3))
         for number in range(0, len(samples), 4):

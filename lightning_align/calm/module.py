@@ -270,6 +270,7 @@ class CALMModule(AlignModule):
 
     def on_train_epoch_end(self) -> None:
         """Write the index of the stored states, so that a later run finds the states of this epoch."""
+        super().on_train_epoch_end()
         for store in self._stores.values():
             store.flush()
 

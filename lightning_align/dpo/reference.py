@@ -148,6 +148,7 @@ class InitialPolicy:
             try:
                 with team.together():
                     stored.fill(batches, module.policy, module.device, in_step=module.is_sharded)
+                stored.exchange(team)
             finally:
                 team.close()
         stored.finish(is_complete=all(each.is_complete for each in passes))

@@ -179,10 +179,19 @@ def _asked(folder: Path, requests: list[dict[str, Any]]) -> tuple[Path, list[int
     it is a new one, named by its content.
     """
     for path in sorted(folder.glob("prompts-*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        content = path.read_bytes()
+        if path.stem != f"prompts-{_short_hash(content)}":
+            raise ValueError(
+                f"{path} was changed after it was written: its name is the hash of other content. Remove it and the responses "
+                "to it, and start the same run again."
+            )
+        rows = [json.loads(line) for line in content.decode().splitlines()]
         known = {row["id"]: row for row in rows}
         if all(known.get(request["id"]) == request for request in requests):
             return path, list(known)
     text = "".join(json.dumps(request) + "\n" for request in requests)
-    name = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return folder / f"prompts-{name}.jsonl", [request["id"] for request in requests]
+    return folder / f"prompts-{_short_hash(text.encode())}.jsonl", [request["id"] for request in requests]
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

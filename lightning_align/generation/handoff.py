@@ -17,7 +17,7 @@ from lightning_align.models.building import backbone_spec
 from lightning_align.models.formats import write_model
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.weights import state_hash
-from lightning_align.runtime.checksums import write_sums
+from lightning_align.runtime.checksums import check_sums, read_object, sealed, unsealed, write_sums
 from lightning_align.runtime.files import publish_text, temporary_path
 
 RECORD = "handoff.json"
@@ -60,12 +60,13 @@ def write_served(folder: Path, served: Served, *, iteration: int) -> None:
     own = state_hash(dict(served.weights))
     if folder.is_dir():
         path = folder / RECORD
-        found = json.loads(path.read_text(encoding="utf-8"))["sha256"] if path.is_file() else "unknown"
+        found = str(read_object(path).get("sha256")) if path.is_file() else "unknown"
         if found != own:
             raise ValueError(
                 f"{folder} has other weights ({found[:12]}) than iteration {iteration} of this run ({own[:12]}). What is in "
                 f"this folder comes from another run. Give the backend another `folder`, or remove {folder.parent}."
             )
+        check_sums(folder)  # an engine that reads them does not
         return
     temporary = temporary_path(folder)
     if backbone_spec(served.model) is None and not isinstance(served.model, PretrainedLM):
@@ -138,9 +139,12 @@ def write_settings(path: Path, config: GenerationConfig, ends: Ends, *, iteratio
         "unsupported_by_vllm": {"typical_p": config.typical_p, "no_repeat_ngram_size": config.no_repeat_ngram_size},
     }
     if not path.exists():
-        publish_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        publish_text(path, json.dumps(sealed(settings), indent=2, ensure_ascii=False) + "\n")
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = unsealed(read_object(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Remove {path.parent}, and let the engine generate again.") from error
     own = json.loads(json.dumps(settings))
     changes = [
         f"`{name}` was {_get(found, group, name)!r} and is now {value!r}"

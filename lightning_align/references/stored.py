@@ -12,6 +12,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 from lightning_align.models.shared_rows import plan_prefixes
 from lightning_align.runtime.files import publish
 from lightning_align.runtime.ranks import everyone
+from lightning_align.runtime.team import Team
 from lightning_align.scoring.targets import host_counts
 from lightning_align.types import LogProbs, TokenBatch
 
@@ -170,6 +172,22 @@ class StoredLogProbs:
         self._known.update(scored)
         if len(self._new) >= self.shard_rows:
             self._write()
+
+    def exchange(self, team: Team) -> None:
+        """Copy the shards of ranks that have a folder on another node into the folder of this rank. Call it on all ranks.
+
+        Args:
+            team: The ranks, each of which has scored its share.
+        """
+        seen = team.gather(sorted(path.name for path in self.folder.glob("*.safetensors")))
+        common = set(seen[0]).intersection(*seen)
+        if all(set(names) == common for names in seen):
+            return  # they share one folder
+        mine = {path.name: path.read_bytes() for path in self.folder.glob("*.safetensors") if path.name not in common}
+        for shards in team.gather(mine):
+            for name, content in shards.items():
+                if not (self.folder / name).exists():
+                    publish(self.folder / name, partial(_write_bytes, content=content))
 
     def finish(self, *, is_complete: bool = True) -> None:
         """Read the shards of all ranks, which must have written them, and free the model.

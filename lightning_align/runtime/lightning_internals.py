@@ -1,111 +1,30 @@
 """Every private or undocumented part of Lightning that the package uses, in one place.
 
-A new release of Lightning may rename or change any of these without notice. ``INTERNALS`` lists them with the reason for each
-use. A test checks that each of them exists in the installed release, and that no other file of the package uses one.
+A new release of Lightning may rename or change any of these without notice. `internals_list` names them with the reason for
+each use. A test checks that each of them exists in the installed release, and that no other file of the package uses one.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from typing import Any, cast
 
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.tuner.lr_finder import _LRCallback
-
-CHECKED_ON = "2.6.6"
-"""The release of Lightning that every entry of ``INTERNALS`` was checked on."""
-
-
-class Internal(NamedTuple):
-    """One private or undocumented part of Lightning."""
-
-    path: str
-    """Where it is: a module, then attributes. ``Trainer()`` stands for an attribute of an instance."""
-    why: str
-
-
-INTERNALS = (
-    Internal(
-        "lightning.pytorch.core.mixins.hparams_mixin._given_hyperparameters",
-        "tells whether a module is built from a parsed configuration, which holds primitives only",
-    ),
-    Internal("lightning.pytorch.LightningModule()._trainer", "the Trainer or None; `trainer` raises where there is none"),
-    Internal("lightning.pytorch.Trainer().callbacks", "the list of callbacks, to find one and to add one"),
-    Internal("lightning.pytorch.Trainer().log_every_n_steps", "set by the logger connector, without a type"),
-    Internal("lightning.pytorch.Trainer().fast_dev_run", "set by a function outside of the class, without a type"),
-    Internal("lightning.pytorch.Trainer().overfit_batches", "set by a function outside of the class, without a type"),
-    Internal(
-        "lightning.pytorch.Trainer().reload_dataloaders_every_n_epochs",
-        "self-play changes its rows before an epoch, and a refreshed database its neighbors",
-    ),
-    Internal(
-        "lightning.pytorch.Trainer().fit_loop.epoch_progress",
-        "a run resumed at the end of an epoch does not count the next epoch as begun",
-    ),
-    Internal("lightning.pytorch.Trainer().fit_loop._data_source", "makes loaders for a pass over all rows before training"),
-    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.val_loop._data_source", "as above, for validation rows"),
-    Internal("lightning.pytorch.Trainer().fit_loop.max_epochs", "self-play ends after its last iteration"),
-    Internal(
-        "lightning.pytorch.Trainer().fit_loop.epoch_loop.batch_progress",
-        "a run resumed at the end of an epoch would skip batches of an epoch of another length",
-    ),
-    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.restarted_on_train_batch_end", "as above"),
-    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop._batches_that_stepped", "the place of a checkpoint holds it"),
-    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.scheduler_progress", "tells whether a step is complete"),
-    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.automatic_optimization.optim_progress", "as above"),
-    Internal(
-        "lightning.pytorch.Trainer().fit_loop.epoch_loop._should_check_val_fx",
-        "a checkpoint says whether the validation after its batch is still to come",
-    ),
-    Internal("lightning.pytorch.Trainer()._val_check_time_interval", "validations by the clock are not tied to a batch"),
-    Internal("lightning.pytorch.Trainer().fit_loop._data_fetcher", "an argument of `_should_check_val_fx`"),
-    Internal("lightning.pytorch.Trainer().fit_loop._restarting", "a resumed run that validates updates plateau schedules"),
-    Internal(
-        "lightning.pytorch.Trainer().fit_loop._should_accumulate",
-        "a sharded policy reduces its gradients after the last micro-batch only; Lightning blocks the reduction of DDP alone",
-    ),
-    Internal("lightning.pytorch.Trainer().fit_loop.epoch_loop.restarting", "a run resumed between epochs begins an epoch"),
-    Internal("lightning.pytorch.LightningModule()._current_fx_name", "the hook that runs while a checkpoint is taken"),
-    Internal(
-        "lightning.pytorch.Trainer()._accelerator_connector.cluster_environment",
-        "the signal with which SLURM announces that it requeues the job",
-    ),
-    Internal("lightning.pytorch.tuner.lr_finder._LRCallback", "tells whether `Tuner.lr_find` runs"),
-    Internal(
-        "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher",
-        "the processes that rank 0 has launched, to say how one ended and to end them",
-    ),
-    Internal("lightning.pytorch.Trainer().lr_scheduler_configs", "self-play restarts the schedule with each iteration"),
-    Internal(
-        "lightning.pytorch.callbacks.ModelCheckpoint()._last_global_step_saved",
-        "the end of a run is saved only if it is not saved yet",
-    ),
-    Internal(
-        "lightning.pytorch.callbacks.ModelCheckpoint()._last_checkpoint_saved",
-        "`save_last: link` links to it, and self-play saves a checkpoint of its own between iterations",
-    ),
-    Internal("lightning.pytorch.callbacks.ModelCheckpoint._link_checkpoint", "as above"),
-    Internal(
-        "lightning.pytorch.loggers.TensorBoardLogger.experiment",
-        "its SummaryWriter's `_get_file_writer` takes the summaries of the HPARAMS tab without a point in a curve",
-    ),
-    Internal("lightning.pytorch.cli.LightningCLI._add_subcommands", "overridden to describe the commands in one line each"),
-    Internal(
-        "lightning.pytorch.cli.LightningCLI._prepare_subcommand_parser", "overridden to add `--output` and to set defaults"
-    ),
-    Internal(
-        "lightning.pytorch.cli.LightningCLI._parse_ckpt_path", "overridden so that the command line wins over the checkpoint"
-    ),
-    Internal(
-        "lightning.pytorch.cli.LightningArgumentParser()._subcommands_action",
-        "jsonargparse keeps the list of commands there",
-    ),
-)
 
 
 def built_from_config() -> bool:
@@ -125,6 +44,38 @@ def callbacks_of(trainer: L.Trainer) -> list[Callback]:
     untyped: Any = trainer
     callbacks: list[Callback] = untyped.callbacks
     return callbacks
+
+
+def averages(trainer: L.Trainer) -> bool:
+    """Return whether a callback averages the weights."""
+    return any(isinstance(callback, WeightAveraging) for callback in callbacks_of(trainer))
+
+
+def watch_swaps(trainer: L.Trainer, note: Callable[[bool | None], None]) -> None:
+    """Have a function told when a callback puts the average of the weights in their place for a validation, and back.
+
+    Args:
+        trainer: The Trainer, after the setup of its callbacks.
+        note: Gets None before weights and average are exchanged, and afterwards whether the average is in the weights' place.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, WeightAveraging):
+            untyped: Any = callback
+            untyped._swap_models = _noted(untyped, note)
+            note(False)
+
+
+def _noted(callback: Any, note: Callable[[bool | None], None]) -> Callable[[L.LightningModule], None]:
+    swap, swapped = type(callback)._swap_models, False
+
+    def noted(module: L.LightningModule) -> None:
+        nonlocal swapped
+        note(None)
+        swap(callback, module)
+        swapped = not swapped
+        note(swapped)
+
+    return noted
 
 
 def searches_rate(trainer: L.Trainer) -> bool:
@@ -228,6 +179,27 @@ def batch_counts(trainer: L.Trainer) -> tuple[int, int]:
     return int(loop.batch_progress.total.ready), int(loop._batches_that_stepped)
 
 
+def loader_states(trainer: L.Trainer) -> list[Any]:
+    """Return copies of the states of the training loaders that have one."""
+    loader: Any = trainer.fit_loop._combined_loader
+    return [] if loader is None else deepcopy(loader._state_dicts())
+
+
+def lengths_of_cycles(trainer: L.Trainer) -> list[int]:
+    """Return the lengths of the training loaders that have a state, if those that end before the epoch begin again."""
+    loader: Any = trainer.fit_loop._combined_loader
+    if loader is None or loader._mode != "max_size_cycle" or len(loader.flattened) == 1:
+        return []
+    parts: list[Any] = [part for part in loader.flattened if isinstance(part, _Stateful)]
+    return [len(part) for part in parts]
+
+
+def fetches_ahead(trainer: L.Trainer) -> bool:
+    """Return whether the loader has handed out one batch more than the training has begun, because it has no length."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    return isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None
+
+
 def batches_in_epoch(trainer: L.Trainer) -> int:
     """Return the micro-batches of the current epoch that are completed."""
     loop: Any = trainer.fit_loop.epoch_loop
@@ -240,11 +212,39 @@ def epochs_processed(trainer: L.Trainer) -> int:
     return int(progress.current.processed)
 
 
+class ResumedModule(L.LightningModule):
+    """Corrects what a resumed run would do otherwise, and knows in which hook a checkpoint is saved."""
+
+    @property
+    def _current_fx_name(self) -> str | None:
+        return self.__dict__.get("hook")
+
+    @_current_fx_name.setter
+    def _current_fx_name(self, name: str | None) -> None:
+        if name == "on_save_checkpoint":
+            self.__dict__["saving_hook"] = self.__dict__.get("hook")
+        self.__dict__["hook"] = name
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Let callbacks that average the weights come first, so that what others save at the end of a step is averaged."""
+        callbacks_of(self.trainer).sort(key=lambda callback: not isinstance(callback, WeightAveraging))
+        return []
+
+    def on_validation_end(self) -> None:
+        """Let the schedules that monitor the validation be stepped at the end of the epoch."""
+        if not self.trainer.sanity_checking:
+            end_resumed_epoch(self.trainer)
+
+    def on_train_epoch_end(self) -> None:
+        """Let the schedules that monitor the training be stepped."""
+        end_resumed_epoch(self.trainer)
+
+
 def running_hook(trainer: L.Trainer) -> str | None:
-    """Return the name of the hook that is running."""
+    """Return the name of the hook that is running, or that saves the checkpoint for which `on_save_checkpoint` runs."""
     untyped: Any = trainer.lightning_module
     name: str | None = untyped._current_fx_name
-    return name
+    return untyped.__dict__.get("saving_hook") if name == "on_save_checkpoint" else name
 
 
 def inside_update(trainer: L.Trainer) -> bool:
@@ -286,10 +286,49 @@ def begin_resumed(trainer: L.Trainer, *, due: bool) -> None:
         loop.epoch_loop.restarting = False
     if due:
         loop._restarting = False  # otherwise a schedule that monitors this validation would not see it
+    resumed = trainer.ckpt_path is not None and loop.epoch_progress.current.ready > loop.epoch_progress.current.processed
     for callback in callbacks_of(trainer):
+        # They do these things at the start of an epoch, where a resumed run was not.
         if isinstance(callback, GradientAccumulationScheduler):
-            # It does this at the start of an epoch, where a resumed run was not.
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+        if isinstance(callback, StochasticWeightAveraging) and resumed:
+            rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+            callback.on_train_epoch_start(trainer, trainer.lightning_module)
+            for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
+                group["lr"] = rate  # which the new schedule has changed
+
+
+def due_plateaus(trainer: L.Trainer) -> list[list[float]]:
+    """Return the schedules that monitor a metric and are to be stepped after the running hook, each by number and metric."""
+    hook, loop = running_hook(trainer), trainer.fit_loop.epoch_loop
+    done = {"on_train_batch_end": ("step", loop.batch_idx), "on_train_epoch_end": ("epoch", trainer.current_epoch)}
+    interval, index = done.get(hook or "", ("", 0))
+    return [
+        [number, float(trainer.callback_metrics[str(config.monitor)])]
+        for number, config in enumerate(trainer.lr_scheduler_configs)
+        if config.reduce_on_plateau
+        and config.interval == interval
+        and (index + 1) % config.frequency == 0
+        and config.monitor in trainer.callback_metrics
+    ]
+
+
+def step_plateaus(trainer: L.Trainer, due: list[list[float]]) -> None:
+    """Step schedules that monitor a metric, as `due_plateaus` has found them."""
+    for number, metric in due:
+        scheduler: Any = trainer.lr_scheduler_configs[int(number)].scheduler
+        scheduler.step(metric)
+
+
+def end_resumed_epoch(trainer: L.Trainer) -> None:
+    """Let the schedules that monitor a metric be stepped at the end of an epoch that was resumed, if the metrics are there.
+
+    Lightning leaves them out, because a checkpoint holds no metrics. But a validation may have come after it.
+    """
+    monitored = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+    if trainer.fit_loop.restarting and monitored <= trainer.callback_metrics.keys():
+        untyped: Any = trainer.fit_loop
+        untyped._restarting = False
 
 
 def requeue_signal(trainer: L.Trainer) -> int | None:

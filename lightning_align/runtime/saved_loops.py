@@ -4,6 +4,7 @@ Lightning resumes exactly from some of the states that it can save, and from oth
 write the former. They were checked on the release that `lightning_internals` names.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 PlaceForm = Literal["begin", "trained", "due", "validated"]
@@ -19,6 +20,7 @@ def write_place(
     total: int,
     stepped: int,
     form: PlaceForm,
+    lengths: Sequence[int] = (),
 ) -> None:
     """Write a place into the saved state of the fit loop, as Lightning resumes from it.
 
@@ -30,6 +32,7 @@ def write_place(
         total: The micro-batches of the run that were trained.
         stepped: The steps that loggers count.
         form: How far the run is.
+        lengths: The batches of each loader, if there are several, and those that end early begin again.
     """
     begins = form == "begin"
     epochs = loops["epoch_progress"]
@@ -57,8 +60,10 @@ def write_place(
         for counts in tracker.values():
             counts |= dict.fromkeys(counts, counts["completed"])
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = stepped if begins or runs_out else stepped - 1
-    for state in states:
-        state |= {"epoch": epoch, "num_yielded": 0 if ended or begins else batches, "ended": ended}
+    for number, state in enumerate(loops.get("state_dict", {}).get("combined_loader", [])):
+        if "num_yielded" in state:
+            yielded = batches % lengths[number] if lengths else batches
+            state |= {"epoch": epoch, "num_yielded": 0 if ended or begins else yielded, "ended": ended}
 
 
 def place_of_loops(loops: dict[str, Any], *, accumulated: int) -> dict[str, Any] | None:

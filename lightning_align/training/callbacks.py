@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torchmetrics.aggregation import MeanMetric
 
 from lightning_align.data.rows import Grader, RowTask
@@ -202,8 +203,14 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Collect the rows of a batch."""
+        """Collect the rows of a batch.
+
+        Raises:
+            SIGTERMException: If the process was told to end, which Lightning looks at in the other commands only.
+        """
         self.rows.extend(outputs)
+        if trainer.received_sigterm:
+            raise SIGTERMException
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file. Of several ranks, each writes its rows to a file of its own, and the first rank joins them."""

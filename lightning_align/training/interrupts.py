@@ -1,7 +1,9 @@
 """Signals that stop a run: each is answered where a checkpoint of the run is exact."""
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -11,6 +13,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, requeue_signal
+
+SAME_SIGNAL = 30.0
+"""Seconds in which a requeue signal to several ranks is one signal. SLURM sends it to all of them, but not at one moment."""
 
 
 class RequeueGate:
@@ -26,6 +31,7 @@ class RequeueGate:
         self._handler: Callable[[int, FrameType | None], Any] | None = None
         self._number = 0
         self._pending = False
+        self._answered = -math.inf
 
     def install(self, trainer: L.Trainer, is_settled: Callable[[L.Trainer], bool]) -> None:
         """Put the gate in front of Lightning's handler, which removes both at the end of the run.
@@ -34,7 +40,7 @@ class RequeueGate:
             trainer: The Trainer, after it registered its handlers.
             is_settled: Tells whether a checkpoint that is taken now is exact.
         """
-        self._handler, self._pending = None, False
+        self._handler, self._pending, self._answered = None, False, -math.inf
         number = requeue_signal(trainer)
         handler = None if number is None else signal.getsignal(number)
         if number is None or not callable(handler) or threading.current_thread() is not threading.main_thread():
@@ -44,7 +50,7 @@ class RequeueGate:
         def gate(number: int, frame: FrameType | None) -> None:
             if trainer.world_size == 1 and is_settled(trainer):
                 handler(number, frame)
-            else:
+            elif time.monotonic() - self._answered > SAME_SIGNAL:
                 self._pending = True
 
         signal.signal(number, gate)
@@ -57,6 +63,8 @@ class RequeueGate:
         if trainer.world_size > 1:
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
         if due:
+            if trainer.world_size > 1 and not self._pending:
+                self._answered = time.monotonic()  # this rank's own signal is still to come
             self._pending = False
             self._handler(self._number, None)
 

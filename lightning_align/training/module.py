@@ -165,7 +165,7 @@ class AlignModule(Responding):
         """
         refuse_callbacks(self.trainer, type(self).__name__)
         RankWatch.attach(self.trainer)
-        return []
+        return super().configure_callbacks()
 
     @property
     def _backbone(self) -> tuple[Any]:
@@ -386,6 +386,7 @@ class AlignModule(Responding):
 
     def on_validation_end(self) -> None:
         """Leave the validation out of the throughput."""
+        super().on_validation_end()
         self.throughput.restart(self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -12,15 +12,21 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_align.runtime.lightning_internals import (
+    averages,
     batch_counts,
     begin_resumed,
+    due_plateaus,
     epochs_processed,
     inside_update,
+    lengths_of_cycles,
     running_hook,
+    step_plateaus,
     validation_pending,
+    watch_swaps,
 )
 from lightning_align.runtime.saved_loops import PlaceForm, place_of_loops, write_place
 from lightning_align.training.interrupts import RequeueGate
+from lightning_align.training.loader_states import LoaderStates
 
 KEY = "place"
 """Where a checkpoint keeps its place."""
@@ -66,18 +72,26 @@ class Clock:
         self._begun: _Begun | None = None
         self._known = True
         self._updating = False
+        self._averaged: bool | None = False
         self._requeue = RequeueGate()
+        self._loaders = LoaderStates()
+        self._plateaus: list[list[float]] = []
 
     def attach(self, trainer: L.Trainer, stage: str) -> None:
         """Start a run at a `fit`. Other commands of the same Trainer keep the place, and those of other Trainers have none."""
         if stage == "fit" or id(trainer) != self._owner:
             self.__init__()  # type: ignore[misc]
             self._owner = id(trainer) if stage == "fit" else None
+        if stage == "fit":
+            watch_swaps(trainer, self._note_average)
 
     def begin_run(self, trainer: L.Trainer) -> None:
         """Correct the loops of a resumed run, and delay SLURM's requeue signal where a checkpoint would not be exact."""
         place = self._boundary
         begin_resumed(trainer, due=self._begun is None and place is not None and place.due)
+        self._loaders.begin(trainer)
+        step_plateaus(trainer, self._plateaus)
+        self._plateaus = []
         self._requeue.install(trainer, self._is_settled)
 
     def begin_batch(self, trainer: L.Trainer, index: int) -> None:
@@ -102,11 +116,17 @@ class Clock:
     def end_batch(self, trainer: L.Trainer) -> None:
         """Note that the weights, the schedule and the callbacks have all taken the step. Answer a signal that waited for it."""
         self._updating = False
+        self._loaders.advance(trainer, stepped=self._at_current(trainer))
         self._requeue.act(trainer)
 
     def _is_settled(self, trainer: L.Trainer) -> bool:
-        # In that hook the schedule has taken its step.
-        return not self._updating or running_hook(trainer) == "on_train_batch_end"
+        if self._averaged is None:
+            return False
+        # In that hook the schedule has taken its step, but perhaps not the average of the weights.
+        return not self._updating or (running_hook(trainer) == "on_train_batch_end" and not averages(trainer))
+
+    def _note_average(self, averaged: bool | None) -> None:
+        self._averaged = averaged
 
     def place(self, trainer: L.Trainer) -> tuple[Place, PlaceForm] | None:
         """Return the place of the weights, and how far the run is there. None for a checkpoint of an unknown place."""
@@ -130,6 +150,10 @@ class Clock:
             return place, "validated"
         return place, "trained"
 
+    def _steps_in_batch(self, trainer: L.Trainer) -> bool:
+        """Return whether the optimizer has taken its step, and the batch has not ended yet."""
+        return self._updating and self._at_current(trainer)
+
     def _at_current(self, trainer: L.Trainer) -> bool:
         return self._begun is None or trainer.global_step > self._begun.steps
 
@@ -152,16 +176,28 @@ class Clock:
                 "A checkpoint is saved in the middle of an optimizer step. Some of its weights have taken the step and others "
                 "have not, so no run can resume from it. Its weights can be loaded with `init_from`."
             )
+        loops = checkpoint["loops"]["fit_loop"]
+        if self._loaders.followed and "combined_loader" in loops["state_dict"]:
+            loops["state_dict"]["combined_loader"] = self._loaders.at(trainer, place.total, ahead=self._steps_in_batch(trainer))
         write_place(
-            checkpoint["loops"]["fit_loop"],
+            loops,
             epoch=place.epoch,
             batches=place.batches,
             last=place.last,
             total=place.total,
             stepped=place.stepped,
             form=form,
+            lengths=lengths_of_cycles(trainer),
         )
-        checkpoint[KEY] = {**asdict(place), "torn": torn}
+        checkpoint[KEY] = {
+            **asdict(place),
+            "torn": torn,
+            "plateaus": due_plateaus(trainer) if self._at_current(trainer) else [],
+        }
+        if self._averaged and "current_model_state" in checkpoint:
+            # In a validation, where a WeightAveraging takes one for the other.
+            weights, average = checkpoint["state_dict"], checkpoint["current_model_state"]
+            checkpoint |= {"state_dict": average, "current_model_state": weights}
 
     def load(self, checkpoint: dict[str, Any], trainer: L.Trainer | None) -> None:
         """Read the place that a `fit` resumes from. A module that overrides `on_load_checkpoint` must call this.
@@ -171,10 +207,15 @@ class Clock:
             trainer: The Trainer of the module, if it has one.
 
         Raises:
-            ValueError: If the checkpoint was saved in the middle of an optimizer step.
+            ValueError: If the checkpoint was saved in the middle of an optimizer step, or holds weights only.
         """
         if trainer is None or id(trainer) != self._owner:
             return
+        if "state_dict" in checkpoint and "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"The checkpoint {trainer.ckpt_path} holds weights only, so no run can resume from it. Give it as `init_from`, "
+                "or resume from a checkpoint of a ModelCheckpoint without `save_weights_only`."
+            )
         saved = checkpoint.get(KEY)
         self._known = False
         if saved is not None:
@@ -184,6 +225,7 @@ class Clock:
                     f"The checkpoint {trainer.ckpt_path} was saved in the middle of an optimizer step, so no run can "
                     "resume from it. Resume from an earlier checkpoint, or start a new run with `init_from`."
                 )
+            self._plateaus = saved.pop("plateaus", [])
             self._boundary = Place(**saved)
             return
         loops = checkpoint.get("loops", {}).get("fit_loop")

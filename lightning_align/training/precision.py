@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -19,7 +18,7 @@ from lightning_align.models.parallelize import shard, within_forward
 from lightning_align.models.pretrained_shards import pretrained_parts
 from lightning_align.models.tensor_parallel import AXIS, split_model
 from lightning_align.models.weights import weights_hash
-from lightning_align.runtime.lightning_internals import accumulates, trainer_of
+from lightning_align.runtime.lightning_internals import ResumedModule, accumulates, trainer_of
 from lightning_align.runtime.memory import device_memory
 from lightning_align.runtime.ranks import everyone, set_copies
 from lightning_align.runtime.team import of_first_rank
@@ -30,7 +29,7 @@ GRADIENT_SHARE = 1 / 8
 """The share of a GPU's memory that the whole gradient may take. A larger one is sharded after each micro-batch."""
 
 
-class PrecisionHooks(L.LightningModule):
+class PrecisionHooks(ResumedModule):
     """The part of `AlignModule` that depends on the precision and on the sharding of the Trainer."""
 
     tensor_parallel: ClassVar[bool] = False

@@ -33,6 +33,7 @@ from lightning_align.references.stored import StoredLogProbs
 from lightning_align.sft.module import SFTModule
 from lightning_align.spin.generations import GeneratedSet
 from lightning_align.spin.stored import read_weights, save_weights
+from tests.artifacts.handed import make_transformers, read_augments, read_handed, read_transformers
 from tests.calm.toys import composed
 from tests.toys import rows_of, tiny_palm, token_batch
 from tests.training.runs import ADAMW, BATCHES, trainer
@@ -211,6 +212,9 @@ KINDS: dict[str, Kind] = {
     ),
     "exported PaLM": Kind(make_palm, read_palm, "export/*"),
     "exported composition": Kind(make_composition, read_composition, "export/**/*.*"),
+    "exported transformers model": Kind(make_transformers, read_transformers, "export/*"),
+    "hand-off to an engine": Kind(lambda folder: (read_handed(folder), None)[1], read_handed, "engine/**/*.*"),
+    "rows for augments": Kind(lambda folder: (read_augments(folder), None)[1], read_augments, "calm-augments-*"),
     "token store": Kind(lambda folder: (read_store(folder), None)[1], read_store, "rows.*"),
     "stored reference": Kind(lambda folder: (read_reference(folder), None)[1], read_reference, "*/*.safetensors"),
     "stored hidden states": Kind(lambda folder: (read_states(folder), None)[1], read_states),

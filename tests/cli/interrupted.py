@@ -3,7 +3,8 @@
 Started as a script, it forks a process for each line that it reads, so that they share its imports. A process of the tests
 cannot be forked: torch refuses a backward pass in the fork of a process that has made one on another device.
 
-The place is `step`, `group`, `validation`, or `scoring=N` and `generating=N` for the N-th batch or part.
+The place is `step`, `group`, `validation`, the command `validate` or `predict`, or `scoring=N` and `generating=N` for the N-th
+batch or part.
 """
 
 import json
@@ -43,6 +44,12 @@ class Kill(Callback):
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._send("validation", trainer)
+        if self.where == "validate":
+            os.kill(os.getpid(), self.number)
+
+    def on_predict_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.where == "predict":
+            os.kill(os.getpid(), self.number)
 
 
 def send_at_call(function: Any, number: int, name: str) -> Any:
@@ -93,14 +100,21 @@ def main(name: str, where: str, arguments: list[str]) -> None:
         StoredLogProbs._keep = send_at_call(StoredLogProbs._keep, int(number), name)  # type: ignore[method-assign]
     if place == "generating":
         GeneratedSet.write = send_at_call(GeneratedSet.write, int(number), name)  # type: ignore[method-assign]
-    before = cli.AlignCLI.before_fit
+    before, before_predict = cli.AlignCLI.before_fit, cli.AlignCLI.before_predict
 
     def with_signal(self: cli.AlignCLI) -> None:
         before(self)
         if name != "none":
             self.trainer.callbacks.insert(0, Kill(name, where))  # type: ignore[attr-defined]
 
+    def in_others(self: cli.AlignCLI) -> None:
+        if place == "predict":
+            before_predict(self)
+        self.trainer.callbacks.append(Kill(name, where))  # type: ignore[attr-defined]
+
     cli.AlignCLI.before_fit = with_signal  # type: ignore[method-assign]
+    if place in ("validate", "predict"):
+        setattr(cli.AlignCLI, f"before_{place}", in_others)
     cli.run(arguments)
 
 

@@ -28,7 +28,8 @@ def run() -> Iterator[Run]:
         assert server.stdin is not None and server.stdout is not None
 
         def start(folder: Path, configuration: str, signal: str, where: str, *extra: str) -> subprocess.CompletedProcess[str]:
-            output, arguments = folder / "output.txt", ["fit", "--config", configuration, *extra]
+            command = where if where in ("validate", "predict") else "fit"
+            output, arguments = folder / "output.txt", [command, "--config", configuration, *extra]
             request = {"folder": str(folder), "output": str(output), "signal": signal, "where": where, "arguments": arguments}
             server.stdin.write(json.dumps(request) + "\n")
             server.stdin.flush()
@@ -104,6 +105,17 @@ def test_without_a_last_checkpoint_it_has_a_name_of_its_own(run: Run, folder: Pa
     assert stopped.returncode == 143
     assert f"--ckpt_path {folder / 'plain' / 'interrupted.ckpt'}" in stopped.stderr
     assert torch.load(folder / "plain" / "interrupted.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize(
+    "signal, command, status", [("SIGINT", "validate", 130), ("SIGTERM", "predict", 143), ("SIGINT", "predict", 130)]
+)
+def test_other_commands_end_with_the_status_of_the_signal(
+    run: Run, signal: str, command: str, status: int, folder: Path, sft_rows: str
+) -> None:
+    stopped = run(folder, settings(folder, sft_rows, "last"), signal, command, *([f"--data.predict={sft_rows}"]))
+    assert stopped.returncode == status, stopped.stderr[-2000:]
+    assert "Traceback" not in stopped.stderr
 
 
 def long_settings(folder: Path, method: str) -> str:

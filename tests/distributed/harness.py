@@ -29,6 +29,7 @@ SCRIPTS = (
     "distributed.lost",
     "distributed.tensor",
     "distributed.switch",
+    "distributed.stops",
     "retro.train",
     "calm.train_distributed",
 )

@@ -3,7 +3,9 @@
 import functools
 import json
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,43 @@ def test_an_interrupt_costs_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         stored(tmp_path, Counted(model, most=5)).fill(singles(), model, CPU)
     assert stored(tmp_path, again).fill(singles(), model, CPU) == again.rows == 1
+
+
+class Nodes:
+    """A team of two threads, one for each node."""
+
+    def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.values, self.barrier = rank, values, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.barrier.wait(30)
+        found = list(self.values)
+        self.barrier.wait(30)
+        return found
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_nodes_with_folders_of_their_own_exchange_what_they_scored(shared: bool, tmp_path: Path) -> None:
+    """Each of two nodes scores half of the rows, and then finds all of them."""
+    model, values, barrier = tiny_palm(), [None, None], threading.Barrier(2)
+    folders = [tmp_path / ("0" if shared else str(rank)) for rank in range(2)]
+    nodes = [stored(folder, Counted(model)) for folder in folders]
+    for rank, node in enumerate(nodes):
+        node.fill(list(singles())[rank::2], model, CPU)
+
+    def exchange(rank: int) -> None:
+        team: Any = Nodes(rank, values, barrier)
+        nodes[rank].exchange(team)
+        nodes[rank].finish()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(exchange, range(2)))
+    expected = frozen_copy(model).logprobs(model, BATCH)
+    for node in nodes:
+        found = node.find(BATCH)
+        assert found is not None and len(node) == 6
+        torch.testing.assert_close(found.sums, expected.sums)
 
 
 def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:

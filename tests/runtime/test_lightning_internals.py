@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
 
 import lightning_align
 from lightning_align.runtime import lightning_internals
-from lightning_align.runtime.lightning_internals import CHECKED_ON, INTERNALS
+from lightning_align.runtime.internals_list import CHECKED_ON, INTERNALS, Internal
 
 PACKAGE = Path(lightning_align.__file__).parent
 HOME = "runtime/lightning_internals.py"
@@ -29,6 +30,7 @@ def instance(name: str, folder: Path) -> Any:
         "Trainer": trainer,
         "LightningModule": BoringModel(),
         "ModelCheckpoint": ModelCheckpoint(),
+        "CombinedLoader": CombinedLoader([]),
         "LightningArgumentParser": with_subcommands(),
     }
     return made[name]
@@ -41,7 +43,7 @@ def with_subcommands() -> LightningArgumentParser:
 
 
 @pytest.mark.parametrize("internal", INTERNALS, ids=lambda internal: internal.path.rpartition(".")[2])
-def test_it_exists_in_the_installed_release(internal: lightning_internals.Internal, tmp_path: Path) -> None:
+def test_it_exists_in_the_installed_release(internal: Internal, tmp_path: Path) -> None:
     """The message names the release that the use was checked on, for whoever installs another one."""
     head, called, rest = internal.path.partition("()")
     module, _, name = (head if called else internal.path).rpartition(".")
