@@ -52,7 +52,6 @@ TIMED = (
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),
     ("retrieval/engines.py",),
-    ("retrieval/million.py",),
     ("retro/memory.py", "--sizes", "40", "--lines"),
     ("retro/planted_copies.py",),
     ("retro/step.py",),

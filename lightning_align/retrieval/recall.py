@@ -1,7 +1,7 @@
 """The recall of an index: the true neighbors by brute force, and the search effort that finds enough of them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,18 @@ from lightning_align.retrieval.stored import max_stored_effort, search_stored, s
 from lightning_align.retrieval.tables import Floats, Ints
 from lightning_align.runtime.mapped import release_pages
 
-if TYPE_CHECKING:
-    from lightning_align.retrieval.index import IndexConfig
+
+class Gate(Protocol):
+    """The recall that an index must reach, see `IndexConfig`."""
+
+    @property
+    def min_recall(self) -> float: ...  # noqa: D102
+
+    @property
+    def recall_at(self) -> int: ...  # noqa: D102
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
 
 
 def exact_neighbors(data: NDArray[np.float16], queries: Floats, k: int, *, block: int = 1 << 16) -> tuple[Floats, Ints]:
@@ -39,9 +49,7 @@ def exact_neighbors(data: NDArray[np.float16], queries: Floats, k: int, *, block
     return heap.D, heap.I
 
 
-def tune(
-    index: Any, data: NDArray[np.float16], config: "IndexConfig", *, factory: str, num_queries: int = 1000
-) -> dict[str, Any]:
+def tune(index: Any, data: NDArray[np.float16], config: Gate, *, factory: str, num_queries: int = 1000) -> dict[str, Any]:
     """Increase the search effort until the index reaches the recall.
 
     Args:
