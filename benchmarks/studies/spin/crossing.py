@@ -1,4 +1,4 @@
-"""Where self-play overtakes SFT on a Markov chain: from a model that is still learning, and from one that has overfitted.
+"""Self-play and SFT from an early and from an overfitted start, on a Markov chain: from a model that is still learning, and from one that has overfitted.
 
 The SPIN paper fine-tunes a model that more SFT makes worse (its Table 3). Here a model is fine-tuned on few demonstrations of a
 chain, for few or for many epochs. Every arm then starts from it and takes the same number of steps on the same demonstrations:
@@ -74,7 +74,7 @@ def complete(results: dict[str, Any]) -> dict[str, Any]:
 def report(results: dict[str, Any]) -> None:
     """Print the section."""
     common.heading(
-        "Where self-play overtakes SFT on a Markov chain",
+        "Self-play and SFT from an early and from an overfitted start, on a Markov chain",
         f"The chain and the model of `markov.py`, {ROWS} demonstrations. SFT for {STARTS[1]} or {STARTS[0]} epochs, then "
         f"{markov.EPOCHS[-1]} epochs of SFT or as many steps of self-play in three iterations. Each seed has its own chain; "
         "mean, and each seed. Validity: share of possible responses among 500, sampled at temperature 1. Divergence: KL(chain "
