@@ -25,7 +25,7 @@ IMPORTS = {"import_module", "__import__"}
 # What names code by design: class paths and functions of configurations, and names of this package.
 IMPORTING = {
     *("__init__.py", "cli.py", "runtime/old_paths.py", "generation/filter_function.py", "retrieval/words.py"),
-    *("models/building.py", "models/rehearsal.py", "models/auto_hook.py", "console/errors.py"),
+    *("models/building.py", "models/rehearsal.py", "models/auto_hook.py", "console/errors.py", "console/names.py"),
 }
 REQUIRED: dict[str, tuple[str, bool]] = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
 FORBIDDEN = {
