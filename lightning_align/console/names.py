@@ -41,7 +41,7 @@ def near(name: str, names: Iterable[str]) -> list[str]:
 
 
 def parameters(path: str) -> list[str]:
-    """Return the arguments of a class by its import path. None if it cannot be imported."""
+    """Return the arguments of a class by its import path, or nothing if it cannot be imported."""
     module, _, name = path.rpartition(".")
     try:
         found: Any = getattr(import_module(module), name)

@@ -94,12 +94,10 @@ class DPOModule(AlignModule):
             ld_alpha: The weight of tokens beyond the length of the shorter response (LD-DPO). 1 weights all tokens alike.
             reference: `frozen`; `stored`, a frozen reference that scores every row once before training and then costs neither
                 memory nor time; or `moving`, updated by the callback `ReferenceUpdate`.
-            reference_cache: The folder of stored log-probs, on a disk that all nodes share. Its files are found by the hashes
-                of the rows and of the reference's weights, and may be deleted at any time.
-            shared_prefix: Whether the beginning that chosen and rejected have in common, such as their prompt, is computed
-                once. The log-probs and gradients are the same. With `auto`, it is if training has no dropout, a batch saves a
-                tenth of its tokens, and the model computes the same numbers, which is found out. With true, a model that does
-                not is an error.
+            reference_cache: The folder of stored log-probs, on a disk that all nodes share. Its files may be deleted at any
+                time.
+            shared_prefix: Whether to compute what both rows of a pair begin with once. Log-probs and gradients are the same.
+                `auto` does so where it is exact and saves a tenth of the tokens. True refuses a model where it is not exact.
             **shared: `init_from`, `lora`, `optimizer`, `lr_scheduler`, `generation`, `dropout`, `router_aux_loss_coef` and
                 `activation_checkpointing` of `AlignModule`. With `lora`, a frozen reference is the policy with its adapters off
                 and costs no memory. A moving one is a second set of adapters.
