@@ -1,4 +1,4 @@
-"""Self-play and SFT from an early and from an overfitted start, on a Markov chain: from a model that is still learning, and from one that has overfitted.
+"""Self-play and SFT from an early and from an overfitted start, on a Markov chain.
 
 The SPIN paper fine-tunes a model that more SFT makes worse (its Table 3). Here a model is fine-tuned on few demonstrations of a
 chain, for few or for many epochs. Every arm then starts from it and takes the same number of steps on the same demonstrations:
