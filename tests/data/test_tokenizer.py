@@ -91,6 +91,16 @@ def test_bad_files(tmp_path):
         load_tokenizer(str(tmp_path / "bad.json"))
 
 
+def test_a_folder_of_a_vocabulary_and_merges_is_a_tokenizer(tmp_path):
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    ids = {text: index for index, text in enumerate([*letters, "ab", "<|endoftext|>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (encoding,) = load_tokenizer(str(tmp_path)).encode_batch(["abc"])
+    assert list(encoding.ids) == [ids["ab"], ids["c"]]
+
+
 def test_a_model_needs_an_embedding_for_every_id():
     check_vocabulary(ByteTokenizer(), num_tokens=259)
     with pytest.raises(ValueError, match="has 258 tokens, but the tokenizer has 259"):

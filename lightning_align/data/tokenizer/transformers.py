@@ -18,6 +18,9 @@ from lightning_align.runtime.checksums import check_sums
 from lightning_align.runtime.gguf import split_gguf
 from lightning_align.runtime.hub import out_of_reach
 
+_FILES = ("*token*", "vocab*", "merges*", "*.model", "tekken*")
+"""What the files of a tokenizer are called: at least one of them is in its folder."""
+
 
 class TransformersTokenizer(FileTokenizer):
     """A tokenizer of the transformers library with its chat template, or with the built-in template if it has none.
@@ -47,7 +50,7 @@ class TransformersTokenizer(FileTokenizer):
         place, gguf = split_gguf(name, what="tokenizer")
         if Path(place).is_file() and not gguf:
             raise ValueError(f"tokenizer {name!r} must be 'bytes', a .json file, a GGUF file or a folder, but is another file.")
-        if Path(place).is_dir() and not any(Path(place).glob("*token*")):
+        if Path(place).is_dir() and not gguf and not any(any(Path(place).glob(pattern)) for pattern in _FILES):
             raise ValueError(f"tokenizer {name!r} is a folder without a tokenizer. Expected one that save_pretrained wrote.")
         try:
             if not gguf:
