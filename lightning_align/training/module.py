@@ -396,6 +396,5 @@ class AlignModule(Responding):
         self.clock.end_batch(self.trainer)
         step, every = self.trainer.global_step, log_interval(self.trainer)
         if every and step % every == 0:
-            values = self.throughput.report(step, world_size=data_world()[1], device=self.device)
-            if values:
+            if values := self.throughput.report(step, world_size=data_world()[1], device=self.device):
                 self.log_dict(values)
