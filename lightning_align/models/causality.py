@@ -110,7 +110,7 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     """Return the largest difference, in standard deviations. NaN logits count as equal, because they show nothing."""
-    one, other = one.double(), other.double()
+    one, other = one.detach().double(), other.detach().double()
     finite = one.isfinite() & other.isfinite()
     if not bool(finite.any()):
         return 0.0

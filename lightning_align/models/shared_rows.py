@@ -174,9 +174,11 @@ def computed_rows(model: nn.Module, batch: TokenBatch) -> Unpadded | None:
         model: Any language model.
         batch: (B, N) tokens.
     """
-    return shared_rows(model, batch) or unpadded_batch(model, batch)
+    shared = None if batch.get("prefixes") is None else shared_rows(model, batch)
+    return shared or unpadded_batch(model, batch)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile cannot trace the arrays of a plan
 def shared_rows(model: nn.Module, batch: TokenBatch) -> SharedRows | None:
     """Return the tokens of a batch with a plan of its common beginnings, or None if its rows are to be computed apart.
 
