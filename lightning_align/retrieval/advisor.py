@@ -125,9 +125,8 @@ def index_bytes(factory: str, num: int, dim: int) -> int:
     """
     faiss = load_faiss()
 
-    index = faiss.index_factory(
-        dim, split_factory(factory).faiss
-    )  # keep a reference: the parts that `_bytes` looks at belong to this object
+    # Keep a reference: the parts that `_bytes` looks at belong to this object.
+    index = faiss.index_factory(dim, split_factory(factory).faiss)
     return _bytes(index, num)
 
 
