@@ -49,6 +49,18 @@ def test_a_subclass_with_its_own_optimizer_and_log() -> None:
     assert float(trainer.callback_metrics["train/loss"]) < 0.6
 
 
+@pytest.mark.filterwarnings("ignore:.*is experimental", "ignore:The number of training batches")
+def test_trials_of_optuna_are_pruned_and_the_others_go_on() -> None:
+    optuna = pytest.importorskip("optuna", reason="pip install optuna optuna-integration")
+    example = load("optuna_search")
+    study = example.main("pairs.jsonl", trials=1, epochs=2)
+    (trial,) = study.trials
+    assert trial.state.name == "COMPLETE" and trial.intermediate_values[1] == trial.value == study.best_value
+    strict = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=1.5))
+    strict.optimize(lambda trial: example.objective(trial, "pairs.jsonl", 2), n_trials=1)
+    assert [(trial.state.name, len(trial.intermediate_values)) for trial in strict.trials] == [("PRUNED", 1)]
+
+
 def test_somebodys_command_line_and_module() -> None:
     quiet = [
         "--seed_everything=0",
