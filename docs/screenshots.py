@@ -47,7 +47,13 @@ def facts(role: str) -> dict[str, object]:
 
 def runs(folder: Path) -> dict[str, list[str]]:
     """The command line of each run, by the name of its folder."""
-    pairs = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 1}"} for a in range(20) for b in range(20)]
+    # A third of the pairs is hard to learn, and the others are easy.
+    wrong = ("{} or so", "{}?", "{}")
+    pairs = [
+        {"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": wrong[(a + b) % 3].format(a + b + 1)}
+        for a in range(20)
+        for b in range(20)
+    ]
     for name, rows in (("pairs", pairs[::2]), ("pairs_valid", pairs[1::8])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sums = "{class_path: Arithmetic, init_args: {num_rows: 100, split: validation}}"

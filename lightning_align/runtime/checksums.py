@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning_align.runtime.files import publish_text
-from lightning_align.runtime.ranks import world
 
 SUMS = "SHA256SUMS"
 """The file with the checksums of a folder, as the program ``sha256sum`` writes and checks it."""
@@ -123,6 +122,8 @@ def check_sums(folder: str | Path, wanted: Callable[[str], bool] = lambda name: 
     path = Path(folder) / SUMS
     if not path.is_file():
         return
+    from lightning_align.runtime.ranks import world  # only here: processes that tokenize rows do without PyTorch
+
     rank, ranks = world()
     for name, digest in _listed(path)[rank::ranks]:
         file = path.parent / name

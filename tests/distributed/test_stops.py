@@ -66,23 +66,21 @@ def settings(folder: Path) -> str:
 @pytest.mark.skipif(not FULL, reason="starts whole programs; FULL_STUDIES=1 runs it")
 def test_torchrun_starts_the_ranks_again_from_the_newest_checkpoint(tmp_path: Path) -> None:
     """One worker is killed in the middle of an accumulation window. The same command goes on with `--ckpt_path auto`."""
-    told, ends = {}, {}
-    for name in ("whole", "lost"):
-        folder = tmp_path / name
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    for folder in (whole, lost):
         folder.mkdir()
-        if name == "whole":
-            (folder / "lost").touch()
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-        command += ["--standalone", str(HERE / "elastic.py"), str(folder)]
-        command += ["fit", "--config", settings(folder), "--ckpt_path", "auto"]
-        own = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # otherwise torch 2.13 finds the addresses of the ended workers
-        done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=500, cwd=folder)
-        told[name] = done.stdout + done.stderr
-        assert done.returncode == 0, told[name]
-        ends[name] = torch.load(folder / "kept" / "last.ckpt", weights_only=True)
-    assert "auto finds no checkpoint" in told["lost"] and "(step 3)" in told["lost"] and "exitcode: -9" in told["lost"]
-    assert "(step 3)" not in told["whole"]
+    (whole / "lost").touch()  # nothing is killed
+    launch(HERE / "elastic.py", str(whole), "fit", "--config", settings(whole), "--ckpt_path", "auto")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--standalone", str(HERE / "elastic.py"), str(lost)]
+    command += ["fit", "--config", settings(lost), "--ckpt_path", "auto"]
+    own = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # otherwise torch 2.13 finds the addresses of the ended workers
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=500, cwd=lost)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "auto finds no checkpoint" in told and "(step 3)" in told and "exitcode: -9" in told
+    ends = {name: torch.load(tmp_path / name / "kept" / "last.ckpt", weights_only=True) for name in ("whole", "lost")}
     assert ends["lost"]["global_step"] == ends["whole"]["global_step"] == 6
     weights, expected = (ends[name]["state_dict"] for name in ("lost", "whole"))
     assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
