@@ -311,6 +311,7 @@ class _Groups:
     """(documents, 1, 1 or queries, keys) bool of each group, true at visible keys. None if all are, or all up to the query."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile cannot trace plans made of lengths that vary
 def _groups(lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.device, *, causal: bool) -> _Groups:
     order = sorted(range(len(lengths_q)), key=lambda i: (-lengths_q[i], -lengths_k[i]))
     shapes: list[list[int]] = []

@@ -252,3 +252,18 @@ def test_kernels_of_a_gpu(
         found = values_and_gradients(lambda q, k, v: attend(q, k, v, scale=0.3, dropout=0.0), tensors)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other.cpu().double(), one, rtol=tolerance, atol=tolerance)
+
+
+def test_plans_of_lengths_that_vary_may_stand_in_a_compiled_function() -> None:
+    """As in `torch.compile(module, dynamic=True)`, where lengths are symbols."""
+    torch._dynamo.reset()
+
+    def attended(q: Tensor, k: Tensor, lengths_q: list[int], lengths_k: list[int]) -> Tensor:
+        queries, keys = (Segments.of_lengths(lengths, CPU) for lengths in (lengths_q, lengths_k))
+        return VarlenAttention(queries, keys, True, "groups")(q, k, k, scale=0.5, dropout=0.0)
+
+    compiled = torch.compile(attended, backend="eager", dynamic=True)
+    for lengths_q, lengths_k in (([3, 2, 4], [6, 2, 7]), ([5, 4, 2], [9, 4, 3])):
+        q, k = torch.randn(sum(lengths_q), 2, 8), torch.randn(sum(lengths_k), 2, 8)
+        result = compiled(q, k, lengths_q, lengths_k)
+        assert (result - slow(q, k, k, lengths_q, lengths_k, True, 0.5)).abs().max() < 1e-6
