@@ -71,7 +71,7 @@ def leak(folder: Path, steps: int | None) -> dict[str, Any]:
         encoder="bm25",
         queries={"validation": held_out},
         tokenizer=data["tokenizer"],
-        chunk_size=indexing["chunk_size"],
+        chunk_size=config["model"]["init_args"]["backbone"]["init_args"]["chunk_size"],
         k=indexing["k"],
         hide_copies=False,
     )
