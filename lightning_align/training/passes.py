@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities import CombinedLoader
 
 from lightning_align.data.batching import ResumableLoader
-from lightning_align.runtime.lightning_internals import new_loaders
+from lightning_align.runtime.lightning_internals import new_loaders, overfits
 
 
 class Pass(NamedTuple):
@@ -41,7 +41,7 @@ def passes_of(trainer: L.Trainer) -> list[Pass]:
         num_batches = min((number for number in (limit, steps) if number is not None), default=0)
         # The order of such a loader depends on the epoch alone, so the batches of the first epoch are known.
         is_one_epoch = trainer.max_epochs == 1 or (steps is not None and (limit is None or steps <= limit))
-        is_known = isinstance(loader, ResumableLoader) and is_one_epoch
+        is_known = isinstance(loader, ResumableLoader) and (is_one_epoch or overfits(trainer))
         is_complete = size is not None and (num_batches >= size or is_known)
         passes.append(Pass(loader, num_batches, is_complete))
     for loaders in validation:
