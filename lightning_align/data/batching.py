@@ -345,9 +345,11 @@ class ResumableLoader(DataLoader[Any]):
 
         Raises:
             ValueError: If the state is from the middle of an epoch with another number of rows, global batch size, seed or
-                order.
+                order, or of another loader.
         """
         own = self.state_dict()
+        if absent := [name for name in own if name not in state and name != "order"]:
+            raise ValueError(f"the state of the data loader in the checkpoint has no {absent[0]}, so it is of another loader.")
         changed = [name for name in ("seed", "global_batch_size", "num_rows") if own[name] != state[name]]
         if changed and state["num_yielded"]:
             raise ValueError(

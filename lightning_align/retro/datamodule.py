@@ -26,13 +26,14 @@ from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows, count_neighbors
 from lightning_align.runtime.lightning_internals import overfits
+from lightning_align.runtime.plain import PlainNumbers
 from lightning_align.training.loading import for_device
 from lightning_align.types import PromptBatch
 
 Loader = DataLoader[RetrievalBatch]
 
 
-class RETRODataModule(L.LightningDataModule):
+class RETRODataModule(PlainNumbers, L.LightningDataModule):
     """Windows of consecutive chunks, each with its neighbors from a retrieval database.
 
     The callback `RetrievalIndexing` builds the database before the first batch is loaded.

@@ -32,6 +32,7 @@ from lightning_align.data.store import StoredRow, TokenStore, build_store, store
 from lightning_align.data.token_batches import TokenBatchSampler
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
+from lightning_align.runtime.plain import PlainNumbers
 from lightning_align.training.loading import for_device
 from lightning_align.training.prompts import first_prompts
 
@@ -46,7 +47,7 @@ _STAGES_OF: dict[str, tuple[Stage, ...]] = {
 SPLITS: dict[str, str] = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
 
 
-class AlignDataModule(L.LightningDataModule):
+class AlignDataModule(PlainNumbers, L.LightningDataModule):
     """Reads rows from files, the hub or a task, tokenizes them, and makes batches of token ids.
 
     A source is a file (.jsonl, .json, .csv, .parquet or .arrow; text files also with .gz or .zst), a folder of files, a

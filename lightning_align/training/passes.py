@@ -34,7 +34,7 @@ def passes_of(trainer: L.Trainer) -> list[Pass]:
     """
     train, *validation = new_loaders(trainer)
     passes = []
-    for loader in CombinedLoader(train, "sequential").flattened:
+    for loader in _flat(train):
         size = _size(loader)
         limit = _limited(size, trainer.limit_train_batches)
         steps = None if trainer.max_steps < 0 else trainer.max_steps * trainer.accumulate_grad_batches
@@ -45,9 +45,14 @@ def passes_of(trainer: L.Trainer) -> list[Pass]:
         is_complete = size is not None and (num_batches >= size or is_known)
         passes.append(Pass(loader, num_batches, is_complete))
     for loaders in validation:
-        for loader in CombinedLoader(loaders, "sequential").flattened:
+        for loader in _flat(loaders):
             passes.append(Pass(loader, _limited(_size(loader), trainer.limit_val_batches), is_complete=True))
     return passes
+
+
+def _flat(loaders: Any) -> list[Any]:
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
+    return combined.flattened
 
 
 def _size(loader: Any) -> int | None:
