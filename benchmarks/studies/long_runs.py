@@ -48,8 +48,8 @@ MOST_MIB = 8.0
 class Watch(Callback):
     """Keeps what the process holds, at equal intervals."""
 
-    def __init__(self, steps: int) -> None:
-        self.interval, self.samples = max(1, steps // SAMPLES), list[tuple[int, float, int, int]]()
+    def __init__(self, steps: int, path: Path | None) -> None:
+        self.interval, self.samples, self.path = max(1, steps // SAMPLES), list[tuple[int, float, int, int]](), path
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Take a sample."""
@@ -58,6 +58,8 @@ class Watch(Callback):
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             threads = len(os.listdir("/proc/self/task"))
             self.samples.append((step, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd")), threads))
+            if self.path:
+                self.path.write_text(json.dumps(self.samples))
 
 
 def rows(folder: Path, names: tuple[str, ...]) -> str:
@@ -101,15 +103,15 @@ def job(method: str, folder: Path, steps: int) -> tuple[Any, Any, list[Callback]
     return SPINModule(palm(), generation=GenerationConfig(max_new_tokens=4)), SPINDataModule(path, **options), [play]
 
 
-def run(method: str, steps: int) -> list[tuple[int, float, int, int]]:
-    """Train, and return the samples."""
+def run(method: str, steps: int, path: Path | None = None) -> list[tuple[int, float, int, int]]:
+    """Train, and return the samples, which ``path`` holds so far at any moment."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top)
         module, data, callbacks = job(method, folder, steps)
-        watch = Watch(steps)
+        watch = Watch(steps, path)
         trainer = L.Trainer(
             accelerator="cpu",
             max_epochs=-1,
@@ -139,10 +141,11 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, help="run one method, and print its samples as JSON")
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS, help="the methods to compare")
     parser.add_argument("--keep", type=Path, help="folder of samples; a method that has some in it is not run again")
+    parser.add_argument("--so-far", type=Path, help="with --method: file of the samples taken so far")
     parser.add_argument("--jobs", type=int, default=1, help="methods that run at the same time")
     arguments = parser.parse_args()
     if arguments.method:
-        print(json.dumps(run(arguments.method, arguments.steps)))
+        print(json.dumps(run(arguments.method, arguments.steps, arguments.so_far)))
         return
     lines, claims = [], []
     start = time.perf_counter()
@@ -152,10 +155,13 @@ def main() -> None:
         if kept and kept.exists():
             return cast("list[list[float]]", json.loads(kept.read_text()))
         command = [sys.executable, __file__, "--method", method, "--steps", str(arguments.steps)]
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            command += ["--so-far", str(kept.with_suffix(".so_far"))]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         samples: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
         if kept:
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.with_suffix(".so_far").unlink()
             kept.write_text(json.dumps(samples))
         return samples
 

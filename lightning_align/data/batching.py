@@ -12,7 +12,7 @@ from typing import Any, cast, overload
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from lightning_align.data.store import StoredRow, StoredTokens, TokenStore
 from lightning_align.types import PreferenceBatch, PromptBatch, TokenBatch
@@ -88,7 +88,7 @@ class RowLists(Dataset[list[StoredRow]]):
             lists of row indices itself.
     """
 
-    def __init__(self, store: TokenStore, batches: Sequence[Sequence[int] | Indices] | None = None) -> None:
+    def __init__(self, store: TokenStore, batches: "RepeatedSampler | None" = None) -> None:
         self.store = store
         self.batches = batches
 
@@ -261,6 +261,38 @@ def _sort_groups(rows: Indices, lengths: np.ndarray[Any, Any], *, group_size: in
     return result
 
 
+class RepeatedSampler(LengthGroupedSampler, SequentialSampler):
+    """A sampler that yields the numbers of another sampler's batches, the same in each epoch.
+
+    With ``overfit_batches``, the Trainer takes the first batches of each epoch. It leaves a `SequentialSampler` in its place.
+
+    Args:
+        sampler: The sampler. The batches of its first epoch are repeated.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler) -> None:
+        for name in ("seed", "global_batch_size", "num_rows", "num_replicas", "rank"):
+            setattr(self, name, getattr(sampler, name))
+        self.epoch = self.start = 0
+        self._of = sampler.order
+        self._batches: Sequence[Any] = sampler.rank_batches()
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # numbers of batches instead of batches
+        return iter(range(self.start, len(self)))
+
+    def __getitem__(self, number: int) -> Any:
+        """Return the row indices of a batch."""
+        return self._batches[number]
+
+    @property
+    def order(self) -> str:  # of the other sampler
+        """The order of the other sampler, as one that is repeated."""
+        return f"repeated-{self._of}"
+
+
 class ResumableLoader(DataLoader[Any]):
     """A data loader that can resume in the middle of an epoch, after the last batch that it yielded.
 
@@ -273,6 +305,11 @@ class ResumableLoader(DataLoader[Any]):
 
     _num_yielded = 0
     _resume: tuple[int, int] | None = None
+
+    def __init__(self, dataset: Any, sampler: Any = None, **options: Any) -> None:
+        # With `overfit_batches` and several loaders, the Trainer puts a plain sampler in the place of a repeated one.
+        kept = sampler if isinstance(sampler, LengthGroupedSampler) else dataset.batches
+        super().__init__(dataset, sampler=kept, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # its own iterator type has nothing that callers use
         # This is a generator, so all of it runs at the first batch. The Trainer creates an iterator once before it sets
@@ -308,9 +345,11 @@ class ResumableLoader(DataLoader[Any]):
 
         Raises:
             ValueError: If the state is from the middle of an epoch with another number of rows, global batch size, seed or
-                order.
+                order, or of another loader.
         """
         own = self.state_dict()
+        if absent := [name for name in own if name not in state and name != "order"]:
+            raise ValueError(f"the state of the data loader in the checkpoint has no {absent[0]}, so it is of another loader.")
         changed = [name for name in ("seed", "global_batch_size", "num_rows") if own[name] != state[name]]
         if changed and state["num_yielded"]:
             raise ValueError(

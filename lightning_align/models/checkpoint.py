@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lightning_align.models.building import Backbone, build_backbone, has_own_weights
 from lightning_align.models.composed import COMPOSITION, FROZEN, check_record
 from lightning_align.models.formats import read_model
-from lightning_align.models.integrity import SHARDS_META, check_checkpoint, check_zip
+from lightning_align.models.integrity import SHARDS_META, check_checkpoint, check_values, check_zip, reason_of
 from lightning_align.models.lora import LoRAConfig, add_lora, merge_lora, remove_lora
 from lightning_align.models.weights import load_weights, policy_state
 from lightning_align.runtime.checksums import check_once
@@ -54,8 +54,9 @@ def gather_checkpoint(folder: str | Path) -> dict[str, Any]:
             whole: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             rest: dict[str, Any] = torch.load(folder / SHARDS_META, map_location="cpu", weights_only=True)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
-            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
-            raise ValueError(f"checkpoint {folder} cannot be read ({reason}). Use an earlier checkpoint of the run.") from error
+            raise ValueError(
+                f"checkpoint {folder} cannot be read ({reason_of(error)}). Use an earlier checkpoint of the run."
+            ) from error
     # The optimizer states use parameter names as keys, in the optimizer's order. An optimizer accepts any keys.
     optimizers = sorted(name for name in whole if name.startswith("optimizer_"))
     return {**rest, "state_dict": whole["state_dict"], "optimizer_states": [whole[name] for name in optimizers]}
@@ -91,10 +92,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             check_once(path, partial(check_zip, path), kind="checkpoint")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch and safetensors raise many types here
-        # Quote only the first sentence. The rest is long and explains how to turn off torch's checks.
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0].partition('. ')[0] if str(error) else 'empty'}"
         raise ValueError(
-            f"checkpoint {path} cannot be read ({reason}). Pass a complete .ckpt file of a run, or a state dict "
+            f"checkpoint {path} cannot be read ({reason_of(error)}). Pass a complete .ckpt file of a run, or a state dict "
             "(.pt, .safetensors)."
         ) from error
     if not isinstance(checkpoint, dict):
@@ -102,7 +101,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path} must contain a dictionary, but contains a {type(checkpoint).__name__}. Pass a .ckpt file of a "
             "run, or a state dict."
         )
-    return checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
+    if "state_dict" not in checkpoint:
+        return {"state_dict": checkpoint}
+    check_values(checkpoint["state_dict"], path)
+    return checkpoint
 
 
 def load_policy(path: str | Path, backbone: nn.Module | Backbone | dict[str, Any] | None = None) -> nn.Module:

@@ -7,8 +7,9 @@ is a folder: each file of shards is a row of such zip files, and ``.metadata`` i
 import io
 import math
 import pickle
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from lightning_align.runtime.checksums import check_once
@@ -26,6 +28,8 @@ SHARDS_META = "meta.pt"
 """The file that Lightning writes next to the shards of a checkpoint. No other folder has it."""
 _METADATA = ".metadata"
 """The file that torch writes when all ranks have written their shards."""
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+"""What a file begins with in the format before torch 1.6, which torch still writes when asked to."""
 _PLACES = "torch.distributed.checkpoint."
 _CLASSES = {
     f"{_PLACES}metadata": {
@@ -78,6 +82,29 @@ def check_zip(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as file:
         _test(file)
+        _check_storages(file)
+
+
+def check_values(state: Any, path: str | Path) -> None:
+    """Check that the weights of a checkpoint are tensors with values.
+
+    Args:
+        state: The state dict.
+        path: The path of the checkpoint, for the message.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    wrong = "" if isinstance(state, Mapping) else f"its state_dict is of type {type(state).__name__}"
+    for name, value in state.items() if isinstance(state, Mapping) else ():
+        if not isinstance(value, Tensor):
+            wrong = "" if name.endswith("_extra_state") else f"{name} in it is of type {type(value).__name__}"
+        elif value.is_meta or value.layout is not torch.strided:
+            wrong = f"{name} in it has no values" if value.is_meta else f"{name} in it is sparse"
+        if wrong:
+            break
+    if wrong:
+        raise ValueError(f"checkpoint {path} cannot be read ({wrong}). Use an earlier checkpoint of the run.")
 
 
 def _test(file: zipfile.ZipFile) -> None:
@@ -86,16 +113,86 @@ def _test(file: zipfile.ZipFile) -> None:
         raise ValueError(f"the checksum of {damaged} in it is wrong, so the file is damaged")
 
 
+_SIZES = {
+    **dict.fromkeys(("Untyped", "Bool", "Byte", "Char"), 1),
+    **dict.fromkeys(("Half", "BFloat16", "Short"), 2),
+    **dict.fromkeys(("Float", "Int"), 4),
+    **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
+    "ComplexDouble": 16,
+}
+"""The bytes of a value, by the name of torch's class of storages."""
+
+
+class _Anything:
+    """Stands for what a pickle makes or calls."""
+
+    def __init__(self, *_: Any) -> None:
+        """Take anything."""
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        """Take an entry of a dictionary."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Take a state."""
+
+    def append(self, value: Any) -> None:
+        """Take an item of a list."""
+
+    extend = append
+
+
+class _Storages(pickle.Unpickler):
+    """Lists what a pickle of torch says of the sizes of its tensors, and makes nothing else."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.sizes: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class that does nothing. That of a storage knows the size of its values."""
+        return type(name, (_Anything,), {"size": _SIZES.get(name.removesuffix("Storage"))})
+
+    def persistent_load(self, name: Any) -> Any:
+        """Note the size of a storage."""
+        _, kind, key, _, number = name
+        if kind.size is not None:
+            self.sizes[str(key)] = kind.size * number
+        return _Anything()
+
+
+def _check_storages(file: zipfile.ZipFile) -> None:
+    """Check that each tensor has as many bytes as the pickle says. Mapped into memory, a shorter one is read with the next."""
+    sizes = {entry.filename: entry.file_size for entry in file.infolist()}
+    for pickled in [name for name in sizes if name.endswith("/data.pkl") and name.count("/") == 1]:
+        storages = _Storages(io.BytesIO(file.read(pickled)))
+        storages.load()
+        for key, size in storages.sizes.items():
+            found = sizes.get(f"{pickled.removesuffix('.pkl')}/{key}")
+            if found != size:
+                raise ValueError(f"a tensor in it must have {size} bytes, and has {found or 'none'}")
+
+
 def _named(path: Path, file: Path, check: Callable[[], None], *, always: bool = False) -> None:
     """Check a file of a checkpoint, once or always. The error names both."""
     try:
         check() if always else check_once(file, check, kind="checkpoint")
     except Exception as error:  # zipfile, pickle and torch raise many types here
-        reason = str(error).splitlines()[0] if str(error) else "empty"
         place = "" if file == path else f"{file.name}: "
         raise ValueError(
-            f"checkpoint {path} cannot be read ({place}{type(error).__name__}: {reason}). Use an earlier checkpoint of the run."
+            f"checkpoint {path} cannot be read ({place}{reason_of(error)}). Use an earlier checkpoint of the run."
         ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the type and the first sentence of an error of torch, zipfile, pickle or safetensors, in one line.
+
+    The rest of torch's messages is long, and explains how to turn its checks off.
+    """
+    if found := re.search(r"Unsupported (?:global|class|operand)[^\n]*?((?:[\w]+\.)+\w+)", str(error)):
+        return f"it names {found[1]}, and a checkpoint holds tensors and primitive types only"
+    lines = str(error).strip().splitlines()
+    first = lines[-1 if isinstance(error, CheckpointException) else 0].partition(". ")[0] if lines else "empty"
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def _check_sharded(folder: Path, *, opens: bool) -> None:
@@ -113,9 +210,15 @@ def _check_sharded(folder: Path, *, opens: bool) -> None:
 
 
 def _check_file(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):
+        check_zip(path)
+        return
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY))
+    if start[8:9] == b"{":
+        raise ValueError("it is a safetensors file, which holds weights only, for `init_from`")
+    if start != _LEGACY:  # such a file has no checksums
         raise ValueError("it is no file of torch, or its end is missing")
-    check_zip(path)
 
 
 class _Names(pickle.Unpickler):

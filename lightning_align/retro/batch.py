@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_align.data.batching import RepeatedSampler
 from lightning_align.generation.noise import uniforms
 from lightning_align.retrieval.tables import Bools, ChunkTable, Ints, Neighbors
 from lightning_align.retro.model import NeighborTokens
@@ -184,8 +185,8 @@ class RetrievalWindows(Dataset[RetrievalBatch]):
         self.windows = Windows(table, num_chunks, deleted=deleted if self.own else ())
         self.live = LiveChunks(database, deleted)
         self.num_chunks, self.num_neighbors, self.random_neighbors = num_chunks, num_neighbors, random_neighbors
-        self.batches: list[list[int]] | None = None
-        """Lists of window numbers that a plain sampler selects by index. None if the sampler yields the lists itself."""
+        self.batches: RepeatedSampler | None = None
+        """The batches that a sampler selects by number. None if the sampler yields lists of window numbers itself."""
         self.controls: dict[str, tuple[Ints, Bools]] = {}
         self.overlap: NDArray[np.float32] | None = None
         if seed is not None:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_align.data.batching import LengthGroupedSampler, ResumableLoader
+from lightning_align.data.batching import LengthGroupedSampler, RepeatedSampler, ResumableLoader
 from lightning_align.data.encode import encode_rows
 from lightning_align.data.forms import Form
 from lightning_align.data.ledger import Ledger
@@ -26,13 +26,14 @@ from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows, count_neighbors
 from lightning_align.runtime.lightning_internals import overfits
+from lightning_align.runtime.plain import PlainNumbers
 from lightning_align.training.loading import for_device
 from lightning_align.types import PromptBatch
 
 Loader = DataLoader[RetrievalBatch]
 
 
-class RETRODataModule(L.LightningDataModule):
+class RETRODataModule(PlainNumbers, L.LightningDataModule):
     """Windows of consecutive chunks, each with its neighbors from a retrieval database.
 
     The callback `RetrievalIndexing` builds the database before the first batch is loaded.
@@ -291,11 +292,7 @@ class RETRODataModule(L.LightningDataModule):
 
     @property
     def _replicas(self) -> dict[str, Any]:
-        return {} if self._overfits else (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
-
-    @property
-    def _overfits(self) -> bool:
-        return overfits(self.trainer)
+        return (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
 
     def _loader(self, rows: RetrievalWindows, batch_size: int, *, train: bool) -> Loader:
         sampler = LengthGroupedSampler(
@@ -311,12 +308,9 @@ class RETRODataModule(L.LightningDataModule):
         options = for_device(self.trainer, {"batch_size": None, **workers})
         if "collate_fn" in options:
             options["collate_fn"] = partial(count_neighbors, options["collate_fn"])
-        if self._overfits:
-            # The Trainer then takes the first batches of a plain sampler and distributes them over the ranks itself.
-            rows.batches = list(sampler)
-            return DataLoader(rows, **options)
+        rows.batches = RepeatedSampler(sampler) if overfits(self.trainer) else None
         loader = ResumableLoader if train else DataLoader
-        return loader(rows, sampler=sampler, **options)
+        return loader(rows, sampler=rows.batches or sampler, **options)
 
 
 def _describe(table: ChunkTable) -> str:

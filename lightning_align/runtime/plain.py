@@ -20,6 +20,13 @@ CONTAINERS: Final = (OrderedDict, Counter)
 """Kinds of dictionaries that are opened as they are."""
 
 
+class PlainNumbers:
+    """Keeps Python's numbers where it is given scalars of numpy, which a search of hyperparameters draws."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.item() if isinstance(value, np.generic) else value)
+
+
 class Foreign(NamedTuple):
     """A value that a checkpoint cannot hold."""
 

@@ -78,7 +78,7 @@ class SFTDataModule(AlignDataModule):
 
     def _packed_loader(self, key: str, batch_size: int, *, shuffle: bool) -> Loader:
         store = self._store(key)
-        replicas: dict[str, Any] = {} if self._overfits else (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        replicas: dict[str, Any] = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         sampler = PackedSampler(
             store.lengths(), capacity=self.packed_length, batch_size=batch_size, shuffle=shuffle, seed=self.seed, **replicas
         )

@@ -1,6 +1,6 @@
 """What a checkpoint holds: no frozen base model, and optimizer states that any strategy can load."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,27 +112,42 @@ def storable_hyperparameters(module: L.LightningModule) -> None:
     Args:
         module: The module, after `save_hyperparameters`.
     """
-    for name, value in list(module.hparams.items()):
-        module.hparams[name] = plain(value)
-        if found := next(foreign(module.hparams[name], name), None):
-            del module.hparams[name]
+    leave_out_foreign(module.hparams, type(module).__name__)
+
+
+def leave_out_foreign(arguments: MutableMapping[str, Any], owner: str) -> None:
+    """Replace containers of other libraries in arguments, and leave out what a checkpoint cannot hold, in place.
+
+    Args:
+        arguments: The arguments by name.
+        owner: The name of the class that takes them, for the warning.
+    """
+    for name, value in list(arguments.items()):
+        arguments[name] = plain(value)
+        if found := next(foreign(arguments[name], name), None):
+            del arguments[name]
             rank_zero_warn(
-                f"{type(module).__name__}: the argument `{name}` is not saved in checkpoints, because {found.path} is a "
+                f"{owner}: the argument `{name}` is not saved in checkpoints, because {found.path} is a "
                 f"{found.kind}, and a checkpoint holds tensors and primitive types only. Pass `{name}` again to "
                 "`load_from_checkpoint`."
             )
 
 
-def make_storable(checkpoint: dict[str, Any]) -> None:
+def make_storable(checkpoint: dict[str, Any], owner: str) -> None:
     """Replace containers of other libraries in a checkpoint, in place, so that it opens with ``weights_only=True``.
 
     They come from configurations: an optimizer keeps its ``betas`` in its state, a callback its arguments.
 
     Args:
         checkpoint: The whole checkpoint. Its weights are not looked at.
+        owner: The name of the class of the module, for the warning.
     """
     for name, value in checkpoint.items():
         if name == "state_dict":
+            continue
+        if name == "hyper_parameters":  # a subclass may have saved more of them than `storable_hyperparameters` has seen
+            checkpoint[name] = dict(value)
+            leave_out_foreign(checkpoint[name], owner)
             continue
         checkpoint[name] = plain(value)
         if found := next(foreign(checkpoint[name], name), None):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_align.data.batching import (
     LengthGroupedSampler,
+    RepeatedSampler,
     ResumableLoader,
     RowLists,
     collate_pairs,
@@ -31,6 +32,7 @@ from lightning_align.data.store import StoredRow, TokenStore, build_store, store
 from lightning_align.data.token_batches import TokenBatchSampler
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
+from lightning_align.runtime.plain import PlainNumbers
 from lightning_align.training.loading import for_device
 from lightning_align.training.prompts import first_prompts
 
@@ -45,7 +47,7 @@ _STAGES_OF: dict[str, tuple[Stage, ...]] = {
 SPLITS: dict[str, str] = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
 
 
-class AlignDataModule(L.LightningDataModule):
+class AlignDataModule(PlainNumbers, L.LightningDataModule):
     """Reads rows from files, the hub or a task, tokenizes them, and makes batches of token ids.
 
     A source is a file (.jsonl, .json, .csv, .parquet or .arrow; text files also with .gz or .zst), a folder of files, a
@@ -296,7 +298,7 @@ class AlignDataModule(L.LightningDataModule):
         return self._loader(store, sampler, collate)
 
     def _sampler(self, store: TokenStore, batch_size: int, *, shuffle: bool, grouped: bool = True) -> LengthGroupedSampler:
-        replicas = {} if self._overfits else (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        replicas = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         lengths = store.lengths() if grouped else None
         weights = [part.weight for part in self._parts.get("train", ()) if part.weight is not None]
         if shuffle and self.batch_tokens is not None:
@@ -338,15 +340,9 @@ class AlignDataModule(L.LightningDataModule):
         # The sampler yields whole batches. As a `batch_sampler`, Lightning would replace it with its own.
         workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         options = for_device(self.trainer, {"batch_size": None, "collate_fn": collate, **workers})
-        if self._overfits:
-            # Lightning then takes the first batches of a plain sampler and splits them over the ranks itself.
-            return DataLoader(RowLists(store, sampler.rank_batches()), **options)
+        repeated = RepeatedSampler(sampler) if overfits(self.trainer) else None
         loader = ResumableLoader if resumable else DataLoader
-        return loader(RowLists(store), sampler=sampler, **options)
-
-    @property
-    def _overfits(self) -> bool:
-        return overfits(self.trainer)
+        return loader(RowLists(store, repeated), sampler=repeated or sampler, **options)
 
     def _store(self, key: str) -> TokenStore:
         self._require(key)

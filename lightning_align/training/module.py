@@ -20,7 +20,6 @@ from lightning_align.models.building import Backbone, backbone_spec, has_own_wei
 from lightning_align.models.composed import is_composed, prepare_frozen
 from lightning_align.models.deferred import is_deferred
 from lightning_align.models.dropout import DropoutSwitch
-from lightning_align.models.integrity import check_checkpoint
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.weights import check_weights, policy_state
@@ -35,6 +34,7 @@ from lightning_align.runtime.lightning_internals import (
 from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.runtime.plain import plain
 from lightning_align.runtime.ranks import data_world
+from lightning_align.training.checked_loads import check_loads, check_module_file
 from lightning_align.training.checkpoints import (
     check_trained_count,
     drop_composed,
@@ -147,8 +147,7 @@ class AlignModule(Responding):
     def setup(self, stage: str) -> None:
         """Check the checkpoint, choose how memory is allocated, and compare the tokenizer with that of the initial weights."""
         super().setup(stage)
-        if self.trainer.ckpt_path is not None:
-            check_checkpoint(self.trainer.ckpt_path)
+        check_loads(self.trainer, sharded=self.is_sharded)
         self.clock.attach(self.trainer, stage)
         warn_of_foreign_parts(self.trainer)
         self.dropout.end()  # an earlier run may have ended with an error in the middle of a step
@@ -291,17 +290,17 @@ class AlignModule(Responding):
         """Build the module of a checkpoint. See `LightningModule.load_from_checkpoint`.
 
         Raises:
-            ValueError: If the checkpoint is damaged.
+            ValueError: If the checkpoint is damaged, or of another method.
         """
         if isinstance(checkpoint_path, (str, Path)):
-            check_checkpoint(checkpoint_path)
+            check_module_file(checkpoint_path, cls, only_weights=kwargs.get("weights_only") is not False)
         found: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the run's place, make the checkpoint independent of ``init_from``, and leave out frozen base models."""
         self.clock.save(checkpoint, trainer_of(self))
-        make_storable(checkpoint)
+        make_storable(checkpoint, type(self).__name__)
         described = checkpoint.get("hyper_parameters", {}).get("backbone", self)
         if described is None or (described is not self and has_own_weights(self.policy)):
             checkpoint["hyper_parameters"]["backbone"] = plain(backbone_spec(self.policy))

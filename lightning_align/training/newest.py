@@ -111,7 +111,8 @@ def _usable(path: Path, *, resumes: bool, module: str | None) -> int:
         raise ValueError(f"checkpoint {path} holds weights only, from which no run can be resumed")
     if resumes and gather_command(path) is None and "optimizer_states" not in content:
         raise ValueError(f"checkpoint {path} holds no optimizer state, so no run can be resumed from it")
-    if resumes and (content.get(KEY) or {}).get("torn"):
+    place = content.get(KEY)
+    if resumes and isinstance(place, Mapping) and place.get("torn"):
         raise ValueError(f"checkpoint {path} was saved in the middle of an optimizer step")
     saved = str((content.get("hyper_parameters") or {}).get("_class_path") or "")
     if module and saved and saved.rpartition(".")[2] != module.rpartition(".")[2]:

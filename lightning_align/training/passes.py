@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities import CombinedLoader
 
 from lightning_align.data.batching import ResumableLoader
-from lightning_align.runtime.lightning_internals import new_loaders
+from lightning_align.runtime.lightning_internals import new_loaders, overfits
 
 
 class Pass(NamedTuple):
@@ -34,20 +34,25 @@ def passes_of(trainer: L.Trainer) -> list[Pass]:
     """
     train, *validation = new_loaders(trainer)
     passes = []
-    for loader in CombinedLoader(train, "sequential").flattened:
+    for loader in _flat(train):
         size = _size(loader)
         limit = _limited(size, trainer.limit_train_batches)
         steps = None if trainer.max_steps < 0 else trainer.max_steps * trainer.accumulate_grad_batches
         num_batches = min((number for number in (limit, steps) if number is not None), default=0)
         # The order of such a loader depends on the epoch alone, so the batches of the first epoch are known.
         is_one_epoch = trainer.max_epochs == 1 or (steps is not None and (limit is None or steps <= limit))
-        is_known = isinstance(loader, ResumableLoader) and is_one_epoch
+        is_known = isinstance(loader, ResumableLoader) and (is_one_epoch or overfits(trainer))
         is_complete = size is not None and (num_batches >= size or is_known)
         passes.append(Pass(loader, num_batches, is_complete))
     for loaders in validation:
-        for loader in CombinedLoader(loaders, "sequential").flattened:
+        for loader in _flat(loaders):
             passes.append(Pass(loader, _limited(_size(loader), trainer.limit_val_batches), is_complete=True))
     return passes
+
+
+def _flat(loaders: Any) -> list[Any]:
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
+    return combined.flattened
 
 
 def _size(loader: Any) -> int | None:

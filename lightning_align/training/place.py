@@ -5,6 +5,7 @@ an accumulation window, these counts differ from what the weights have learned. 
 which advances with the optimizer. Batches of an unfinished optimizer batch are trained again after a resume.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_align.runtime.lightning_internals import (
     watch_swaps,
 )
 from lightning_align.runtime.saved_loops import PlaceForm, place_of_loops, write_place
+from lightning_align.training.checked_loads import METHOD, check_method, method_of
 from lightning_align.training.interrupts import RequeueGate
 from lightning_align.training.loader_states import LoaderStates
 
@@ -51,6 +53,23 @@ class Place:
     total: int
     stepped: int
     due: bool = False
+
+
+_NUMBERS = ("epoch", "batches", "last", "total", "stepped")
+
+
+def readable_place(saved: Any, path: Any) -> dict[str, Any]:
+    """Return the place that a checkpoint holds, with what is saved beside it.
+
+    Raises:
+        ValueError: If a part of it is missing, or is no number.
+    """
+    found = dict(saved) if isinstance(saved, Mapping) else {}
+    if not all(isinstance(found.get(name), int) and found[name] >= 0 for name in (*_NUMBERS, "torn")):
+        raise ValueError(
+            f"checkpoint {path} cannot be read (its place in the run is incomplete). Use an earlier checkpoint of the run."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -170,6 +189,7 @@ class Clock:
         if found is None:
             return
         place, form = found
+        checkpoint[METHOD] = method_of(trainer.lightning_module)
         torn = self._updating and inside_update(trainer)
         if torn:
             rank_zero_warn(
@@ -216,17 +236,18 @@ class Clock:
                 f"The checkpoint {trainer.ckpt_path} holds weights only, so no run can resume from it. Give it as `init_from`, "
                 "or resume from a checkpoint of a ModelCheckpoint without `save_weights_only`."
             )
+        check_method(checkpoint.get(METHOD), trainer.lightning_module, trainer.ckpt_path)
         saved = checkpoint.get(KEY)
         self._known = False
         if saved is not None:
-            saved = dict(saved)
-            if saved.pop("torn"):
+            saved = readable_place(saved, trainer.ckpt_path)
+            if saved["torn"]:
                 raise ValueError(
                     f"The checkpoint {trainer.ckpt_path} was saved in the middle of an optimizer step, so no run can "
                     "resume from it. Resume from an earlier checkpoint, or start a new run with `init_from`."
                 )
-            self._plateaus = saved.pop("plateaus", [])
-            self._boundary = Place(**saved)
+            self._plateaus = saved.get("plateaus", [])
+            self._boundary = Place(**{name: saved[name] for name in _NUMBERS}, due=bool(saved.get("due", False)))
             return
         loops = checkpoint.get("loops", {}).get("fit_loop")
         found = None if loops is None else place_of_loops(loops, accumulated=trainer.accumulate_grad_batches)

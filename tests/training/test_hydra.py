@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -15,6 +16,7 @@ from lightning_align import Augment, CALMModule, DPOModule, PaLM, SFTModule
 from lightning_align.models.checkpoint import read_checkpoint
 from lightning_align.training.checkpoints import make_storable
 from tests.toys import VOCABULARY, preference_batch, token_batch
+from tests.training.places import build
 
 PALM = {"_target_": "lightning_align.PaLM", "num_tokens": VOCABULARY, "dim": 16, "depth": 1, "heads": 2, "dim_head": 8}
 SHARED = {
@@ -96,4 +98,28 @@ def test_an_argument_that_no_checkpoint_can_hold_is_left_out_and_named(tmp_path:
 def test_a_foreign_state_is_named() -> None:
     checkpoint = {"state_dict": {}, "callbacks": {"Own": {"best": object(), "seen": (1, 2)}}}
     with pytest.warns(UserWarning, match="holds a object in callbacks/Own/best"):
-        make_storable(checkpoint)
+        make_storable(checkpoint, "Module")
+
+
+def test_arguments_that_a_subclass_saves_are_left_out_too(tmp_path: Path) -> None:
+    """It calls `save_hyperparameters` after the constructor of this package has looked at them."""
+    module, data, _ = build("sft", tmp_path)
+
+    class Odd(SFTModule):
+        def __init__(self, odd: object, number: object, **options: Any) -> None:
+            super().__init__(module.source.backbone, **options)
+            self.save_hyperparameters("odd", "number")
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    data.batch_size = np.int64(2)
+    assert type(data.batch_size) is int
+    run = L.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, default_root_dir=tmp_path, **quiet)
+    said = "Odd: the argument `odd` is not saved in checkpoints, because odd is a ndarray"
+    with pytest.warns(UserWarning, match=said):
+        own = Odd(odd=np.arange(3), number=np.float32(0.5))
+    assert "odd" in own.hparams
+    run.fit(own, data)
+    with pytest.warns(UserWarning, match=said):
+        run.save_checkpoint(tmp_path / "odd.ckpt")
+    arguments = torch.load(tmp_path / "odd.ckpt", weights_only=True)["hyper_parameters"]
+    assert arguments["number"] == 0.5 and type(arguments["number"]) is float and "odd" not in arguments

@@ -11,10 +11,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, OnExceptionCheckpoint, Timer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from torch.utils.data import DataLoader
 
 from lightning_align.sft.module import SFTModule
 from lightning_align.training.place import KEY, Clock
-from tests.training.places import METHODS, Run, SaveAt, assert_goes_on
+from tests.training.places import METHODS, Run, SaveAt, assert_goes_on, build
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),  # the Timer is not needed again
@@ -184,6 +185,44 @@ def test_a_resumed_epoch_accumulates_as_the_schedule_says(call: int, tmp_path: P
     whole = Run("sft", tmp_path, save, schedule(), max_epochs=3)
     resumed = Run("sft", tmp_path, schedule(), ckpt_path=save.paths["on_train_batch_end", call], max_epochs=3)
     assert_goes_on(whole, resumed, since=save.steps["on_train_batch_end", call])
+
+
+@pytest.mark.parametrize("case", ["sft", "retro", "workers"])
+def test_overfitting_goes_on_with_the_next_of_its_batches(case: str, tmp_path: Path) -> None:
+    method = "retro" if case == "retro" else "sft"
+    options: dict[str, Any] = {"overfit_batches": 3, "accumulate_grad_batches": 2, "max_epochs": 3}
+    data = {"num_workers": 1} if case == "workers" else None
+    save = SaveAt(tmp_path, [("on_train_batch_end", 4), ("on_train_batch_end", 5), ("on_validation_end", 0)])
+    whole = Run(method, tmp_path, save, data=data, **options)
+    assert len({str(rows) for steps in whole.record.steps.values() for rows in steps}) == 3
+    for moment, path in save.paths.items():
+        resumed = Run(method, tmp_path, data=data, ckpt_path=path, **options)
+        assert_goes_on(whole, resumed, since=save.steps[moment])
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")  # the other loader shuffles
+@pytest.mark.filterwarnings("ignore:`.*` returned `None`")  # it trains nothing
+def test_overfitting_beside_a_loader_that_the_trainer_changes(tmp_path: Path) -> None:
+    """It then puts plain samplers in the place of all."""
+    _, data, _ = build("sft", tmp_path)
+    seen: list[list[int]] = []
+
+    class Both(L.LightningModule):
+        def train_dataloader(self) -> Any:
+            data.trainer = self.trainer
+            data.prepare_data()
+            data.setup("fit")
+            return {"rows": data.train_dataloader(), "other": DataLoader([1, 2, 3], shuffle=True)}  # type: ignore[arg-type]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append(batch["rows"]["rows"].tolist())
+
+        def configure_optimizers(self) -> None:
+            """Train nothing."""
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(accelerator="cpu", overfit_batches=2, max_epochs=2, default_root_dir=tmp_path, **quiet).fit(Both())
+    assert len(seen) == 4 and seen[:2] == seen[2:]
 
 
 @pytest.mark.parametrize("place", ["forward", "inside the optimizer step"])
