@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types layers test test-portable test-pythons demo demo-pretrained notebooks docs bench studies clean
+.PHONY: help install check lint types layers test test-portable test-pythons demo demo-pretrained notebooks docs bench bench-all studies clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,7 +79,10 @@ demo-pretrained: $(VENV)/.installed-pretrained ## Align a pretrained model of 13
 notebooks: $(VENV)/.installed ## Run every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -o timeout=1200 notebooks
 
-bench: $(VENV)/.installed-bench ## Compare every method with other libraries, in under an hour on an idle machine (PAIRS=rows.jsonl: on your own pairs)
+bench: $(VENV)/.installed-bench ## Compare every method with other libraries, in half an hour on two idle cores (PAIRS=rows.jsonl: on your own pairs)
+	$(BIN)/python benchmarks/run.py --peers $(if $(PAIRS),--pairs $(PAIRS))
+
+bench-all: $(VENV)/.installed-bench ## Run all benchmarks, in about 100 minutes on two idle cores
 	$(BIN)/python benchmarks/run.py $(if $(PAIRS),--pairs $(PAIRS))
 
 studies: $(VENV)/.installed-bench ## Run the studies in benchmarks/studies, in hours

@@ -1,6 +1,7 @@
 """Run benchmarks and studies, and write their results to RESULTS.md.
 
 python benchmarks/run.py                        all benchmarks
+python benchmarks/run.py --peers                comparisons with other libraries, with fewer rounds
 python benchmarks/run.py --studies              all studies
 python benchmarks/run.py dpo/step.py            the named scripts; the other sections of RESULTS.md stay
 python benchmarks/run.py dpo/step.py --rounds 2 one script with options of your own; RESULTS.md stays as it is
@@ -16,12 +17,13 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 # Each entry is a section of RESULTS.md: a script and its options. Benchmarks measure time or memory and need a quiet machine.
-TIMED = (
+TIMED: tuple[tuple[str, ...], ...] = (
     ("scoring/logprobs.py",),
     ("scoring/peaked.py",),
     ("data/prepare.py", "--rows", "10000", "100000", "1000000"),
@@ -38,11 +40,13 @@ TIMED = (
     ("dpo/trl_step.py", "--thp"),
     ("dpo/trl_step.py", "--vocabulary", "128000", "--rounds", "2"),
     ("dpo/shared_prefix.py", "--size", "1", "--rounds", "1"),
+    ("dpo/shared_prefix.py", "--lora", "--size", "1", "--rounds", "2"),
     ("sft/trl_step.py",),
     ("sft/trl_step.py", "--thp"),
     ("sft/packing.py",),
     ("generation/sampling.py", "--peer-length", "160", "--rounds", "2"),
     ("generation/common_prefix.py", "--rounds", "2", "--threads", "1"),
+    ("generation/prompt_lookup.py",),
     ("generation/continuous.py", "--lengths", "random", "--batch-sizes", "64", "16", "--mean", "32", "--rounds", "1"),
     ("spin/step.py",),
     ("calm/step.py",),
@@ -56,6 +60,24 @@ TIMED = (
     ("retro/planted_copies.py",),
     ("retro/step.py",),
 )
+# The comparisons with other libraries, and what follows their options so that all of them take half an hour on two cores. All
+# of `TIMED` takes about 100 minutes there.
+PEERS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("scoring/logprobs.py",): ("--rounds", "1"),
+    ("data/prepare.py", "--rows", "10000", "100000", "1000000"): ("--rows", "10000", "100000", "--rounds", "1"),
+    ("dpo/step.py",): ("--rounds", "4"),
+    ("dpo/trl_step.py",): ("--rounds", "2"),
+    ("dpo/shared_prefix.py", "--size", "1", "--rounds", "1"): (),
+    ("sft/trl_step.py",): ("--rounds", "2"),
+    ("generation/sampling.py", "--peer-length", "160", "--rounds", "2"): ("--rounds", "1"),
+    ("generation/common_prefix.py", "--rounds", "2", "--threads", "1"): ("--rounds", "1"),
+    ("spin/step.py",): (),
+    ("calm/step.py",): ("--rounds", "3"),
+    ("retrieval/chunks.py",): (),
+    ("retrieval/vectors.py",): (),
+    ("retrieval/search.py", "--queries", "8192"): ("--rounds", "2"),
+    ("retro/step.py",): ("--rounds", "3"),
+}
 # Studies train models and look at what they learned, or kill runs and look at what survived. They take hours; other load on the
 # machine does not matter. A study with a .json file beside it stores each result there and runs only what is missing.
 STUDIES = (
@@ -142,11 +164,11 @@ def start(script: str, *options: str, capture: bool = False) -> subprocess.Compl
     )
 
 
-def record(todo: list[tuple[str, ...]], pairs: str | None, output: Path) -> list[str]:
+def record(todo: dict[tuple[str, ...], tuple[str, ...]], pairs: str | None, output: Path) -> list[str]:
     """Run sections and write the page after each of them, so that an interrupted run keeps what it has.
 
     Args:
-        todo: the sections.
+        todo: the sections, and further options of each.
         pairs: a file for the scripts that take pairs.
         output: the page; its other sections stay.
 
@@ -162,17 +184,20 @@ def record(todo: list[tuple[str, ...]], pairs: str | None, output: Path) -> list
     # Sections of commands that are not in the list stay at the end: nothing here can make them again.
     others = [section for section in kept.values() if section not in done.values()]
     failed = []
-    for number, (script, *options) in enumerate(todo, 1):
-        extra = pairs_options(script, pairs)
+    began = time.monotonic()
+    for number, ((script, *options), more) in enumerate(todo.items(), 1):
+        extra = [*more, *pairs_options(script, pairs)]
         print(f"[{number}/{len(todo)}] {shlex.join([script, *options, *extra])}", file=sys.stderr, flush=True)
         ran = start(script, *options, *extra, capture=True)
         print(ran.stdout, flush=True)
+        print(f"{(time.monotonic() - began) / 60:.1f} minutes so far", file=sys.stderr, flush=True)
         if ran.returncode:  # The old section stays, and the other scripts still run.
             failed.append(shlex.join([script, *options]))
             print(f"failed with exit status {ran.returncode}", file=sys.stderr, flush=True)
             continue
         # The path of the pairs means nothing to a reader.
-        shown = f"{marker(script, tuple(options))}`" + (" with `--pairs FILE`" if extra else "")
+        told_options = shlex.join([*more, *(["--pairs", "FILE"] if len(extra) > len(more) else [])])
+        shown = f"{marker(script, tuple(options))}`" + (f" with `{told_options}`" if told_options else "")
         # Skip what a Trainer prints before the section's heading.
         told = ran.stdout[max(0, ran.stdout.find("## ")) :].rstrip()
         done[script, *options] = f"{told}\n\n{shown}, {datetime.date.today().isoformat()}\n"
@@ -188,12 +213,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="run.py [--studies] [--pairs FILE] [--output FILE] [--list] [SCRIPT ... | SCRIPT OPTIONS]",
+        usage="run.py [--peers | --studies] [--pairs FILE] [--output FILE] [--list] [SCRIPT ... | SCRIPT OPTIONS]",
     )
     parser.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="SCRIPT", help="path in benchmarks/; SCRIPT --help: its options"
     )
     parser.add_argument("--list", action="store_true", help="print the scripts and what they measure")
+    parser.add_argument("--peers", action="store_true", help="run the comparisons with other libraries, with fewer rounds")
     parser.add_argument("--studies", action="store_true", help="run the studies, which takes hours")
     parser.add_argument("--pairs", metavar="FILE", help=f"for {', '.join(OF_PAIRS)}: JSONL with prompt, chosen and rejected")
     parser.add_argument("--output", type=Path, metavar="FILE", default=HERE / "RESULTS.md", help="default: RESULTS.md here")
@@ -201,7 +227,7 @@ def main() -> None:
     if arguments.list:
         print(listing())
         return
-    options = next((arguments.words[i:] for i, word in enumerate(arguments.words) if word.startswith("-")), [])
+    options: list[str] = next((arguments.words[i:] for i, word in enumerate(arguments.words) if word.startswith("-")), [])
     # The shell may have completed the whole path.
     scripts = [word.removeprefix("benchmarks/") for word in arguments.words[: len(arguments.words) - len(options)]]
     if unknown := set(scripts) - {script for script, *_ in SECTIONS}:
@@ -210,7 +236,10 @@ def main() -> None:
         if len(scripts) != 1:
             parser.error(f"{shlex.join(options)}: options of a script follow the name of that one script")
         sys.exit(start(scripts[0], *options, *pairs_options(scripts[0], arguments.pairs)).returncode)
-    todo = [section for section in SECTIONS if section[0] in scripts] or list(STUDIES if arguments.studies else TIMED)
+    named = [section for section in SECTIONS if section[0] in scripts] or list(STUDIES if arguments.studies else TIMED)
+    todo: dict[tuple[str, ...], tuple[str, ...]] = {section: () for section in named}
+    if arguments.peers and not scripts:
+        todo = PEERS
     if failed := record(todo, arguments.pairs, arguments.output):
         sys.exit(f"failed: {', '.join(failed)}; see the messages above")
 

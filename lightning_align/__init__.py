@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from lightning_align.spin.datamodule import SPINDataModule
     from lightning_align.spin.loss import self_play_loss, spin_loss
     from lightning_align.spin.module import SPINModule
+    from lightning_align.training.auto_precision import AutoPrecision
     from lightning_align.training.callbacks import SampleLogger, SolveRate
     from lightning_align.training.schedules import WarmupDecay
 
@@ -79,6 +80,7 @@ _HOME = {
     "Arithmetic": "data.tasks.arithmetic",
     "Augment": "calm.spec",
     "AugmentInput": "calm.spec",
+    "AutoPrecision": "training.auto_precision",
     "CALM": "calm.model",
     "CALMDataModule": "calm.datamodule",
     "CALMModule": "calm.module",
@@ -147,6 +149,7 @@ __all__ = [
     "Arithmetic",
     "Augment",
     "AugmentInput",
+    "AutoPrecision",
     "CALMDataModule",
     "CALMModule",
     "ConnectionConfig",

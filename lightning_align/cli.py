@@ -6,14 +6,12 @@ class names need no module path.
 
 import logging
 import os
-import re
 import signal
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, cast
 
@@ -28,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_align
 from lightning_align.console.advice import advise, mismatch, with_nearest
+from lightning_align.console.arguments import overlay, refuse_empty_files, root_of
 from lightning_align.console.chat import chat
 from lightning_align.console.evaluate import evaluate
 from lightning_align.console.last import LastLink
@@ -41,6 +40,7 @@ from lightning_align.models.checkpoint import gather_command, read_checkpoint
 from lightning_align.runtime.lightning_internals import callbacks_of, is_fast_dev_run, last_saved_step, subcommand_actions
 from lightning_align.runtime.subnormal import flush_subnormal
 from lightning_align.runtime.team import of_first_rank
+from lightning_align.training.auto_precision import AUTO, AutoPrecision
 from lightning_align.training.callbacks import PredictionWriter
 from lightning_align.training.interrupts import InterruptCheckpoint
 from lightning_align.training.module import AlignModule
@@ -143,12 +143,22 @@ class AlignCLI(LightningCLI):
             parser.set_defaults({"return_predictions": False})
         return parser
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the arguments of Trainer, module and data module. `--trainer.precision` may be `auto`."""
+        super().add_core_arguments_to_parser(parser)
+        cast(AlignParser, parser).allow("trainer.precision", AUTO)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer, with a progress bar that counts the steps of the run."""
+        measured = self._get(self.config, "trainer.precision") == AUTO
+        if measured:
+            kwargs["precision"] = None
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:
             raise ValueError(f"the Trainer refuses its settings: {error}") from error  # as it does with most of them
+        if measured:
+            callbacks_of(trainer).insert(0, AutoPrecision())
         config = self.config[self.config["subcommand"]].get("trainer") or {}
         if trainer.accumulate_grad_batches < 1:  # Lightning divides by it
             raise ValueError(f"`accumulate_grad_batches` must be 1 or more, but got {trainer.accumulate_grad_batches}.")
@@ -196,7 +206,7 @@ class AlignCLI(LightningCLI):
             super()._parse_ckpt_path()
             return
         own = {name: value for name, value in saved.items() if not name.startswith("_")}
-        arguments = _overlay(own, given.init_args.as_dict() if "init_args" in (given or ()) else {})
+        arguments = overlay(own, given.init_args.as_dict() if "init_args" in (given or ()) else {})
         merged = {"class_path": model.class_path, "init_args": arguments}
         self.config = self.parser.parse_object({command: {"model": merged}}, self.config)
 
@@ -258,15 +268,6 @@ class AlignCLI(LightningCLI):
         callbacks_of(self.trainer).insert(0, PredictionWriter(config["output"]))
 
 
-def _overlay(saved: Any, given: Any) -> Any:
-    """Merge given arguments into saved ones. Saved arguments of another class are dropped."""
-    if not (isinstance(saved, Mapping) and isinstance(given, Mapping)):
-        return given
-    if "class_path" in given and str(given["class_path"]).rpartition(".")[2] != str(saved.get("class_path")).rpartition(".")[2]:
-        return given
-    return {**saved, **{name: _overlay(saved.get(name), value) for name, value in given.items()}}
-
-
 def _quieten(command: str) -> None:
     """Hide warnings that users cannot act on."""
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning)  # lightning 2.6
@@ -278,22 +279,6 @@ def _quieten(command: str) -> None:
     advertisements = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not advertisements.filters:
         advertisements.addFilter(lambda record: "Tip:" not in record.getMessage())
-
-
-def _refuse_empty_files(arguments: Sequence[str]) -> None:
-    """Raise for an empty data file. The parser would read it as "null", as if no file was given."""
-    words = [part for argument in arguments for part in argument.split("=", 1)]
-    for flag, value in pairwise(words):
-        if flag.startswith("--data.") and Path(value).is_file() and not Path(value).stat().st_size:
-            raise ValueError(f"{flag} must be a file with rows, but {value} is empty.")
-
-
-def _root(error: ValueError) -> str:
-    """Return what the constructor says. The parser wraps it in the errors of other types and the whole configuration."""
-    found: BaseException = error
-    while str(found).startswith("Does not validate against any of the Union subtypes") and found.__cause__ is not None:
-        found = found.__cause__
-    return re.sub(r"^Problem with given class_path '[^']*':\n\s*", "", str(found))
 
 
 def _exit_with(message: str, error: Exception) -> NoReturn:
@@ -327,7 +312,7 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
     for name in lightning_align.__all__:
         getattr(lightning_align, name)  # a class that is imported can be named without its path
     try:
-        _refuse_empty_files(arguments)
+        refuse_empty_files(arguments)
         if arguments and arguments[0] in FILE_COMMANDS:
             FileParser.command = arguments[0]
             if arguments[0] == "chat" and len(arguments) > 2 and not any(word.startswith("-") for word in arguments[1:3]):
@@ -376,7 +361,7 @@ def run(args: Sequence[str] | None = None) -> AlignCLI | None:
         _exit_with(advise(error), error)
     except ValueError as error:
         # A ValueError tells the user what to do. The traceback through the Trainer would hide it.
-        _exit_with(_root(error), error)
+        _exit_with(root_of(error), error)
     except OSError as error:
         # Full disks, missing permissions: errors of the system that Lightning, loggers and libraries pass on.
         place = error.filename2 or error.filename

@@ -15,7 +15,7 @@ import pytest
 
 import benchmarks.run
 from benchmarks.gpu import run as gpu
-from benchmarks.run import HERE, SECTIONS, marker, sections
+from benchmarks.run import HERE, PEERS, SECTIONS, TIMED, marker, sections
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = list(dict.fromkeys(script for script, *_ in SECTIONS))
@@ -86,6 +86,12 @@ def test_listed_options_and_named_commands_exist(help_texts: dict[str, str]) -> 
                 assert re.search(rf"{option}\b", help_texts[words[0]]), words
 
 
+def test_comparisons_with_others_are_listed_and_their_options_exist(help_texts: dict[str, str]) -> None:
+    assert PEERS.keys() <= set(TIMED)
+    for (script, *_), more in PEERS.items():
+        assert all(re.search(rf"{option}\b", help_texts[script]) for option in more if option.startswith("--"))
+
+
 def test_results_have_a_section_for_each_entry_and_no_other() -> None:
     page = sections((HERE / "RESULTS.md").read_text(encoding="utf-8"))
     lines = [line for line in page if not line.startswith(gpu.MARKER)]
@@ -141,6 +147,17 @@ def test_a_script_with_its_own_options_prints_and_records_nothing(
         run(monkeypatch, "--pairs", "rows.jsonl", "dpo/step.py", "--seeds", "0")
     assert "## Given\n\n['--seeds', '0', '--pairs', 'rows.jsonl']" in capfd.readouterr().out
     assert small.read_text() == before
+
+
+def test_comparisons_with_others_run_with_fewer_rounds(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmarks.run, "PEERS", {("dpo/step.py",): ("--rounds", "2")})
+    run(monkeypatch, "--output", str(small), "--peers", "--pairs", "rows.jsonl")
+    assert "['--rounds', '2', '--pairs', 'rows.jsonl']" in small.read_text()
+    (line,) = (line for line in sections(small.read_text()) if "dpo/step.py" in line)
+    assert line.startswith("`python benchmarks/run.py dpo/step.py` with `--rounds 2 --pairs FILE`, ")
+    assert "minutes so far" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("words", [(), ("dpo/step.py",), ("benchmarks/dpo/step.py",)])

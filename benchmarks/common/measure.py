@@ -129,20 +129,23 @@ class Clock(Callback):
         self.timings.append(Timing(self.meter.seconds, self.meter.others))
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Timing]]:
+def alternate(sides: Mapping[str, Callable[[], object]], rounds: int, *, cpu: bool = False) -> dict[str, list[Timing]]:
     """Run the sides in turns, so that background load affects all of them.
 
     Args:
         sides: what to run, by name.
         rounds: number of runs of each side. The caller does the warm-up.
+        cpu: whether to count seconds of the processor, of all threads, in place of the clock's. Other load changes them less.
     """
     timings: dict[str, list[Timing]] = {name: [] for name in sides}
     order = list(sides)
     for _ in range(rounds):
         for name in order:
             with Meter() as meter:
+                start = time.process_time()
                 sides[name]()
-            timings[name].append(Timing(meter.seconds, meter.others))
+                used = time.process_time() - start
+            timings[name].append(Timing(used if cpu else meter.seconds, meter.others))
         order = order[1:] + order[:1]
     return timings
 

@@ -47,14 +47,14 @@ def cases() -> dict[str, tuple[dict[str, Any], list[TokenBatch]]]:
     }
 
 
-def stepper(shape: dict[str, Any], precision: str, batches: list[TokenBatch]) -> Callable[[], None]:
-    """A training step with its own model."""
+def stepper(shape: dict[str, Any], precision: str, batches: list[TokenBatch]) -> Callable[[], float]:
+    """A training step with its own model, which returns the loss."""
     torch.manual_seed(0)
     policy = PaLM(**shape)
     optimizer = torch.optim.AdamW(policy.parameters(), 3e-4)
     turns = cycle(batches)
 
-    def step() -> None:
+    def step() -> float:
         mixed = precision == "bf16-mixed"
         with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
             logprobs = response_logprobs(policy, next(turns))
@@ -63,6 +63,7 @@ def stepper(shape: dict[str, Any], precision: str, batches: list[TokenBatch]) ->
         nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.item()
 
     return step
 
@@ -77,6 +78,29 @@ def measure(rounds: int) -> None:
                 step()
         results[name] = common.alternate({precision: partial(step) for precision, step in steps.items()}, rounds)
     print(json.dumps(results))
+
+
+def curves(steps: int) -> None:
+    """Print how far the losses of two runs from the same weights on the same batches are apart."""
+    shape, batches = cases()["demo, 128"]
+    each = {precision: stepper(shape, precision, batches) for precision in PRECISIONS}
+    full, half = (torch.tensor([step() for _ in range(steps)]) for step in each.values())
+    # Means of ten steps, because batches differ.
+    full, half = (losses.unfold(0, 10, 10).mean(1) for losses in (full, half))
+    common.heading(
+        "Curves in two precisions",
+        f"The first model above, {steps} steps from the same weights on the same batches; means of ten steps, nats per token.",
+    )
+    rows = [
+        {
+            "steps": f"{10 * i + 1} to {10 * i + 10}",
+            "32-true": f"{float(full[i]):.4f}",
+            "bf16-mixed": f"{float(half[i]):.4f}",
+        }
+        for i in sorted({0, len(full) // 4, len(full) // 2, 3 * len(full) // 4, len(full) - 1})
+    ]
+    print(common.table(rows))
+    print(f"\nLargest difference of all means: {float((full - half).abs().max()):.4f} nats per token.")
 
 
 def report(rounds: int) -> None:
@@ -111,10 +135,13 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--curves", type=int, default=0, help="only compare the losses of this many steps")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    if arguments.measure:
+    if arguments.curves:
+        curves(arguments.curves)
+    elif arguments.measure:
         measure(arguments.rounds)
     else:
         report(arguments.rounds)

@@ -195,6 +195,11 @@ class CALMModule(AlignModule):
 
     # -- training
 
+    def begin_trial(self) -> None:
+        """Prepare a copy that is only timed, which stores nothing."""
+        super().begin_trial()
+        self.store_states = None
+
     def check_by_hand(self) -> None:
         """Raise if hidden states are to be stored, which the hooks of a Trainer do."""
         super().check_by_hand()

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -83,6 +83,11 @@ class AlignParser(ShortErrors, LightningArgumentParser):
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line, in which ``--config`` can be the name of a shipped configuration."""
         return super().parse_args(resolve(sys.argv[1:] if args is None else list(args)), *others, **kwargs)
+
+    def allow(self, option: str, value: str) -> None:
+        """Let an option take one value more than its type says."""
+        action: Any = next(action for action in self._actions if action.dest == option)
+        action._typehint = action._typehint | Literal[value]
 
     def explained(self, message: str) -> str:
         """Shorten a message."""

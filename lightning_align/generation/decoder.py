@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_align.generation.casting import fixed_head
-from lightning_align.generation.packing import pack
+from lightning_align.generation.packing import few_columns, pack
 from lightning_align.generation.prefix import Prefix
 from lightning_align.generation.static import StaticDecoder
 from lightning_align.models.language_model import Head, HiddenModel, context_length, has_cache, logits_of
@@ -28,6 +28,19 @@ class Decoder(Protocol):
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token (B,) to each row and return the logits (B, V) after it."""
+        ...
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether `ahead` and `rewind` are possible."""
+        ...
+
+    def ahead(self, tokens: Tensor) -> Tensor:
+        """Append tokens (N,) to the only row and return the logits (N, V) after each of them."""
+        ...
+
+    def rewind(self, count: int) -> None:
+        """Remove the last tokens of the only row."""
         ...
 
     def select(self, rows: Sequence[int]) -> bool:
@@ -139,11 +152,30 @@ class _CachedDecoder:
         return self._forward(tokens[:, None], self.stop - 1)
 
     def _forward(self, tokens: Tensor, start: int) -> Tensor:
+        return self._logits(self._hidden(tokens, start)[:, -1])
+
+    def _hidden(self, tokens: Tensor, start: int) -> Tensor:
         mask = None if self.exists is None else self.exists[:, : self.stop]
         positions = self.positions[:, start : self.stop]
-        hidden = self.model.hidden(tokens, mask=mask, positions=positions, cache=self.cache)
+        return self.model.hidden(tokens, mask=mask, positions=positions, cache=self.cache)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         head = self.head or self.model.head
-        return head.logits(hidden[:, -1]) if self.linear is None else head.capped(self.linear(hidden[:, -1]))
+        return head.logits(hidden) if self.linear is None else head.capped(self.linear(hidden))
+
+    @property
+    def rewinds(self) -> bool:
+        return self.device.type == "cpu" and callable(getattr(self.cache, "rewind", None)) and not is_sharded(self.model)
+
+    def ahead(self, tokens: Tensor) -> Tensor:
+        self.stop += len(tokens)
+        with few_columns():
+            return self._logits(self._hidden(tokens[None], self.stop - len(tokens))[0])
+
+    def rewind(self, count: int) -> None:
+        if count:
+            self.stop -= count
+            self.cache.rewind(count)
 
     def select(self, rows: Sequence[int]) -> bool:
         return self._select(to_device(list(rows), self.device))
@@ -197,6 +229,14 @@ class _PlainDecoder:
         self.tokens.scatter_(1, self.places.clamp(max=self.most - 1)[:, None], tokens[:, None])
         self.places, self.width = (self.places + 1).clamp(max=self.most), min(self.width + 1, self.most)
         return self._forward()
+
+    rewinds = False
+
+    def ahead(self, tokens: Tensor) -> Tensor:
+        raise AssertionError("it does not rewind")
+
+    def rewind(self, count: int) -> None:
+        raise AssertionError("it does not rewind")
 
     def _forward(self) -> Tensor:
         logits = logits_of(self.model, self.tokens[:, : self.width])

@@ -15,6 +15,7 @@ from lightning_align.generation.filter_function import FilterSettings, filtered_
 from lightning_align.generation.filters import Filters, choose, num_draws
 from lightning_align.generation.history import History, Repetition
 from lightning_align.generation.looks import Looks
+from lightning_align.generation.lookup import PromptLookup
 from lightning_align.generation.noise import uniforms
 from lightning_align.generation.prefix import Prefix, read_prefix
 from lightning_align.runtime.ranks import everyone, is_sharded, largest
@@ -35,6 +36,7 @@ class Settings(Filters, Repetition, FilterSettings, Protocol):
 
     num_samples: int
     batch_size: int
+    prompt_lookup: int
 
 
 class Row:
@@ -158,6 +160,8 @@ class _Batch:
     ) -> None:
         self.config, self.ends, self.device = config, ends, device
         self.rows = [row for prompt in prompts for row in prompt.rows]
+        self.prompts = [prompt.tokens for prompt in prompts for _ in prompt.rows]
+        self.lookup: tuple[Row, PromptLookup] | None = None
         self.limit = max(row.limit for row in self.rows)
         if is_sharded(model):
             self.limit = largest(self.limit, device)
@@ -179,17 +183,39 @@ class _Batch:
     def advance(self, steps: int) -> None:
         """Draw up to `steps` tokens per row. On a GPU the rows get them one look later, and all with the last look."""
         drawn, logprobs = [], []
-        steps = min(steps, self.limit)
+        steps, guesses = min(steps, self.limit), self._guesses()
+        if guesses is not None:
+            steps = min(1 + len(guesses), self.limit)
+        if guesses:
+            assert self.tokens is not None
+            ahead = self.decoder.ahead(torch.cat((self.tokens, to_device(guesses, self.device))))
         for step in range(steps):
-            if self.tokens is not None:
+            if guesses:
+                self.logits = ahead[step : step + 1]
+            elif self.tokens is not None:
                 self.logits = self.decoder.step(self.tokens)
             self.tokens, logps = self._choose(self.logits, self.noise[:, step], self.history)
             drawn.append(self.tokens)
             logprobs.append(logps)
+            if guesses and (step == len(guesses) or int(self.tokens) != guesses[step]):
+                self.decoder.rewind(steps - step - 1)
+                steps = step + 1
+                break
         self.noise, self.limit = self.noise[:, steps:], self.limit - steps
         self.looks.add(self.rows, torch.stack(drawn, 1), torch.stack(logprobs, 1))
         # Behind the last look nothing is left to start.
         self.read(1 if self.limit else 0)
+
+    def _guesses(self) -> list[int] | None:
+        """Return guesses at the next tokens of the only row, or None if there is no lookup."""
+        if not self.config.prompt_lookup or len(self.rows) > 1 or self.tokens is None or not self.decoder.rewinds:
+            return None
+        (row,), (prompt,) = self.rows, self.prompts
+        if self.lookup is None or self.lookup[0] is not row:
+            self.lookup = row, PromptLookup(prompt)
+        lookup = self.lookup[1]
+        lookup.extend(row.tokens[len(lookup.tokens) - len(prompt) :])
+        return lookup.guess(max(0, min(self.config.prompt_lookup, self.limit - 1)))
 
     def read(self, late: int) -> None:
         """Give the rows their tokens, except for those of the last `late` looks."""
@@ -205,6 +231,7 @@ class _Batch:
         if self.decoder.select(rows):
             assert self.tokens is not None
             self.rows, self.tokens, self.noise = [self.rows[row] for row in rows], self.tokens[keep], self.noise[keep]
+            self.prompts = [self.prompts[row] for row in rows]
             self.history.select(keep)
 
     def join(self, prompts: list[Prompt]) -> None:
@@ -221,6 +248,7 @@ class _Batch:
         self.history.join(history, room=self.limit)
         self.tokens = torch.cat((self.tokens, tokens))
         own = F.pad(self.noise, (0, 0, 0, self.limit - self.noise.shape[1]))
+        self.prompts += [prompt.tokens for prompt in prompts for _ in prompt.rows]
         self.rows, self.noise = self.rows + new, torch.cat((own, noise[:, 1:]))
 
     def _choose(self, logits: Tensor, noise: Tensor, history: History) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 # The smallest number of weights to pack. Smaller matrices stay in the CPU cache, where the general routine is as fast.
 LEAST = 2**15
 
+_few_columns = False
+
 
 def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
     """Build an `F.linear` that packs its weight when it is first useful.
@@ -36,14 +38,25 @@ def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | No
         if x.dtype is not weight.dtype:
             return F.linear(x, weight, bias)
         rows = x.numel() // x.shape[-1]
-        # A decoding step appends one column. More columns are a prompt, which is read only once.
-        step = rows > 1 and (x.ndim == 2 or x.shape[-2] == 1)
+        # A decoding step appends one column. More columns are a prompt, which is read only once, or guesses.
+        step = rows > 1 and (x.ndim == 2 or x.shape[-2] == 1 or _few_columns)
         if step and packed is None:
             packed = torch.ops.mkldnn._reorder_linear_weight(plain)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed if step else plain, bias, "none", [], "")
         return product
 
     return linear
+
+
+@contextmanager
+def few_columns() -> Iterator[None]:
+    """Pack weights in a `with` block also for several columns of a row, because many such passes follow."""
+    global _few_columns
+    _few_columns = True
+    try:
+        yield
+    finally:
+        _few_columns = False
 
 
 def _packs(dtype: torch.dtype) -> bool:

@@ -156,6 +156,16 @@ class StaticDecoder:
         self.lengths = [self.lengths[row] for row in rows]
         return True
 
+    rewinds = False
+
+    def ahead(self, tokens: Tensor) -> Tensor:
+        """Not possible: a captured step has one token per row."""
+        raise AssertionError("it does not rewind")
+
+    def rewind(self, count: int) -> None:
+        """Not possible either."""
+        raise AssertionError("it does not rewind")
+
     @property
     def joins(self) -> bool:
         """Always."""

@@ -137,6 +137,10 @@ class KVCache:
         """Count new columns as filled, which every layer has written."""
         self.length += new
 
+    def rewind(self, count: int) -> None:
+        """Drop the last columns."""
+        self.length -= count
+
     def static(self, batch: int, length: int) -> StaticKV:
         """Make an empty cache of fixed size, of the same model. See `lightning_align.models.static_cache`."""
         return StaticKV(self, batch, length)

@@ -62,6 +62,17 @@ class PretrainedCache:
         self.past.batch_select_indices(rows)
 
     @property
+    def rewind(self) -> "Callable[[int], None] | None":
+        """A function that drops the last columns, see `KVCache.rewind`. None if a layer drops columns by itself."""
+        return self._rewind if _keeps_all(self.past) and self._extends() else None
+
+    def _rewind(self, count: int) -> None:
+        self.length -= count
+        for layer in self.past.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, : self.length], layer.values[:, :, : self.length]
+
+    @property
     def repeat(self) -> "Callable[[Tensor, int], PretrainedCache] | None":
         """A function that copies the only row, see `KVCache.repeat`. None if a layer has not kept all columns."""
         layers = [layer for layer in self.past.layers if layer.is_initialized]
@@ -102,6 +113,13 @@ def _joins(past: Any) -> bool:
     from transformers import cache_utils
 
     return all(type(layer) in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer) for layer in past.layers)
+
+
+def _keeps_all(past: Any) -> bool:
+    """Return whether all layers of a cache keep the keys and values of all columns."""
+    from transformers import cache_utils
+
+    return all(type(layer) is cache_utils.DynamicLayer for layer in past.layers)
 
 
 def has_selectable_layers(config: Any) -> bool:

@@ -5,15 +5,18 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import numpy as np
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_align.data.forms import Form
 from lightning_align.data.mixture import MixedStore
 from lightning_align.data.store import StoredRow, TokenStore
 from lightning_align.runtime.lightning_internals import callbacks_of
+from lightning_align.spin.batches import split_rows
 from lightning_align.spin.callbacks import SelfPlayGeneration
-from lightning_align.spin.generations import Pairs, collate_self_play
+from lightning_align.spin.generations import Pairs, collate_self_play, join_pairs
 from lightning_align.training.datamodule import AlignDataModule, Loader
+from lightning_align.types import SelfPlayBatch
 
 
 class SPINDataModule(AlignDataModule):
@@ -35,6 +38,13 @@ class SPINDataModule(AlignDataModule):
             self._pairs(key)  # now, while the policy is still the opponent of the iteration
         sampler = self._sampler(store, self.batch_size, shuffle=True, grouped=self.group_by_length)
         return self._loader(store, sampler, self._collate_pairs(), resumable=True)
+
+    def trial_batch(self) -> SelfPlayBatch:
+        """Return a batch to measure a step with: real rows, each paired with itself, because nothing is generated yet."""
+        batch = next(iter(super().train_dataloader()))
+        rows, targets, prompts = split_rows(batch)
+        pairs = join_pairs(rows, targets, rows, prompts, pad_id=self.tokenizer.pad_id)
+        return {"pairs": pairs, "opponent": torch.zeros(2 * len(rows))}
 
     def _eval_loader(self, key: str) -> Loader:
         # The pairs of the iteration within `fit`, and after it in the same process. Otherwise real rows only.

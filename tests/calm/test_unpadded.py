@@ -15,6 +15,7 @@ from lightning_align.models.unpadded import Unpadded
 from lightning_align.models.varlen import Segments
 from tests.calm.toys import composed, connect, gpt2
 from tests.models.test_varlen import reference_varlen_attn
+from tests.scoring.test_shared_prefix import GROUPS, compare
 from tests.toys import VOCABULARY, tiny_palm, token_batch
 
 CPU = torch.device("cpu")
@@ -96,3 +97,10 @@ def test_lengths_of_their_own_are_padded() -> None:
         assert model.longest_unpadded(CPU) is None
     bare = connect(CALM(tiny_palm(), Augment(gpt2(), num_connections=1), connection=ConnectionConfig(heads=2)))
     assert bare.longest_unpadded(CPU) is None
+
+
+@pytest.mark.parametrize("batch", ["pairs", "four answers", "an answer that begins another"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_rows_that_share_beginnings_equal_separate_rows(batch: str, dtype: torch.dtype, tolerance: float) -> None:
+    """In the anchor, in the augment and in the connections: log-probs and the gradients of the connections."""
+    compare(composed(dtype), GROUPS[batch], tolerance)
