@@ -51,6 +51,7 @@ TIMED = (
     ("retrieval/chunks.py",),
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),
+    ("retrieval/lexical.py",),
     ("retrieval/engines.py",),
     ("retro/memory.py", "--sizes", "40", "--lines"),
     ("retro/planted_copies.py",),
