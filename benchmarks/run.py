@@ -55,6 +55,7 @@ TIMED: tuple[tuple[str, ...], ...] = (
     ("retrieval/chunks.py",),
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),
+    ("retrieval/lexical.py",),
     ("retrieval/engines.py",),
     ("retro/memory.py", "--sizes", "40", "--lines"),
     ("retro/planted_copies.py",),

@@ -109,7 +109,7 @@ class FolderDocuments(DocumentSource):
         held_out = self.part == "held_out"
         paths = {n: p for n, p in found.items() if self.part == "all" or _is_held_out(n, self.held_out) == held_out}
         if not paths:
-            remedy = "Change `glob`."
+            remedy = "Add text files, or change `glob`."
             if found:
                 remedy = (
                     f"{len(found)} match, but are in the other part. Change `held_out`, which is {self.held_out}, or add files."

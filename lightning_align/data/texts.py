@@ -13,6 +13,8 @@ from typing import IO, cast
 PACKED = (".gz", ".zst")
 """The suffixes of compressed text files, which are decompressed while they are read."""
 ROWS = (".jsonl", ".ndjson", ".parquet", ".arrow", ".csv")
+DATABASE = frozenset(("database.json", ".build.lock"))
+"""A folder with one of these files is a retrieval database, finished or at work. It is no text."""
 UNREADABLE = "not readable by this user"
 """The reason of an entry that cannot be read."""
 _CONVERTERS = {
@@ -71,6 +73,11 @@ def list_entries(folder: Path, patterns: Sequence[str], exclude: Sequence[str]) 
 
     found: list[tuple[str, Path]] = []
     for parent, folders, others in os.walk(folder, onerror=lambda error: note(UNREADABLE, error.filename)):
+        if not DATABASE.isdisjoint(others) and Path(parent) != folder:
+            note("a retrieval database", parent)
+            excluded.add(Path(parent))
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not _matches(name, tails) and Path(parent, name) not in excluded]
         for name in folders:
             if os.path.islink(os.path.join(parent, name)):

@@ -28,7 +28,13 @@ def one_build(root: Path, team: Team) -> Iterator[None]:
     Args:
         root: The folder of the database.
         team: The ranks.
+
+    Raises:
+        ValueError: If the path is that of a file, or the lock cannot be written.
     """
+    if not root.is_dir() and (root.exists() or root.is_symlink()):
+        what = "a file" if root.exists() else "a link that leads nowhere"
+        raise ValueError(f"`folder` must be a folder for the database, but {root} is {what}. Choose another path.")
     if team.rank != 0 or is_read_only(root):
         yield
         return

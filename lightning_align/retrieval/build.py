@@ -19,7 +19,7 @@ from lightning_align.retrieval.index import append_index, build_index
 from lightning_align.retrieval.lexical import build_lexical
 from lightning_align.retrieval.neighbors import build_neighbors, warn_of_chunks_alone
 from lightning_align.retrieval.searchers import make_retriever, make_searcher
-from lightning_align.retrieval.sources import stamps, warn_of_changes
+from lightning_align.retrieval.sources import stamps, stamps_apart, warn_of_changes
 from lightning_align.retrieval.stages import Stage, Team, open_stage
 from lightning_align.retrieval.tables import ChunkTable, Neighbors
 from lightning_align.retrieval.tools import Kind, Tools, check_encoder
@@ -95,7 +95,7 @@ class Builder:
         Raises:
             ValueError: If an argument cannot be used. Stages that are finished by then are kept.
         """
-        before = {name: stamps(each) for name, each in {"": source, **queries}.items()}
+        before = stamps_apart({"": source, **queries}, self.root)
         if self.tools.encoder is not None:
             self._precision = str(self.tools.trainer().precision)
         head = self._head()

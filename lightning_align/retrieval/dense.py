@@ -193,13 +193,24 @@ class DenseQueries:
     Args:
         encoder: The encoder of the index.
         precision: The precision of the Trainer that ran stage 2. None encodes in the precision of the caller.
+        dim: The dimension of the vectors of the index. Default is not to check it.
     """
 
-    def __init__(self, encoder: Encoder, *, precision: str | None = None) -> None:
-        self.encoder, self.precision = encoder, precision
+    def __init__(self, encoder: Encoder, *, precision: str | None = None, dim: int | None = None) -> None:
+        self.encoder, self.precision, self.dim = encoder, precision, dim
 
     def __call__(self, queries: Sequence[ArrayLike]) -> Floats:
-        """Encode n sequences of tokens to vectors (n, d)."""
+        """Encode n sequences of tokens to vectors (n, d).
+
+        Raises:
+            ValueError: If the vectors have another dimension than those of the index.
+        """
         # Round to float16 like the vectors in the index, so that a chunk has distance 0 to itself.
         with in_precision(self.encoder, self.precision):
-            return self.encoder.encode(queries).astype(np.float16).astype(np.float32)
+            vectors = self.encoder.encode(queries).astype(np.float16).astype(np.float32)
+        if self.dim is not None and vectors.shape != (len(queries), self.dim):
+            raise ValueError(
+                f"The encoder must return vectors like those of the database, ({len(queries)}, {self.dim}), but"
+                f" {type(self.encoder).__name__} returned the shape {vectors.shape}. Use the encoder that it was built with."
+            )
+        return vectors

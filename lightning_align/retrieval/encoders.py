@@ -221,6 +221,11 @@ class _Embedder(L.LightningModule):
         chunks = range(number * BLOCK_CHUNKS, min((number + 1) * BLOCK_CHUNKS, len(self.table)))
         with in_precision(self.encoder, self.precision):
             vectors = self.encoder.encode([self.table.chunk(chunk) for chunk in chunks]).astype(np.float16)
+        if vectors.ndim != 2 or len(vectors) != len(chunks):
+            raise ValueError(
+                f"`encode` of {type(self.encoder).__name__} must return a vector per chunk, ({len(chunks)}, d), but returned"
+                f" the shape {vectors.shape}."
+            )
         if not np.isfinite(vectors).all():
             raise ValueError(
                 f"Vectors must be finite and fit into float16 (at most 65,504), but those of {type(self.encoder).__name__} do "

@@ -64,8 +64,8 @@ def _index(stage: Stage, table: ChunkTable, decode: Decode, config: WordsConfig)
     num_terms = write_postings(stage.folder, count_terms(words()))
     if not num_terms:
         raise ValueError(
-            "Chunks must have words for BM25, but no chunk has one. Increase `chunk_size` (a byte tokenizer needs several "
-            "times the size of a word tokenizer), or use a dense encoder."
+            "Chunks must have words for BM25, but no chunk has one. Use documents with words, increase `chunk_size` (a byte "
+            "tokenizer needs several times the size of a word tokenizer), or use a dense encoder."
         )
     counts = {"words": num_terms, "chunks": len(table)}
     stage.finish(table={"words": words_key(config)}, counts=counts, files=[f"{name}.npy" for name in FILES])

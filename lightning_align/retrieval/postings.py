@@ -7,9 +7,10 @@ The score of a chunk for a query is the sum over the distinct terms of the query
 (Robertson and Zaragoza 2009, with the idf of Lucene, which is never negative). C is the number of chunks, df the number of
 chunks with the term, tf how often a chunk has it, and length the number of terms of a chunk.
 
-A search adds up only as many lists as it needs (MaxScore, Turtle and Flood 1995). The list of a term is cut into tiers of
-falling weight, so that the weight of what was left out is known closely. Once it is below the k-th best score that was found,
-no other chunk can be among the k best. The chunks that can be are scored exactly, in float64, from their own terms.
+A search adds up short lists whole. Of long ones it adds up only as many as it needs (MaxScore, Turtle and Flood 1995). The
+list of a term is cut into tiers of falling weight, so that the weight of what was left out is known closely. Once it is below
+the k-th best score that was found, no other chunk can be among the k best. The chunks that can be are scored exactly, in
+float64, from their own terms.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,8 @@ _CALL = 24.0
 """Postings that take as long as the work to begin a list."""
 _MANY = 512
 """Candidates above which a search raises the bar first."""
+_WHOLE = 800_000
+"""Up to so many postings it is faster to add up all of them than to choose among them."""
 _SHARE = 0.5
 """A search adds up lists until what is left out is below this share of the k-th best score. Then few chunks remain."""
 
@@ -43,6 +46,8 @@ _WORTH = 5
 """With more postings than a fifth of the chunks, it is faster to look at the scores of all chunks than to gather some."""
 _WIDTH = 64
 """Chunks per block of scores."""
+_ROUNDING = 1e-5
+"""How far a sum of float32 weights can be off, as a share of the highest score."""
 
 
 class Postings:
@@ -113,6 +118,9 @@ class Postings:
             return np.zeros(0, dtype=np.int64), np.zeros(0)
         terms = np.asarray(query, dtype=np.int64)
         tiers = self._tiers[terms]  # (t, TIERS + 1)
+        if int((tiers[:, -1] - tiers[:, 0]).sum()) <= _WHOLE:
+            spans = [slice(start, stop) for start, stop in tiers[:, [0, -1]].tolist()]
+            return self._best_of_all(query, k, forbidden, spans, 0.0, _ROUNDING * float(self._idf(terms).sum()))
         sizes = np.diff(tiers, axis=1)
         gains = self._idf(terms)[:, None] * self._drops
         # The tiers that lower the bound of the rest most per posting come first. Tiers of a term stay in order.
@@ -121,7 +129,7 @@ class Postings:
         touched = np.cumsum(sizes.reshape(-1)[order])
         # The bound of what is left out once each tier was added.
         rest = np.append(np.cumsum(gains.reshape(-1)[order][:0:-1])[::-1], 0.0)
-        slack = 1e-5 * float(gains.sum())  # sums of float32 weights round
+        slack = _ROUNDING * float(gains.sum())
         taken = np.zeros(len(terms), dtype=np.int64)
         first = min(int(np.searchsorted(touched, _FIRST)) + 1, len(order))
         some, taken = self._add(order[:first], tiers, taken)

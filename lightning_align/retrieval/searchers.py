@@ -75,7 +75,8 @@ def make_retriever(root: Path, tools: Tools, *, device: torch.device | None = No
     searcher = make_searcher(parts, deleted, kind, tools.decode, device=device)
     # Databases of earlier versions have no precision.
     precision = None if parts.vectors is None else parts.vectors.setting("precision", str, default="") or None
-    dense = None if tools.encoder is None else DenseQueries(tools.encoder, precision=precision)
+    dim = None if parts.vectors is None else read_vectors(parts.vectors).shape[1]
+    dense = None if tools.encoder is None else DenseQueries(tools.encoder, precision=precision, dim=dim)
 
     def queries(runs: Sequence[Any]) -> Any:
         if isinstance(searcher, HybridSearcher):

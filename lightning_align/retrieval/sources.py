@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_align.retrieval.access import LOCK
 from lightning_align.retrieval.stages import Stage, Team
 from lightning_align.types import Document
 
@@ -175,6 +176,25 @@ def _changed(which: str) -> ValueError:
 def stamps(source: DocumentSource) -> Mapping[str, tuple[int, ...]]:
     """Return the stamps of the files of a source, by name. Empty if the source has none."""
     found: Mapping[str, tuple[int, ...]] = getattr(source, "stamps", dict)()
+    return found
+
+
+def stamps_apart(sources: Mapping[str, DocumentSource], root: Path) -> dict[str, Mapping[str, tuple[int, ...]]]:
+    """Return the `stamps` of sources, by name. Call it with the lock of the database.
+
+    Args:
+        sources: The sources.
+        root: Folder of the database that is built from them.
+
+    Raises:
+        ValueError: If a source lists files of the database, because that lies in the folder of its documents.
+    """
+    found = {name: stamps(source) for name, source in sources.items()}
+    if any(name.rpartition("/")[2] == LOCK for names in found.values() for name in names):
+        raise ValueError(
+            f"The documents must not be files of the database, but they list {LOCK} of {root}. Build the database in a folder"
+            " of its own, or choose the documents with `glob`, such as '**/*.txt'."
+        )
     return found
 
 

@@ -96,6 +96,9 @@ def build_database(
         verify=verify,
         trainer=trainer,
     )
+    _check_count("chunk_size", chunk_size)
+    if "" in (queries or {}):
+        raise ValueError("`queries` must have a name for each set, such as validation, but one has an empty name.")
     sources = {name: load_documents(source) for name, source in (queries or {}).items()}
     # Data loaders draw from the global generator of torch. Later training must not depend on whether the database existed.
     with isolate_rng(include_cuda=False), Builder(Path(folder), tools) as builder:
@@ -152,6 +155,8 @@ def delete_documents(
     Raises:
         ValueError: If there is no such document, or if the encoder is not that of the database.
     """
+    if isinstance(names, str):
+        raise ValueError(f"`names` must be a list of names of documents, but got {names!r}. Write [{names!r}].")
     if not 0 <= compact_above <= 1:
         raise ValueError(f"`compact_above` must be a share of chunks from 0 to 1, but got {compact_above}. 1 never compacts.")
     with isolate_rng(include_cuda=False), Builder(Path(folder), _tools_of(folder, encoder, tokenizer)) as builder:
@@ -228,6 +233,16 @@ def make_tools(
     """Collect the tools to build a database. See `build_database` for the arguments."""
     if not 0 <= verify <= 1:
         raise ValueError(f"`verify` must be a share from 0 to 1, but got {verify}.")
+    _check_count("k", k)
+    if isinstance(encoder, str) and encoder != BM25 and encoder.strip().lower() in ("", BM25):
+        raise ValueError(
+            f"`encoder` must be {BM25}, a checkpoint or the name of a sentence-transformers model, but got {encoder!r}."
+        )
+    if not isinstance(encoder, str) and not hasattr(encoder, "fingerprint"):
+        raise ValueError(
+            f"`encoder` must have a `fingerprint`, which changes with everything that its vectors depend on, but"
+            f" {type(encoder).__name__} has none."
+        )
     if rerank and encoder == BM25:
         raise ValueError(
             "`rerank` needs an `encoder` other than bm25, because BM25 cannot rerank its own results. Set `rerank` to false."
@@ -255,6 +270,11 @@ def make_tools(
         verify=verify,
         hide_copies=hide_copies,
     )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1, but got {value!r}.")
 
 
 def local_trainer() -> L.Trainer:

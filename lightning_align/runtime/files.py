@@ -41,8 +41,8 @@ def publish(path: str | Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         raise not_written(path, error) from error
     finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that may only be read refuses it, also where there is no such file
+            temporary.unlink()
 
 
 def publish_text(path: str | Path, text: str) -> None:

@@ -14,7 +14,7 @@ from lightning_align.retrieval import chunks as chunks_module
 from lightning_align.retrieval.chunks import tokenizer_key
 from lightning_align.retrieval.encoders import LMEncoder
 from lightning_align.retrieval.identity import identity
-from lightning_align.retro.indexing import build_database
+from lightning_align.retro.indexing import build_database, delete_documents, open_retriever
 from lightning_align.types import Document
 from tests.retrieval.helpers import BYTES, Listed, Projection, chunk, texts, write_folder
 from tests.toys import tiny_palm
@@ -176,3 +176,33 @@ def test_an_encoder_that_says_too_little_of_itself_is_found(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="`fingerprint` of Projection must change with everything"):
         build(other)
     assert np.array_equal(build(Projection(seed=0)).neighbors.ids, first.neighbors.ids)
+
+
+def test_an_encoder_whose_vectors_have_another_shape_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_database(tmp_path, Listed(texts(4)), encoder=Projection(), chunk_size=32, k=1)
+    other = Projection(5)
+    other.fingerprint = Projection().fingerprint
+    retriever = open_retriever(tmp_path, encoder=other)
+    with pytest.raises(ValueError, match=r"like those of the database, \(1, 8\), but Projection returned the shape \(1, 5\)"):
+        retriever.search([[5, 6]], k=1)
+    with pytest.raises(ValueError, match=r"must be a list of names of documents, but got 'd1'\. Write \['d1'\]"):
+        delete_documents(tmp_path, "d1", encoder=Projection())
+    monkeypatch.setattr(Projection, "encode", lambda _, chunks: np.zeros((len(chunks) - 1, 8), dtype=np.float32))
+    with pytest.raises(ValueError, match=r"`encode` of Projection must return a vector per chunk, \(4, d\), .* \(3, 8\)"):
+        build_database(tmp_path / "db", Listed({"a": "b" * 50, "c": "d" * 50}), encoder=Projection(), chunk_size=32, k=1)
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("`k` must be a whole number of at least 1, but got 2.5", {"k": 2.5}),
+        ("`chunk_size` must be a whole number of at least 1, but got '16'", {"chunk_size": "16"}),
+        ("must have a name for each set", {"queries": {"": Listed(ONE)}}),
+        ("`encoder` must be bm25, .* but got 'BM25'", {"encoder": "BM25"}),
+        ("must have a `fingerprint`, .* but object has none", {"encoder": object()}),
+    ],
+)
+def test_settings_are_checked_before_anything_is_written(tmp_path: Path, message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_database(tmp_path / "db", Listed(ONE), **{"encoder": "bm25", "chunk_size": 8, "k": 1, **options})
+    assert not (tmp_path / "db").exists()

@@ -154,10 +154,12 @@ def many(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("share", "first", "worth"), [(0.6, 2048, 1e-9), (0.2, 50, 1e-9), (1.0, 1, 1e-9), (0.9, 500, 5), (0.5, 2048, 1e9)]
+    ("share", "first", "worth", "whole"),
+    [(0.6, 2048, 1e-9, 0), (0.2, 50, 1e-9, 0), (1.0, 1, 1e-9, 0), (0.9, 500, 5, 0), (0.5, 2048, 1e9, 0), (0.5, 2048, 5, 1e9)],
 )
-def test_the_best_of_the_pruned_search_are_the_best_of_all(many, monkeypatch, share, first, worth):
+def test_the_best_of_the_pruned_search_are_the_best_of_all(many, monkeypatch, share, first, worth, whole):
     folder, lists, _ = many
+    monkeypatch.setattr(postings, "_WHOLE", whole)
     monkeypatch.setattr(postings, "_WORTH", worth)
     monkeypatch.setattr(postings, "_SHARE", share)
     monkeypatch.setattr(postings, "_FIRST", first)

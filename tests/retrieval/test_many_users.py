@@ -84,6 +84,27 @@ def test_a_second_build_waits_and_names_the_first(tmp_path: Path, folder: Path) 
         first.communicate()
 
 
+def test_a_database_may_lie_in_the_folder_of_its_texts(folder: Path) -> None:
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"left out 1 \(db\): a retrieval database"):
+            names = build(folder / "db", folder).chunks.document_ids
+        assert names == sorted(path.name for path in folder.iterdir() if path.is_file())
+    assert len([*(folder / "db").glob("chunks-*")]) == 1
+    with pytest.raises(ValueError, match=r"must not be files of the database, but they list .build.lock"):
+        build(folder, folder)
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_database_needs_a_folder(kind: str, tmp_path: Path, folder: Path) -> None:
+    root = tmp_path / "db"
+    if kind == "file":
+        root.touch()
+    else:
+        root.symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"must be a folder for the database, but {root} is a {kind}"):
+        build(root, folder)
+
+
 def test_nothing_is_written_to_a_finished_database(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "db"
     made = build(root, folder)

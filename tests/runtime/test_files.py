@@ -54,3 +54,12 @@ def test_temporary_names_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(name.startswith(".") and name.endswith(".tmp") and len(name.encode()) <= 255 for name in names)
     check_writable(path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_that_may_only_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)  # it says so even of a file that is not there
+    with pytest.raises(ValueError, match=r"file: cannot be written \(Read-only file system\)"):
+        publish(tmp_path / "file", refuse)
