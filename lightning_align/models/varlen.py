@@ -189,8 +189,7 @@ class VarlenAttention:
             seen = np.asarray(lengths_k) > 0
             self._chosen = to_device(np.flatnonzero(np.repeat(seen, lengths_q)), device)
             self.queries = Segments.of_lengths([q if k else 0 for q, k in zip(lengths_q, lengths_k, strict=True)], device)
-        # Kept, because a compiled graph that looked at the lengths would be compiled for each batch.
-        self._empty = not self.queries.total
+        self._empty = not self.queries.total  # kept: a graph that looked at the lengths would be compiled for each batch
         self.longest_q, self.longest_k = (_bound(part.lengths) for part in (self.queries, self.keys))
         if self.kernel == "varlen":
             self._plan = flash_function()
@@ -311,7 +310,7 @@ class _Groups:
     """(documents, 1, 1 or queries, keys) bool of each group, true at visible keys. None if all are, or all up to the query."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile cannot trace plans made of lengths that vary
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths that vary cannot be traced
 def _groups(lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.device, *, causal: bool) -> _Groups:
     order = sorted(range(len(lengths_q)), key=lambda i: (-lengths_q[i], -lengths_k[i]))
     shapes: list[list[int]] = []
