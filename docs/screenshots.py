@@ -75,7 +75,12 @@ def runs(folder: Path) -> dict[str, list[str]]:
         name: ["--config", f"calm/key_value_{name}", *SMALL, *rate(40, 40), "--trainer.callbacks", CALLBACKS, *EVERY]
         for name in ("anchor", "augment")
     }
-    keys = ["--model.augments", "[{model: runs/calm_augment/last.ckpt, num_connections: 2}]", "--model.attention_maps", "true"]
+    keys = [
+        "--model.augments",
+        "[{model: runs/calm_augment/last.ckpt, connections: null, num_connections: 2}]",
+        "--model.attention_maps",
+        "true",
+    ]
     return {
         "sft_arithmetic": [
             *("--config", "sft/arithmetic", *SMALL, *rate(200, 25), *EVERY, "--trainer.callbacks", CALLBACKS),

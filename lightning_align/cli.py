@@ -158,7 +158,7 @@ class AlignCLI(LightningCLI):
         except TypeError as error:
             raise ValueError(f"the Trainer refuses its settings: {error}") from error  # as it does with most of them
         if measured:
-            callbacks_of(trainer).insert(0, AutoPrecision())
+            callbacks_of(trainer).insert(0, AutoPrecision(self._get(self.config, "ckpt_path")))
         config = self.config[self.config["subcommand"]].get("trainer") or {}
         if trainer.accumulate_grad_batches < 1:  # Lightning divides by it
             raise ValueError(f"`accumulate_grad_batches` must be 1 or more, but got {trainer.accumulate_grad_batches}.")

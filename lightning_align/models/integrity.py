@@ -129,6 +129,10 @@ class _Anything:
     def __init__(self, *_: Any) -> None:
         """Take anything."""
 
+    def __call__(self, *_: Any) -> "_Anything":
+        """Do nothing."""
+        return _Anything()
+
     def __setitem__(self, name: Any, value: Any) -> None:
         """Take an entry of a dictionary."""
 
@@ -188,7 +192,7 @@ def reason_of(error: BaseException) -> str:
 
     The rest of torch's messages is long, and explains how to turn its checks off.
     """
-    if found := re.search(r"Unsupported (?:global|class|operand)[^\n]*?((?:[\w]+\.)+\w+)", str(error)):
+    if found := re.search(r"(?:GLOBAL |Unsupported class )([\w.]+)", str(error)):
         return f"it names {found[1]}, and a checkpoint holds tensors and primitive types only"
     lines = str(error).strip().splitlines()
     first = lines[-1 if isinstance(error, CheckpointException) else 0].partition(". ")[0] if lines else "empty"

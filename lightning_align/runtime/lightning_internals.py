@@ -340,6 +340,12 @@ def requeue_signal(trainer: L.Trainer) -> int | None:
     return None if environment.requeue_signal is None else int(environment.requeue_signal)
 
 
+def requeued_path(trainer: L.Trainer) -> str | None:
+    """Return the checkpoint that a job which SLURM requeued goes on from, or None."""
+    connector = trainer._checkpoint_connector
+    return connector._hpc_resume_path if SLURMEnvironment.detect() else None
+
+
 def new_loaders(trainer: L.Trainer) -> list[Iterable[Any]]:
     """Make the training loaders, and the validation loaders if the run validates, apart from the Trainer's own."""
     loops: Any = trainer.fit_loop

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_align.models.checkpoint import read_checkpoint
-from lightning_align.runtime.lightning_internals import new_loaders
+from lightning_align.runtime.lightning_internals import new_loaders, requeued_path
 from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.runtime.team import of_first_rank
 from lightning_align.training.by_hand import LoopByHand
@@ -98,8 +98,14 @@ class AutoPrecision(Callback):
     than `fit` take that of the checkpoint, or ``32-true``. Rank 0 decides for all ranks.
     """
 
-    def __init__(self) -> None:
-        """Choose nothing yet."""
+    def __init__(self, ckpt_path: str | None = None) -> None:
+        """Choose nothing yet.
+
+        Args:
+            ckpt_path: The checkpoint that `fit`, `validate`, `test` or `predict` gets. A Trainer opens it only after the
+                choice. The command line fills it in.
+        """
+        self.ckpt_path = ckpt_path
         self.choice: Choice | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -119,7 +125,7 @@ class AutoPrecision(Callback):
                 f"{type(trainer.strategy).__name__}. Give the precision: bf16-mixed or 32-true."
             )
         # Only `fit` measures. A later command of the same process keeps the choice.
-        choice = _recorded(trainer) or self.choice or _choose(trainer, pl_module)
+        choice = _recorded(self.ckpt_path or requeued_path(trainer)) or self.choice or _choose(trainer, pl_module)
         self.choice = of_first_rank(choice)
         device = trainer.strategy.root_device.type
         trainer.strategy.precision_plugin = (
@@ -131,12 +137,25 @@ class AutoPrecision(Callback):
         """Return the choice."""
         return {} if self.choice is None else {"precision": self.choice.precision}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the choice with that of the checkpoint.
 
-def _recorded(trainer: L.Trainer) -> Choice | None:
-    """Return the choice in the checkpoint that the Trainer restores, or None."""
-    if trainer.ckpt_path is None:
+        Raises:
+            ValueError: If they differ.
+        """
+        saved, own = state_dict.get("precision"), self.choice and self.choice.precision
+        if saved not in (None, own):
+            raise ValueError(
+                f"precision auto takes {own} here, but the checkpoint is of a run in {saved}. Give the checkpoint to the "
+                "callback too, AutoPrecision(ckpt_path=...), so that the run goes on as it began."
+            )
+
+
+def _recorded(path: str | None) -> Choice | None:
+    """Return the choice in a checkpoint, or None."""
+    if path is None:
         return None
-    states = read_checkpoint(str(trainer.ckpt_path)).get("callbacks") or {}
+    states = read_checkpoint(path).get("callbacks") or {}
     found = states.get(AutoPrecision.__qualname__, {}).get("precision")
     return None if found is None else Choice(cast(Chosen, found), "as in the checkpoint")
 

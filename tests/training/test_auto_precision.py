@@ -157,3 +157,13 @@ def test_what_cannot_be_chosen_is_refused(tmp_path: Path, arguments: Any, messag
     made = trainer(tmp_path, callbacks=[AutoPrecision()], **arguments)
     with pytest.raises(ValueError, match=message):
         AutoPrecision().setup(made, SFTModule(tiny_palm()), "fit")
+
+
+def test_a_run_goes_on_in_the_precision_of_its_checkpoint(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.ckpt")
+    torch.save({"state_dict": {}, "callbacks": {"AutoPrecision": {"precision": "bf16-mixed"}}}, path)
+    callback = AutoPrecision(path)
+    callback.setup(trainer(tmp_path, callbacks=[callback]), SFTModule(tiny_palm()), "fit")
+    callback.load_state_dict({"precision": "bf16-mixed"})
+    with pytest.raises(ValueError, match=r"takes bf16-mixed here, but .* in 32-true. Give the checkpoint to the callback"):
+        callback.load_state_dict({"precision": "32-true"})
