@@ -327,6 +327,7 @@ def _tools_of(folder: str | Path, encoder: str | Encoder | None = None, tokenize
     try:
         index = IndexConfig(**made_with["index"])
         words = WordsConfig(**made_with.get("words", {}))  # not in databases of release 0.1.0
+        _check_count("k", made_with["k"])
     except (TypeError, ValueError) as error:  # an unknown setting, or a value that cannot be
         raise ValueError(
             f"{Path(folder) / HEAD} has settings that this version does not know ({error}). Use the version that built it, or "
