@@ -1,5 +1,6 @@
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -105,10 +106,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def seed() -> int:
+def seed() -> Iterator[int]:
     """Seeds torch's global generator, so that a test is the same alone, in any order and in any worker."""
     torch.manual_seed(0)
-    return 0
+    yield 0
+    left = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    assert left == torch.float32, "a test must leave the default dtype as it was"
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "retrieval/device_search.py": {"cuda", "xpu"},  # the devices with float64
     "runtime/transfer.py": {"cuda"},  # has pinned memory
     "training/loading.py": {"cuda", "xpu"},  # the devices with pinned memory
+    "training/auto_precision.py": {"cuda"},  # says whether it multiplies bfloat16
     "training/optimizers.py": {"cuda"},  # has a fused optimizer
     "models/causality.py": {"mps"},  # has no float64, and a single random number generator
     "scoring/sums.py": {"mps"},  # has no float64

@@ -137,4 +137,8 @@ def test_the_format_before_torch_1_6_is_read(saved: Path, tmp_path: Path) -> Non
     content = torch.load(saved, weights_only=True)
     torch.save(content, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     module = SFTModule.load_from_checkpoint(tmp_path / "old.ckpt", weights_only=True)
-    assert all(torch.equal(value, content["state_dict"][name]) for name, value in module.state_dict().items())
+    different = {name: value - content["state_dict"][name] for name, value in module.state_dict().items()}
+    different = {
+        name: (value.isnan().sum(), value.abs().max()) for name, value in different.items() if not bool((value == 0).all())
+    }
+    assert not different, different
