@@ -119,7 +119,7 @@ def check_content(content: Any, path: str | Path, command: TrainerFn | None, *, 
         )
     for name, kind in TYPES.items():
         if name in content and (not isinstance(content[name], kind) or (kind is Sequence and isinstance(content[name], str))):
-            raise _unreadable(path, f"its {name} is {_article(content[name])}")
+            raise _unreadable(path, f"its {name} is of type {type(content[name]).__name__}")
     if "state_dict" in content or whole:
         check_values(content.get("state_dict"), path)
     loops, loop = content.get("loops"), LOOPS.get(command) if command is not None else None
@@ -225,7 +225,3 @@ def check_method(saved: str | None, module: L.LightningModule, path: str | os.Pa
 
 def _unreadable(path: str | Path, reason: str) -> ValueError:
     return ValueError(f"checkpoint {path} cannot be read ({reason}). Use an earlier checkpoint of the run.")
-
-
-def _article(value: Any) -> str:
-    return f"of type {type(value).__name__}"
