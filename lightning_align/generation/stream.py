@@ -14,6 +14,7 @@ from lightning_align.models.language_model import context_length
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 """What decoding gives for the first bytes of a character."""
+_END = object()
 
 
 def stream(
@@ -43,12 +44,15 @@ def stream(
     row = Row((config.seed, 0, number, 0), limit)
     ends = Ends.of(tokenizer=tokenizer, model=model, config=config)
     steps = decode_prompts(model, deque([Prompt(list(prompt), [row])]), config, ends, continuous=False)
-    written = ""
-    with evaluating(model), packed_linears(model):
-        for _ in steps:
-            text = tokenizer.decode(row.tokens)
-            if row.reason is None:
-                text = text.rstrip(_INCOMPLETE)
-            if len(text) > len(written) and text.startswith(written):
-                yield text[len(written) :]
-                written = text
+    written, ended = "", False
+    while not ended:
+        # Not around the loop: the modes of the model and of autograd would stay changed in the code that takes the pieces, and
+        # an iterator that is left early would change them back whenever it is collected.
+        with evaluating(model), packed_linears(model):
+            ended = next(steps, _END) is _END
+        text = tokenizer.decode(row.tokens)
+        if row.reason is None:
+            text = text.rstrip(_INCOMPLETE)
+        if len(text) > len(written) and text.startswith(written):
+            yield text[len(written) :]
+            written = text

@@ -4,7 +4,7 @@ Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -96,17 +96,27 @@ def recomputing(layers: Sequence[tuple[nn.Module, Run]], *, offload: Offload | N
         layers: The modules of the layers, each with the function that runs it.
         offload: Keeps the inputs of the layers on the host.
     """
-    replaced = [(module, module.__dict__.get("forward"), run) for module, run in layers]
+    undo = _replace(layers, offload)
     try:
-        for module, _, run in replaced:
-            module.forward = partial(_with_gradients, run, module, module.forward, offload or nullcontext)
         yield
     finally:
+        undo()
+
+
+def _replace(layers: Sequence[tuple[nn.Module, Run]], offload: Offload | None) -> Callable[[], None]:
+    """Do what `recomputing` describes, and return the function that restores it."""
+    replaced = [(module, module.__dict__.get("forward"), run) for module, run in layers]
+    for module, _, run in replaced:
+        module.forward = partial(_with_gradients, run, module, module.forward, offload or nullcontext)
+
+    def undo() -> None:
         for module, own, _ in replaced:
             if own is None:
                 module.__dict__.pop("forward", None)
             else:
                 module.forward = own
+
+    return undo
 
 
 def _with_gradients(
@@ -139,7 +149,7 @@ class ActivationSwitch:
             raise ValueError(f"`activation_checkpointing` must be false, true or 'offload', but got {wanted!r}.")
         self.wanted = wanted
         self._offload = Offload() if wanted == "offload" else None
-        self._stack = ExitStack()
+        self._undo: Callable[[], None] | None = None  # no open context: it would be closed when it is collected, at any moment
 
     def start(self, model: nn.Module) -> None:
         """Checkpoint the layers of a model, if that is wanted.
@@ -155,8 +165,10 @@ class ActivationSwitch:
                 f"`activation_checkpointing` must be false for a {type(model).__name__}, because it has no `blocks`, the list "
                 "of its layers. Add this attribute to the model."
             )
-        self._stack.enter_context(recomputing(layers_of(model), offload=self._offload))
+        self._undo = _replace(layers_of(model), self._offload)
 
     def end(self) -> None:
         """Run the layers as before."""
-        self._stack.close()
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()

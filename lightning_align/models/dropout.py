@@ -1,13 +1,11 @@
 """Training without dropout: the policy computes as in evaluation mode, with gradients."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-
-from lightning_align.runtime.modes import evaluating
 
 
 @contextmanager
@@ -27,22 +25,31 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     Args:
         model: Any module.
     """
+    undo = _switch_off(model)
+    try:
+        yield
+    finally:
+        _run(undo)
+
+
+def _switch_off(model: nn.Module) -> list[Callable[[], None]]:
+    """Do what `without_dropout` describes, and return the functions that restore it, the last one first."""
     undo: list[Callable[[], None]] = []
-    with evaluating(model, gradients=True) as modes:
-        for module, training in modes.items():
-            if not training:
-                continue
-            if isinstance(module, nn.RNNBase):
-                module.training = True
-                undo.append(_set(module, "dropout", 0.0))
-            elif _is_checkpointed(module):
-                module.training = True
-                undo.append(_set(module, "_gradient_checkpointing_func", _in_evaluation_mode(module)))
-        try:
-            yield
-        finally:
-            for restore in undo:
-                restore()
+    for module in model.modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.RNNBase):
+            undo.append(_set(module, "dropout", 0.0))
+        elif _is_checkpointed(module):
+            undo.append(_set(module, "_gradient_checkpointing_func", _in_evaluation_mode(module)))
+        else:
+            undo.append(_set(module, "training", False))
+    return undo
+
+
+def _run(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
 
 
 def _is_checkpointed(module: nn.Module) -> bool:
@@ -88,17 +95,17 @@ class DropoutSwitch:
         """
         self.off = not (default if dropout is None else dropout)
         self._announced = dropout is not None
-        self._stack = ExitStack()
+        self._undo: list[Callable[[], None]] = []  # no open context: it would be closed when it is collected, at any moment
 
     def start(self, model: nn.Module) -> None:
         """Switch dropout off, if it is to be off; see `without_dropout`."""
         self.end()
         if self.off:
-            self._stack.enter_context(without_dropout(model))
+            self._undo = _switch_off(model)
 
     def end(self) -> None:
         """Restore the mode of each submodule."""
-        self._stack.close()
+        _run(self._undo)
 
     def announce(self, model: nn.Module) -> None:
         """Log once that a model has layers of dropout which are off by default."""

@@ -1,7 +1,7 @@
 """Evaluation mode for a while, with the mode of each submodule restored afterwards."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[dict[nn
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
+        with nullcontext() if gradients else torch.no_grad():
             yield modes
     finally:
         for module, training in modes.items():

@@ -28,3 +28,14 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
     model = PaLM(num_tokens=259, dim=16, depth=1, heads=2, dim_head=8)
     with pytest.raises(ValueError, match="Shorten it"):
         list(stream(model, [], GenerationConfig(), tokenizer=load_tokenizer("bytes")))
+
+
+def test_between_the_pieces_nothing_is_changed() -> None:
+    """Neither the mode of the model and of autograd, nor later, when an iterator that was left early is collected."""
+    model = PaLM(num_tokens=259, dim=16, depth=1, heads=2, dim_head=8)
+    pieces = stream(model, [1, 5], GenerationConfig(max_new_tokens=8, seed=5), tokenizer=load_tokenizer("bytes"))
+    assert next(pieces) and model.training and torch.is_grad_enabled()
+    with torch.no_grad():
+        model.eval()
+        del pieces
+        assert not torch.is_grad_enabled() and not model.training

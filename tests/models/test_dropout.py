@@ -1,6 +1,7 @@
 """Training without dropout: policy and reference compute alike, and what else depends on the mode keeps working."""
 
 import functools
+import gc
 import logging
 import math
 import warnings
@@ -164,3 +165,26 @@ def test_modes_are_restored_one_by_one_and_recurrent_layers_stay_in_training_mod
         assert not model.training and model.recurrent.training and model.recurrent.dropout == 0
         raise RuntimeError("stop")
     assert model.training and not model.output.training and model.recurrent.dropout == 0.4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_that_failed_in_a_step_changes_nothing_when_it_is_collected(checkpointing: bool, tmp_path: Path) -> None:
+    """As an open context would, which is closed when it is collected: in the middle of another run without gradients."""
+
+    class Fails(DPOModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise RuntimeError("stop")
+
+    policy = tiny_palm()
+
+    def run() -> None:
+        module = Fails(policy, optimizer=SGD, activation_checkpointing=checkpointing)
+        with pytest.raises(RuntimeError, match="stop"):
+            fit(module, tmp_path, preference_batch(4))
+
+    run()
+    policy.train()
+    with torch.no_grad():
+        gc.collect()
+        assert not torch.is_grad_enabled()
+    assert policy.training
