@@ -5,7 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 # Two workers with one thread each. More threads than cores make the small matrix products of the tests slower.
-export OMP_NUM_THREADS ?= 1
+# The large products of pretrained models use all cores.
+ifeq ($(origin OMP_NUM_THREADS), undefined)
+export OMP_NUM_THREADS := 1
+ALL_CORES := env -u OMP_NUM_THREADS
+endif
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -74,7 +78,7 @@ $(VENV)/.installed-pretrained: $(VENV)/.installed
 	touch $@
 
 demo-pretrained: $(VENV)/.installed-pretrained ## Align a pretrained model of 135M parameters on a CPU (PAIRS=rows.jsonl: with your own pairs)
-	$(BIN)/python examples/pretrained_demo.py $(if $(PAIRS),--pairs $(PAIRS))
+	$(ALL_CORES) $(BIN)/python examples/pretrained_demo.py $(if $(PAIRS),--pairs $(PAIRS))
 
 notebooks: $(VENV)/.installed ## Run every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -o timeout=1200 notebooks

@@ -1,10 +1,16 @@
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
+
+# Its lock is shared with forked processes. A test that kills one of them while it prints would wait for the lock forever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 # Folders and files of tests of learning or exactness, where a processor's kernels matter. They get the mark `portable`.
 PORTABLE = (

@@ -12,7 +12,8 @@ from typing import IO, cast
 
 PACKED = (".gz", ".zst")
 """The suffixes of compressed text files, which are decompressed while they are read."""
-ROWS = (".jsonl", ".ndjson", ".parquet", ".arrow", ".csv")
+LINES = (".jsonl", ".ndjson")
+ROWS = (*LINES, ".parquet", ".arrow", ".csv")
 DATABASE = frozenset(("database.json", ".build.lock"))
 """A folder with one of these files is a retrieval database, finished or at work. It is no text."""
 UNREADABLE = "not readable by this user"
@@ -175,8 +176,10 @@ def text_parts(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
     kind = _KINDS.get(Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix, "")
-    if path.name.endswith(PACKED) and path.name.removesuffix(".gz").removesuffix(".zst").endswith(ROWS):
-        raise NotTextError("it is a file of rows. Give its path itself as the source, not its folder")
+    # A table or a .json file can be text that is meant. Lines of JSON would give their field names and escapes to the model.
+    plain = path.name.removesuffix(".gz").removesuffix(".zst")
+    if plain.endswith(ROWS if path.name.endswith(PACKED) else LINES):
+        raise NotTextError("it is a file of rows. Give its path itself as the source, not its folder, or use RowDocuments")
     try:
         with path.open("rb") as raw:
             file = _unpacked(path, raw)

@@ -17,7 +17,7 @@ from lightning_align.retrieval.encoders import build_vectors
 from lightning_align.retrieval.generation import Parts, open_parts, publish_head, read_head, write_head
 from lightning_align.retrieval.index import append_index, build_index
 from lightning_align.retrieval.lexical import build_lexical
-from lightning_align.retrieval.neighbors import build_neighbors, warn_of_chunks_alone
+from lightning_align.retrieval.neighbors import build_neighbors, check_k, warn_of_chunks_alone
 from lightning_align.retrieval.searchers import make_retriever, make_searcher
 from lightning_align.retrieval.sources import stamps, stamps_apart, warn_of_changes
 from lightning_align.retrieval.stages import Stage, Team, open_stage
@@ -227,6 +227,7 @@ class Builder:
     def _parts(self, chunks: Stage, *, previous: Parts) -> Parts:
         """Build all stages that a search over the chunks needs. Stages of the previous generation are reused where they fit."""
         tools = self.tools
+        check_k(tools.k, ChunkTable(chunks.folder))  # before hours of encoding
         vectors = index = lexical = None
         if tools.encoder is not None:
             vectors = self._vectors(chunks, previous=previous.vectors)
@@ -286,10 +287,8 @@ class Builder:
         stages["neighbors"], queries = neighbors(parts.chunks, parts.vectors), {}
         for name, chunks in sets.items():
             vectors = None if tools.encoder is None else self._vectors(chunks)
-            queries[name] = {
-                "chunks": chunks.folder.name,
-                "neighbors": neighbors(chunks, vectors, what=f"query set {name}", hide_copies=tools.hide_copies),
-            }
+            found = neighbors(chunks, vectors, what=f"query set {name}", hide_copies=tools.hide_copies)
+            queries[name] = {"chunks": chunks.folder.name, "neighbors": found}
         content = {
             "base": head["base"],
             "generation": head["generation"],

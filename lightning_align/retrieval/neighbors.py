@@ -84,6 +84,15 @@ def pick(ids: Ints, distances: Floats, allowed: Bools, k: int) -> Nearest:
     return Nearest(np.pad(near, missing), np.pad(mask, missing), np.pad(far, missing, constant_values=np.inf))
 
 
+def check_k(k: int, table: ChunkTable) -> None:
+    """Raise a ValueError if chunks cannot have `k` neighbors, because the database has too few chunks."""
+    if not 1 <= k < max(2, len(table)):
+        raise ValueError(
+            f"`k` must be from 1 to {max(1, len(table) - 1)}, because the database has {len(table)} chunks, but got {k}. "
+            "Use another `k`, add documents, or make the chunks smaller."
+        )
+
+
 def build_neighbors(
     root: Path,
     queries: Stage,
@@ -128,11 +137,7 @@ def build_neighbors(
     if team.share(done):
         return stage
     own, other = ChunkTable(queries.folder), ChunkTable(database.folder)
-    if not 1 <= k < max(2, len(other)):
-        raise ValueError(
-            f"`k` must be from 1 to {max(1, len(other) - 1)}, because the database has {len(other)} chunks, but got {k}. "
-            "Use another `k`, add documents, or make the chunks smaller."
-        )
+    check_k(k, other)
     with team.together():
         copies = [] if same else find_leaks(own, other)
         by_document = _forbidden_documents(own, other, copies if hide_copies else [], same=same)

@@ -79,6 +79,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest
         ("a.txt", "café".encode()[:-1], "byte 4 is 0xc3, which is not UTF-8"),
         ("a.txt", b"ab\0", "byte 3 is 0, as in a binary file"),
         ("a.txt.gz", gzip.compress(b"some text" * 9, mtime=0)[:-9], "cannot be read"),
+        ("a.jsonl", b"{}\n", "file of rows. Give its path itself"),
         ("a.jsonl.gz", gzip.compress(b"{}", mtime=0), "file of rows. Give its path itself"),
     ],
 )

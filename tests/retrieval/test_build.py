@@ -296,7 +296,9 @@ def test_invalid_settings_raise(tmp_path):
     bad = Bad()
     bad.fingerprint = "bad"
     with pytest.raises(ValueError, match="must be finite"):
-        build(tmp_path, few, encoder=bad)
+        build(tmp_path, few, encoder=bad, k=1)
+    with pytest.raises(ValueError, match="`k` must be from 1 to 3"):  # before anything is encoded
+        build(tmp_path, few, encoder=bad, k=99)
     with pytest.raises(ValueError, match="must be a finished retrieval database"):
         RetrievalDatabase.open(tmp_path)
 
