@@ -14,6 +14,7 @@ from typing import Any, Final
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
@@ -41,6 +42,8 @@ TYPES: Final = {
 """What a Trainer reads of a checkpoint."""
 METHOD: Final = "method"
 """Where a checkpoint keeps what `method_of` returns."""
+PRECISION: Final = "precision"
+"""Where a checkpoint keeps the precision of the Trainer."""
 REQUIRED: Final = ("pytorch-lightning_version", "epoch", "global_step")
 
 
@@ -220,6 +223,20 @@ def check_method(saved: str | None, module: L.LightningModule, path: str | os.Pa
         raise ValueError(
             f"checkpoint {path} is of a run of {saved}, which a {own} cannot resume. Resume with {saved}, or start a new run "
             "from its weights with `init_from`."
+        )
+
+
+def warn_of_precision(saved: str | None, trainer: L.Trainer) -> None:
+    """Warn if a run is resumed in another precision than it was begun with, which Lightning converts without a word.
+
+    Args:
+        saved: The precision in the checkpoint. None if the checkpoint does not say it.
+        trainer: The Trainer of the run.
+    """
+    if saved is not None and saved != str(trainer.precision):
+        rank_zero_warn(
+            f"checkpoint {trainer.ckpt_path} is of a run with precision {saved}, and this run has {trainer.precision}. Training "
+            f"goes on, but not as it would have. Give the Trainer precision {saved} to resume exactly."
         )
 
 

@@ -26,7 +26,7 @@ from lightning_align.runtime.lightning_internals import (
     watch_swaps,
 )
 from lightning_align.runtime.saved_loops import PlaceForm, place_of_loops, write_place
-from lightning_align.training.checked_loads import METHOD, check_method, method_of
+from lightning_align.training.checked_loads import METHOD, PRECISION, check_method, method_of, warn_of_precision
 from lightning_align.training.interrupts import RequeueGate
 from lightning_align.training.loader_states import LoaderStates
 
@@ -189,7 +189,7 @@ class Clock:
         if found is None:
             return
         place, form = found
-        checkpoint[METHOD] = method_of(trainer.lightning_module)
+        checkpoint |= {METHOD: method_of(trainer.lightning_module), PRECISION: str(trainer.precision)}
         torn = self._updating and inside_update(trainer)
         if torn:
             rank_zero_warn(
@@ -237,6 +237,7 @@ class Clock:
                 "or resume from a checkpoint of a ModelCheckpoint without `save_weights_only`."
             )
         check_method(checkpoint.get(METHOD), trainer.lightning_module, trainer.ckpt_path)
+        warn_of_precision(checkpoint.get(PRECISION), trainer)
         saved = checkpoint.get(KEY)
         self._known = False
         if saved is not None:

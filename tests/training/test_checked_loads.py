@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,24 @@ def test_a_run_of_another_method(saved: Path, tmp_path: Path) -> None:
     assert "is of a run of SFTModule, which a DPOModule cannot resume" in said and "init_from" in said
     with pytest.raises(ValueError, match=r"is of a run of SFTModule, not of DPOModule\. Use SFTModule\.load_from_checkpoint"):
         DPOModule.load_from_checkpoint(saved, weights_only=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_a_run_in_another_precision_goes_on_with_a_warning(precision: str, saved: Path, tmp_path: Path) -> None:
+    def resumed(command: str, precision: str) -> list[str]:
+        module, data, own = build("sft", tmp_path)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(
+            accelerator="cpu", max_steps=3, callbacks=own, default_root_dir=tmp_path, precision=precision, **quiet
+        )
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            getattr(trainer, command)(module, data, ckpt_path=saved, weights_only=True)
+        return [str(each.message) for each in found if "precision" in str(each.message)]
+
+    said = [text for text in resumed("fit", precision) if "is of a run with precision 32-true" in text]
+    assert len(said) == 1 and f"this run has {precision}. Training goes on, but not as it would have" in said[0]
+    assert not [text for text in [*resumed("validate", precision), *resumed("fit", "32-true")] if "is of a run" in text]
 
 
 def test_the_format_before_torch_1_6_is_read(saved: Path, tmp_path: Path) -> None:
