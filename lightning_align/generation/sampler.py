@@ -21,6 +21,7 @@ from lightning_align.generation.packing import packed_linears
 from lightning_align.models.gathered import gathered
 from lightning_align.models.language_model import context_length
 from lightning_align.runtime import modes
+from lightning_align.runtime.kinds import check_kinds, hints_of
 from lightning_align.runtime.ranks import is_sharded
 
 
@@ -81,6 +82,7 @@ class GenerationConfig:
         Raises:
             ValueError: If a value is out of range.
         """
+        check_kinds("GenerationConfig", hints_of(type(self)), vars(self))
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_align.models.deferred import recipe_of
 from lightning_align.models.language_model import Head
 from lightning_align.models.ties import untie
+from lightning_align.runtime.kinds import check_kinds, hints_of
 
 
 @dataclass
@@ -47,6 +48,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
+        check_kinds("LoRAConfig", hints_of(type(self)), vars(self))
         if self.rank < 1:
             raise ValueError(f"LoRA: `rank` must be at least 1, but got {self.rank}.")
         if not 0 <= self.dropout < 1:

@@ -26,6 +26,7 @@ from lightning_align.models.lora import is_adapted
 from lightning_align.models.palm_unpadded import WithoutPadding
 from lightning_align.models.parallelize import compile_blocks, uncompiled
 from lightning_align.models.static_cache import StepKV
+from lightning_align.runtime.kinds import check_kinds, hints_of
 from lightning_align.runtime.ranks import local
 
 # xPos scales a query by s^(t/b - c) and a key by the inverse. The center c cancels in the product q.k, so any constant is
@@ -204,6 +205,7 @@ class PaLM(WithoutPadding):
         super().__init__()
         # A checkpoint rebuilds the model from these. Compilation is left out because it depends on the machine.
         self.init_args: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_kinds("PaLM", hints_of(PaLM), self.init_args)
         del self.init_args["compile"]
         sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "heads": heads, "ff_mult": ff_mult}
         for name, size in sizes.items():

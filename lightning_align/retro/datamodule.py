@@ -1,5 +1,6 @@
 """The data module of RETRO: windows of documents with their neighbors in a retrieval database."""
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from lightning_align.retrieval.neighbors import warn_of_chunks_alone
 from lightning_align.retrieval.search import Retriever
 from lightning_align.retrieval.tables import ChunkTable
 from lightning_align.retro.batch import RetrievalBatch, RetrievalWindows, count_neighbors
+from lightning_align.runtime.kinds import check_kinds, hints_of
 from lightning_align.runtime.lightning_internals import overfits
 from lightning_align.runtime.plain import PlainNumbers
 from lightning_align.training.loading import for_device
@@ -85,6 +87,7 @@ class RETRODataModule(PlainNumbers, L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        check_kinds(type(self).__name__, hints_of(RETRODataModule), locals())
         super().__init__()
         self.eval_num_neighbors = num_neighbors if eval_num_neighbors is None else eval_num_neighbors
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -103,7 +106,7 @@ class RETRODataModule(PlainNumbers, L.LightningDataModule):
         if on_leak not in ("fail", "warn"):
             raise ValueError(f"`on_leak` must be fail or warn, but got {on_leak!r}.")
         given = {"validation": validation, "test": test}
-        self.folder, self.tokenizer_name = Path(database), tokenizer
+        self.folder, self.tokenizer_name = Path(database), os.fspath(tokenizer)
         self.train_set = train
         self.sets = {stage: [name] if isinstance(name, str) else list(name or ()) for stage, name in given.items()}
         """The query sets of the validation and the test."""

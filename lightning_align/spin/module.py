@@ -101,7 +101,7 @@ class SPINModule(AlignModule):
             ValueError: If an argument is out of range.
         """
         super().__init__(backbone, **shared)
-        self._betas = [beta] if isinstance(beta, (int, float)) else list(beta)
+        self._betas = list(beta) if isinstance(beta, Sequence) else [beta]
         for value in self._betas:
             check_loss(loss, beta=value, label_smoothing=label_smoothing)
         choices: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (

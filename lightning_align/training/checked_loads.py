@@ -235,8 +235,8 @@ def warn_of_precision(saved: str | None, trainer: L.Trainer) -> None:
     """
     if saved is not None and saved != str(trainer.precision):
         rank_zero_warn(
-            f"checkpoint {trainer.ckpt_path} is of a run with precision {saved}, and this run has {trainer.precision}. Training "
-            f"goes on, but not as it would have. Give the Trainer precision {saved} to resume exactly."
+            f"checkpoint {trainer.ckpt_path} is of a run with precision {saved}, and this run has {trainer.precision}. "
+            f"Training goes on, but not as it would have. Give the Trainer precision {saved} to resume exactly."
         )
 
 

@@ -1,5 +1,6 @@
 """The base data module: rows from sources, tokenized once, as batches."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from lightning_align.data.shapes import RankedPairs, Shape
 from lightning_align.data.store import StoredRow, TokenStore, build_store, store_path
 from lightning_align.data.token_batches import TokenBatchSampler
 from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from lightning_align.runtime.kinds import check_kinds, hints_of
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
 from lightning_align.runtime.plain import PlainNumbers
 from lightning_align.training.loading import for_device
@@ -136,6 +138,7 @@ class AlignDataModule(PlainNumbers, L.LightningDataModule):
         cache_dir: str = ".cache/lightning_align",
         seed: int = 0,
     ) -> None:
+        check_kinds(type(self).__name__, hints_of(AlignDataModule), locals())
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -162,7 +165,7 @@ class AlignDataModule(PlainNumbers, L.LightningDataModule):
         self.sources = named_sources(given)
         """The sources. The key is the stage, or `stage/name` for one of several."""
         self._parts = {stage: parts_of(source) for stage, source in self.sources.items()}
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name = os.fspath(tokenizer)
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_length = max_length

@@ -23,6 +23,7 @@ from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.models.language_model import logits_of
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.weights import check_weights, policy_state
+from lightning_align.runtime.kinds import check_kinds, from_fields, hints_of
 from lightning_align.runtime.lightning_internals import (
     built_from_config,
     callbacks_of,
@@ -116,10 +117,7 @@ class AlignModule(Responding):
             ValueError: If there is neither a backbone nor a checkpoint, or the coefficient is negative.
         """
         super().__init__(activation_checkpointing)
-        if isinstance(lora, Mapping):
-            lora = LoRAConfig(**lora)
-        if isinstance(generation, Mapping):
-            generation = GenerationConfig(**generation)
+        lora, generation = from_fields(LoRAConfig, lora, "lora"), from_fields(GenerationConfig, generation, "generation")
         # A plain object, not a module: as a submodule the backbone would be registered twice.
         self.source = PolicySource(type(self).__name__, backbone, init_from=init_from, lora=lora)
         # On the command line, Lightning hands over the parsed configuration, which holds primitives only. In code the arguments
@@ -127,6 +125,8 @@ class AlignModule(Responding):
         given = built_from_config()
         self.save_hyperparameters(ignore=() if given else self.object_arguments)
         if not given:
+            objects = {"lora": lora, "generation": generation, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+            check_kinds(type(self).__name__, hints_of(type(self)), {**self.hparams, "backbone": backbone, **objects})
             self.hparams["backbone"] = self.source.described()
             self.hparams["lora"] = None if lora is None else dataclasses.asdict(lora)
             self.hparams["generation"] = None if generation is None else dataclasses.asdict(generation)
