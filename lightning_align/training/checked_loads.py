@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_align.models.checkpoint import gather_command
 from lightning_align.models.integrity import check_checkpoint, check_values, reason_of
+from lightning_align.runtime.kinds import hints_of
 
 LOOPS: Final = {
     TrainerFn.FITTING: "fit_loop",
@@ -42,6 +43,8 @@ TYPES: Final = {
 """What a Trainer reads of a checkpoint."""
 METHOD: Final = "method"
 """Where a checkpoint keeps what `method_of` returns."""
+LOADING: Final = ("map_location", "hparams_file", "strict", "weights_only")
+"""Arguments of ``load_from_checkpoint`` that are not those of a module."""
 PRECISION: Final = "precision"
 """Where a checkpoint keeps the precision of the Trainer."""
 REQUIRED: Final = ("pytorch-lightning_version", "epoch", "global_step")
@@ -135,16 +138,18 @@ def check_content(content: Any, path: str | Path, command: TrainerFn | None, *, 
             raise _unreadable(path, f"it lacks the place of the run (loops, fit_loop, {absent[0]})")
 
 
-def check_module_file(path: str | Path, kind: type[L.LightningModule], *, only_weights: bool) -> None:
+def check_module_file(path: str | Path, kind: type[L.LightningModule], options: Mapping[str, Any]) -> None:
     """Check the file that a module is to be built from.
 
     Args:
         path: The file. A URL, and a path that leads nowhere, are left to Lightning.
         kind: The class of the module.
-        only_weights: Whether the file may hold tensors and primitive types only.
+        options: The arguments of ``load_from_checkpoint``. Unless ``weights_only`` is false, the file may hold tensors and
+            primitive types only.
 
     Raises:
-        ValueError: If the file is damaged, no checkpoint of a Trainer, or of another method.
+        ValueError: If the file is damaged, no checkpoint of a Trainer, of another method, or has hyperparameters that the class
+            does not take.
     """
     check_path(path, sharded=False)
     check_checkpoint(path)
@@ -153,7 +158,7 @@ def check_module_file(path: str | Path, kind: type[L.LightningModule], *, only_w
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises many types here
-        if only_weights:
+        if options.get("weights_only") is not False:
             raise _unreadable(path, reason_of(error)) from error
         return
     check_content(content, path, None)
@@ -163,6 +168,18 @@ def check_module_file(path: str | Path, kind: type[L.LightningModule], *, only_w
             f"checkpoint {path} is of a run of {saved}, not of {own}. Use {saved}.load_from_checkpoint, or give its weights as "
             "`init_from`."
         )
+
+    if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        return
+    # Lightning takes all others for arguments of the class, which fails in a line that names no file.
+    other = "Load it with the class that it was saved from, of the same or a later release, or give its weights as `init_from`."
+    for source, names, remedy in (
+        (f"checkpoint {path}", content.get("hyper_parameters") or (), other),
+        ("load_from_checkpoint", options, "Leave them out."),
+    ):
+        strange = [name for name in names if not name.startswith("_") and name not in {*hints_of(kind), *LOADING}]
+        if strange:
+            raise ValueError(f"{source} has arguments that {kind.__name__} does not take: {', '.join(strange)}. {remedy}")
 
 
 def check_states(states: Sequence[Any], optimizers: Sequence[Optimizer], path: str | Path) -> None:

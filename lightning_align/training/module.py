@@ -293,7 +293,7 @@ class AlignModule(Responding):
             ValueError: If the checkpoint is damaged, or of another method.
         """
         if isinstance(checkpoint_path, (str, Path)):
-            check_module_file(checkpoint_path, cls, only_weights=kwargs.get("weights_only") is not False)
+            check_module_file(checkpoint_path, cls, kwargs)
         found: Self = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return found
 

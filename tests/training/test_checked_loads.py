@@ -134,6 +134,18 @@ def test_a_run_of_another_method(saved: Path, tmp_path: Path) -> None:
         DPOModule.load_from_checkpoint(saved, weights_only=True)
 
 
+def test_arguments_that_a_class_does_not_take(saved: Path, tmp_path: Path) -> None:
+    content = torch.load(saved, weights_only=True)
+    content["hyper_parameters"]["betta"] = 0.2
+    torch.save(content, tmp_path / "later.ckpt")
+    with pytest.raises(ValueError, match=r"later.ckpt has arguments that SFTModule does not take: betta\. Load"):
+        SFTModule.load_from_checkpoint(tmp_path / "later.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match="load_from_checkpoint has arguments that SFTModule does not take: lr"):
+        SFTModule.load_from_checkpoint(saved, weights_only=True, lr=0.1)
+    module = SFTModule.load_from_checkpoint(saved, map_location="cpu", strict=True, weights_only=True, dropout=True)
+    assert not module.dropout.off
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_a_run_in_another_precision_goes_on_with_a_warning(precision: str, saved: Path, tmp_path: Path) -> None:
     def resumed(command: str, precision: str) -> list[str]:
