@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_align.models.language_model import has_hidden, logits_of, vocabulary_size
+from lightning_align.models.language_model import context_length, has_hidden, logits_of, vocabulary_size
 from lightning_align.models.parallelize import uncompiled
 from lightning_align.runtime.modes import evaluating
 
@@ -88,6 +88,8 @@ def probe_documents(model: nn.Module, run: Callable[[Tensor, Tensor], Tensor]) -
         model: Any language model.
         run: What computes the outputs (B, N, D) or (B N, D) of tokens and documents, (B, N) each.
     """
+    if (fault := _too_short(model, max(map(max, _PROBED)))) is not None:
+        return fault
     width = max(sum(lengths) for lengths in _PROBED) + 2  # the last columns are padding
     tokens = _spread_tokens(model, len(_PROBED), width)
     documents = torch.full_like(tokens, -1)
@@ -100,7 +102,7 @@ def probe_documents(model: nn.Module, run: Callable[[Tensor, Tensor], Tensor]) -
                 documents[row, start : start + length] = number
                 alone.append(_outputs(model, tokens[row : row + 1, start : start + length]))
                 number, start = number + 1, start + length
-            mixed.append(_outputs(model, tokens[row : row + 1, :start]))
+            mixed.append(_mixed(model, tokens[row : row + 1, :start], max(lengths)))
         error = _difference(model, lambda: run(tokens, documents).flatten(0, -2)[documents.flatten() >= 0], alone, mixed)
     if error is None or isinstance(error, str):
         return error
@@ -122,13 +124,15 @@ def probe_rows(model: nn.Module, run: Callable[[Tensor, list[int]], Tensor]) -> 
         Why the outputs are wrong, or None if they are right.
     """
     lengths = [length for length, _ in _SHARED]
+    if (fault := _too_short(model, max(lengths))) is not None:
+        return fault
     tokens = _spread_tokens(model, len(lengths), max(lengths))
     for row, (_, shared) in enumerate(_SHARED):
         tokens[row, :shared] = tokens[0, :shared]
     with evaluating(model), uncompiled(model):
         alone = [_outputs(model, tokens[row : row + 1, :length]) for row, length in enumerate(lengths)]
         sequence = torch.cat([tokens[row, :length] for row, length in enumerate(lengths)])[None]
-        mixed = [_outputs(model, sequence)]
+        mixed = [_mixed(model, sequence, max(lengths))]
         real = torch.arange(max(lengths), device=tokens.device) < torch.tensor(lengths, device=tokens.device)[:, None]
         error = _difference(model, lambda: run(tokens, lengths)[real], alone, mixed)
     if error is None or isinstance(error, str):
@@ -164,6 +168,20 @@ def _difference(model: nn.Module, run: Callable[[], Tensor], alone: list[Tensor]
     limit = float((torch.cat(mixed) - expected).abs().max()) / scale / 4
     equal = error <= TOLERANCE or (_is_half(model) and error <= min(HALF_TOLERANCE, limit))
     return None if equal else error
+
+
+def _too_short(model: nn.Module, length: int) -> str | None:
+    """Return why a model cannot be checked with rows of a length, if it reads fewer tokens."""
+    context = context_length(model)
+    return None if context is None or context >= length else f"its context of {context} tokens is too short to compare rows"
+
+
+def _mixed(model: nn.Module, tokens: Tensor, width: int) -> Tensor:
+    """Compute the (N, D) outputs of tokens (1, N) of several rows, in parts of `width` tokens that mix them.
+
+    All of them can be more than a model reads. Parts as long as one row are not.
+    """
+    return torch.cat([_outputs(model, part) for part in tokens.split(width, dim=1)])
 
 
 def _outputs(model: nn.Module, tokens: Tensor, documents: Tensor | None = None) -> Tensor:

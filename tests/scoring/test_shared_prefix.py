@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_align.dpo.batch import concatenate
-from lightning_align.models.documents import probe_rows
+from lightning_align.models.documents import packing_problem, probe_rows
 from lightning_align.models.lora import LoRAConfig, add_lora, lora_disabled, train_only
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.shared_rows import PrefixPlan, SharedRows, plan_prefixes, prefix_fault, shared_rows
@@ -214,6 +214,16 @@ def test_rows_beyond_a_sliding_window_are_computed_apart() -> None:
     batch = group((5 * PROMPT, [1, 2, 3]), (5 * PROMPT, [2, 2]))  # 27 tokens come before the last target
     compare(pretrained("mistral", sliding_window=26), batch, 1e-5, used=False)
     compare(pretrained("mistral", sliding_window=27), batch, 1e-5)
+
+
+@pytest.mark.parametrize(("context", "used"), [(64, True), (19, True), (18, False), (9, False)])
+def test_the_comparison_reads_no_more_than_the_context(context: int, used: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """With learned positions, a token behind the context would be an error."""
+    with caplog.at_level("INFO"):
+        compare(pretrained("gpt2", max_position_embeddings=context).eval(), GROUPS["pairs"], 1e-5, used=used)
+    assert ("its context of" in caplog.text) is not used
+    problem = packing_problem(pretrained("gpt2", max_position_embeddings=context))
+    assert problem is None if context >= 12 else problem is not None and "its context of 9 tokens" in problem
 
 
 def test_a_model_of_logits_only_computes_rows_apart() -> None:
