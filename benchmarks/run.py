@@ -96,6 +96,7 @@ STUDIES = (
     ("studies/retro/database_kill.py",),
     ("studies/retro/facts.py",),
     ("studies/retro/stdlib.py",),
+    ("studies/retro/pretrained.py",),
 )
 SECTIONS = TIMED + STUDIES
 

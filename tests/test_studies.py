@@ -1,14 +1,19 @@
 """What the studies compute from their runs, by hand on small cases, and the pictures in the notebooks."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.studies.dpo import pretrained as beside_trl
+from benchmarks.studies.retro import pretrained as newer
 from benchmarks.studies.spin import crossing, markov
+from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.retro.model import NeighborTokens
 from tests.toys import save_llama
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
@@ -71,6 +76,62 @@ def test_the_batches_beside_trl_are_the_short_pairs_in_order(tmp_path: Path) -> 
 def test_the_gap_of_two_curves_is_their_greatest_difference() -> None:
     first, second = ([{"loss": value} for value in values] for values in ((0.7, 0.5, 0.4), (0.7, 0.6, 0.35)))
     assert beside_trl.gap(first, second, "loss") == pytest.approx(0.1)
+
+
+def test_only_new_files_that_no_other_file_makes_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    rest = "import os\n\nVALUE = 1\n\n\ndef f() -> int:\n" + "    # a line\n" * 200
+    headers = {
+        "new": "# Copyright 2026 Us\n# A license\n\n",
+        "old": "# Copyright 2024 Us\n",
+        "made": "# Copyright 2026 Us\n# This file was automatically generated from new.py\n",
+    }
+    (tmp_path / "newer_package").mkdir()
+    for name, header in {**headers, "__init__": ""}.items():
+        (tmp_path / "newer_package" / f"{name}.py").write_text(header + rest)
+    (tmp_path / "newer_package" / "short.py").write_text(headers["new"])
+    found = newer.new_files(["newer_package"])
+    assert found == {"newer_package/new.py": rest}
+    held_out = newer.code(rest)
+    assert held_out.startswith("def f()") and held_out.endswith("    # a line\n")
+    assert newer.HELD_OUT_LENGTH - len("    # a line\n") <= len(held_out) <= newer.HELD_OUT_LENGTH
+
+
+def test_neighbors_in_a_prompt_come_nearest_last_and_without_padding() -> None:
+    tokens = torch.tensor([[[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [0, 0, 0]]]])  # a row, two chunks, two neighbors each
+    mask = torch.tensor([[[[True, True, True], [True, True, False]], [[True, True, True], [False, False, False]]]])
+    neighbors = NeighborTokens(tokens, mask)
+    assert newer.prompt(neighbors, 0, [99]) == [4, 5, 99, 1, 2, 3, 99]
+    assert newer.prompt(neighbors, 1, [99]) == [99, 7, 8, 9, 99]
+
+
+def test_the_arms_of_the_model_alone_score_the_same_tokens() -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = PretrainedLM(config={"model_type": "llama", "vocab_size": 60, **sizes}).eval()
+    text = torch.randint(3, 50, (150,), generator=torch.Generator().manual_seed(0))
+    nobody = NeighborTokens(torch.zeros(1, 2, 2, 8, dtype=torch.int64), torch.zeros(1, 2, 2, 8, dtype=torch.bool))
+    batch: Any = {"tokens": text[None], "chunk_bytes": torch.ones(1, 3), "neighbors": nobody, "controls": {"random": nobody}}
+    with torch.no_grad():
+        plain, *others = (newer.with_prompts(model, batch, name, []) for name in ("plain", "rag_first_random", "rag_each"))
+        expected = -model(text[None]).log_softmax(-1)[0, :-1].gather(1, text[1:, None])[:, 0]
+    assert plain == pytest.approx(
+        [float(expected[start:end].sum()) for start, end in ((0, 63), (63, 127), (127, 149))], rel=1e-5
+    )
+    for found in others:  # without neighbors, the prompt is empty
+        assert found == pytest.approx([0.0, *plain[1:]], rel=1e-5)
+
+
+def test_a_saving_in_bits_per_byte_leaves_out_the_first_chunk() -> None:
+    files = {"chunk_bytes": [[10, 20, 0], [10, 30, 50]], "overlap": [[0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]}
+    bit = math.log(2)
+    one = {"nats": [[9.0, 20 * bit, 0.0], [9.0, 30 * bit, 50 * bit]]}
+    other = {"nats": [[0.0, 30 * bit, 0.0], [0.0, 60 * bit, 50 * bit]]}
+    assert newer.rate(one, files) == pytest.approx(1.0)
+    assert newer.rate(other, files, lambda overlap: overlap <= newer.LOW) == pytest.approx(2.0)
+    saved, low, high = newer.gain(one, other, files)
+    assert saved == pytest.approx(0.4)
+    assert (low, high) == pytest.approx((30 / 80, 0.5)), "each sample is one of the files, or both"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
