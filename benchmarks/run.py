@@ -56,6 +56,7 @@ TIMED: tuple[tuple[str, ...], ...] = (
     ("retrieval/vectors.py",),
     ("retrieval/search.py", "--queries", "8192"),
     ("retrieval/lexical.py",),
+    ("retrieval/lexical.py", "--text", "real"),
     ("retrieval/engines.py",),
     ("retro/memory.py", "--sizes", "40", "--lines"),
     ("retro/planted_copies.py",),

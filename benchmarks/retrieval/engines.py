@@ -1,7 +1,8 @@
 """Search with the chunk's own document excluded: the database's index, LanceDB and Qdrant in its local mode.
 
 Chunks of the standard library, encoded as means of random vectors of their tokens. Each engine searches the same queries in a
-process of its own. Recall is the share of the true nearest allowed chunks, by distance.
+process of its own. Recall is the share of the true nearest allowed chunks, by distance. An index with packed codes finds
+candidates, which the stored vectors compare. What the others are copied from is the database of the first index.
 """
 
 import argparse
@@ -23,25 +24,26 @@ import torch
 from benchmarks import common
 from lightning_align.data.documents import DocumentSource, StandardLibrary
 from lightning_align.retrieval.database import RetrievalDatabase
+from lightning_align.retrieval.encoders import read_vectors
+from lightning_align.retrieval.generation import open_parts
 from lightning_align.retrieval.index import IndexConfig
+from lightning_align.retrieval.neighbors import group_of_chunks
 from lightning_align.retrieval.search import Retriever
 from lightning_align.retro.indexing import build_database, open_retriever
 from lightning_align.types import Document
 
-DIM, SIZE, K = 384, 32, 8
-LISTS = "IVF1024,SQ8"
+SIZE, K = 32, 8
 SLOWER = 20
 """How many times fewer queries the local mode of Qdrant gets, which is written in Python."""
-ENGINES = ("exact", LISTS, "LanceDB", "LanceDB, IVF_HNSW_SQ", "Qdrant, local")
+OTHERS = ("LanceDB", "LanceDB, IVF_HNSW_SQ", "Qdrant, local")
 
 
 class Averages:
     """Encodes a chunk as the mean of a random vector per token."""
 
-    fingerprint = f"averages-{DIM}"
-
-    def __init__(self) -> None:
-        self.table = np.random.default_rng(0).normal(size=(1 << 16, DIM)).astype(np.float32) / DIM**0.5
+    def __init__(self, dim: int) -> None:
+        self.fingerprint = f"averages-{dim}"
+        self.table = np.random.default_rng(0).normal(size=(1 << 16, dim)).astype(np.float32) / dim**0.5
 
     def encode(self, chunks: Any) -> np.ndarray:
         """See `Encoder`."""
@@ -80,10 +82,9 @@ def size_of(folder: Path) -> int:
 
 def make(engine: str, folder: Path, encoder: Averages) -> tuple[Any, Path]:
     """Open an engine, after its data were copied to it if they were not yet. Return it and its folder."""
-    root = folder / ("lists" if engine == LISTS else "exact")
-    if engine in ("exact", LISTS):
-        return open_retriever(root, encoder=encoder), root
-    database = RetrievalDatabase.open(root)
+    if engine not in OTHERS:
+        return open_retriever(folder / engine, encoder=encoder), folder / engine
+    database = first_of(folder)
     place = folder / engine.replace(" ", "")
     if engine.startswith("LanceDB"):
         from lightning_align.retrieval.lance import LanceRetriever
@@ -111,6 +112,30 @@ def _lance(database: RetrievalDatabase, has_index: bool) -> Any:
     return create
 
 
+def first_of(folder: Path) -> RetrievalDatabase:
+    """Open the database of the first index."""
+    return RetrievalDatabase.open(folder / (folder / "first.txt").read_text())
+
+
+def true_distances(database: RetrievalDatabase, queries: list[Any], exclude: list[list[str]], encoder: Averages) -> np.ndarray:
+    """The distances (n, K) of the true nearest allowed chunks."""
+    stored = open_parts(database.folder, database.manifest).vectors
+    assert stored is not None
+    vectors, table = read_vectors(stored), database.chunks
+    groups = group_of_chunks(table, np.zeros(0, dtype=np.int64))
+    numbers = {name: number for number, name in enumerate(table.document_ids)}
+    result = np.full((len(queries), K), np.inf, dtype=np.float32)
+    points = encoder.encode(queries).astype(np.float16).astype(np.float32)
+    for start in range(0, len(vectors), 1 << 16):
+        part = vectors[start : start + (1 << 16)].astype(np.float32)
+        distances = (points**2).sum(1)[:, None] + (part**2).sum(1) - 2 * points @ part.T
+        for row, names in enumerate(exclude):
+            distances[row, np.isin(groups[start : start + len(part)], table.groups[[numbers[name] for name in names]])] = np.inf
+        near = np.partition(distances, K - 1, axis=1)[:, :K] if len(part) > K else distances
+        result = np.sort(np.concatenate([result, near], axis=1), axis=1)[:, :K]
+    return result
+
+
 def queries_of(database: RetrievalDatabase, count: int) -> tuple[list[Any], list[list[str]]]:
     """Return chunks of the database, and for each the document that it must not find."""
     table = database.chunks
@@ -119,32 +144,34 @@ def queries_of(database: RetrievalDatabase, count: int) -> tuple[list[Any], list
     return [table.chunk(int(number)) for number in numbers], [[name] for name in names]
 
 
-def run_engine(engine: str, folder: Path, count: int) -> dict[str, Any]:
+def run_engine(engine: str, folder: Path, count: int, dim: int) -> dict[str, Any]:
     """Copy, open and search. Return what was measured."""
-    encoder = Averages()
+    encoder = Averages(dim)
     before = time.perf_counter()
     make(engine, folder, encoder)  # copies
     copying = time.perf_counter() - before
-    database = RetrievalDatabase.open(folder / "exact")
+    database = first_of(folder)
     queries, exclude = queries_of(database, count)
     output = subprocess.run(
-        [sys.executable, __file__, "--engine", engine, "--folder", str(folder), "--queries", str(count), "--search"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
+        [*command_of(engine, folder, count, dim), "--search"], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     found = json.loads(output.splitlines()[-1])
-    true = np.array(found.pop("distances"))
-    exact = open_retriever(folder / "exact", encoder=encoder).search(queries, K, exclude).distances
+    distances, true = np.array(found.pop("distances")), true_distances(database, queries, exclude, encoder)
     # Engines round distances otherwise, and any of equally near chunks is right.
-    recall = float((np.sort(true, axis=1) <= exact[:, -1:] * (1 + 1e-3) + 1e-5).mean())
+    recall = float((np.sort(distances, axis=1) <= true[:, -1:] * (1 + 1e-3) + 1e-5).mean())
     return {**found, "recall": recall, "copying": copying}
 
 
-def search(engine: str, folder: Path, count: int) -> dict[str, Any]:
+def command_of(engine: str, folder: Path, count: int, dim: int) -> list[str]:
+    """The command that measures an engine in a process of its own."""
+    numbers = ["--queries", str(count), "--dim", str(dim)]
+    return [sys.executable, __file__, "--engine", engine, "--folder", str(folder), *numbers]
+
+
+def search(engine: str, folder: Path, count: int, dim: int) -> dict[str, Any]:
     """Search in a fresh process."""
-    encoder = Averages()
-    queries, exclude = queries_of(RetrievalDatabase.open(folder / "exact"), count)
+    encoder = Averages(dim)
+    queries, exclude = queries_of(first_of(folder), count)
     if "Lance" in engine:
         import lancedb  # noqa: F401  # its import is not counted
     elif "Qdrant" in engine:
@@ -184,7 +211,14 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=100_000, help="number of chunks, about")
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--dim", type=int, default=384, help="dimensions of the vectors")
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        metavar="ENGINE",
+        help=f"exact, factory strings (with ,Stored stored vectors refine), {', '.join(OTHERS)}; the first is an index; "
+        "default: exact, two factory strings and all others",
+    )
     parser.add_argument("--folder", help="folder for the databases; default: a temporary one")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--search", action="store_true", help=argparse.SUPPRESS)
@@ -192,21 +226,32 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.engine:
         task = search if arguments.search else run_engine
-        print(json.dumps(task(arguments.engine, Path(arguments.folder), arguments.queries)))
+        print(json.dumps(task(arguments.engine, Path(arguments.folder), arguments.queries, arguments.dim)))
         return
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     folder = Path(arguments.folder or tempfile.mkdtemp())
     documents = First(arguments.chunks * SIZE)
-    for name, factory in (("exact", "Flat"), ("lists", LISTS)):
-        index = IndexConfig(factory=factory, recall_at=K)
-        if name == "lists":
-            shutil.copytree(folder / "exact", folder / name, dirs_exist_ok=True)
-        database = build_database(folder / name, documents, encoder=Averages(), chunk_size=SIZE, k=1, index=index, verify=0.0)
+    packed = f"IVF1024,PQ{arguments.dim // 4},Stored"
+    engines = arguments.engines or ["exact", "IVF1024,SQ8", packed, *OTHERS]
+    first = engines[0]
+    (folder / "first.txt").write_text(first)
+    encoder = Averages(arguments.dim)
+    for name in engines:
+        if name in OTHERS:
+            continue
+        index = IndexConfig(factory="Flat" if name == "exact" else name, recall_at=K)
+        if name != first and not (folder / name).exists():
+            shutil.copytree(
+                folder / first, folder / name, ignore=shutil.ignore_patterns("index-*", "neighbors-*", "database.json")
+            )
+        begin = time.process_time()
+        database = build_database(folder / name, documents, encoder=encoder, chunk_size=SIZE, k=1, index=index, verify=0.0)
+        print(f"{name} built in {time.process_time() - begin:.0f} CPU s", file=sys.stderr, flush=True)
     num = len(database.chunks)
     rows = []
-    for engine in arguments.engines:
+    for engine in engines:
         count = arguments.queries if "Qdrant" not in engine else max(1, arguments.queries // SLOWER)
-        command = [sys.executable, __file__, "--engine", engine, "--folder", str(folder), "--queries", str(count)]
+        command = command_of(engine, folder, count, arguments.dim)
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found = json.loads(output.splitlines()[-1])
         print(engine, found, file=sys.stderr, flush=True)
@@ -219,14 +264,14 @@ def main() -> None:
                 "CPU ms of one query": f"{found['single']:.1f}",
                 "memory, MiB": f"{found['memory']:,}",
                 "disk, MiB": f"{found['disk']:,}",
-                "s to copy": "" if engine in ("exact", LISTS) else f"{found['copying']:.0f}",
+                "s to copy": f"{found['copying']:.0f}" if engine in OTHERS else "",
             }
         )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("faiss-cpu", "lancedb", "qdrant-client"))
     common.heading(
         "Retrieval: the index of the database beside LanceDB and Qdrant",
-        f"{num:,} chunks of {SIZE} bytes of the standard library, {DIM} dimensions, {arguments.queries} chunks as queries "
-        f"({arguments.queries // SLOWER} for Qdrant), without their own document and its near-duplicates; k {K}, "
+        f"{num:,} chunks of {SIZE} bytes of the standard library, {arguments.dim} dimensions, {arguments.queries} chunks as "
+        f"queries ({arguments.queries // SLOWER} for Qdrant), without their own document and its near-duplicates; k {K}, "
         f"{arguments.threads} threads, indexes with their own defaults. Memory is what opening and "
         f"searching adds without mapped files. {versions}.",
     )

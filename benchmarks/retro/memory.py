@@ -125,8 +125,14 @@ def run_stage(name: str, folder: Path, tokenizer_file: str | None) -> dict[str, 
     encoder = Averages(tokenizer.vocab_size)
     shared = {"team": team, "verify": 0.0}
 
+    for path in root.glob(f"{name}-*"):  # of an earlier run: a finished stage takes no memory
+        shutil.rmtree(path)
+
     def found(kind: str) -> Stage:
-        return next(open_stage(path) for path in sorted(root.glob(f"{kind}-*")) if (path / "manifest.json").exists())
+        done = [path for path in sorted(root.glob(f"{kind}-*")) if (path / "manifest.json").exists()]
+        if not done:
+            raise ValueError(f"`--stages` must have {kind} before {name}, or `--folder` must have it, but {root} has none.")
+        return open_stage(done[0])
 
     def chunks(which: str) -> Stage:
         source = FolderDocuments(str(folder / which))
@@ -180,8 +186,8 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[40, 200], help="MB of text in documents of 20 kB")
     parser.add_argument("--lines", type=int, nargs="*", default=[200], help="MB of text in one line")
     parser.add_argument("--tokenizer", help="a tokenizer.json; default: that of MiniLM")
-    parser.add_argument("--folder", help="folder for the databases; default: a temporary one")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="the stages to measure, after those before")
+    parser.add_argument("--folder", help="folder for texts and stages, which later runs with it use; default: a temporary one")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="the stages to measure")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage:
@@ -199,8 +205,11 @@ def main() -> None:
     )
     rows = []
     for megabytes, one_line in [*((size, False) for size in arguments.sizes), *((size, True) for size in arguments.lines)]:
-        folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-        write_text(folder, megabytes, one_line=one_line)
+        folder = Path(arguments.folder or tempfile.mkdtemp()) / f"{megabytes}{'-line' if one_line else ''}"
+        if not (folder / "written").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+            write_text(folder, megabytes, one_line=one_line)
+            (folder / "written").touch()
         row: dict[str, Any] = {"text": f"{megabytes} MB" + (" in one line" if one_line else "")}
         for stage in arguments.stages:
             command = [sys.executable, __file__, "--stage", stage, "--folder", str(folder), "--tokenizer", tokenizer]
@@ -209,7 +218,8 @@ def main() -> None:
             row[stage] = f"{found['resident']:,} ({found['anonymous']:,})"
             print(row["text"], stage, found, file=sys.stderr, flush=True)
         rows.append(row)
-        shutil.rmtree(folder)
+        if arguments.folder is None:
+            shutil.rmtree(folder.parent)
     print(common.table(rows))
     most = max(int(value.split()[0].replace(",", "")) for row in rows for name, value in row.items() if name != "text")
     print(common.table([common.claim("largest peak, MiB", "≤ 954", f"{most:,}", most <= 954)]))

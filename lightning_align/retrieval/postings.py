@@ -46,6 +46,8 @@ _WORTH = 5
 """With more postings than a fifth of the chunks, it is faster to look at the scores of all chunks than to gather some."""
 _WIDTH = 64
 """Chunks per block of scores."""
+_LEAST = float(np.finfo(np.float32).tiny)
+"""A score that is not 0."""
 _ROUNDING = 1e-5
 """How far a sum of float32 weights can be off, as a share of the highest score."""
 
@@ -74,7 +76,8 @@ class Postings:
         self._edges, self._drops = edges, edges[:-1] - edges[1:]
         self._query_idf = np.zeros(len(self._hashes))
         self._lists = torch.from_numpy(self._chunks), torch.from_numpy(self._weights)
-        self._scores = torch.zeros(self.num_chunks, dtype=torch.float32)  # bf16-true changes the default
+        # Whole blocks. The places after the last chunk stay 0. bf16-true changes the default type.
+        self._scores = torch.zeros(-(-self.num_chunks // _WIDTH) * _WIDTH, dtype=torch.float32)
         self._last = np.zeros(self.num_chunks, dtype=np.int32)
 
     def numbers(self, terms: Iterable[str]) -> list[int]:
@@ -120,7 +123,7 @@ class Postings:
         tiers = self._tiers[terms]  # (t, TIERS + 1)
         if int((tiers[:, -1] - tiers[:, 0]).sum()) <= _WHOLE:
             spans = [slice(start, stop) for start, stop in tiers[:, [0, -1]].tolist()]
-            return self._best_of_all(query, k, forbidden, spans, 0.0, _ROUNDING * float(self._idf(terms).sum()))
+            return self._best_of_all(query, k, forbidden, spans, 0.0, 0.0, _ROUNDING * float(self._idf(terms).sum()))
         sizes = np.diff(tiers, axis=1)
         gains = self._idf(terms)[:, None] * self._drops
         # The tiers that lower the bound of the rest most per posting come first. Tiers of a term stay in order.
@@ -140,9 +143,10 @@ class Postings:
             exact = self._exact(query, promising, forbidden)[1]
             bar = float(exact[k - 1]) if len(exact) >= k else 0.0
         last = len(order) if bar <= 0 else int(np.searchsorted(-rest, -_SHARE * bar, side="left")) + 1
-        left = float(rest[max(first, last) - 1]) + slack
+        left = float(rest[max(first, last) - 1])
         if touched[max(first, last) - 1] > self.num_chunks / _WORTH:
-            return self._best_of_all(query, k, forbidden, self._spans(order[first:last], tiers, taken)[0], bar, left)
+            return self._best_of_all(query, k, forbidden, self._spans(order[first:last], tiers, taken)[0], bar, left, slack)
+        left += slack
         more, taken = self._add(order[first:last], tiers, taken)
         both = np.concatenate([some, more])
         scores = self._gather(both)
@@ -157,7 +161,7 @@ class Postings:
         return result[0][:k], result[1][:k]
 
     def _best_of_all(
-        self, query: Sequence[int], k: int, forbidden: Sequence[int], spans: list[slice], bar: float, left: float
+        self, query: Sequence[int], k: int, forbidden: Sequence[int], spans: list[slice], bar: float, left: float, slack: float
     ) -> tuple[Ints, Doubles]:
         """Add the last lists, and look at the scores of all chunks. See `best`.
 
@@ -167,28 +171,41 @@ class Postings:
             forbidden: Groups whose chunks must not be found.
             spans: The postings to add.
             bar: A bound that the k-th best score is not below.
-            left: The most that a score can rise, because of what is left out and of rounding.
+            left: The most that a score can rise, because of what is left out.
+            slack: How far a score can be off, because of rounding.
         """
         chunks, weights = self._lists
         for span in spans:
             self._scores.index_add_(0, chunks[span], weights[span])
-        whole = self.num_chunks - self.num_chunks % _WIDTH
-        highest, places = self._scores[:whole].view(-1, _WIDTH).max(dim=1)
-        best = (places + torch.arange(0, whole, _WIDTH)).numpy()
-        count = 4 * k
-        while len(best):
-            # The best chunks of the best blocks are scored exactly, to raise the bar.
-            exact = self._exact(query, best[_top(highest.numpy(), count)], forbidden)[1]
-            if len(exact) >= k or count >= len(best):
-                bar = max(bar, float(exact[k - 1]) if len(exact) >= k else 0.0)
+        highest = self._scores.view(-1, _WIDTH).amax(dim=1).numpy()
+        count, least = 4 * k, _LEAST
+        while True:
+            # The best blocks have k good chunks, which raise the bar for all others.
+            some, scores = self._above(_top(highest, count), least, forbidden)
+            if len(some) >= k or count >= len(highest):
                 break
             count *= 8
-        scores = self._scores.numpy()
-        # Where fewer than k were found, all lists were added, and what has no score has no term.
-        near = np.flatnonzero(scores >= bar - left if bar > left else scores > 0)
+        if len(some) >= k:
+            if left:
+                bar = max(bar, float(self._exact(query, some[_top(scores, 4 * k)], forbidden)[1][k - 1]))
+            else:
+                bar = max(bar, _kth(scores, k) - slack)
+            # Where fewer than k were found, all lists were added, and what has no score has no term.
+            least = max(least, bar - left - slack)
+            some, scores = self._above(np.flatnonzero(highest >= least), least, forbidden)
+            if not left:
+                some = some[scores >= _kth(scores, k) - 2 * slack]
         self._scores.zero_()
-        result = self._exact(query, near, forbidden)
+        result = self._exact(query, some, forbidden)
         return result[0][:k], result[1][:k]
+
+    def _above(self, blocks: Ints, least: float, forbidden: Sequence[int]) -> tuple[Ints, NDArray[np.float32]]:
+        """Return the allowed chunks of blocks whose score is not below a bound, and their scores."""
+        scores = self._scores.numpy().reshape(-1, _WIDTH)[blocks]
+        rows, places = np.nonzero(scores >= least)
+        chunks = blocks[rows] * _WIDTH + places
+        allowed = self._allowed(chunks, forbidden)
+        return chunks[allowed], scores[rows[allowed], places[allowed]]
 
     def _add(self, tiers: Ints, bounds: Ints, taken: Ints) -> tuple[Ints, Ints]:
         """Add the weights of tiers to the scores. Return their chunks, with repetitions, and the tiers taken per term."""
@@ -240,3 +257,8 @@ class Postings:
 def _top(scores: NDArray[np.float32], count: int) -> Ints:
     """Return the indices of the `count` largest scores, in any order, or all."""
     return np.arange(len(scores)) if len(scores) <= count else np.argpartition(scores, -count)[-count:]
+
+
+def _kth(scores: NDArray[np.float32], k: int) -> float:
+    """Return the k-th largest score."""
+    return float(np.partition(scores, -k)[-k])
