@@ -79,6 +79,8 @@ class Postings:
         # Whole blocks. The places after the last chunk stay 0. bf16-true changes the default type.
         self._scores = torch.zeros(-(-self.num_chunks // _WIDTH) * _WIDTH, dtype=torch.float32)
         self._last = np.zeros(self.num_chunks, dtype=np.int32)
+        self.touched = 0
+        """How many postings the searches have read so far, at most."""
 
     def numbers(self, terms: Iterable[str]) -> list[int]:
         """Return the distinct numbers of terms, ascending. Terms that no chunk has are dropped."""
@@ -121,7 +123,9 @@ class Postings:
             return np.zeros(0, dtype=np.int64), np.zeros(0)
         terms = np.asarray(query, dtype=np.int64)
         tiers = self._tiers[terms]  # (t, TIERS + 1)
-        if int((tiers[:, -1] - tiers[:, 0]).sum()) <= _WHOLE:
+        size = int((tiers[:, -1] - tiers[:, 0]).sum())
+        self.touched += size
+        if size <= _WHOLE:
             spans = [slice(start, stop) for start, stop in tiers[:, [0, -1]].tolist()]
             return self._best_of_all(query, k, forbidden, spans, 0.0, 0.0, _ROUNDING * float(self._idf(terms).sum()))
         sizes = np.diff(tiers, axis=1)

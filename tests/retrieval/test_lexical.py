@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lightning_align.retrieval import inversion, postings
+from lightning_align.retrieval import inversion, lexical, postings
 from lightning_align.retrieval.inversion import Span, count_terms, write_postings
 from lightning_align.retrieval.lexical import LexicalSearcher, build_lexical
 from lightning_align.retrieval.neighbors import Forbidden, group_of_chunks
@@ -66,6 +66,23 @@ def test_best_allowed_chunks_are_returned_in_order(built):
         best = np.sort(scores)[::-1][:6]
         assert np.allclose(-found.distances[row][found.mask[row]], best[best > 0], atol=1e-6)
         assert 3 not in table.document_of(found.ids[row][found.mask[row]])
+
+
+@pytest.mark.parametrize("limit", [1, 10**9])
+def test_pages_are_returned_after_so_many_postings(built, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """A corpus of gigabytes has queries of megabytes: memory must not grow with their number."""
+    table, stage = built
+    released = []
+    monkeypatch.setattr(lexical, "release_pages", released.append)
+    monkeypatch.setattr(lexical, "_POSTINGS", limit)
+    searcher = LexicalSearcher(stage, group_of_chunks(table, NOTHING), DECODE)
+    queries = searcher.queries_of(table, range(0, 5))
+    searcher.nearest(queries, 6, Forbidden(NOTHING, NOTHING))
+    assert len(released) == (5 if limit == 1 else 1)
+    sizes = [sum(query in chunk for chunk in map(set, searcher.queries_of(table, range(len(table))))) for query in queries[0]]
+    before = searcher.postings.touched
+    searcher.nearest(queries[:1], 6, Forbidden(NOTHING, NOTHING))
+    assert searcher.postings.touched - before == sum(sizes)
 
 
 def test_unknown_words_find_nothing(built):
