@@ -28,6 +28,7 @@ from lightning_align.models.activations import Checkpointing
 from lightning_align.models.building import Backbone
 from lightning_align.models.causality import check_causal
 from lightning_align.models.composed import FROZEN
+from lightning_align.runtime.kinds import check_kinds, hints_of
 from lightning_align.runtime.lightning_internals import built_from_config, datamodule_of, trainer_of
 from lightning_align.training.evaluation import log_metric, metrics_of
 from lightning_align.training.metrics import TokenNLL
@@ -102,6 +103,7 @@ class CALMModule(AlignModule):
             )
         if anchor is None and init_from is None:
             raise ValueError(_missing_module("anchor"))
+        check_kinds(type(self).__name__, hints_of(CALMModule), {"anchor": anchor})
         given = built_from_config()
         super().__init__(
             cast(Backbone, anchor),

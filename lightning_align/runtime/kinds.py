@@ -5,6 +5,7 @@ does not name it.
 """
 
 import collections.abc
+import inspect
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -62,19 +63,18 @@ def hints_of(kind: Any) -> Mapping[str, Any]:
 def _hints(kind: Any) -> dict[str, Any]:
     package, found = __name__.partition(".")[0], dict[str, Any]()
     for base in reversed(kind.__mro__):
-        if (init := vars(base).get("__init__")) is None:
+        init = vars(base).get("__init__")
+        if not isinstance(init, types.FunctionType):
             continue
-        if base.__module__.partition(".")[0] == package:
+        names = inspect.signature(init).parameters
+        if base.__module__.partition(".")[0] != package:
+            found = {name: hint for name, hint in found.items() if name not in names}
+        elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values()):
             found |= get_type_hints(init)
-        else:
-            for name in getattr(init, "__annotations__", {}).keys() | set(init.__code__.co_varnames if _is_code(init) else ()):
-                found.pop(name, None)
+        else:  # it hands on what it makes of its own arguments
+            found = get_type_hints(init)
     found.pop("return", None)
     return found
-
-
-def _is_code(function: Any) -> bool:
-    return isinstance(function, types.FunctionType)
 
 
 def from_fields(kind: Callable[..., T], values: Any, name: str) -> T | None:

@@ -116,7 +116,7 @@ MADE: dict[str, Callable[[], Any]] = {
     "beta` of SPINModule": lambda: SPINModule(tiny_palm(), beta=None),  # type: ignore[arg-type]
     "optimizer` of SFTModule": lambda: SFTModule(tiny_palm(), optimizer=torch.optim.SGD(tiny_palm().parameters(), 1.0)),  # type: ignore[arg-type]
     "backbone` of RETROModule": lambda: RETROModule("model"),  # type: ignore[arg-type]
-    "backbone` of CALMModule": lambda: CALMModule(3),  # type: ignore[arg-type]
+    "anchor` of CALMModule": lambda: CALMModule(3),  # type: ignore[arg-type]
     "lora` of DPOModule": lambda: DPOModule(tiny_palm(), lora=8),  # type: ignore[arg-type]
     "generation` of SPINModule": lambda: SPINModule(tiny_palm(), generation="greedy"),  # type: ignore[arg-type]
     "dim` of PaLM": lambda: PaLM(num_tokens=8, dim=16.0, depth=1),  # type: ignore[arg-type]
@@ -155,6 +155,11 @@ def test_the_fields_of_a_dictionary_are_known() -> None:
         DPOModule(tiny_palm(), lora={"rnk": 2})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"got 'xyz'\. Its fields are number\."):
         from_fields(Fields, {"xyz": 2}, "settings")
+
+
+def test_an_anchor_may_be_a_path() -> None:
+    assert CALMModule("anchor.ckpt", [tiny_palm()]).hparams["anchor"] == "anchor.ckpt"  # type: ignore[list-item]
+    assert "backbone" not in hints_of(CALMModule) and "backbone" in hints_of(RETROModule)
 
 
 def test_a_subclass_may_take_an_argument_of_another_type() -> None:
