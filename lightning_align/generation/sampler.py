@@ -82,7 +82,8 @@ class GenerationConfig:
         Raises:
             ValueError: If a value is out of range.
         """
-        check_kinds("GenerationConfig", hints_of(type(self)), vars(self))
+        # What a filter must be is said by `import_path`.
+        check_kinds("GenerationConfig", hints_of(type(self)), {**vars(self), "filter_fn": None})
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),

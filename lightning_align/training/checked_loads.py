@@ -4,6 +4,7 @@ Lightning names the file in its arguments only, opens it without a comparison of
 with the error of whatever line meets it.
 """
 
+import inspect
 import math
 import os
 import zipfile
@@ -171,10 +172,13 @@ def check_module_file(path: str | Path, kind: type[L.LightningModule], options: 
 
     if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:
         return
-    # Lightning takes all others for arguments of the class, which fails in a line that names no file.
+    # Lightning takes all others for arguments of the class, which fails in a line that names no file. For a class without
+    # keyword arguments of any name, it leaves out what was saved.
+    any_name = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(kind).parameters.values())
+    saved_names = content.get("hyper_parameters") or () if any_name else ()
     other = "Load it with the class that it was saved from, of the same or a later release, or give its weights as `init_from`."
     for source, names, remedy in (
-        (f"checkpoint {path}", content.get("hyper_parameters") or (), other),
+        (f"checkpoint {path}", saved_names, other),
         ("load_from_checkpoint", options, "Leave them out."),
     ):
         strange = [name for name in names if not name.startswith("_") and name not in {*hints_of(kind), *LOADING}]

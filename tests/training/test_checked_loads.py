@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save_file
 
+from lightning_align.calm.module import CALMModule
 from lightning_align.dpo.module import DPOModule
 from lightning_align.sft.module import SFTModule
 from lightning_align.training.checked_loads import check_content
@@ -142,6 +143,12 @@ def test_arguments_that_a_class_does_not_take(saved: Path, tmp_path: Path) -> No
         SFTModule.load_from_checkpoint(tmp_path / "later.ckpt", weights_only=True)
     with pytest.raises(ValueError, match="load_from_checkpoint has arguments that SFTModule does not take: lr"):
         SFTModule.load_from_checkpoint(saved, weights_only=True, lr=0.1)
+    # The checkpoint of a composition has arguments of its base class, which it does not take.
+    path = Run("calm", tmp_path, max_steps=1, limit_val_batches=0).save(tmp_path / "calm.ckpt")
+    with pytest.raises(ValueError, match=r"load_from_checkpoint has arguments that CALMModule does not take: lr\. Leave"):
+        CALMModule.load_from_checkpoint(path, weights_only=True, lr=0.1)
+    with pytest.raises(ValueError, match="`anchor` must be a model"):
+        CALMModule.load_from_checkpoint(path, weights_only=True)
     module = SFTModule.load_from_checkpoint(saved, map_location="cpu", strict=True, weights_only=True, dropout=True)
     assert not module.dropout.off
 

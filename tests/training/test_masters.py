@@ -132,9 +132,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(lora: Any, tmp_path: Path) -> No
     assert max(moved) > 0, "the copies are not just the rounded weights"
     # The checkpoint continues under another precision, from the float32 weights.
     module = DPOModule(tiny_palm, init_from=str(tmp_path / "base.pt"), lora=lora)
-    trainer(tmp_path, max_epochs=4).fit(
-        module, loader(split(BATCHES["dpo"], 4)), ckpt_path=tmp_path / "4" / "new" / "last.ckpt"
-    )
+    with pytest.warns(UserWarning, match="is of a run with precision bf16-true, and this run has 32-true"):
+        trainer(tmp_path, max_epochs=4).fit(
+            module, loader(split(BATCHES["dpo"], 4)), ckpt_path=tmp_path / "4" / "new" / "last.ckpt"
+        )
     if lora is None:
         for name, value in module.policy.state_dict().items():
             assert torch.equal(value, masters(whole)[f"policy.{name}"])
