@@ -3,7 +3,7 @@
 python benchmarks/run.py                        all benchmarks
 python benchmarks/run.py --peers                comparisons with other libraries, with fewer rounds
 python benchmarks/run.py --studies              all studies
-python benchmarks/run.py dpo/step.py            the named scripts; the other sections of RESULTS.md stay
+python benchmarks/run.py dpo/step.py            the named scripts; other sections, and those of other processors, stay
 python benchmarks/run.py dpo/step.py --rounds 2 one script with options of your own; RESULTS.md stays as it is
 python benchmarks/run.py --list                 what there is
 """
@@ -11,13 +11,14 @@ python benchmarks/run.py --list                 what there is
 import argparse
 import ast
 import datetime
-import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -109,23 +110,24 @@ def pairs_options(script: str, pairs: str | None) -> list[str]:
     return ["--pairs", pairs] if script in OF_PAIRS and pairs else []
 
 
-def machine() -> str:
-    """The machine that runs this."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    model = next(names, platform.processor())
-    memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB"
+def processor() -> str:
+    """The kind of processor that runs this. Ratios differ by kind, so a page has a section for each."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in info)}
+    model = re.sub(r"\((?:R|TM)\)|\b(?:Processor|CPU)\b|@.*", "", found.get("model name", "") or platform.processor())
+    name = " ".join(model.split()) or platform.machine()
+    return f"{name} with AMX" if "amx_bf16" in found.get("flags", "").split() else name
 
 
 def head() -> str:
     """The first lines of the page."""
-    return f"""# Benchmarks
-
-{machine()}; Python {platform.python_version()}, torch {importlib.metadata.version("torch")}.
+    return """# Benchmarks
 
 The sides of a comparison take turns in one run. Each ratio is the median of the ratios of neighboring rounds. "Background
 load" is the number of cores that other processes kept busy. Where it is not near 0, repeat the run before you trust the row.
+
+The last line of a section has its command, its date and its machine. Ratios differ by processor: a command that ran on two
+kinds has two sections.
 """
 
 
@@ -180,12 +182,18 @@ def record(todo: dict[tuple[str, ...], tuple[str, ...]], pairs: str | None, outp
     """
     kept = sections(output.read_text(encoding="utf-8") if output.exists() else "")
     done: dict[tuple[str, ...], str] = {}
+    here = processor()
+    elsewhere: dict[tuple[str, ...], list[str]] = {section: [] for section in SECTIONS}
     for script, *options in SECTIONS:
         for line, section in kept.items():
             if line.startswith(marker(script, tuple(options)) + "`"):
-                done[script, *options] = section
+                if f", {here}, " in line:
+                    done[script, *options] = section
+                else:
+                    elsewhere[script, *options].append(section)
     # Sections of commands that are not in the list stay at the end: nothing here can make them again.
-    others = [section for section in kept.values() if section not in done.values()]
+    listed = {*done.values(), *chain.from_iterable(elsewhere.values())}
+    others = [section for section in kept.values() if section not in listed]
     failed = []
     began = time.monotonic()
     for number, ((script, *options), more) in enumerate(todo.items(), 1):
@@ -203,8 +211,10 @@ def record(todo: dict[tuple[str, ...], tuple[str, ...]], pairs: str | None, outp
         shown = f"{marker(script, tuple(options))}`" + (f" with `{told_options}`" if told_options else "")
         # Skip what a Trainer prints before the section's heading.
         told = ran.stdout[max(0, ran.stdout.find("## ")) :].rstrip()
-        done[script, *options] = f"{told}\n\n{shown}, {datetime.date.today().isoformat()}\n"
-        page = [head(), *(done[script, *options] for script, *options in SECTIONS if (script, *options) in done), *others]
+        last = f"{shown}, {datetime.date.today().isoformat()}, {here}, {os.cpu_count()} cores"
+        done[script, *options] = f"{told}\n\n{last}\n"
+        each = (([done[command]] if command in done else []) + elsewhere[command] for command in SECTIONS)
+        page = [head(), *chain.from_iterable(each), *others]
         temporary = output.with_suffix(".tmp")
         temporary.write_text("\n".join(page), encoding="utf-8")
         temporary.replace(output)

@@ -92,12 +92,18 @@ def test_comparisons_with_others_are_listed_and_their_options_exist(help_texts: 
         assert all(re.search(rf"{option}\b", help_texts[script]) for option in more if option.startswith("--"))
 
 
-def test_results_have_a_section_for_each_entry_and_no_other() -> None:
+def test_results_have_a_section_for_each_entry_and_processor_and_no_other() -> None:
     page = sections((HERE / "RESULTS.md").read_text(encoding="utf-8"))
     lines = [line for line in page if not line.startswith(gpu.MARKER)]
+    rest = set(lines)
     for script, *options in SECTIONS:
-        assert sum(line.startswith(marker(script, tuple(options)) + "`") for line in lines) == 1, (script, options)
-    assert len(lines) == len(SECTIONS)
+        mine = [line for line in lines if line.startswith(marker(script, tuple(options)) + "`")]
+        kinds = [re.search(r", \d{4}-\d\d-\d\d, ([^,]+), \d+ cores\b", line) for line in mine]
+        assert kinds, (script, options)
+        assert all(kinds), mine
+        assert len({kind[1] for kind in kinds if kind}) == len(kinds), mine
+        rest -= set(mine)
+    assert not rest
 
 
 def test_the_readme_of_the_benchmarks_has_every_script() -> None:
@@ -157,7 +163,28 @@ def test_comparisons_with_others_run_with_fewer_rounds(
     assert "['--rounds', '2', '--pairs', 'rows.jsonl']" in small.read_text()
     (line,) = (line for line in sections(small.read_text()) if "dpo/step.py" in line)
     assert line.startswith("`python benchmarks/run.py dpo/step.py` with `--rounds 2 --pairs FILE`, ")
+    assert line.endswith(f", {benchmarks.run.processor()}, {os.cpu_count()} cores")
     assert "minutes so far" in capfd.readouterr().err
+
+
+def test_a_section_of_another_processor_stays_beside_the_new_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("AMD EPYC", "Intel Xeon", "Intel Xeon with AMX", "Intel Xeon"):
+        monkeypatch.setattr(benchmarks.run, "processor", lambda kind=kind: kind)
+        run(monkeypatch, "--output", str(small), "dpo/step.py")
+    ends = [re.sub(r".*\d\d, (.*), \d+ cores", r"\1", line) for line in sections(small.read_text())]
+    # The last one comes first.
+    assert ends[:3] == ends[3:6] == ["Intel Xeon", "AMD EPYC", "Intel Xeon with AMX"]
+    assert ends[6:] == ["`python benchmarks/elsewhere.py`, 2020-01-01"]
+
+
+def test_the_kind_of_a_processor_has_no_marks_and_tells_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kind(model: str, flags: str) -> str:
+        monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor : 0\nmodel name\t: {model}\nflags : {flags}\n")
+        return benchmarks.run.processor()
+
+    assert kind("Intel(R) Xeon(R) Processor", "avx2 amx_bf16") == "Intel Xeon with AMX"
+    assert kind("Intel(R) Xeon(R) CPU @ 2.20GHz", "avx2") == "Intel Xeon"
+    assert kind("AMD EPYC 7B13", "avx2") == "AMD EPYC 7B13"
 
 
 @pytest.mark.parametrize("words", [(), ("dpo/step.py",), ("benchmarks/dpo/step.py",)])
