@@ -92,6 +92,7 @@ class PrefixPlan:
         return [width for _, width in chosen], np.concatenate([self.places[row, :width] for row, width in chosen])
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile cannot trace NumPy's strings of bytes
 def plan_prefixes(batch: TokenBatch, *, worth: float = WORTH) -> PrefixPlan:
     """Find the common beginnings of the rows of a batch on the CPU.
 
@@ -197,6 +198,7 @@ def shared_rows(model: nn.Module, batch: TokenBatch) -> SharedRows | None:
     return SharedRows.planned(batch["tokens"], plan) if plan.saved >= plan.worth else None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as above; its rows are no rows of a batch
 def prefix_fault(model: nn.Module) -> str | None:
     """Return why a model does not compute rows with shared beginnings as it computes separate rows, or None if it does.
 

@@ -364,6 +364,7 @@ def _places(
     return to_device(np.arange(int(counts.sum())) + np.repeat(shifts, counts), device)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph for each set of shapes would be compiled
 def _grouped(q: Tensor, k: Tensor, v: Tensor, plan: _Groups, *, causal: bool, scale: float, dropout: float) -> Tensor:
     parts = zip(
         _padded(q, plan.where_q, plan, 1), _padded(k, plan.where_k, plan, 2), _padded(v, plan.where_k, plan, 2), strict=True
@@ -371,8 +372,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, plan: _Groups, *, causal: bool, sc
     mixed = []
     for (one_q, one_k, one_v), mask in zip(parts, plan.masks, strict=True):
         one_q, one_k, one_v = (x.transpose(1, 2) for x in (one_q, one_k, one_v))
-        heads = one_q.shape[1]
-        if one_k.shape[1] == 1:
+        if (heads := one_q.shape[1]) != 1 == one_k.shape[1]:
             # A view with stride 0. `enable_gqa` would be slower on a CPU.
             one_k, one_v = one_k.expand(-1, heads, -1, -1), one_v.expand(-1, heads, -1, -1)
         out = F.scaled_dot_product_attention(

@@ -222,6 +222,8 @@ def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     return head_logprobs(hidden, head.weight, head.bias, targets, softcap=head.softcap)
 
 
+# torch.compile would trace the loop over the tiles, and so compile it again for each number of targets.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def head_logprobs(
     hidden: Tensor,
     weight: Tensor,

@@ -54,6 +54,7 @@ def _zeros_like(x: Tensor) -> Tensor:
     return torch.from_numpy(np.zeros(x.numel() * x.element_size(), np.uint8)).view(x.dtype).view(x.shape)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # as `head_logprobs`
 def logits_logprobs(logits: Tensor, rows: Tensor, before: Tensor, targets: Tensor) -> Tensor:
     """Compute the log-prob of each target from logits, for models that have no hidden states and head.
 
