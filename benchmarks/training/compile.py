@@ -41,7 +41,8 @@ def stepper(method: str, side: str, batches: list[Any]) -> Callable[[], None]:
     module = METHODS[method]("inductor" if side == "layers" else None)
     module.configure_model()
     if side == "whole step":
-        module = from_compiled(torch.compile(module))  # type: ignore[arg-type]  # what `Trainer.fit` does
+        optimized: Any = torch.compile(module)
+        module = from_compiled(optimized)  # what `Trainer.fit` does
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], 3e-4, fused=True)
     module.train()
 

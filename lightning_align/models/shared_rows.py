@@ -23,6 +23,7 @@ from lightning_align.models.documents import probe_rows
 from lightning_align.models.unpadded import Unpadded, has_unpadded, unpadded_batch
 from lightning_align.models.varlen import Kernel, Segments, VarlenAttention
 from lightning_align.runtime.transfer import to_device
+from lightning_align.runtime.untraced import untraced
 from lightning_align.types import TokenBatch
 
 Indices = NDArray[np.int64]
@@ -92,7 +93,7 @@ class PrefixPlan:
         return [width for _, width in chosen], np.concatenate([self.places[row, :width] for row, width in chosen])
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile cannot trace NumPy's strings of bytes
+@untraced  # torch.compile cannot trace NumPy's strings of bytes
 def plan_prefixes(batch: TokenBatch, *, worth: float = WORTH) -> PrefixPlan:
     """Find the common beginnings of the rows of a batch on the CPU.
 
@@ -179,7 +180,7 @@ def computed_rows(model: nn.Module, batch: TokenBatch) -> Unpadded | None:
     return shared or unpadded_batch(model, batch)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile cannot trace the arrays of a plan
+@untraced  # torch.compile cannot trace the arrays of a plan
 def shared_rows(model: nn.Module, batch: TokenBatch) -> SharedRows | None:
     """Return the tokens of a batch with a plan of its common beginnings, or None if its rows are to be computed apart.
 
@@ -198,7 +199,7 @@ def shared_rows(model: nn.Module, batch: TokenBatch) -> SharedRows | None:
     return SharedRows.planned(batch["tokens"], plan) if plan.saved >= plan.worth else None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # as above; its rows are no rows of a batch
+@untraced  # as above; its rows are no rows of a batch
 def prefix_fault(model: nn.Module) -> str | None:
     """Return why a model does not compute rows with shared beginnings as it computes separate rows, or None if it does.
 

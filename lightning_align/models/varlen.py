@@ -7,8 +7,7 @@ Three kernels compute the same numbers:
 - ``groups``: ``scaled_dot_product_attention`` on any device. Documents of similar length are padded to one length, for
   attention alone. It is the only one that has dropout.
 
-Shapes: ``R`` documents, ``T`` tokens of all documents, ``H`` heads of queries, ``G`` heads of keys and values, ``K`` width of a
-head.
+Shapes: ``R`` documents, ``T`` tokens of all of them, ``H`` heads of queries, ``G`` heads of keys and values, width ``K``.
 """
 
 import inspect
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_align.runtime.transfer import to_device
+from lightning_align.runtime.untraced import untraced
 
 Kernel = Literal["varlen", "flex", "groups"]
 SIMILAR = 0.7
@@ -310,7 +310,7 @@ class _Groups:
     """(documents, 1, 1 or queries, keys) bool of each group, true at visible keys. None if all are, or all up to the query."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths that vary cannot be traced
+@untraced  # lengths that vary cannot be traced
 def _groups(lengths_q: Sequence[int], lengths_k: Sequence[int], device: torch.device, *, causal: bool) -> _Groups:
     order = sorted(range(len(lengths_q)), key=lambda i: (-lengths_q[i], -lengths_k[i]))
     shapes: list[list[int]] = []
@@ -364,7 +364,7 @@ def _places(
     return to_device(np.arange(int(counts.sum())) + np.repeat(shifts, counts), device)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph for each set of shapes would be compiled
+@untraced  # a graph for each set of shapes would be compiled
 def _grouped(q: Tensor, k: Tensor, v: Tensor, plan: _Groups, *, causal: bool, scale: float, dropout: float) -> Tensor:
     parts = zip(
         _padded(q, plan.where_q, plan, 1), _padded(k, plan.where_k, plan, 2), _padded(v, plan.where_k, plan, 2), strict=True

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_align.models.language_model import Head
+from lightning_align.runtime.untraced import untraced
 from lightning_align.scoring.products import accumulator_dtype, add_product, factor_dtype, has_wide_products, product
 
 # Size of a tile of float32 logits. It is large enough for matrix products to run at full speed, and small enough to stay in
@@ -223,7 +224,7 @@ def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
 
 
 # torch.compile would trace the loop over the tiles, and so compile it again for each number of targets.
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+@untraced
 def head_logprobs(
     hidden: Tensor,
     weight: Tensor,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_align.runtime.untraced import untraced
 from lightning_align.scoring.head import CHUNK_BYTES, DEVICE_BYTES, exp_without_tiny_
 from lightning_align.scoring.products import accumulator_dtype
 
@@ -54,7 +55,7 @@ def _zeros_like(x: Tensor) -> Tensor:
     return torch.from_numpy(np.zeros(x.numel() * x.element_size(), np.uint8)).view(x.dtype).view(x.shape)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # as `head_logprobs`
+@untraced  # as `head_logprobs`
 def logits_logprobs(logits: Tensor, rows: Tensor, before: Tensor, targets: Tensor) -> Tensor:
     """Compute the log-prob of each target from logits, for models that have no hidden states and head.
 

@@ -13,6 +13,7 @@ from lightning_align.models.activations import Checkpointing
 from lightning_align.models.dropout import DropoutSwitch
 from lightning_align.runtime.lightning_internals import trainer_of
 from lightning_align.runtime.ranks import world
+from lightning_align.runtime.untraced import untraced
 from lightning_align.training.gradient import BatchMean, gradients_of
 from lightning_align.training.precision import PrecisionHooks
 
@@ -124,13 +125,13 @@ class LoopByHand(PrecisionHooks):
         untyped: Any = L.LightningModule.trainer
         untyped.fset(self, trainer)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile cannot trace Lightning's logging
+    @untraced  # torch.compile cannot trace Lightning's logging
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Log a value through the Trainer or Fabric. A plain loop has no logger."""
         if not (self.by_hand and self.fabric is None):
             super().log(name, value, *args, **kwargs)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as above
+    @untraced  # as above
     def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         """Log values as `log` does."""
         if not (self.by_hand and self.fabric is None):

@@ -106,7 +106,8 @@ def test_whole_steps_are_not_compiled_again_after_the_warm_up(method: str, graph
     for each in (module, plain):
         torch.manual_seed(0)
         each.configure_model()
-    compiled = from_compiled(torch.compile(module, backend=BACKEND))  # as `Trainer.fit` does
+    optimized: Any = torch.compile(module, backend=BACKEND)
+    compiled = from_compiled(optimized)  # as `Trainer.fit` does
 
     def step(each: Any, widths: tuple[int, int, int]) -> dict[str, Tensor]:
         pair = pair_of_widths(*widths)
