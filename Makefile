@@ -83,7 +83,7 @@ demo-pretrained: $(VENV)/.installed-pretrained ## Align a pretrained model of 13
 notebooks: $(VENV)/.installed ## Run every notebook
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -o timeout=1200 notebooks
 
-bench: $(VENV)/.installed-bench ## Compare every method with other libraries, in half an hour on two idle cores (PAIRS=rows.jsonl: on your own pairs)
+bench: $(VENV)/.installed-bench ## Compare every method with other libraries, in 40 minutes on two idle cores (PAIRS=rows.jsonl: on your own pairs)
 	$(BIN)/python benchmarks/run.py --peers $(if $(PAIRS),--pairs $(PAIRS))
 
 bench-all: $(VENV)/.installed-bench ## Run all benchmarks, in about 100 minutes on two idle cores

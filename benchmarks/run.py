@@ -37,6 +37,7 @@ TIMED: tuple[tuple[str, ...], ...] = (
     ("training/bound.py", "--rounds", "3", "--threads", "1"),
     ("training/kept_memory.py",),
     ("training/precision.py",),
+    ("training/compile.py",),
     ("dpo/trl_step.py",),
     ("dpo/trl_step.py", "--thp"),
     ("dpo/trl_step.py", "--vocabulary", "128000", "--rounds", "2"),
@@ -63,7 +64,7 @@ TIMED: tuple[tuple[str, ...], ...] = (
     ("retro/planted_copies.py",),
     ("retro/step.py",),
 )
-# The comparisons with other libraries, and what follows their options so that all of them take half an hour on two cores. All
+# The comparisons with other libraries, and what follows their options so that all of them take 40 minutes on two cores. All
 # of `TIMED` takes about 100 minutes there.
 PEERS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("scoring/logprobs.py",): ("--rounds", "1"),

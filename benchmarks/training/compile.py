@@ -62,8 +62,8 @@ def report(methods: list[str], rounds: int) -> None:
     common.heading(
         "Compiled training steps",
         f"PaLM of width {WIDTH}, depth {DEPTH}, vocabulary {VOCABULARY:,} (CALM: an augment of half the width), float32, "
-        f"{torch.get_num_threads()} threads, {NUM_BATCHES} batches of 8 rows of different widths; {rounds} alternating rounds over "
-        f"all batches, after {WARM_UP} rounds of warm-up.",
+        f"{torch.get_num_threads()} threads, {NUM_BATCHES} batches of 8 rows of different widths; {rounds} alternating rounds "
+        f"over all batches, after {WARM_UP} rounds of warm-up.",
     )
     pairs = common.batches(common.synthetic_pairs(8 * NUM_BATCHES, VOCABULARY), 8)
     rows = []
