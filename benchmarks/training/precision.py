@@ -22,6 +22,7 @@ from lightning_align.data.tasks.arithmetic import Arithmetic
 from lightning_align.models.lora import LoRAConfig, add_lora, train_only
 from lightning_align.models.palm import PaLM
 from lightning_align.models.pretrained import PretrainedLM
+from lightning_align.runtime.memory import keep_freed_memory
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.sft.datamodule import SFTDataModule
 from lightning_align.types import TokenBatch
@@ -99,7 +100,7 @@ def measure(rounds: int, measured: dict[str, tuple[Make, float, list[TokenBatch]
         for step in steps.values():
             for _ in batches[:16]:
                 step()
-        results[name] = common.alternate({precision: partial(step) for precision, step in steps.items()}, rounds)
+        results[name] = common.alternate({precision: partial(step) for precision, step in steps.items()}, rounds, cpu=True)
     print(json.dumps(results))
 
 
@@ -130,19 +131,22 @@ def report(rounds: int, model: str | None, rows_of: str | None) -> None:
     """Print the section."""
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
     lacking = [flag for flag in FLAGS if flag not in flags]
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     palm = (
-        "PaLM, two threads: the model of `make demo` (vocabulary 259, 64 rows of up to 48 tokens), then depth "
+        f"PaLM, {threads}: the model of `make demo` (vocabulary 259, 64 rows of up to 48 tokens), then depth "
         f"{DEPTH}, vocabulary {VOCABULARY:,}, {ROWS} rows"
     )
     common.heading(
         "Precision on this CPU",
-        f"An SFT step of {f'a pretrained model, two threads, {PRETRAINED_ROWS} rows of a file' if model else palm}; "
+        f"An SFT step of {f'a pretrained model, {threads}, {PRETRAINED_ROWS} rows of a file' if model else palm}; "
         f"{rounds} alternating rounds. The CPU has "
         f"{', '.join(flag for flag in FLAGS if flag in flags) or 'none of the instructions'} and lacks "
         f"{', '.join(lacking) or 'nothing'}.",
     )
     more = ["--model", model, "--rows", rows_of] if model and rows_of else []
-    results = common.in_subprocess(__file__, "--measure", "--rounds", str(rounds), *more)
+    results = common.in_subprocess(
+        __file__, "--measure", "--rounds", str(rounds), "--threads", str(torch.get_num_threads()), *more
+    )
     rows = []
     for model, timed in results.items():
         timings = {name: [common.Timing(*timing) for timing in timed[name]] for name in PRECISIONS}
@@ -151,7 +155,7 @@ def report(rounds: int, model: str | None, rows_of: str | None) -> None:
                 {
                     "model, width": model,
                     "precision": name,
-                    "ms/step (median)": f"{1e3 * common.median(t.seconds for t in timings[name]):.0f}",
+                    "CPU ms/step (median)": f"{1e3 * common.median(t.seconds for t in timings[name]):.0f}",
                     "time / float32": f"{common.ratio(timings[name], timings['32-true']):.2f}",
                     "background load": common.load(timings[name]),
                 }
@@ -166,11 +170,13 @@ def main() -> None:
     parser.add_argument("--curves", type=int, default=0, help="only compare the losses of this many steps")
     parser.add_argument("--model", help="folder of a pretrained model, which is measured instead")
     parser.add_argument("--rows", help="with --model: JSONL with prompt and response")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if bool(arguments.model) != bool(arguments.rows):
         parser.error("--model and --rows need each other: a folder of weights, and the rows to train on")
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the command line does
     if not (arguments.curves or arguments.measure):
         report(arguments.rounds, arguments.model, arguments.rows)
         return

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_align.models.attention import Attend
 from lightning_align.models.palm import rotary, rotate
+from lightning_align.models.sdpa import dot_product_attention
 
 
 def even_pairs(num_augment: int, num_anchor: int, num_connections: int) -> list[tuple[int, int]]:
@@ -227,7 +228,7 @@ class Connection(nn.Module):
             packed = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
             mixed = visible.attend(*packed, scale=self.dim_head**-0.5, dropout=dropout)[None]
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+            mixed = dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
             mixed = rearrange(mixed, "b h n k -> b n h k")
         if self.gate is not None:
             mixed = mixed * self._gates(normed).to(mixed.dtype)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_align.models.sdpa import dot_product_attention
 from lightning_align.models.static_cache import StaticKV, single_query
 
 
@@ -61,9 +61,7 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, 
         return single_query(q, k, v, mask=mask, scale=scale, dropout=dropout)
     # Expand the one key head (a view with stride 0). enable_gqa would be slower on CPU.
     k, v = (t.unsqueeze(1).expand(-1, q.shape[2], -1, -1) for t in (k, v))
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
-    )
+    out = dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return out.transpose(1, 2)
 
 

@@ -245,6 +245,7 @@ class PretrainedLM(UnpaddedDecoder):
         record = self.router_record if torch.is_grad_enabled() else None
         if record is not None:
             options["output_router_logits"] = True
+        self.use_fast_attention(tokens.device)
         with nullcontext() if cache is None else uncompiled(self):
             out = self.decoder(input_ids=tokens, attention_mask=mask, **options)
         if record is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_align.models.attention import Attend, attention_dtype
 from lightning_align.models.documents import probe_documents
 from lightning_align.models.parallelize import uncompiled
+from lightning_align.models.sdpa import attend_in_float32, in_float32
 from lightning_align.models.unpadded import Unpadded
 from lightning_align.models.varlen import Segments, choose_kernel
 
@@ -32,6 +33,8 @@ class UnpaddedDecoder(nn.Module):
     compile_backend: str | None
     _unpadded_exact: bool | None = None
     """Whether documents are exact without padding. None before it is known."""
+    _fast_attention: bool = False
+    """Whether `use_fast_attention` has chosen."""
 
     def longest_unpadded(self, device: torch.device) -> float | None:
         """Return the length of the longest document that `unpadded_hidden` computes, or None if it should not be used.
@@ -81,10 +84,24 @@ class UnpaddedDecoder(nn.Module):
         weight = next(self.parameters())
         return choose_kernel(device, attention_dtype(weight), dim_head, dropout=0.0)
 
+    def use_fast_attention(self, device: torch.device) -> None:
+        """Give the model attention in float32 under autocast on a CPU; see `in_float32`.
+
+        Args:
+            device: The device of the tokens.
+        """
+        if device.type != "cpu" or not torch.is_autocast_enabled("cpu") or self._fast_attention:
+            return
+        self._fast_attention = True
+        if {config._attn_implementation for config in self._configs()} == {"sdpa"}:
+            _register()
+            for config in self._configs():
+                config._attn_implementation = NAME
+
     def _use(self) -> str | None:
         """Give the model the attention of documents. Return why it cannot be used, and then restore its own."""
         before = {id(config): config._attn_implementation for config in self._configs()}
-        if set(before.values()) != {"sdpa"}:
+        if not set(before.values()) <= {"sdpa", NAME}:
             return f"its attention is {', '.join(map(str, sorted(set(before.values()), key=str)))} and not sdpa"
         if getattr(self, "_scale", None) is None:
             return "its logits are not computed from hidden states alone"
@@ -150,10 +167,14 @@ def _register() -> None:
         **options: Any,
     ) -> tuple[Tensor, None]:
         if unpadded_documents is None:
-            out: tuple[Tensor, None] = sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-            )
-            return out
+
+            def attend_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+                out: Tensor = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **options)[0]
+                return out
+
+            if in_float32(query):
+                return attend_in_float32(query, key, value, attention_mask, attend_padded), None
+            return attend_padded(query, key, value, attention_mask), None
         given = [name for name in UNKNOWN if options.get(name) is not None]
         if given or key.shape[-1] != value.shape[-1] or options.get("is_causal") is False:
             raise NotImplementedError(

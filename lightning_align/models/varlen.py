@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_align.models.sdpa import dot_product_attention
 from lightning_align.runtime.transfer import to_device
 from lightning_align.runtime.untraced import untraced
 
@@ -375,7 +375,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, plan: _Groups, *, causal: bool, sc
         if (heads := one_q.shape[1]) != 1 == one_k.shape[1]:
             # A view with stride 0. `enable_gqa` would be slower on a CPU.
             one_k, one_v = one_k.expand(-1, heads, -1, -1), one_v.expand(-1, heads, -1, -1)
-        out = F.scaled_dot_product_attention(
+        out = dot_product_attention(
             one_q,
             one_k,
             one_v,

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lightning_align.models.palm import LayerNorm, rotary, rotate
+from lightning_align.models.sdpa import dot_product_attention
 from lightning_align.models.varlen import VarlenAttention
 
 
@@ -119,7 +120,7 @@ class CrossAttention(nn.Module):
         # A softmax over an empty set is NaN. Rows that are fully masked attend to everything, and their output is set to 0.
         allowed = (mask | ~seen[:, None])[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed, dropout_p=dropout)
+        mixed = dot_product_attention(q, keys, values, attn_mask=allowed, dropout_p=dropout)
         mixed = rearrange(mixed, "g 1 (n h) k -> g n (h k)", h=self.heads)
         read: Tensor = self.out(mixed.masked_fill(~seen[:, None, None], 0))
         return read
