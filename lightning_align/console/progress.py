@@ -95,6 +95,11 @@ class RunProgress(TQDMProgressBar):
             bar.refresh()
         bar.close()
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that messages begin on a line of their own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         """Leave out the number of the version, which the end of the run names with the folder."""
         metrics = super().get_metrics(trainer, pl_module)
