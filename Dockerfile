@@ -19,7 +19,9 @@ RUN pip install --no-cache-dir -c constraints.txt --index-url "$TORCH_INDEX" --e
  && pip install --no-cache-dir -c constraints.txt ".[$EXTRAS]"
 
 # Files that runs write belong to this user. On a shared folder, pass --user "$(id -u):$(id -g)".
-RUN useradd --create-home align
+RUN useradd --create-home align && chmod 1777 /home/align
+# Of any user of --user, for the caches of libraries.
+ENV HOME=/home/align USER=align
 USER align
 WORKDIR /work
 ENTRYPOINT ["lightning-align"]

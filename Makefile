@@ -13,7 +13,7 @@ endif
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install check lint types layers test test-portable test-pythons demo demo-pretrained notebooks docs bench bench-all studies clean
+.PHONY: help install check lint types layers test test-portable test-pythons package demo demo-pretrained notebooks docs bench bench-all studies clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,12 +60,18 @@ test: $(VENV)/.installed ## Run all tests; warnings are errors (FULL_STUDIES=1: 
 test-portable: $(VENV)/.installed ## Test learning and exactness with the kernels of other processors (SAMPLE=1: for a minute)
 	$(BIN)/python tests/portable.py $(if $(SAMPLE),--sample)
 
+package: $(VENV)/.installed ## Build wheel and sdist, install the wheel outside of the checkout, and run the README's first commands there
+	$(BIN)/python tests/package.py
+
 test-pythons: ## Install the package with each other supported Python that is found, and test the front door and the numbers with it
-	for python in python3.12 python3.13; do \
-	  $$python -c '' 2>/dev/null || { echo "$$python: not found"; continue; }; \
-	  test -x $(VENV)-$$python/bin/python || $$python -m venv $(VENV)-$$python || exit 1; \
-	  $(VENV)-$$python/bin/python -m pip install -q -c constraints.txt -e '.[cpu]' pytest pytest-timeout || exit 1; \
-	  $(VENV)-$$python/bin/python -m pytest -q -W ignore tests/scoring/test_losses.py tests/scoring/test_logprobs.py \
+	for version in 3.12 3.13; do \
+	  python=python$$version; \
+	  $$python -c '' 2>/dev/null || python=$$(ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python 2>/dev/null | tail -1); \
+	  test -n "$$python" || { echo "python$$version: not found"; continue; }; \
+	  venv=$(VENV)-python$$version; \
+	  test -x $$venv/bin/python || $$python -m venv $$venv || exit 1; \
+	  $$venv/bin/python -m pip install -q -c constraints.txt -e '.[cpu]' pytest pytest-timeout || exit 1; \
+	  $$venv/bin/python -m pytest -q -W ignore tests/scoring/test_losses.py tests/scoring/test_logprobs.py \
 	    tests/models/test_palm.py tests/cli/test_last.py || exit 1; \
 	done
 

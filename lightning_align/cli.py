@@ -70,6 +70,9 @@ class ResumeHint(Callback):
         """Print the last complete checkpoint. A checkpoint is incomplete if the disk was full."""
         interrupted = [c.path for c in callbacks_of(trainer) if isinstance(c, InterruptCheckpoint)]
         saved = [getattr(trainer.checkpoint_callback, name, "") for name in ("last_model_path", "best_model_path")]
+        for bar in callbacks_of(trainer):
+            if isinstance(bar, RunProgress):
+                bar.on_exception(trainer, pl_module, exception)
         for path in (*interrupted, *saved):
             if path and (zipfile.is_zipfile(path) or Path(path).is_dir()):
                 rank_zero_info(f"stopped at step {trainer.global_step}; to resume, repeat the command with --ckpt_path {path}")

@@ -1,8 +1,8 @@
 """Runs the commands and examples of the README and of the pages in `docs/`, in order in one folder, as a reader would.
 
 The ``lightning-align`` commands in ``bash`` blocks run for real, with an appended configuration that makes them small. Commands
-that need several devices or a launcher are only parsed. ``python`` blocks run one after the other in one namespace. ``make``
-targets and paths must exist. ``sh`` blocks do not run.
+that need several devices or a launcher are only parsed. ``python`` blocks run one after the other in one namespace. ``yaml``
+blocks are parsed. ``make`` targets and paths must exist. ``sh`` blocks do not run.
 """
 
 import json
@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lightning_align
 from lightning_align.cli import run
+from tests.cli.test_eval import CHOICE
 from tests.toys import save_llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +143,20 @@ def test_a_reader_can_follow_it_from_top_to_bottom(reader: Path, capsys: pytest.
     promised = set(re.findall(r"`((?:train|val)/[\w/]+)`", TEXT))
     assert len(promised) > 10
     assert promised <= logged
+
+
+def test_blocks_of_yaml_are_configurations(reader: Path) -> None:
+    blocks = [yaml.safe_load(block) for language, block in BLOCKS if language == "yaml"]
+    assert len(blocks) > 5
+    for block in blocks:
+        if "task" in block:  # of the evaluation harness
+            own = yaml.safe_load(CHOICE)
+            changed = {"task", "dataset_kwargs"}
+            assert {**block, **{key: None for key in changed}} == {**own, **{key: None for key in changed}}
+            continue
+        Path("block.yaml").write_text(yaml.safe_dump(block))
+        with pytest.raises(SystemExit, match="0"):
+            run(["fit", "--config", "dpo/jsonl", "--config", "block.yaml", "--print_config"])
 
 
 def test_other_commands_name_what_there_is() -> None:

@@ -19,7 +19,9 @@ class HelpFormatter(DefaultHelpFormatter):
     """The default help, without the lists of all modules and optimizers of torch."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(super(HelpFormatter, self)._fill_text(line, width, indent) for line in text.splitlines())
+        fill = super()._fill_text
+        # Lines that are indented are columns.
+        return "\n".join(line if line.startswith(" ") else fill(line, width, indent) for line in text.splitlines())
 
     def _get_help_string(self, action: Any) -> str:
         text = super()._get_help_string(action)

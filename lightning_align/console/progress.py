@@ -29,14 +29,16 @@ class RunProgress(TQDMProgressBar):
 
         Args:
             trainer: The Trainer.
-            configured: Whether the user has chosen a bar. A `RichProgressBar` then stays.
+            configured: Whether the user has chosen a bar. A `RichProgressBar` then stays one, and counts steps.
         """
         callbacks = callbacks_of(trainer)
         for index, callback in enumerate(callbacks):
             if not isinstance(callback, (TQDMProgressBar, RichProgressBar)):
                 continue
-            # A class of the user's own stays, and so does a bar of rich that the user has chosen.
-            if type(callback) not in (TQDMProgressBar, RichProgressBar) or (configured and type(callback) is RichProgressBar):
+            if type(callback) not in (TQDMProgressBar, RichProgressBar):  # a class of the user's own
+                continue
+            if configured and type(callback) is RichProgressBar:
+                callbacks[index] = RichRunProgress.like(callback)
                 continue
             # In the log of a job, rich would write rarely, and this bar goes by time.
             bar = cls(refresh_rate=callback.refresh_rate if isinstance(callback, TQDMProgressBar) else 1)
@@ -61,9 +63,7 @@ class RunProgress(TQDMProgressBar):
         """Show the epoch, and the total again: the rows of an epoch may have changed."""
         bar = self.train_progress_bar
         bar.total = total_steps(trainer)
-        limit = trainer.max_epochs
-        of = f"/{limit}" if limit is not None and limit > 0 else ""
-        bar.set_description(f"Step (epoch {trainer.current_epoch + 1}{of})", refresh=False)
+        bar.set_description(description(trainer), refresh=False)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,11 +95,64 @@ class RunProgress(TQDMProgressBar):
             bar.refresh()
         bar.close()
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that messages begin on a line of their own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         """Leave out the number of the version, which the end of the run names with the folder."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+
+class RichRunProgress(RichProgressBar):
+    """The bar of rich in optimizer steps of the whole training. Lightning's says `Epoch 0/-2` if steps limit the run."""
+
+    @classmethod
+    def like(cls, bar: RichProgressBar) -> "RichRunProgress":
+        """Return a bar with the settings of one of Lightning's."""
+        own = cls.__new__(cls)
+        vars(own).update(vars(bar))
+        return own
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """The number of steps. Infinite if nothing limits them."""
+        total = total_steps(self.trainer)
+        return math.inf if total is None else total
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the bar at the step of the run, or go on with it in another epoch."""
+        if self.is_disabled:
+            return
+        begun = self.train_progress_bar_id is not None and not self._leave
+        if not begun:
+            super().on_train_epoch_start(trainer, pl_module)
+        assert self.progress is not None
+        assert self.train_progress_bar_id is not None
+        shown = {"total": self.total_train_batches, "description": description(trainer)}
+        if begun:
+            self.progress.update(self.train_progress_bar_id, **shown)
+        else:  # a step that is reached by a reset has no speed
+            self.progress.reset(self.train_progress_bar_id, completed=trainer.global_step, visible=True, **shown)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return description(self.trainer)
+
+
+def description(trainer: L.Trainer) -> str:
+    """Return the text before the bar: ``Step (epoch 2)``, with the number of epochs if these limit the run."""
+    limit = trainer.max_epochs
+    of = f"/{limit}" if limit is not None and limit > 0 else ""
+    return f"Step (epoch {trainer.current_epoch + 1}{of})"
 
 
 def total_steps(trainer: L.Trainer) -> int | None:

@@ -1,6 +1,7 @@
 """A callback that detects known failures of preference optimization which the loss does not show."""
 
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -62,14 +63,6 @@ class PreferenceMonitor(Callback):
     Each value can have a limit. The callback warns when a value first crosses its limit.
     """
 
-    charts: ClassVar[Charts] = {
-        "change of the log-prob of chosen, per token": (f"train/{DISPLACEMENT}", f"val/{DISPLACEMENT}"),
-        "margins follow lengths: correlation": (f"train/{CORRELATION}", f"val/{CORRELATION}"),
-        "share of pairs without gradient": (f"train/{SATURATED}", f"val/{SATURATED}"),
-        "KL to the reference, per token": (f"val/{KL}",),
-    }
-    """The charts of the callback in TensorBoard."""
-
     def __init__(
         self,
         *,
@@ -116,6 +109,16 @@ class PreferenceMonitor(Callback):
         self._team: Team | None = None
         self._logged_step = 0
         self._warned: set[str] = set()
+
+    @property
+    def charts(self) -> Charts:
+        """The charts of the callback in TensorBoard."""
+        charts: dict[str, Sequence[str]] = {
+            "change of the log-prob of chosen, per token": (f"train/{DISPLACEMENT}", f"val/{DISPLACEMENT}"),
+            "margins follow lengths: correlation": (f"train/{CORRELATION}", f"val/{CORRELATION}"),
+            "share of pairs without gradient": (f"train/{SATURATED}", f"val/{SATURATED}"),
+        }
+        return charts | ({"KL to the reference, per token": (f"val/{KL}",)} if self.num_prompts else {})
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the callback supports the module.

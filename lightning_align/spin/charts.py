@@ -10,8 +10,8 @@ CHARTS: Charts = {
     "by iteration: lengths of responses": ("spin/train/length", "spin/validation/length"),
     "by iteration: ends, cuts and copies": ("spin/train/eos_rate", "spin/train/truncation_rate", "spin/train/tie_rate"),
     "by iteration: log-probs of demonstrations": ("spin/train/real_logprob", "spin/validation/real_logprob"),
-    "by iteration: KL to the base model": ("spin/train/kl_to_base", "spin/validation/kl_to_base"),
 }
+KL_CHARTS: Charts = {"by iteration: KL to the base model": ("spin/train/kl_to_base", "spin/validation/kl_to_base")}
 METRICS = (
     "loss",
     "rewards/real",

@@ -33,7 +33,7 @@ from lightning_align.scoring.ratios import Ratios, log_ratios
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.spin.batches import content_number, is_paired, on_host, real_rows, sent, split_rows, tied
 from lightning_align.spin.callbacks import SelfPlayGeneration
-from lightning_align.spin.charts import CHARTS, METRICS
+from lightning_align.spin.charts import CHARTS, KL_CHARTS, METRICS
 from lightning_align.spin.generations import answer_ids, join_pairs
 from lightning_align.spin.opponent import Opponent, OpponentKind, score
 from lightning_align.training.arguments import PolicyArguments, Unpack
@@ -41,6 +41,7 @@ from lightning_align.training.evaluation import log_values, metrics_of, parts_of
 from lightning_align.training.metrics import PairMeans, TokenNLL
 from lightning_align.training.module import AlignModule
 from lightning_align.training.shared_prefix import PrefixSharing, SharedPrefix
+from lightning_align.training.tensorboard import Charts
 from lightning_align.types import LogProbs, SelfPlayBatch, TokenBatch
 
 Generate = Literal["per_iteration", "per_step"]
@@ -50,7 +51,6 @@ class SPINModule(AlignModule):
     """Self-play fine-tuning: trains a language model to prefer demonstrations over its own earlier responses."""
 
     default_lr = 5e-6
-    charts = CHARTS
     default_dropout = False
 
     def __init__(
@@ -180,6 +180,11 @@ class SPINModule(AlignModule):
         self.opponent = Opponent(
             self.opponent_kind, moving=moving, base=base, scoped=self.lora is not None, weight=self.base_weight
         )
+
+    @property
+    def charts(self) -> Charts:  # type: ignore[override] # of other methods, it does not depend on settings
+        """The charts of the method in TensorBoard."""
+        return {**CHARTS, **(KL_CHARTS if self.monitor_kl else {})}
 
     @property
     def reference(self) -> MovingReference | None:

@@ -199,3 +199,28 @@ def test_the_bar_counts_the_run_and_the_end_says_where_things_are(folder: Path) 
     assert [kind for kind, _ in last] == ["checkpoint", "log"]
     assert last[0][1].endswith(".ckpt")
     assert all((folder / where).exists() for _, where in last)
+
+
+def test_a_bar_of_rich_counts_the_run(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1=", "response": str(n)}) + "\n" for n in range(8)))
+    bar = "[{class_path: RichProgressBar, init_args: {leave: false}}]"
+    arguments = ["--data.train", "rows.jsonl", "--trainer.max_steps", "5", "--trainer.callbacks", bar]
+    command = ["fit", "--config", config("sft", folder), *arguments, "--trainer.enable_progress_bar", "true"]
+    # A terminal, or rich prints nothing.
+    code = "import sys, pty; sys.exit(pty.spawn([sys.executable, '-m', 'lightning_align', *sys.argv[1:]]) >> 8)"
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout
+    assert "/-2" not in done.stdout
+    assert re.search(r"Step \(epoch 2\).*4/5.*", done.stdout) or re.search(r"Step \(epoch 3\).*5/5", done.stdout)
+
+
+def test_what_a_stopped_run_says_begins_a_line(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1=", "response": str(n)}) + "\n" for n in range(8)))
+    (folder / "stop.py").write_text(
+        "import os, signal\nfrom lightning.pytorch.callbacks import Callback\nclass Stop(Callback):\n"
+        "    def on_train_batch_end(self, *_):\n        os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    arguments = ["--data.train", "rows.jsonl", "--trainer.max_steps", "4", "--trainer.callbacks", "[{class_path: stop.Stop}]"]
+    done = console("fit", "--config", config("sft", folder), *arguments, "--trainer.enable_progress_bar", "true")
+    assert done.returncode == 130, done.stderr
+    assert re.search("^stopped at step", done.stdout + done.stderr, re.MULTILINE)
