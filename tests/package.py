@@ -2,14 +2,16 @@
 
     python tests/package.py [FOLDER]
 
-Both packages are written to dist/. The environment and the runs are in FOLDER, by default a temporary one. Needs an index of
-packages. The commands are as printed, with a configuration that makes them small.
+Both packages are written to dist/. The environment and the runs are in FOLDER, by default a temporary one. What the package
+requires is that of the environment that runs this, which `pip check` compares with the wheel's metadata. Needs an index of
+packages for the tool that builds. The commands are as printed, with a configuration that makes them small.
 """
 
 import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import zipfile
@@ -56,7 +58,14 @@ def main() -> None:
         call(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
         python, script = folder / "venv" / "bin" / "python", folder / "venv" / "bin" / "lightning-align"
         wheel = build(python, folder)
-        call(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{wheel}[cpu]", cwd=folder)
+        call(python, "-m", "pip", "install", "-q", "--no-deps", wheel, cwd=folder)
+        # After what is installed here, so that the package of the wheel is found before the one of the checkout.
+        (mine,) = (folder / "venv" / "lib").glob("python*/site-packages")
+        (mine / "required.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        checked = subprocess.run([python, "-m", "pip", "check"], cwd=folder, capture_output=True, text=True, check=False)
+        # Peers of the benchmarks are installed without what they require.
+        if missing := [line for line in checked.stdout.splitlines() if line.startswith("lightning-align ")]:
+            sys.exit("\n".join(missing))
         where = call(python, "-c", "import lightning_align; print(lightning_align.__file__)", cwd=folder)
         assert str(folder / "venv") in where, where
         work = folder / "work"

@@ -70,8 +70,8 @@ def report(methods: list[str], rounds: int) -> None:
     for method in methods:
         batches = [pair if method == "DPO" else pair["chosen"] for pair in pairs]
         steps, warm, graphs = {}, {}, {}
+        torch._dynamo.reset()  # not between the sides: it would throw away what the side before has compiled
         for side in SIDES:
-            torch._dynamo.reset()
             counters.clear()
             steps[side], start = stepper(method, side, batches), time.perf_counter()
             for _ in range(WARM_UP):
