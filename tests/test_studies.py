@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.studies.calm import pretrained as knowing
 from benchmarks.studies.dpo import pretrained as beside_trl
 from benchmarks.studies.retro import pretrained as newer
 from benchmarks.studies.spin import crossing, markov
+from lightning_align.data.tokenizer import load_tokenizer
+from lightning_align.models.language_model import Head
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.retro.model import NeighborTokens
 from tests.toys import save_llama
@@ -132,6 +135,81 @@ def test_a_saving_in_bits_per_byte_leaves_out_the_first_chunk() -> None:
     saved, low, high = newer.gain(one, other, files)
     assert saved == pytest.approx(0.4)
     assert (low, high) == pytest.approx((30 / 80, 0.5)), "each sample is one of the files, or both"
+
+
+def test_no_word_of_a_question_is_composed_in_training() -> None:
+    table, words = knowing.table(), {name: knowing.part(name) for name in ("held_in", "validation", "held_out")}
+    assert sorted(word for part in words.values() for word in part) == sorted(table), "each word is in one part"
+    assert {len(part) / len(table) for part in words.values()} == {0.25, 0.1, 0.65}
+    assert knowing.composed_rows(0) != knowing.composed_rows(1)
+    for row in knowing.composed_rows(0)[:500]:
+        first, second = row["prompt"].removeprefix("Sum: ").removesuffix(" = ").split(" + ")
+        if first.isdigit():
+            assert row["response"] == str(int(first) + int(second))
+        else:
+            assert {first, second} <= set(words["held_in"])
+            assert row["response"] == str(table[first] + table[second])
+
+
+class Successor(torch.nn.Module):
+    """A model in which one token follows each token, with a logit of 9 where the others have 0."""
+
+    def __init__(self, follows: dict[int, int], size: int) -> None:
+        super().__init__()
+        weight = torch.zeros(size, size)
+        for token, following in follows.items():
+            weight[following, token] = 9.0
+        self.head, self.size = Head(weight, None), size
+
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(tokens, self.size)
+
+
+def test_an_answer_is_right_if_greedy_decoding_writes_its_digits_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    save_llama(tmp_path / "model")
+    monkeypatch.setattr(knowing, "QUESTIONS", 4)
+    study = knowing.Study(str(tmp_path / "model"), tmp_path)
+    space, one, two, x = (load_tokenizer(str(tmp_path / "model")).encode_batch([text])[0].ids[0] for text in " 12x")
+    answers = ("12", "1", "2", "11", "123")
+    (batch,) = study.batches(knowing.write(tmp_path / "rows.jsonl", [knowing.row(["3", "4"], each) for each in answers]))
+    writes_12x = Successor({space: one, one: two, two: x}, 260)
+    right, logps = study.answers(writes_12x, batch)
+    assert right.tolist() == [True, False, False, False, False]
+    likely, unlikely = 9 - math.log(math.exp(9) + 259), -math.log(math.exp(9) + 259)
+    assert logps.tolist() == pytest.approx(
+        [2 * likely, likely, unlikely, likely + unlikely, 2 * likely - math.log(math.exp(9) + 259)], rel=1e-4
+    )
+
+
+def test_frozen_weights_that_are_cast_once_give_the_numbers_of_autocast() -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "llama", "vocab_size": 60, "tie_word_embeddings": True, **sizes}
+    model, tokens = PretrainedLM(config=config).requires_grad_(False), torch.arange(12).view(2, 6)
+    trained = model.blocks[0].mlp.up_proj.weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(tokens)
+        knowing.halve(model)
+        assert torch.equal(model(tokens), before)
+    assert trained.dtype is model.head.weight.dtype is torch.float32, "only frozen weights, and not the tied output layer"
+    assert model.blocks[0].mlp.down_proj.weight.dtype is torch.bfloat16
+
+
+def test_the_aim_is_judged_by_the_seeds_that_have_both_arms(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(right: float) -> dict[str, Any]:
+        sets = {name: {"right": right, "logp": -1.0} for name in (*knowing.SETS, "table")}
+        return {"trained": 10, "steps": 5, "seconds": 60, **sets}
+
+    seeds = {"0": {"calm": run(0.6), "lora": run(0.3)}, "1": {"calm": run(0.4), "lora": run(0.3)}, "2": {"calm": run(0.9)}}
+    assert knowing.difference(seeds, "calm", "lora", "right") == (pytest.approx(0.2), pytest.approx(12.71 * 0.1), 2)
+    knowing.report({"alone": {"anchor": run(0.0), "augment": run(0.1)}, "seeds": seeds})
+    told = capsys.readouterr().out
+    assert "| CALM | 3 | 10 | 5 | 63.3 (60.0, 40.0, 90.0) |" in told
+    assert "| CALM minus LoRA on the anchor, held-out words | ≥ 10 points | +20.0 (-107.1 to +147.1) points; " in told
+    assert "vanilla" not in told and "nan" not in told, "arms without results are left out"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
