@@ -132,11 +132,11 @@ class RichRunProgress(RichProgressBar):
             super().on_train_epoch_start(trainer, pl_module)
         assert self.progress is not None
         assert self.train_progress_bar_id is not None
-        shown = {"total": self.total_train_batches, "description": description(trainer)}
+        bar, total, text = self.train_progress_bar_id, self.total_train_batches, description(trainer)
         if begun:
-            self.progress.update(self.train_progress_bar_id, **shown)
+            self.progress.update(bar, total=total, description=text)
         else:  # a step that is reached by a reset has no speed
-            self.progress.reset(self.train_progress_bar_id, completed=trainer.global_step, visible=True, **shown)
+            self.progress.reset(bar, total=total, completed=trainer.global_step, visible=True, description=text)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
