@@ -54,7 +54,7 @@ class RetrievalIndexing(Callback):
         rebuild: Whether `fit` makes vectors, index and neighbors again, also if they are finished. A run that is resumed makes
             them once more, so set it back to false first. Evaluation and refreshes use what is finished.
         precision: The precision of the encoder. Default is the precision of the Trainer. bf16-mixed is the fastest on most
-            machines.
+            machines, and bf16-true on processors with AMX.
         refresh_every_n_epochs: Rebuild the database with the current policy as encoder every this many epochs. 0 never does.
             `reload_dataloaders_every_n_epochs` of the Trainer must divide it. A checkpoint stores the generation of the
             database that it was trained on, so that a resumed run or an evaluation uses the same neighbors. `predict` encodes

@@ -48,6 +48,7 @@ def build_database(
     verify: float = 0.01,
     max_chunks: int | None = None,
     rebuild: bool = False,
+    precision: str | None = None,
     trainer: Callable[[], L.Trainer] | None = None,
 ) -> RetrievalDatabase:
     """Build a retrieval database, or its missing stages.
@@ -77,6 +78,8 @@ def build_database(
             any number.
         rebuild: Whether vectors, index and neighbors are made again, also if they are finished. The database cannot be opened
             until the build is finished. Chunks are not made again, because they are found by the hash of their text.
+        precision: The precision of the encoder, as the Trainer names it, such as bf16-true, which is faster on processors with
+            AMX. The database keeps it: queries and added documents are encoded in it. Default is 32-true.
         trainer: A function that makes the Trainer that runs the encoder. Default is a Trainer on one device of this machine.
 
     Returns:
@@ -85,6 +88,11 @@ def build_database(
     Raises:
         ValueError: If an argument is invalid. Stages that were finished before the error are kept.
     """
+    if precision is not None and trainer is not None:
+        raise ValueError(
+            f"`precision` must be that of the Trainer if `trainer` is given, but got {precision!r}. Pass it to the Trainer that"
+            " the function makes."
+        )
     tools = make_tools(
         encoder,
         tokenizer=tokenizer,
@@ -94,7 +102,7 @@ def build_database(
         words=words or WordsConfig(),
         hide_copies=hide_copies,
         verify=verify,
-        trainer=trainer,
+        trainer=trainer or partial(quiet_trainer, devices=1, precision=precision),
     )
     _check_count("chunk_size", chunk_size)
     if "" in (queries or {}):

@@ -65,6 +65,17 @@ def test_a_retriever_encodes_as_the_build_did(precision: Any, tmp_path: Path) ->
     assert float(found.distances.max()) == 0.0
 
 
+def test_the_precision_is_an_option_of_the_build(tmp_path: Path) -> None:
+    documents = Listed(texts(6))
+    wide = build_database(tmp_path, documents, encoder=encoder(), chunk_size=16, k=2)
+    narrow = build_database(tmp_path, documents, encoder=encoder(), chunk_size=16, k=2, precision="bf16-true")
+    assert wide.manifest["stages"]["vectors"] != narrow.manifest["stages"]["vectors"]
+    retriever: Any = open_retriever(tmp_path, encoder=encoder())
+    assert float(retriever.search([narrow.chunks.chunk(3)], 1).distances.max()) == 0.0
+    with pytest.raises(ValueError, match="`precision` must be that of the Trainer"):
+        build_database(tmp_path, documents, encoder=encoder(), precision="bf16-true", trainer=quiet_trainer)
+
+
 def test_an_encoder_that_is_no_module_is_left_alone() -> None:
     class Other:
         fingerprint = "other"
