@@ -96,6 +96,7 @@ STUDIES = (
     ("studies/spin/arithmetic.py",),
     ("studies/spin/rows.py",),
     ("studies/calm/key_value.py", "--seeds", "0", "1", "2"),
+    ("studies/calm/pretrained.py",),
     ("studies/retro/database_kill.py",),
     ("studies/retro/facts.py",),
     ("studies/retro/stdlib.py",),
