@@ -86,7 +86,7 @@ class AutoPrecision(Callback):
     """Chooses between ``32-true`` and ``bf16-mixed`` at the start of a run, and says which one it takes and why.
 
     ``--trainer.precision auto`` of the command line adds it. In code, it is the first callback of a Trainer of which
-    ``precision`` is left out::
+    ``precision`` is left out:
 
         Trainer(callbacks=[AutoPrecision(), ...])
 

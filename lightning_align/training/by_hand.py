@@ -84,7 +84,7 @@ class LoopByHand(PrecisionHooks):
     """The part of `AlignModule` with which a loop without a Trainer gets the same gradients.
 
     A training step returns a sum over tokens or pairs. A Trainer calls the hook that divides the gradient by their number in
-    the whole optimizer batch. A loop by hand calls `average_gradients`::
+    the whole optimizer batch. A loop by hand calls `average_gradients`:
 
         module.configure_model()
         optimizer = torch.optim.AdamW(module.policy.parameters(), lr=1e-4)
