@@ -22,7 +22,9 @@ def in_float32(q: Tensor) -> bool:
 
 
 def attend_in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attend: Any) -> Tensor:
-    """Call attention with float32 inputs, outside of autocast, and return its output in the dtype that it would have had.
+    """Call attention in float32, outside of autocast, and return its output in the dtype that it would have had.
+
+    The inputs are rounded as autocast would, so that what a 16-bit cache holds makes no difference.
 
     Args:
         q: (..., N, K) queries.
@@ -34,7 +36,8 @@ def attend_in_float32(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, atte
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
     mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = attend(q.float(), k.float(), v.float(), mask)
+        q, k, v = (x.to(dtype).float() for x in (q, k, v))
+        out: Tensor = attend(q, k, v, mask)
     return out.to(dtype)
 
 
