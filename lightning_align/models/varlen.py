@@ -372,19 +372,14 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, plan: _Groups, *, causal: bool, sc
     mixed = []
     for (one_q, one_k, one_v), mask in zip(parts, plan.masks, strict=True):
         one_q, one_k, one_v = (x.transpose(1, 2) for x in (one_q, one_k, one_v))
-        if (heads := one_q.shape[1]) != 1 == one_k.shape[1]:
+        heads = one_q.shape[1]
+        if one_k.shape[1] == 1:
             # A view with stride 0. `enable_gqa` would be slower on a CPU.
             one_k, one_v = one_k.expand(-1, heads, -1, -1), one_v.expand(-1, heads, -1, -1)
+        # The padding is on the right, so causality alone hides it.
+        hides, gqa = causal and one_q.shape[2] == one_k.shape[2], one_k.shape[1] != heads
         out = dot_product_attention(
-            one_q,
-            one_k,
-            one_v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            # The padding is on the right, so causality alone hides it.
-            is_causal=causal and one_q.shape[2] == one_k.shape[2],
-            scale=scale,
-            enable_gqa=one_k.shape[1] != heads,
+            one_q, one_k, one_v, attn_mask=mask, dropout_p=dropout, is_causal=hides, scale=scale, enable_gqa=gqa
         )
         mixed.append(out.transpose(1, 2).flatten(0, 1))
     return (mixed[0] if len(mixed) == 1 else torch.cat(mixed)).index_select(0, plan.where_q)
