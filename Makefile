@@ -54,8 +54,8 @@ types: $(VENV)/.installed ## Run mypy --strict
 layers: $(VENV)/.installed ## Run only the layering test
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-test: $(VENV)/.installed ## Run all tests; warnings are errors (FULL_STUDIES=1: studies at full length, as in CI)
-	$(BIN)/python -m pytest -n $(WORKERS)
+test: $(VENV)/.installed ## Run the tests, without the slow ones; warnings are errors (FULL_STUDIES=1: all of them, as in CI)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-portable: $(VENV)/.installed ## Test learning and exactness with the kernels of other processors (SAMPLE=1: for a minute)
 	$(BIN)/python tests/portable.py $(if $(SAMPLE),--sample)

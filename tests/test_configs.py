@@ -137,7 +137,6 @@ def test_every_method_configuration_is_tested() -> None:
     assert found - ELSEWHERE == set(NAMES)
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_products_lead_to_the_same_loss(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -153,7 +152,6 @@ def test_bf16_products_lead_to_the_same_loss(name: str, tmp_path: Path, monkeypa
     assert single == pytest.approx(mixed, rel=0.02)
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_train_from_the_two_checkpoints(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -18,21 +18,18 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SFT_STEPS, STEPS = 300, 100
-SMALL = {"dim": 64, "depth": 2, "heads": 4}
 
 
-def shorter(node: Any, steps: int, backbone: dict[str, int]) -> Any:
-    """A configuration with smaller problems and fewer steps, and a smaller model where its sizes are given."""
+def shorter(node: Any, steps: int) -> Any:
+    """A configuration with smaller problems and fewer steps."""
     if isinstance(node, list):
-        return [shorter(item, steps, backbone) for item in node]
+        return [shorter(item, steps) for item in node]
     if not isinstance(node, dict):
         return node
-    node = {key: shorter(value, steps, backbone) for key, value in node.items()}
+    node = {key: shorter(value, steps) for key, value in node.items()}
     if node.get("class_path") == "Arithmetic":
         arguments = node["init_args"]
         node["init_args"] = arguments | {"num_operands": 2, "num_rows": min(arguments["num_rows"], 3000)}
-    if str(node.get("class_path")).endswith("PaLM"):
-        node["init_args"] |= backbone
     if "num_samples" in node:
         node["num_samples"] = 6  # of a policy that seldom solves a problem there would be too few pairs
     if node.get("class_path") == "WarmupDecay":
@@ -54,17 +51,15 @@ def own_cores() -> None:
         os.sched_setaffinity(0, (cores[first:] + cores[:first])[: int(os.environ["OMP_NUM_THREADS"])])
 
 
-@pytest.mark.study
 @pytest.mark.timeout(2400)
-def test_the_demo_fine_tunes_samples_judges_aligns_and_compares(full_studies: bool, tmp_path: Path) -> None:
-    backbone = {} if full_studies else SMALL
+def test_the_demo_fine_tunes_samples_judges_aligns_and_compares(tmp_path: Path) -> None:
     for name, steps in (
         ("sft/arithmetic", SFT_STEPS),
         ("sft/arithmetic_further", STEPS),
         ("sft/arithmetic_test", STEPS),
         ("dpo/arithmetic", STEPS),
     ):
-        content = shorter(yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()), steps, backbone)
+        content = shorter(yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()), steps)
         if name == "dpo/arithmetic":
             content["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 2e-3
         path = tmp_path / "configs" / f"{name}.yaml"

@@ -50,11 +50,8 @@ def test_the_cheap_scripts_run_without_a_gpu(
     assert DRY in capsys.readouterr().out
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in CHEAP])
-def test_all_scripts_run_without_a_gpu(name: str, tmp_path: Path, full_studies: bool) -> None:
-    if not full_studies:
-        pytest.skip("half a minute each; runs under FULL_STUDIES")
+def test_all_scripts_run_without_a_gpu(name: str, tmp_path: Path) -> None:
     dry_run(name, tmp_path)
 
 

@@ -14,7 +14,7 @@ from tests.conftest import FULL
 from tests.distributed.harness import ROOT, TORCHRUN, end_ranks, free_port, start_ranks
 from tests.toys import tiny_palm
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.study]
 SCRIPT = Path(__file__).with_name("lost.py")
 
 LIMIT = 60.0

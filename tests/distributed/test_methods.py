@@ -13,7 +13,7 @@ from tests.distributed.harness import launch
 from tests.distributed.methods import METHODS, PRECISIONS, train
 from tests.toys import largest_difference
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.study]
 SCRIPT = Path(__file__).parent / "methods.py"
 FULL = os.environ.get("FULL_STUDIES") == "1"
 CASES = [f"{method}/{precision}" for method in METHODS for precision in PRECISIONS]

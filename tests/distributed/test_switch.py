@@ -11,7 +11,7 @@ from tests.distributed.switch import PHASES, go_on, whole
 from tests.toys import largest_difference
 from tests.training.places import METHODS
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.study]
 SCRIPT = Path(__file__).with_name("switch.py")
 TOGETHER = ((0,), (1, 2), (3,), (4, 5))
 """The phases that one start of processes trains."""

@@ -95,11 +95,8 @@ def pair_of_widths(prompt: int, chosen: int, rejected: int) -> PreferenceBatch:
     return {"chosen": sides[0], "rejected": sides[1]}
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("method", METHODS)
-def test_whole_steps_are_not_compiled_again_after_the_warm_up(method: str, graphs: Counter[str], full_studies: bool) -> None:
-    if method == "calm" and not full_studies:
-        pytest.skip("tracing takes half a minute; FULL_STUDIES=1 runs all")
+def test_whole_steps_are_not_compiled_again_after_the_warm_up(method: str, graphs: Counter[str]) -> None:
     module: Any
     plain: Any
     module, plain = (copy.deepcopy(each) for each in [METHODS[method]()] * 2)
