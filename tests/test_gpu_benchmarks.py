@@ -1,9 +1,7 @@
 """The measurements for a GPU run with tiny sizes on a CPU. Their numbers mean nothing here."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,23 +11,7 @@ import pytest
 from benchmarks.common.gpu import DRY, Session, markdown, parser
 from benchmarks.gpu import run as runner
 
-CHEAP = ("logprobs", "faiss_gpu")
 NAMES = [script.name for script in runner.there()]
-
-
-def dry_run(name: str, folder: Path, *more: str) -> dict[str, Any]:
-    path = os.pathsep.join([str(runner.ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(runner.HERE / f"{name}.py"), "--dry-run", "--output", str(folder), *more]
-    ran = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, cwd=folder, capture_output=True, text=True, check=False
-    )
-    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-    assert found["complete"] and found["dry_run"], ran.stderr
-    failed = {part: reason for part, reason in found["failed"].items() if not reason.startswith("Missing")}
-    assert not failed, ran.stderr
-    assert DRY in ran.stdout and all(f"{name}:" in ran.stdout for name in found["tables"])
-    assert all(rows for rows in found["tables"].values()) and found["tables"]
-    return found
 
 
 def test_every_script_has_its_place_in_the_order() -> None:
@@ -38,21 +20,20 @@ def test_every_script_has_its_place_in_the_order() -> None:
     assert all(script.seconds <= 480 for script in runner.ORDER)
 
 
-@pytest.mark.parametrize("name", CHEAP)
-def test_the_cheap_scripts_run_without_a_gpu(
+@pytest.mark.filterwarnings("ignore")  # as the scripts run alone
+@pytest.mark.parametrize("name", NAMES)
+def test_scripts_run_without_a_gpu(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--dry-run", "--output", str(tmp_path)])
     with pytest.raises(SystemExit):
         runpy.run_path(str(runner.HERE / f"{name}.py"), run_name="__main__")
-    found = json.loads((tmp_path / f"{name}.json").read_text())
-    assert found["complete"] and not {k: v for k, v in found["failed"].items() if not v.startswith("Missing")}
-    assert DRY in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in CHEAP])
-def test_all_scripts_run_without_a_gpu(name: str, tmp_path: Path) -> None:
-    dry_run(name, tmp_path)
+    found: dict[str, Any] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["complete"] and found["dry_run"]
+    assert not {part: reason for part, reason in found["failed"].items() if not reason.startswith("Missing")}
+    printed = capsys.readouterr().out
+    assert DRY in printed and all(f"{name}:" in printed for name in found["tables"])
+    assert all(rows for rows in found["tables"].values()) and found["tables"]
 
 
 def test_without_a_gpu_only_a_dry_run_begins(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +85,7 @@ session.add("Table", {{"value": 1}})
     monkeypatch.setattr(runner, "HERE", tmp_path)
     order = (runner.Script("fails", 60), runner.Script("hangs", 1), runner.Script("absent", 60), runner.Script("good", 60))
     monkeypatch.setattr(runner, "ORDER", order)
-    monkeypatch.setattr(runner, "GRACE", 5)
+    monkeypatch.setattr(runner, "GRACE", 20)  # its imports take as long on a busy machine
     return tmp_path
 
 
