@@ -53,7 +53,7 @@ PORTABLE = (
 FULL = os.environ.get("FULL_STUDIES", "0") not in ("", "0")
 """Whether all tests run, and studies at full length."""
 SECONDS = Path(__file__).with_name("seconds.json")
-"""How long tests took in the last run of all, by file; those below half a second are left out. --write-seconds writes it."""
+"""About how long tests take, by file, where it is more than half a second. A run of all with --write-seconds writes it."""
 SLOW, TOO_SLOW = 0.5, 2.0
 """Without FULL_STUDIES, tests of more than SLOW seconds are skipped, but the fastest case of a test runs up to TOO_SLOW."""
 
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-seconds", action="store_true", help=f"write how long tests took to {SECONDS}")
+    parser.addoption("--write-seconds", action="store_true", help=f"with FULL_STUDIES, write how long tests took to {SECONDS}")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -74,7 +74,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("write_seconds") and not hasattr(session.config, "workerinput"):
+    if session.config.getoption("write_seconds") and FULL and not hasattr(session.config, "workerinput"):
         files: dict[str, dict[str, float]] = {}
         for name, seconds in sorted(took.items()):
             if seconds > SLOW:
