@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from lightning_align.retro.model import NeighborTokens
 from tests.toys import save_llama
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
-FULL = os.environ.get("FULL_STUDIES", "0") not in ("", "0")
 
 
 def point(validity: float, divergence: float) -> dict[str, float]:
@@ -47,7 +45,6 @@ def test_only_seeds_with_every_arm_are_reported(capsys: pytest.CaptureFixture[st
     assert "90.0" not in told and "nan" not in told
 
 
-@pytest.mark.skipif(not FULL, reason="trains small models for half a minute; FULL_STUDIES=1 runs it")
 @pytest.mark.filterwarnings("ignore")  # as the script does
 def test_the_crossing_resumes_and_computes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crossing, "ROWS", 32)

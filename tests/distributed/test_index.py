@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from lightning_align.retrieval.database import RetrievalDatabase
-from tests.conftest import FULL
 from tests.distributed.harness import end_ranks, launch, start_ranks
 from tests.distributed.index import checkpoint, fit
 from tests.retrieval.helpers import hashes
@@ -28,7 +27,6 @@ def test_two_ranks_build_what_one_builds(tmp_path: Path, monkeypatch: pytest.Mon
     assert hashes(tmp_path / "ranks") == hashes(tmp_path / "one")
 
 
-@pytest.mark.skipif(not FULL, reason="eight processes that encode; FULL_STUDIES=1 runs it")
 def test_four_ranks_resume_what_a_rank_that_died_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for room in ("chunks.BLOCK_BYTES", "encoders.BLOCK_CHUNKS", "neighbors.BLOCK_CHUNKS"):
         monkeypatch.setattr(f"lightning_align.retrieval.{room}", 64)

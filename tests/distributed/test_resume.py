@@ -4,15 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FULL
 from tests.distributed.harness import launch
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.skipif(not FULL, reason="as with DDP: FULL_STUDIES=1 runs it"))]
-)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_resume_and_stop_together(strategy: str, tmp_path: Path) -> None:
     """The script asserts; see its `main`. Under FSDP2 a checkpoint is a folder of shards, and no signal is sent."""
     launch(Path(__file__).parent / "resume.py", str(tmp_path), strategy)

@@ -63,7 +63,6 @@ def settings(folder: Path) -> str:
     return str(path)
 
 
-@pytest.mark.skipif(not FULL, reason="starts whole programs; FULL_STUDIES=1 runs it")
 def test_torchrun_starts_the_ranks_again_from_the_newest_checkpoint(tmp_path: Path) -> None:
     """One worker is killed in the middle of an accumulation window. The same command goes on with `--ckpt_path auto`."""
     whole, lost = tmp_path / "whole", tmp_path / "lost"

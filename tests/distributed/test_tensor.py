@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lightning_align.models.checkpoint import main
-from tests.conftest import FULL
 from tests.distributed import train
 from tests.distributed.harness import launch
 from tests.distributed.tensor import CASES, FAMILIES, REFUSED, build, family, loss_and_gradients
@@ -19,7 +18,7 @@ SCRIPT = Path(__file__).with_name("tensor.py")
 TIGHT = 1e-6
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.skipif(not FULL, reason="four ranks: FULL_STUDIES=1"))])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_split_models_train_as_one_process(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses, gradients, weights and texts; checkpoints of either layout are gone on from in both."""
     monkeypatch.setattr(train, "build", build)
