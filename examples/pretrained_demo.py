@@ -94,7 +94,7 @@ class Demo:
         if options.pairs is None:
             rows = [json.dumps(row) for row in made_pairs(NUM_HELD_OUT + options.steps * options.batch_size)]
         else:
-            rows = [line for line in Path(options.pairs).read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [line for line in Path(options.pairs).read_text(encoding="utf-8").split("\n") if line.strip()]
         self.model = model_folder(options.model or shipped_file(), self.folder / "model")
         if load_tokenizer(self.model).has_template:
             rows = [json.dumps(as_messages(json.loads(row))) for row in rows]
@@ -177,7 +177,7 @@ class Demo:
         quiet = ["--trainer.logger", "false", "--trainer.callbacks", "null", "--trainer.accelerator", "cpu"]
         length = ["--model.init_args.generation.max_new_tokens", "128"]
         self.command(*self.arguments("predict", model), "--output", str(output), *length, *quiet)
-        return {"answer": json.loads(output.read_text(encoding="utf-8").splitlines()[0])["responses"][0]}
+        return {"answer": json.loads(output.read_text(encoding="utf-8").split("\n")[0])["responses"][0]}
 
     def run(self) -> None:
         """Run all steps, and print what changed."""

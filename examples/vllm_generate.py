@@ -59,7 +59,7 @@ def answer_files(folder: Path, answer: Callable[[list[Row]], list[Any]], setting
     """Answer each file of prompts that has no responses. Returns how many there were."""
     todo = [path for path in sorted(folder.glob("prompts-*.jsonl")) if not responses_of(path).exists()]
     for path in todo:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         eos_ids = settings["ends"]["eos_token_id"]
         lines = [
             json.dumps({"id": row["id"], "responses": [response(completion, eos_ids) for completion in output.outputs]}) + "\n"

@@ -38,6 +38,7 @@ from lightning_align.data.tokenizer import train_tokenizer
 from lightning_align.export.checkpoint import export_checkpoint
 from lightning_align.models.checkpoint import gather_command, read_checkpoint
 from lightning_align.runtime.lightning_internals import callbacks_of, is_fast_dev_run, last_saved_step, subcommand_actions
+from lightning_align.runtime.run_folder import UNLOGGED, records_folder
 from lightning_align.runtime.subnormal import flush_subnormal
 from lightning_align.runtime.team import of_first_rank
 from lightning_align.training.auto_precision import AUTO, AutoPrecision
@@ -114,7 +115,9 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the name and save."""
-        folder, number = Path(trainer.log_dir or trainer.default_root_dir), 0
+        folder, number = records_folder(trainer), 0
+        if folder is None:
+            return
         name = self.config_filename
         while trainer.is_global_zero and not self.already_saved and (folder / name).exists():
             number += 1
@@ -180,6 +183,9 @@ class AlignCLI(LightningCLI):
         """Parse the arguments, and keep them to parse them again when a checkpoint is given."""
         self._args = cast("Sequence[str] | None", args)
         super().parse_arguments(parser, args)
+        trainer = self.config.get("fit", {}).get("trainer") or {}
+        if trainer.get("logger") is False and trainer.get("default_root_dir") is None:
+            trainer["default_root_dir"] = UNLOGGED  # and not the working directory
 
     def _parse_ckpt_path(self) -> None:
         """Use the checkpoint's arguments where the command line gives none. Lightning lets the checkpoint override both."""

@@ -131,7 +131,11 @@ def test_a_pretrained_model_is_aligned(capsys: pytest.CaptureFixture[str], monke
     for row in rows:
         first, second = (int(word) for word in re.findall(r"holds (\d+)", row["prompt"]))
         assert f"= {first + second} " in row["chosen"] and f"= {first + second} " not in row["rejected"]
-    words = ["example", "--model", "base", "--pairs", "pairs.jsonl", "--steps", "2", "--batch_size", "2", "--folder", "out"]
+    # A line separator of Unicode inside a text ends no row.
+    pairs = Path("pairs.jsonl").read_text().replace("2", "2\u2028")
+    assert "\u2028" in pairs
+    Path("separated.jsonl").write_text(pairs, encoding="utf-8")
+    words = ["example", "--model", "base", "--pairs", "separated.jsonl", "--steps", "2", "--batch_size", "2", "--folder", "out"]
     monkeypatch.setattr("sys.argv", words)
     load("pretrained_demo").main()
     said = capsys.readouterr().out

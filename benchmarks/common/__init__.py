@@ -17,7 +17,7 @@ from benchmarks.common.measure import (
     resident,
 )
 from benchmarks.common.pairs import EOS, Pair, batches, file_pairs, shares, synthetic_pairs
-from benchmarks.common.report import CONFIGS, claim, heading, save, table
+from benchmarks.common.report import CONFIGS, claim, heading, read_rows, save, table
 from benchmarks.common.unshifted import unshifted_means
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "median",
     "peak",
     "ratio",
+    "read_rows",
     "reset_peak",
     "resident",
     "save",

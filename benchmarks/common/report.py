@@ -36,6 +36,12 @@ def claim(what: str, required: str, measured: str, met: bool) -> dict[str, str]:
     return {"claim": what, "required": required, "measured": measured, "": "met" if met else "**missed**"}
 
 
+def read_rows(path: Path | str, count: int | None = None) -> list[Any]:
+    """The values of a JSONL file, or its first ones. A text may hold other line separators than a line feed."""
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line.strip()][:count]
+
+
 def save(path: Path, results: Any) -> None:
     """Write results as JSON, atomically. Short innermost lists and objects take one line each."""
 

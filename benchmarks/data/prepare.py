@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
 def base_rows(path: str | None) -> list[dict[str, str]]:
     """The rows that are repeated."""
     if path is not None:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return common.read_rows(path)
     from lightning_align.data.tasks.arithmetic import Arithmetic
 
     answers = list(Arithmetic(2000).rows())

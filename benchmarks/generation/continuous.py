@@ -8,7 +8,6 @@ prompts start when the whole batch has ended. With continuous batching, they sta
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ def read_rows(path: str, count: int) -> Rows:
     """Tokenize the prompts of a file with a vocabulary that is trained on them. Returns prompts and response lengths."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()[:count]]
+    rows = common.read_rows(path, count)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False)

@@ -6,7 +6,6 @@ by sampling. Products with weights of 8 bits (`torch._weight_int8pack_mm`) are t
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,8 +126,7 @@ def answers(name: str, prompts: Path, count: int, new: int, rounds: int) -> None
     """Print what guesses save on the answers of a real model."""
     model: Any = PretrainedLM(name).eval()
     tokenizer = load_tokenizer(name)
-    lines = prompts.read_text(encoding="utf-8").splitlines()[:count]
-    asked = [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines]
+    asked = [[{"role": "user", "content": row["prompt"]}] for row in common.read_rows(prompts, count)]
     encoded = encode_rows(
         [Row({"messages": messages}, f"prompt {number}") for number, messages in enumerate(asked)],
         tokenizer=tokenizer,

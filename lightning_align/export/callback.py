@@ -23,6 +23,7 @@ from lightning_align.models.peft_adapters import ADAPTER_CONFIG, check_mergeable
 from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.proof import expected_logits
 from lightning_align.models.rehearsal import check_formats, check_rebuildable, export_bytes
+from lightning_align.runtime.run_folder import run_folder
 from lightning_align.runtime.team import of_first_rank
 
 
@@ -96,7 +97,7 @@ class ExportModel(Callback):
 
     def place(self, trainer: L.Trainer) -> Path:
         """Return the folder of the export. All ranks must call this, because `log_dir` is a broadcast."""
-        return Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "export")
+        return Path(self.folder or run_folder(trainer) / "export")
 
     def _tokenizer(self, trainer: L.Trainer) -> Any:
         return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)

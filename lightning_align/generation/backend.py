@@ -185,7 +185,7 @@ def _asked(folder: Path, requests: list[dict[str, Any]]) -> tuple[Path, list[int
                 f"{path} was changed after it was written: its name is the hash of other content. Remove it and the responses "
                 "to it, and start the same run again."
             )
-        rows = [json.loads(line) for line in content.decode().splitlines()]
+        rows = [json.loads(line) for line in content.splitlines()]
         known = {row["id"]: row for row in rows}
         if all(known.get(request["id"]) == request for request in requests):
             return path, list(known)

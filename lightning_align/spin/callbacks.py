@@ -17,6 +17,7 @@ from lightning_align.generation.backend import GenerationBackend, NativeBackend
 from lightning_align.generation.handoff import Served
 from lightning_align.runtime.lightning_internals import limit_epochs, replace_schedule, set_reload_interval, skip_no_batches
 from lightning_align.runtime.ranks import is_sharded
+from lightning_align.runtime.run_folder import run_folder
 from lightning_align.runtime.team import Team, of_first_rank
 from lightning_align.spin.boundary import START, Boundary, save_boundary, save_checkpoint
 from lightning_align.spin.generations import GeneratedSet, Pairs, plan, statistics
@@ -244,7 +245,7 @@ class SelfPlayGeneration(Callback):
             module.iteration = max(self.iteration, 0)
         iteration = next(t for t in reversed(range(self.iterations)) if trainer.current_epoch >= self._starts[t])
         if self._folder is None:
-            default = Path(trainer.log_dir or trainer.default_root_dir) / "generations"
+            default = run_folder(trainer) / "generations"
             self._folder = str((self.folder or default).resolve())
         if iteration <= self.iteration:
             return

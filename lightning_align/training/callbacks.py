@@ -20,6 +20,7 @@ from lightning_align.models.language_model import policy_of
 from lightning_align.runtime.files import check_writable, publish_text
 from lightning_align.runtime.lightning_internals import datamodule_of
 from lightning_align.runtime.ranks import data_world, is_first_copy
+from lightning_align.runtime.run_folder import run_folder
 from lightning_align.runtime.team import Team
 from lightning_align.training.markdown import block
 from lightning_align.training.panels import show_table
@@ -98,8 +99,7 @@ class SampleLogger(Callback):
             {"prompt": prompt, "chosen": chosen, "generated": data.tokenizer.decode(responses[0].tokens)}
             for (_, prompt, chosen), responses in zip(triples, results, strict=True)
         ]
-        # On every rank, because `log_dir` is a broadcast.
-        self._write(trainer, Path(trainer.log_dir or trainer.default_root_dir), samples)
+        self._write(trainer, run_folder(trainer), samples)
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, folder: Path, samples: list[dict[str, str]]) -> None:

@@ -35,6 +35,7 @@ from lightning_align.data.tokenizer import Tokenizer, check_vocabulary, load_tok
 from lightning_align.runtime.kinds import check_kinds, hints_of
 from lightning_align.runtime.lightning_internals import is_fast_dev_run, overfits
 from lightning_align.runtime.plain import PlainNumbers
+from lightning_align.runtime.run_folder import records_folder
 from lightning_align.training.loading import for_device
 from lightning_align.training.prompts import first_prompts
 
@@ -222,9 +223,8 @@ class AlignDataModule(PlainNumbers, L.LightningDataModule):
             # A fit without validation rows does not validate. Lightning warns if there is no loader or an empty one.
             self._limit_val_batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
         if trainer is not None and new and not is_fast_dev_run(trainer):
-            # On every rank, because `log_dir` is a broadcast.
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
-            if trainer.is_global_zero:
+            folder = records_folder(trainer)
+            if trainer.is_global_zero and folder is not None:
                 write_ledgers(folder / "ledger.json", self.ledgers)
 
     def teardown(self, stage: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from lightning_align.models.checkpoint import gather_command, read_checkpoint
 from lightning_align.models.integrity import SHARDS_META, check_checkpoint
+from lightning_align.runtime.run_folder import UNLOGGED
 from lightning_align.training.place import KEY
 
 CHOSEN = "LIGHTNING_ALIGN_CKPT_PATH"
@@ -33,7 +34,7 @@ def checkpoint_folders(trainer: Mapping[str, Any]) -> list[Path]:
     Args:
         trainer: The arguments of the Trainer, as in a configuration.
     """
-    root = Path(trainer.get("default_root_dir") or ".")
+    root = Path(trainer.get("default_root_dir") or (UNLOGGED if trainer.get("logger") is False else "."))
     # Only these: the default root is the working directory, which may hold anything.
     found = [root / "checkpoints"]
     for callback in _listed(trainer.get("callbacks")):

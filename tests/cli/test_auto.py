@@ -139,5 +139,7 @@ def test_where_checkpoints_are_looked_for() -> None:
     }
     found = checkpoint_folders(trainer)
     assert found == [Path(name) for name in ("root/checkpoints", "kept", "sets", "runs/dpo", "ml/lightning_logs")]
-    assert checkpoint_folders({"logger": False}) == [Path("checkpoints")], "never the whole working directory"
+    assert checkpoint_folders({"logger": False}) == [Path("runs/unlogged/checkpoints")], "where such a run is"
+    found = checkpoint_folders({"logger": False, "default_root_dir": "."})
+    assert found == [Path("checkpoints")], "never the whole working directory"
     assert Path("lightning_logs") in checkpoint_folders({})

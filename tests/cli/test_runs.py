@@ -92,6 +92,18 @@ def test_two_runs_in_one_folder_do_not_collide(folder: Path, sft_rows: str) -> N
     assert len(list((folder / "here").rglob("*.ckpt"))) == 2
 
 
+def test_a_run_without_a_logger_leaves_the_working_directory_clean(folder: Path, sft_rows: str) -> None:
+    fit("sft", folder, sft_rows, "--trainer.logger", "false")
+    assert {"config.yaml", "ledger.json", "checkpoints"} <= {path.name for path in (folder / "runs/unlogged").iterdir()}
+    command = ["--config", config("sft", folder), "--data.validation", sft_rows, "--trainer.logger", "false"]
+    for name in ("fit", "validate"):  # both find the run again
+        more = ["--data.train", sft_rows, "--trainer.max_steps", "3"] if name == "fit" else []
+        cli = run([name, *command, *more, "--ckpt_path", "auto"])
+        assert cli is not None and cli.trainer.ckpt_path is not None
+    assert {path.name for path in folder.iterdir()} == {"sft.jsonl", "sft.yaml", ".cache", "runs"}
+    assert not (folder / "runs/unlogged/config_2.yaml").exists()  # a validation keeps no record
+
+
 def test_the_csv_logger_serves_as_well(folder: Path, sft_rows: str) -> None:
     fit("sft", folder, sft_rows, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "csv")
     (metrics,) = (folder / "csv").rglob("metrics.csv")

@@ -138,8 +138,7 @@ SIDES = {"peer": peer, "ours": ours, "ours, other adapters": ours}
 def encoded(folder: str, file: str, rows: int, size: int, longest: int) -> list[PreferenceBatch]:
     """The first pairs of a file whose texts have at most so many tokens, as batches in the order of the file."""
     tokenizer, kept = load_tokenizer(folder), list[str]()
-    for line in Path(file).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in common.read_rows(file):
         texts = [row["prompt"] + row[name] for name in ("chosen", "rejected")]
         if max(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) <= longest:
             for key, role in {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}.items():

@@ -111,9 +111,9 @@ class Seed:
         asked = {"data.init_args.predict": self.files["questions"], "output": output}
         cli = run(["predict", *config, *options(self.rows | begin | asked)])
         assert cli is not None
-        said = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+        said = common.read_rows(output)
         answers = [row["responses"][0] for row in said]
-        real = [json.loads(line)["response"] for line in self.files["questions"].read_text(encoding="utf-8").splitlines()]
+        real = [row["response"] for row in common.read_rows(self.files["questions"])]
         found["ended"] = statistics.mean(row["finished"][0] for row in said)
         found["length"] = statistics.mean(map(len, answers)) / statistics.mean(map(len, real))
         if self.answer:
