@@ -38,6 +38,7 @@ TIMED: tuple[tuple[str, ...], ...] = (
     ("training/kept_memory.py",),
     ("training/precision.py",),
     ("training/compile.py",),
+    ("training/stored.py",),
     ("dpo/trl_step.py",),
     ("dpo/trl_step.py", "--thp"),
     ("dpo/trl_step.py", "--vocabulary", "128000", "--rounds", "2"),
@@ -159,6 +160,11 @@ def sections(page: str) -> dict[str, str]:
     return found
 
 
+def machine(section: str) -> str:
+    """The kind of processor that a section was measured on."""
+    return re.split(r", \d{4}-\d\d-\d\d, ", section.rstrip().splitlines()[-1])[-1]
+
+
 def start(script: str, *options: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a script in a process that can import `benchmarks` and this checkout's `lightning_align`."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -215,7 +221,8 @@ def record(todo: dict[tuple[str, ...], tuple[str, ...]], pairs: str | None, outp
         told = ran.stdout[max(0, ran.stdout.find("## ")) :].rstrip()
         last = f"{shown}, {datetime.date.today().isoformat()}, {here}, {os.cpu_count()} cores"
         done[script, *options] = f"{told}\n\n{last}\n"
-        each = (([done[command]] if command in done else []) + elsewhere[command] for command in SECTIONS)
+        # By the kind of processor, so that a run on another kind moves nothing.
+        each = (sorted(([done[command]] if command in done else []) + elsewhere[command], key=machine) for command in SECTIONS)
         page = [head(), *chain.from_iterable(each), *others]
         temporary = output.with_suffix(".tmp")
         temporary.write_text("\n".join(page), encoding="utf-8")
