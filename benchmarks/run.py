@@ -162,7 +162,7 @@ def sections(page: str) -> dict[str, str]:
 
 def machine(section: str) -> str:
     """The kind of processor that a section was measured on."""
-    return re.split(r", \d{4}-\d\d-\d\d, ", section.rstrip().splitlines()[-1])[-1]
+    return re.split(r", \d{4}-\d\d-\d\d, ", section.rstrip().splitlines()[-1])[-1].partition(", ")[0]
 
 
 def start(script: str, *options: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
