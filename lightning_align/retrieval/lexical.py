@@ -28,8 +28,6 @@ FORMAT = 4
 Decode = Callable[[list[int]], str]
 _OFTEN = 64
 """Chunks after which pages of files are returned to the system, if they are many."""
-_POSTINGS = 1 << 22
-"""Postings after which they are returned: 32 MiB of them, and the pages of the terms of chunks that are scored."""
 
 
 def build_lexical(
@@ -114,12 +112,9 @@ class LexicalSearcher:
         shape = len(queries), k
         ids, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.bool_)
         distances = np.full(shape, np.inf, dtype=np.float32)
-        read = -_POSTINGS
         for row, (query, groups) in enumerate(zip(queries, _groups_of_rows(forbidden, len(queries)), strict=True)):
-            # In a large corpus a single query reads megabytes of postings.
-            if row % _OFTEN == 0 or self.postings.touched - read >= _POSTINGS:
+            if row % _OFTEN == 0:
                 release_pages(self.folder)
-                read = self.postings.touched
             found, scores = self.postings.best(query, k, groups)
             ids[row, : len(found)], mask[row, : len(found)], distances[row, : len(found)] = found, True, 0 - scores
         return Nearest(ids, mask, distances)
@@ -130,7 +125,6 @@ class _EarlierPostings:
 
     def __init__(self, folder: Path, groups: Ints) -> None:
         self.groups, self._vocabulary = groups, _read_vocabulary(folder / "words.json")
-        self.touched = 0  # its searches look at every chunk anyway
         self._scores, self._chunks, self._starts = (
             np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("data", "indices", "indptr")
         )

@@ -30,6 +30,7 @@ from lightning_align.retrieval.inversion import (
     saturation,
 )
 from lightning_align.retrieval.tables import Bools, Ints
+from lightning_align.runtime.mapped import release_pages
 
 _FIRST = 2048
 """Postings after which a search estimates the k-th best score."""
@@ -50,6 +51,14 @@ _LEAST = float(np.finfo(np.float32).tiny)
 """A score that is not 0."""
 _ROUNDING = 1e-5
 """How far a sum of float32 weights can be off, as a share of the highest score."""
+
+
+_RETURNED = 1 << 21
+"""Postings after which pages of files are returned to the system, if they are many: 16 MiB of lists."""
+_SCORED = 3 * (1 << 16) // 8
+"""Postings that take as many pages as the terms of a chunk. The system maps 64 KiB around each place of a file that is read."""
+_TOGETHER = 512
+"""Chunks whose terms are read before pages may be returned."""
 
 
 class Postings:
@@ -79,8 +88,14 @@ class Postings:
         # Whole blocks. The places after the last chunk stay 0. bf16-true changes the default type.
         self._scores = torch.zeros(-(-self.num_chunks // _WIDTH) * _WIDTH, dtype=torch.float32)
         self._last = np.zeros(self.num_chunks, dtype=np.int32)
-        self.touched = 0
-        """How many postings the searches have read so far, at most."""
+        self._folder, self._read = folder, 0
+
+    def _reads(self, postings: int) -> None:
+        """Count what is read next. In a large corpus a single query reads a hundred megabytes of mapped files."""
+        self._read += postings
+        if self._read >= _RETURNED:
+            release_pages(self._folder)
+            self._read = postings
 
     def numbers(self, terms: Iterable[str]) -> list[int]:
         """Return the distinct numbers of terms, ascending. Terms that no chunk has are dropped."""
@@ -94,6 +109,10 @@ class Postings:
 
     def scores(self, query: Sequence[int], chunks: Ints) -> Doubles:
         """Compute the scores (n,) of chunks (n,) for the distinct terms of a query."""
+        if len(chunks) > _TOGETHER:
+            parts = [self.scores(query, chunks[start : start + _TOGETHER]) for start in range(0, len(chunks), _TOGETHER)]
+            return np.concatenate(parts)
+        self._reads(len(chunks) * _SCORED)
         starts = self._starts[chunks]
         widths = self._starts[chunks + 1] - starts
         ends = np.cumsum(widths)
@@ -124,7 +143,6 @@ class Postings:
         terms = np.asarray(query, dtype=np.int64)
         tiers = self._tiers[terms]  # (t, TIERS + 1)
         size = int((tiers[:, -1] - tiers[:, 0]).sum())
-        self.touched += size
         if size <= _WHOLE:
             spans = [slice(start, stop) for start, stop in tiers[:, [0, -1]].tolist()]
             return self._best_of_all(query, k, forbidden, spans, 0.0, 0.0, _ROUNDING * float(self._idf(terms).sum()))
@@ -180,7 +198,10 @@ class Postings:
         """
         chunks, weights = self._lists
         for span in spans:
-            self._scores.index_add_(0, chunks[span], weights[span])
+            for start in range(span.start, span.stop, _RETURNED):
+                part = slice(start, min(start + _RETURNED, span.stop))
+                self._reads(part.stop - part.start)
+                self._scores.index_add_(0, chunks[part], weights[part])
         highest = self._scores.view(-1, _WIDTH).amax(dim=1).numpy()
         count, least = 4 * k, _LEAST
         while True:
@@ -216,6 +237,7 @@ class Postings:
         spans, now = self._spans(tiers, bounds, taken)
         if not spans:
             return np.zeros(0, dtype=np.int64), now
+        self._reads(sum(span.stop - span.start for span in spans))
         chunks = np.concatenate([self._chunks[span] for span in spans], dtype=np.int64)
         weights = np.concatenate([self._weights[span] for span in spans])
         self._scores.scatter_add_(0, torch.from_numpy(chunks), torch.from_numpy(weights))

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lightning_align.retrieval import inversion, lexical, postings
+from lightning_align.retrieval import inversion, postings
 from lightning_align.retrieval.inversion import Span, count_terms, write_postings
 from lightning_align.retrieval.lexical import LexicalSearcher, build_lexical
 from lightning_align.retrieval.neighbors import Forbidden, group_of_chunks
@@ -68,21 +68,21 @@ def test_best_allowed_chunks_are_returned_in_order(built):
         assert 3 not in table.document_of(found.ids[row][found.mask[row]])
 
 
-@pytest.mark.parametrize("limit", [1, 10**9])
-def test_pages_are_returned_after_so_many_postings(built, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """A corpus of gigabytes has queries of megabytes: memory must not grow with their number."""
+@pytest.mark.parametrize("whole", [10**9, 0])
+def test_pages_are_returned_within_a_query(built, monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
+    """In a corpus of gigabytes a single query reads a hundred megabytes: memory must not grow with the corpus."""
     table, stage = built
-    released = []
-    monkeypatch.setattr(lexical, "release_pages", released.append)
-    monkeypatch.setattr(lexical, "_POSTINGS", limit)
+    monkeypatch.setattr(postings, "_WHOLE", whole)
     searcher = LexicalSearcher(stage, group_of_chunks(table, NOTHING), DECODE)
-    queries = searcher.queries_of(table, range(0, 5))
-    searcher.nearest(queries, 6, Forbidden(NOTHING, NOTHING))
-    assert len(released) == (5 if limit == 1 else 1)
-    sizes = [sum(query in chunk for chunk in map(set, searcher.queries_of(table, range(len(table))))) for query in queries[0]]
-    before = searcher.postings.touched
-    searcher.nearest(queries[:1], 6, Forbidden(NOTHING, NOTHING))
-    assert searcher.postings.touched - before == sum(sizes)
+    queries, nobody = searcher.queries_of(table, range(0, 5)), Forbidden(NOTHING, NOTHING)
+    expected, released = searcher.nearest(queries, 6, nobody), []
+    monkeypatch.setattr(postings, "release_pages", released.append)
+    monkeypatch.setattr(postings, "_RETURNED", 2)
+    monkeypatch.setattr(postings, "_TOGETHER", 2)
+    found = searcher.nearest(queries, 6, nobody)
+    assert len(released) > 3 * len(queries) and set(released) == {stage.folder}
+    for name in ("ids", "distances", "mask"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 
 def test_unknown_words_find_nothing(built):
