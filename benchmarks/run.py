@@ -43,6 +43,7 @@ TIMED: tuple[tuple[str, ...], ...] = (
     ("dpo/trl_step.py", "--thp"),
     ("dpo/trl_step.py", "--vocabulary", "128000", "--rounds", "2"),
     ("dpo/shared_prefix.py", "--size", "1", "--rounds", "1"),
+    ("dpo/shared_prefix.py", "--size", "4", "--rounds", "1"),
     ("dpo/shared_prefix.py", "--lora", "--size", "1", "--rounds", "2"),
     ("sft/trl_step.py",),
     ("sft/trl_step.py", "--thp"),
