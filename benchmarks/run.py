@@ -97,6 +97,7 @@ STUDIES = (
     ("studies/spin/crossing.py",),
     ("studies/spin/arithmetic.py",),
     ("studies/spin/rows.py",),
+    ("studies/spin/pretrained.py", "--seeds", "0"),
     ("studies/calm/key_value.py", "--seeds", "0", "1", "2"),
     ("studies/calm/pretrained.py",),
     ("studies/retro/database_kill.py",),

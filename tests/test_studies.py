@@ -12,6 +12,7 @@ from benchmarks.studies.calm import pretrained as knowing
 from benchmarks.studies.dpo import pretrained as beside_trl
 from benchmarks.studies.retro import pretrained as newer
 from benchmarks.studies.spin import crossing, markov
+from benchmarks.studies.spin import pretrained as played
 from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.models.language_model import Head
 from lightning_align.models.pretrained import PretrainedLM
@@ -59,6 +60,36 @@ def test_the_crossing_resumes_and_computes_nothing_twice(tmp_path: Path, monkeyp
     before = output.read_bytes()
     assert crossing.compute([0], tmp_path, output) == json.loads(before)
     assert output.read_bytes() == before
+
+
+def test_answers_of_both_forms_are_numbers() -> None:
+    told = ["16 + 2 = 18\n#### 18", "A: 1,800.", "so 20\nA: $5, or\n#### 18.0", "There are 18.", "#### none"]
+    assert [played.answer(text) for text in told] == ["18", "1800", "18", None, None]
+
+
+def test_rows_of_self_play_are_short_turns_of_a_chat() -> None:
+    rows = [{"prompt": "a" * length, "response": "b" * other + "\n"} for length, other in ((160, 199), (161, 9), (9, 200))]
+    assert played.short(rows, ("response",)) == rows[:1]
+    turns = {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}]}
+    assert played.conversation({"prompt": "a", "chosen": "b\n"}) == turns
+
+
+def test_self_play_is_compared_over_the_seeds_that_have_both_arms(capsys: pytest.CaptureFixture[str]) -> None:
+    seeds: dict[str, Any] = {
+        str(seed): {
+            "before": {"loss": 2.0},
+            **{
+                name: {**dict.fromkeys(played.COLUMNS, 0.5), "loss": loss}
+                for name, loss in (("sft", 1.5), ("spin", 1.0 + seed))
+            },
+        }
+        for seed in (0, 1)
+    }
+    del seeds["1"]["spin"]
+    played.report({"sizes": {"rows": 8, "held_out": 4, "pairs": 8, "start": 9, "steps": 3}, "seeds": seeds})
+    told = capsys.readouterr().out
+    assert "| + 3 steps of SFT on the same rows | 1.500 (1.500, 1.500) |" in told and "start" not in told.split("\n| policy")[1]
+    assert "| spin minus sft | -0.500 |" in told and "nan" not in told  # one seed has no interval
 
 
 def test_the_batches_beside_trl_are_the_short_pairs_in_order(tmp_path: Path) -> None:
