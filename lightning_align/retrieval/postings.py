@@ -52,7 +52,6 @@ _LEAST = float(np.finfo(np.float32).tiny)
 _ROUNDING = 1e-5
 """How far a sum of float32 weights can be off, as a share of the highest score."""
 
-
 _RETURNED = 1 << 21
 """Postings after which pages of files are returned to the system, if they are many: 16 MiB of lists."""
 _SCORED = 3 * (1 << 16) // 8

@@ -42,10 +42,9 @@ def conversation(row: Row) -> dict[str, Any]:
     return {name: [{"role": role.get(name, "assistant"), "content": text.strip()}] for name, text in row.items()}
 
 
-def write(file: Path, rows: list[Row]) -> Path:
+def write(file: Path, rows: list[Row]) -> None:
     """Write rows as chats."""
     file.write_text("".join(json.dumps(conversation(row)) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 def answer(text: str) -> str | None:
@@ -102,8 +101,7 @@ class Seed:
         file = self.folder / f"{name}.json"
         file.write_text(json.dumps(settings), encoding="utf-8")
         resume = ["--ckpt_path", str(place / "last.ckpt")] if (place / "last.ckpt").exists() else []
-        rows = ["--data.init_args.train", str(self.shared / f"{method}.jsonl")]
-        run([*self.words("fit", method, start), *rows, "--config", str(file), *resume])
+        run([*self.words("fit", method, start), "--config", str(file), *resume])
         return str(output)
 
     def arm(self, name: str) -> str:
@@ -225,9 +223,8 @@ def main() -> None:
         found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"seeds": {}}
         return found
 
-    missing = [
-        (seed, name) for seed in arguments.seeds for name in arguments.arms if name not in stored()["seeds"].get(str(seed), {})
-    ]
+    done = stored()["seeds"]
+    missing = [(seed, name) for seed in arguments.seeds for name in arguments.arms if name not in done.get(str(seed), {})]
     if missing:
         if None in (arguments.model, arguments.train, arguments.validation, arguments.pairs):
             parser.error(f"{output} lacks {len(missing)} runs, which need --model, --train, --validation and --pairs")
