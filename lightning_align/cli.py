@@ -132,12 +132,19 @@ class AlignCLI(LightningCLI):
     interrupts: ClassVar[InterruptCheckpoint | None] = None
     """The callback of the running `fit`, which knows the signal that has come."""
 
+    def __init__(self, *positional: Any, args: ArgsType = None, **named: Any) -> None:
+        words = sys.argv[1:] if args is None else args
+        self._command = words[0] if isinstance(words, list) and words else None
+        super().__init__(*positional, args=args, **named)
+
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
         for action in subcommand_actions(parser):
             action.help = DESCRIPTIONS[action.dest]  # Lightning takes the first lines of docstrings, which are cut
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._command != subcommand and self._command in self.subcommands():
+            return self.init_parser(**kwargs)  # it is only named in messages, and its arguments take long to collect
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.usage = f"lightning-align {subcommand} --config CONFIG [--config CONFIG ...] [options]"
         AlignParser.commands[subcommand] = cast(AlignParser, parser)

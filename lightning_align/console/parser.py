@@ -86,6 +86,16 @@ class AlignParser(ShortErrors, LightningArgumentParser):
         """Parse a command line, in which ``--config`` can be the name of a shipped configuration."""
         return super().parse_args(resolve(sys.argv[1:] if args is None else list(args)), *others, **kwargs)
 
+    # Parsing has checked a configuration. To check it again takes as long as to parse it.
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """Return a configuration as text."""
+        return super().dump(*args, **{"skip_validation": True, **kwargs})
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Write a configuration to a file."""
+        super().save(*args, **{"skip_validation": True, **kwargs})
+
     def allow(self, option: str, value: str) -> None:
         """Let an option take one value more than its type says."""
         action: Any = next(action for action in self._actions if action.dest == option)
