@@ -51,6 +51,7 @@ TIMED: tuple[tuple[str, ...], ...] = (
     ("generation/sampling.py", "--peer-length", "160", "--rounds", "2"),
     ("generation/common_prefix.py", "--rounds", "2", "--threads", "1"),
     ("generation/prompt_lookup.py",),
+    ("generation/int8.py",),
     ("generation/continuous.py", "--lengths", "random", "--batch-sizes", "64", "16", "--mean", "32", "--rounds", "1"),
     ("spin/step.py",),
     ("calm/step.py",),

@@ -132,10 +132,10 @@ class AlignCLI(LightningCLI):
     interrupts: ClassVar[InterruptCheckpoint | None] = None
     """The callback of the running `fit`, which knows the signal that has come."""
 
-    def __init__(self, *positional: Any, args: ArgsType = None, **named: Any) -> None:
-        words = sys.argv[1:] if args is None else args
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        words = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
         self._command = words[0] if isinstance(words, list) and words else None
-        super().__init__(*positional, args=args, **named)
+        super().__init__(*args, **kwargs)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)

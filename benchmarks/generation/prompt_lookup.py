@@ -2,7 +2,8 @@
 
 A pass reads the last token and the guesses together. It pays if the guesses that are kept save more than it costs above a pass
 of one token. With ``--model`` and ``--prompts``, a model of transformers answers prompts with guesses and without, greedily and
-by sampling. Products with weights of 8 bits (`torch._weight_int8pack_mm`) are timed too, because they would serve the same end.
+by sampling. Products of one row with weights of 8 and 4 bits, by those routines of torch that round only the weights, are timed
+too, because they would serve the same end.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from lightning_align.models.pretrained import PretrainedLM
 
 WIDTH, DEPTH, HEADS, VOCABULARY = 1_024, 12, 16, 8_192
 GUESSES, MOST = (1, 2, 4, 8), 4
-TOKENS = 8
+TOKENS, GROUP = 8, 32
 """Tokens or passes per timing."""
 
 
@@ -89,6 +90,15 @@ def products(rounds: int) -> None:
     scales = [weight.abs().amax(1) / 127 for weight in weights]
     bytes_ = [(weight / scale[:, None]).round().to(torch.int8) for weight, scale in zip(weights, scales, strict=True)]
 
+    nibbles = []
+    for weight in weights:
+        groups = weight.view(4 * WIDTH, WIDTH // GROUP, GROUP)
+        step = groups.abs().amax(2) / 7
+        packed = torch._convert_weight_to_int4pack_for_cpu(
+            (groups / step[..., None]).round().add(8).view(4 * WIDTH, WIDTH).int(), 1
+        )
+        nibbles.append((packed, torch.stack([step, torch.zeros_like(step)], 2).transpose(0, 1).contiguous().bfloat16()))
+
     def each(product: Callable[[int], Tensor]) -> Callable[[], None]:
         def run() -> None:
             for _ in range(8):
@@ -98,15 +108,19 @@ def products(rounds: int) -> None:
         return run
 
     half = [scale.bfloat16() for scale in scales]
-    sides = {
-        "float32": each(lambda i: F.linear(x, weights[i])),
-        "bfloat16": each(lambda i: F.linear(x.bfloat16(), narrow[i])),
-        "int8, bfloat16 rows": each(lambda i: torch._weight_int8pack_mm(x.bfloat16(), bytes_[i], half[i])),
-        "int8, float32 rows": each(lambda i: torch._weight_int8pack_mm(x, bytes_[i], scales[i])),
+    four = torch.ops.aten._weight_int4pack_mm_for_cpu
+    kinds: dict[str, Callable[[int], Tensor]] = {
+        "float32": lambda i: F.linear(x, weights[i]),
+        "bfloat16": lambda i: F.linear(x.bfloat16(), narrow[i]),
+        "int8, bfloat16 rows": lambda i: torch._weight_int8pack_mm(x.bfloat16(), bytes_[i], half[i]),
+        "int8, float32 rows": lambda i: torch._weight_int8pack_mm(x, bytes_[i], scales[i]),
+        f"int4 in groups of {GROUP}, bfloat16 rows": lambda i: four(x.bfloat16(), nibbles[i][0], GROUP, nibbles[i][1]),
     }
-    timings = common.alternate(sides, rounds, cpu=True)
+    exact = F.linear(x, weights[0])
+    errors = {name: float((product(0) - exact).norm() / exact.norm()) for name, product in kinds.items()}
+    timings = common.alternate({name: each(product) for name, product in kinds.items()}, rounds, cpu=True)
     common.heading(
-        "Products of one row with int8 weights",
+        "Products of one row with int8 and int4 weights",
         f"(1, {WIDTH:,}) with ({4 * WIDTH:,}, {WIDTH:,}), {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads, {rounds} alternating rounds.",
     )
@@ -115,9 +129,10 @@ def products(rounds: int) -> None:
             "weights": name,
             "CPU ms (median)": f"{1e3 * common.median(t.seconds for t in timings[name]) / 64:.2f}",
             "speed / bfloat16": f"{1 / common.ratio(timings[name], timings['bfloat16']):.2f}x",
+            "relative error": f"{errors[name]:.1%}",
             "background load": common.load(timings[name]),
         }
-        for name in sides
+        for name in kinds
     ]
     print(common.table(rows))
 

@@ -90,7 +90,8 @@ class AlignParser(ShortErrors, LightningArgumentParser):
 
     def dump(self, *args: Any, **kwargs: Any) -> str:
         """Return a configuration as text."""
-        return super().dump(*args, **{"skip_validation": True, **kwargs})
+        text: str = super().dump(*args, **{"skip_validation": True, **kwargs})
+        return text
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         """Write a configuration to a file."""

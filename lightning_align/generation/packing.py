@@ -12,10 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_align.generation import int8
+from lightning_align.models.lora import LoRALinear
+
 # The smallest number of weights to pack. Smaller matrices stay in the CPU cache, where the general routine is as fast.
 LEAST = 2**15
 
+NAMES: dict[type[nn.Module], str] = {nn.Linear: "forward", LoRALinear: "apply_weight"}
+"""The methods that are a linear layer without adapters."""
+
 _few_columns = False
+_int8: int8.Int8Weights | None = None
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
@@ -28,8 +35,15 @@ def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | No
     Returns:
         The function, or None if packing is not possible or brings no speed.
     """
-    usable = weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter) and _packs(weight.dtype)
-    if not usable or weight.numel() < LEAST or not torch._C._has_mkldnn or torch.is_autocast_enabled("cpu"):
+    usable = weight.device.type == "cpu" and type(weight) in (Tensor, nn.Parameter)
+    if _int8 is not None and usable and weight.numel() >= int8.LEAST:
+        return _int8.linear(weight, bias)
+    if (
+        not (usable and _packs(weight.dtype))
+        or weight.numel() < LEAST
+        or not torch._C._has_mkldnn
+        or torch.is_autocast_enabled("cpu")
+    ):
         return None
     plain, packed = weight.detach(), None
 
@@ -64,18 +78,27 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def packed_linears(model: nn.Module) -> Iterator[None]:
-    """Use packed weights in every plain linear layer inside a `with` block. The weights must not change in the block."""
-    changed = []
+def packed_linears(model: nn.Module, weights: int8.Int8Weights | None = None) -> Iterator[None]:
+    """Use packed weights in every plain linear layer inside a `with` block. The weights must not change in the block.
+
+    Args:
+        model: The model.
+        weights: Where weights of 8 bits are kept from block to block, to use these.
+    """
+    global _int8
+    outer, _int8 = _int8, weights
+    changed: list[tuple[nn.Module, str]] = []
     try:
         for module in model.modules():
             # Skip subclasses and instances with a replaced forward, because they may compute something else.
-            if type(module) is nn.Linear and "forward" not in vars(module):
-                linear = pack(module.weight, module.bias)
+            name = NAMES.get(type(module))
+            if name is not None and name not in vars(module):
+                linear = pack(module.weight, module.bias)  # type: ignore[arg-type]
                 if linear is not None:
-                    module.forward = linear  # type: ignore[method-assign,assignment]
-                    changed.append(module)
+                    setattr(module, name, linear)
+                    changed.append((module, name))
         yield
     finally:
-        for module in changed:
-            del module.forward
+        _int8 = outer
+        for module, name in changed:
+            delattr(module, name)

@@ -44,11 +44,11 @@ def stream(
     row = Row((config.seed, 0, number, 0), limit)
     ends = Ends.of(tokenizer=tokenizer, model=model, config=config)
     steps = decode_prompts(model, deque([Prompt(list(prompt), [row])]), config, ends, continuous=False)
-    written, ended = "", False
+    written, ended, int8 = "", False, config.int8_weights(model)
     while not ended:
         # Not around the loop: the modes of the model and of autograd would stay changed in the code that takes the pieces, and
         # an iterator that is left early would change them back whenever it is collected.
-        with evaluating(model), packed_linears(model):
+        with evaluating(model), packed_linears(model, int8):
             ended = next(steps, _END) is _END
         text = tokenizer.decode(row.tokens)
         if row.reason is None:
