@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -c constraints.txt
+# Modules are compiled when they are first imported: most of those of torch and transformers never are.
+PIP := $(BIN)/python -m pip install --no-compile -c constraints.txt
 # Two workers with one thread each. More threads than cores make the small matrix products of the tests slower.
 # The large products of pretrained models use all cores.
 ifeq ($(origin OMP_NUM_THREADS), undefined)
@@ -70,7 +71,7 @@ test-pythons: ## Install the package with each other supported Python that is fo
 	  test -n "$$python" || { echo "python$$version: not found"; continue; }; \
 	  venv=$(VENV)-python$$version; \
 	  test -x $$venv/bin/python || $$python -m venv $$venv || exit 1; \
-	  $$venv/bin/python -m pip install -q -c constraints.txt -e '.[cpu]' pytest pytest-timeout || exit 1; \
+	  $$venv/bin/python -m pip install -q --no-compile -c constraints.txt -e '.[cpu]' pytest pytest-timeout || exit 1; \
 	  $$venv/bin/python -m pytest -q -W ignore tests/scoring/test_losses.py tests/scoring/test_logprobs.py \
 	    tests/models/test_palm.py tests/cli/test_last.py || exit 1; \
 	done
