@@ -63,6 +63,11 @@ def request_body(
     Raises:
         ValueError: If the server can neither take a setting nor read the prompt.
     """
+    if config.quantization is not None:
+        raise ValueError(
+            f"`quantization` of GenerationConfig must be null with a server, but got {config.quantization!r}. A server chooses "
+            "how it stores its weights. Remove the setting."
+        )
     settings = engine_settings(config, ends)
     body = {
         "model": name,

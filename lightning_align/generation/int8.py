@@ -36,13 +36,14 @@ def problem() -> str | None:
     return None if torch.allclose(found, torch.ones(1, 4), atol=1e-3) else "its products with them are wrong on this processor"
 
 
-def check(device: torch.device) -> None:
+def check(device: torch.device, *, sharded: bool) -> None:
     """Check that weights of 8 bits can be used.
 
     Raises:
         ValueError: If they cannot.
     """
-    reason = f"the model is on {device}" if device.type != "cpu" else problem()
+    where = f"the model is on {device}" if device.type != "cpu" else "the model is sharded" if sharded else None
+    reason = where or problem()
     if reason is not None:
         raise ValueError(
             f"`quantization` of GenerationConfig must be null here, but got 'int8'. Its weights are for a CPU, and {reason}. "

@@ -120,7 +120,7 @@ class GenerationConfig:
         """
         if self.quantization is None:
             return None
-        check_int8(next(model.parameters()).device)
+        check_int8(next(model.parameters()).device, sharded=is_sharded(model))
         return Int8Weights()
 
     def recorded(self) -> dict[str, Any]:

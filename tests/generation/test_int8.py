@@ -128,7 +128,9 @@ def test_the_setting_is_recorded_and_refused_where_it_cannot_be_used(monkeypatch
     assert "quantization" not in GenerationConfig().recorded()
     assert GenerationConfig(quantization="int8").recorded()["quantization"] == "int8"
     with pytest.raises(ValueError, match=r"`quantization` of GenerationConfig must be null here, but got 'int8'.*on cuda:0"):
-        int8.check(torch.device("cuda", 0))
+        int8.check(torch.device("cuda", 0), sharded=False)
+    with pytest.raises(ValueError, match="the model is sharded"):
+        int8.check(torch.device("cpu"), sharded=True)
     with pytest.raises(ValueError, match="quantization"):
         GenerationConfig(quantization="int4")  # type: ignore[arg-type]
 

@@ -208,6 +208,8 @@ def test_filters_that_a_server_lacks_are_refused(tmp_path: Path) -> None:
     assert not seen
     with serving(good) as (url, _), pytest.raises(ValueError, match="as vllm does, which have no no_repeat_ngram_size"):
         ask(backend(url, tmp_path, dialect="vllm"), no_repeat_ngram_size=2)
+    with serving(good) as (url, _), pytest.raises(ValueError, match="must be null with a server, but got 'int8'"):
+        ask(backend(url, tmp_path, dialect="vllm"), quantization="int8")
 
 
 def served(tokenizer: Any = None) -> Served:
