@@ -177,7 +177,7 @@ def report(results: dict[str, Any]) -> None:
     rows = []
     for name, title in TITLES.items():
         found = [seed[name] for seed in seeds.values() if name in seed]
-        row = {"policy": title.format_map(filled)}
+        row = {"policy": title.format_map(filled), "seeds": str(len(found))}
         for key, (column, form) in COLUMNS.items():
             values = [one[key] for one in found if key in one]
             each = f" ({', '.join(map(form.format, values))})" if len(values) > 1 else ""
