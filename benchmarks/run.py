@@ -93,6 +93,7 @@ STUDIES = (
     ("studies/nodes.py",),
     ("studies/dpo/frontier.py",),
     ("studies/dpo/pretrained.py",),
+    ("studies/dpo/betas.py", "--seeds", "0", "--arms", "beta 0.03", "beta 0.1", "beta 0.3", "recomputed"),
     ("studies/spin/kill.py",),
     ("studies/spin/markov.py",),
     ("studies/spin/crossing.py",),

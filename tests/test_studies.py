@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.studies.calm import pretrained as knowing
+from benchmarks.studies.dpo import betas
 from benchmarks.studies.dpo import pretrained as beside_trl
 from benchmarks.studies.retro import pretrained as newer
 from benchmarks.studies.spin import crossing, markov
@@ -108,6 +109,34 @@ def test_the_batches_beside_trl_are_the_short_pairs_in_order(tmp_path: Path) -> 
 def test_the_gap_of_two_curves_is_their_greatest_difference() -> None:
     first, second = ([{"loss": value} for value in values] for values in ((0.7, 0.5, 0.4), (0.7, 0.6, 0.35)))
     assert beside_trl.gap(first, second, "loss") == pytest.approx(0.1)
+
+
+def test_random_labels_are_exchanged_in_half_of_the_pairs() -> None:
+    rows = [{"prompt": str(number), "chosen": "a", "rejected": "b"} for number in range(200)]
+    mixed = betas.exchanged(rows)
+    assert [row["prompt"] for row in mixed] == [row["prompt"] for row in rows]
+    assert 70 < sum(row["chosen"] == "b" and row["rejected"] == "a" for row in mixed) < 130
+    assert all({row["chosen"], row["rejected"]} == {"a", "b"} for row in mixed)
+
+
+@pytest.mark.filterwarnings("ignore")  # as the script does
+def test_a_sweep_of_beta_scores_its_rows_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    save_llama(tmp_path / "model")
+    rows = [{"prompt": f"{number} + 1", "chosen": f" {number + 1}", "rejected": " 0"} for number in range(8)]
+    for name, part in (("train", rows), ("random", betas.exchanged(rows)), ("held_out", rows[:4])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    sweep = betas.Sweep(0, tmp_path, str(tmp_path / "model"), 2)
+    seed = {arm: sweep.measure(arm) for arm in ("beta 0.1", "beta 0.3", "recomputed")}
+    assert [found["stores"] for found in seed.values()] == [True, False, False]
+    assert len(list((tmp_path / "seed_0" / "reference").glob("*"))) == 1, "the reference does not depend on beta"
+    assert seed["recomputed"]["curve"] == pytest.approx(seed["beta 0.1"]["curve"], rel=1e-5)
+    assert seed["beta 0.3"]["margin"] == pytest.approx(3 * seed["beta 0.1"]["margin"], rel=0.1)  # two small steps
+    capsys.readouterr()
+    betas.report({"sizes": {"steps": 2, "held_out": 4}, "seeds": {"0": seed}})
+    told = capsys.readouterr().out
+    assert "| beta 0.1, recomputed | 1 |" in told and "random labels" not in told
+    assert "seed 0: gap of the losses" in told and told.count("| met |") >= 1
 
 
 def test_only_new_files_that_no_other_file_makes_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
