@@ -39,7 +39,8 @@ def sides(width: int, rows: int, rounds: int) -> Iterator[tuple[dict[str, Callab
             stack.enter_context(evaluating(own))
             begin = time.process_time()
             stack.enter_context(packed_linears(own, Int8Weights() if name == "int8" else None))
-            rounding = time.process_time() - begin
+            if name == "int8":
+                rounding = time.process_time() - begin
             decoder: Any = make_decoder(own, [prompt] * rows, limit=TOKENS * (rounds + 3), copies=1, device=torch.device("cpu"))
             decoder.start(1)
 
@@ -86,9 +87,9 @@ def speed(rounds: int, widths: list[int]) -> None:
 
 def gap(name: str, texts: Path, count: int) -> None:
     """Print how far the model with 8 bits is from the model, on texts."""
-    model = PretrainedLM(name).eval()
     from transformers import AutoTokenizer
 
+    model = PretrainedLM(name).eval()
     tokenizer = AutoTokenizer.from_pretrained(name)
     ids = [tokenizer(row["prompt"] + "\n" + row["response"])["input_ids"][:LONGEST] for row in common.read_rows(texts, count)]
 

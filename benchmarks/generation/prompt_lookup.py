@@ -30,8 +30,10 @@ from lightning_align.models.pretrained import PretrainedLM
 
 WIDTH, DEPTH, HEADS, VOCABULARY = 1_024, 12, 16, 8_192
 GUESSES, MOST = (1, 2, 4, 8), 4
-TOKENS, GROUP = 8, 32
+TOKENS = 8
 """Tokens or passes per timing."""
+GROUP = 32
+"""Weights of 4 bits with one scale."""
 
 
 def passes(rounds: int) -> None:

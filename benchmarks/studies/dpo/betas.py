@@ -7,6 +7,7 @@ All runs go through the entry point of the command line. Results that are in the
 """
 
 import argparse
+import csv
 import json
 import random
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.studies.spin.crossing import T_95
+from benchmarks.studies.spin.crossing import difference
 from benchmarks.studies.spin.pretrained import Row, conversation
 
 RANK, ALPHA, BATCH, RATE, QUESTION, LONGEST = 8, 16, 4, 1e-4, 250, 300
@@ -117,10 +118,8 @@ class Sweep:
         assert cli is not None
         metrics = cli.trainer.callback_metrics
         found: dict[str, Any] = {key: float(metrics[name]) for key, (_, _, name) in FOUND.items()}
-        lines = (self.folder / arm / "log" / "metrics.csv").read_text().split("\n")
-        columns = lines[0].split(",")
-        rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines[1:] if line]
-        found["curve"] = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
+        with (self.folder / arm / "log" / "metrics.csv").open(encoding="utf-8") as log:
+            found["curve"] = [float(row["train/loss"]) for row in csv.DictReader(log) if row["train/loss"]]
         if not resume:
             found["seconds"] = seconds
             found["stores"] = arm != "recomputed" and first
@@ -155,11 +154,9 @@ def report(results: dict[str, Any]) -> None:
     print(common.table(rows))
     claims = []
     # A model that has not changed has rewards of 0, and prefers neither response.
-    gains = [100 * (seed["beta 0.1"]["accuracy"] - 0.5) for seed in seeds.values() if "beta 0.1" in seed]
-    mean, interval = statistics.mean(gains), ""
-    if len(gains) in T_95:
-        half = T_95[len(gains)] * statistics.stdev(gains) / len(gains) ** 0.5
-        interval = f" ({mean - half:+.1f} to {mean + half:+.1f})"
+    compared = {number: {**seed, "before": {"accuracy": 0.5}} for number, seed in seeds.items() if "beta 0.1" in seed}
+    mean, half = (100 * value for value in difference(compared, "beta 0.1", "before", "accuracy"))
+    interval = f" ({mean - half:+.1f} to {mean + half:+.1f})" if len(compared) > 1 else ""
     claims.append(
         common.claim(
             "accuracy at beta 0.1, above the 50 % of a model that has not changed",
