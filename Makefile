@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Modules are compiled when they are first imported: most of those of torch and transformers never are.
+# Modules are compiled when they are first imported: most of those of torch and transformers never are. Where the environment
+# forbids that, as in many containers, each command would take three times as long to start.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --no-compile -c constraints.txt
 # Two workers with one thread each. More threads than cores make the small matrix products of the tests slower.
 # The large products of pretrained models use all cores.
@@ -28,6 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e '.[cpu,dev]'
 # Without its dependencies: its pins conflict with other packages, and the model that an example trains does not need them.
 	$(PIP) --no-deps litgpt
+	$(BIN)/python -c 'import lightning_align.cli'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
