@@ -18,7 +18,12 @@ from lightning_align.models.parallelize import uncompiled
 from lightning_align.runtime.modes import evaluating
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
-"""The largest difference of outputs that counts as equal, in standard deviations, in float32 and in 16 bits."""
+"""The largest difference of outputs that counts as equal, in standard deviations, in float32 and in 16 bits.
+
+Trained models amplify rounding: on some processors, the hidden states of one token of a pretrained model are off by 5e-4 when its
+row is computed alone. The same models depend more on their context. So the first is multiplied by the difference that mixing
+the rows makes, where this is above 1: about 17 for that model, of which a single position that is off by 1 changes 0.2 to 1.3.
+"""
 _PROBED = ((7, 12), (5, 1, 9))
 """The lengths of the documents of each row that the check packs."""
 _SHARED = ((12, 0), (19, 7), (14, 10), (9, 0), (11, 7))
@@ -164,9 +169,9 @@ def _difference(model: nn.Module, run: Callable[[], Tensor], alone: list[Tensor]
     expected = torch.cat(alone)
     scale = float(expected.std().clamp(min=1e-6))
     error = float((found - expected).abs().max()) / scale
+    apart = float((torch.cat(mixed) - expected).abs().max()) / scale
     # In 16 bits the difference of mixed rows can be as small as the tolerance.
-    limit = float((torch.cat(mixed) - expected).abs().max()) / scale / 4
-    equal = error <= TOLERANCE or (_is_half(model) and error <= min(HALF_TOLERANCE, limit))
+    equal = error <= TOLERANCE * max(1, apart) or (_is_half(model) and error <= min(HALF_TOLERANCE, apart / 4))
     return None if equal else error
 
 

@@ -270,6 +270,29 @@ def test_a_model_that_mixes_answers_is_found_out() -> None:
     assert off is not None and probe_rows(right, lambda tokens, _: right.hidden(tokens)) is None
 
 
+class Amplifies(MixesAnswers):
+    """A model that keeps rows apart, and whose last channel depends on the context as trained models do: by many deviations."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.error = error
+
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.cat((x[..., :-1], 20 * x[..., -1:]), -1)
+
+    def unpadded_hidden(self, rows: Any) -> Tensor:
+        hidden = super().unpadded_hidden(rows)
+        hidden[..., 9, -1] += self.error * hidden.std()
+        return hidden
+
+
+def test_the_rounding_that_a_model_amplifies_is_not_a_fault() -> None:
+    """One token is off by as much as one of a pretrained model was; then by much less than a wrong position changes."""
+    assert prefix_fault(Amplifies(5e-4)) is None
+    fault = prefix_fault(Amplifies(1e-2))
+    assert fault is not None and "another answer" in fault
+
+
 def test_batches_that_save_little_are_computed_apart() -> None:
     batch = token_batch([3, 2, 5], [4, 9, 1])
     plan = plan_prefixes(batch)
