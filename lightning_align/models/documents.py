@@ -20,7 +20,7 @@ from lightning_align.runtime.modes import evaluating
 TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2
 """The largest difference of outputs that counts as equal, in standard deviations, in float32 and in 16 bits.
 
-Trained models amplify rounding: on some processors, the hidden states of one token of a pretrained model are off by 5e-4 when its
+Trained models amplify rounding: on some processors, the hidden states of a token of a pretrained model are off by 5e-4 when its
 row is computed alone. The same models depend more on their context. So the first is multiplied by the difference that mixing
 the rows makes, where this is above 1: about 17 for that model, of which a single position that is off by 1 changes 0.2 to 1.3.
 """
