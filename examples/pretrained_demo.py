@@ -83,6 +83,30 @@ def text_of(prompt: Any) -> str:
     return str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
 
 
+def read_pairs(file: str) -> list[dict[str, Any]]:
+    """The rows of a file of JSON objects, one per line."""
+    rows = []
+    # Not `splitlines`, which also splits at the line separators of Unicode, which JSON may have inside of texts.
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                sys.exit(f"{file}, line {number} is not JSON ({error}). It must be an object with prompt, chosen and rejected.")
+            if not isinstance(rows[-1], dict) or not {"prompt", "chosen", "rejected"} <= rows[-1].keys():
+                sys.exit(f"{file}, line {number} must be an object with prompt, chosen and rejected, but is {line[:60]!r}.")
+    return rows
+
+
+def other_prompts(rows: list[dict[str, Any]], held_out: int) -> list[dict[str, Any]]:
+    """The rows after those held out, without the prompts of these: many files have several pairs for a prompt.
+
+    If no row has another prompt, the prompts say nothing, and all rows after those held out are returned.
+    """
+    seen = [row["prompt"] for row in rows[:held_out]]
+    return [row for row in rows[held_out:] if row["prompt"] not in seen] or rows[held_out:]
+
+
 class Demo:
     """The steps, each with its result in the folder."""
 
@@ -92,18 +116,18 @@ class Demo:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.steps, self.batch_size, self.max_length = options.steps, options.batch_size, options.max_length
         if options.pairs is None:
-            rows = [json.dumps(row) for row in made_pairs(NUM_HELD_OUT + options.steps * options.batch_size)]
+            rows = made_pairs(NUM_HELD_OUT + options.steps * options.batch_size)
         else:
-            rows = [line for line in Path(options.pairs).read_text(encoding="utf-8").split("\n") if line.strip()]
+            rows = read_pairs(options.pairs)
         self.model = model_folder(options.model or shipped_file(), self.folder / "model")
         if load_tokenizer(self.model).has_template:
-            rows = [json.dumps(as_messages(json.loads(row))) for row in rows]
+            rows = [as_messages(row) for row in rows]
         held_out = min(NUM_HELD_OUT, len(rows) // 5)
         if not held_out:
             sys.exit(f"{options.pairs} has {len(rows)} pairs. At least 5 are needed: a fifth is held out.")
-        for name, part in (("validation", rows[:held_out]), ("train", rows[held_out:])):
-            publish_text(self.folder / f"{name}.jsonl", "\n".join(part) + "\n")
-        self.question = json.loads(rows[0])["prompt"]
+        for name, part in (("validation", rows[:held_out]), ("train", other_prompts(rows, held_out))):
+            publish_text(self.folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+        self.question = rows[0]["prompt"]
         publish_text(self.folder / "question.jsonl", json.dumps({"prompt": self.question}) + "\n")
 
     def once(self, step: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

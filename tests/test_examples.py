@@ -131,6 +131,15 @@ def test_a_pretrained_model_is_aligned(capsys: pytest.CaptureFixture[str], monke
     for row in rows:
         first, second = (int(word) for word in re.findall(r"holds (\d+)", row["prompt"]))
         assert f"= {first + second} " in row["chosen"] and f"= {first + second} " not in row["rejected"]
+    # A prompt that is held out is not trained on in another pair.
+    other_prompts = load("pretrained_demo").other_prompts
+    several = [{"prompt": prompt} for prompt in ("a", "b", "a", "c", "b")]
+    assert other_prompts(several, 1) == [several[1], several[3], several[4]]
+    assert other_prompts([{"prompt": "a"}] * 3, 1) == [{"prompt": "a"}] * 2
+    for line in ("{", "[]", '{"prompt": "a", "chosen": "b"}'):
+        Path("bad.jsonl").write_text(f"\n{line}\n")
+        with pytest.raises(SystemExit, match=r"bad\.jsonl, line 2 "):
+            load("pretrained_demo").read_pairs("bad.jsonl")
     # A line separator of Unicode inside a text ends no row.
     pairs = Path("pairs.jsonl").read_text().replace("2", "2\u2028")
     assert "\u2028" in pairs
