@@ -181,8 +181,24 @@ def start(script: str, *options: str, capture: bool = False) -> subprocess.Compl
     )
 
 
+def summary(outputs: list[str]) -> str:
+    """All claims of some sections in one table, each with the heading above it, and the machine that measured them."""
+    rows = []
+    for output in outputs:
+        title, inside = "", False
+        for line in output.splitlines():
+            title = line.removeprefix("## ") if line.startswith("## ") else title
+            inside = line.startswith("| claim |") or (inside and line.startswith("|"))
+            if inside and not line.startswith(("| claim |", "| --- |")):
+                rows.append(f"| {title} {line}")
+    if not rows:
+        return ""
+    columns = "| benchmark | claim | required | measured |  |\n| --- | --- | --- | --- | --- |"
+    return "\n".join([f"All claims on {processor()}, {os.cpu_count()} cores:", "", columns, *rows])
+
+
 def record(todo: dict[tuple[str, ...], tuple[str, ...]], pairs: str | None, output: Path) -> list[str]:
-    """Run sections and write the page after each of them, so that an interrupted run keeps what it has.
+    """Run sections and write the page after each of them, so that an interrupted run keeps what it has. Print their claims.
 
     Args:
         todo: the sections, and further options of each.
@@ -206,7 +222,7 @@ def record(todo: dict[tuple[str, ...], tuple[str, ...]], pairs: str | None, outp
     # Sections of commands that are not in the list stay at the end: nothing here can make them again.
     listed = {*done.values(), *chain.from_iterable(elsewhere.values())}
     others = [section for section in kept.values() if section not in listed]
-    failed = []
+    failed, outputs = [], []
     began = time.monotonic()
     for number, ((script, *options), more) in enumerate(todo.items(), 1):
         extra = [*more, *pairs_options(script, pairs)]
@@ -223,6 +239,7 @@ def record(todo: dict[tuple[str, ...], tuple[str, ...]], pairs: str | None, outp
         shown = f"{marker(script, tuple(options))}`" + (f" with `{told_options}`" if told_options else "")
         # Skip what a Trainer prints before the section's heading.
         told = ran.stdout[max(0, ran.stdout.find("## ")) :].rstrip()
+        outputs.append(told)
         last = f"{shown}, {datetime.date.today().isoformat()}, {here}, {os.cpu_count()} cores"
         done[script, *options] = f"{told}\n\n{last}\n"
         # By the kind of processor, so that a run on another kind moves nothing.
@@ -231,6 +248,8 @@ def record(todo: dict[tuple[str, ...], tuple[str, ...]], pairs: str | None, outp
         temporary = output.with_suffix(".tmp")
         temporary.write_text("\n".join(page), encoding="utf-8")
         temporary.replace(output)
+    if told := summary(outputs):
+        print(told)
     return failed
 
 

@@ -167,6 +167,22 @@ def test_comparisons_with_others_run_with_fewer_rounds(
     assert "minutes so far" in capfd.readouterr().err
 
 
+def test_a_run_ends_with_all_claims_in_one_table(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    claims = "| claim | required | measured |  |\n| --- | --- | --- | --- |\n"
+    told = f"## Steps\n\n| side | s |\n| --- | --- |\n| ours | 1 |\n\n{claims}| speed | ≥ 3x | 4.68x | met |\n\n"
+    told += f"## Answers\n\n{claims}| speed | ≥ 20x | 14.6x | **missed** |\n| memory | ≤ 1 | 0.5 | met |\n\nMore.\n"
+    (small.parent / "dpo" / "step.py").write_text(f'"""Claims."""\nprint({told!r})\n')
+    run(monkeypatch, "--output", str(small), "dpo/step.py")
+    end = capfd.readouterr().out.partition("All claims on ")[2].splitlines()
+    assert end[0] == f"{benchmarks.run.processor()}, {os.cpu_count()} cores:"
+    rows = ["| Steps | speed | ≥ 3x | 4.68x | met |", "| Answers | speed | ≥ 20x | 14.6x | **missed** |"]
+    assert end[4:7] == [*rows, "| Answers | memory | ≤ 1 | 0.5 | met |"]
+    assert end[4:7] == end[7:], "two sections of one script, and no other tables"
+    assert "All claims" not in small.read_text()
+
+
 def test_a_section_of_another_processor_stays_beside_the_new_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("AMD EPYC", "Intel Xeon", "Intel Xeon with AMX", "Intel Xeon"):
         monkeypatch.setattr(benchmarks.run, "processor", lambda kind=kind: kind)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,25 @@ def test_random_labels_are_exchanged_in_half_of_the_pairs() -> None:
     assert all({row["chosen"], row["rejected"]} == {"a", "b"} for row in mixed)
 
 
+def test_a_changed_calculation_has_another_result_in_both_places() -> None:
+    text = "She has 6 * 7 = <<6*7=42>>42 eggs, and sells 42 / 2 = $<<42/2=21>>21 of them.\n#### 21"
+    rows = [{"prompt": str(number), "response": text} for number in range(200)]
+    pairs = betas.miscalculated([*rows, {"prompt": "none", "response": "No sum, and 1/2 = <<1/2=0.5>>0.5"}])
+    assert [pair["prompt"] for pair in pairs] == [row["prompt"] for row in rows]
+    assert all(pair["chosen"] == text for pair in pairs)
+    changed = set()
+    for pair in pairs:
+        first, second = betas.CALCULATION.findall(pair["rejected"])
+        gaps = (int(first[1]) - 42, int(second[1]) - 21)
+        assert sum(gap != 0 for gap in gaps) == 1 and max(map(abs, gaps)) <= 9
+        again = text.replace("<<6*7=42>>42", f"<<6*7={first[1]}>>{first[1]}")
+        assert pair["rejected"] == again.replace("<<42/2=21>>21", f"<<42/2={second[1]}>>{second[1]}")
+        changed.add(gaps)
+    assert len(changed) > 20, "both calculations are changed, up and down"
+    zero = betas.miscalculated([{"prompt": "", "response": "<<1-1=0>>0"}] * 20)
+    assert all(re.search(r"=[1-9]>>", pair["rejected"]) for pair in zero), "no result is negative"
+
+
 @pytest.mark.filterwarnings("ignore")  # as the script does
 def test_a_sweep_of_beta_scores_its_rows_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="needs transformers")
@@ -126,14 +146,14 @@ def test_a_sweep_of_beta_scores_its_rows_once(tmp_path: Path, capsys: pytest.Cap
     rows = [{"prompt": f"{number} + 1", "chosen": f" {number + 1}", "rejected": " 0"} for number in range(8)]
     for name, part in (("train", rows), ("random", betas.exchanged(rows)), ("held_out", rows[:4])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    sweep = betas.Sweep(0, tmp_path, str(tmp_path / "model"), 2)
+    sweep = betas.Sweep(0, tmp_path, str(tmp_path / "model"), 2, 1e-4)
     seed = {arm: sweep.measure(arm) for arm in ("beta 0.1", "beta 0.3", "recomputed")}
     assert [found["stores"] for found in seed.values()] == [True, False, False]
     assert len(list((tmp_path / "seed_0" / "reference").glob("*"))) == 1, "the reference does not depend on beta"
     assert seed["recomputed"]["curve"] == pytest.approx(seed["beta 0.1"]["curve"], rel=1e-5)
     assert seed["beta 0.3"]["margin"] == pytest.approx(3 * seed["beta 0.1"]["margin"], rel=0.1)  # two small steps
     capsys.readouterr()
-    betas.report({"sizes": {"steps": 2, "held_out": 4}, "seeds": {"0": seed}})
+    betas.report(betas.TASKS["solutions"], {"sizes": {"steps": 2, "held_out": 4}, "seeds": {"0": seed}})
     told = capsys.readouterr().out
     assert "| beta 0.1, recomputed | 1 |" in told and "random labels" not in told
     assert "seed 0: gap of the losses" in told and told.count("| met |") >= 1

@@ -13,6 +13,7 @@ import importlib.metadata
 import io
 import json
 import sys
+import tempfile
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -56,16 +57,18 @@ def ours(rows: Tensor, vocabulary: int, steps: int) -> list[common.Timing]:
         generation=GenerationConfig(max_new_tokens=length - PROMPT, temperature=0.7, top_p=0.9),
     )
     clock = common.Clock()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps + 1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock],
-    )
-    trainer.fit(module, Rows(rows, steps + 1))
+    with tempfile.TemporaryDirectory() as folder:  # of the policy that an iteration begins with
+        trainer = L.Trainer(
+            default_root_dir=folder,
+            accelerator="cpu",
+            max_steps=steps + 1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[clock],
+        )
+        trainer.fit(module, Rows(rows, steps + 1))
     return clock.timings[1:]
 
 

@@ -1,5 +1,8 @@
 """DPO of a pretrained model with LoRA over a sweep of beta, on pairs of a file: what each run changes on held-out pairs.
 
+Two tasks: right and wrong solutions of word problems as they are in a file of pairs, and solutions of a file of demonstrations
+beside the same ones with a changed result of one calculation.
+
 All runs of a seed share one stored reference: the first run scores the rows, and the others read what it stored. Two controls
 could refute the result. With chosen and rejected exchanged in half of the pairs at random, there is nothing to learn about
 held-out pairs. And a run that computes its reference in each step, and the prompt of a pair twice, must have the same losses.
@@ -10,10 +13,12 @@ import argparse
 import csv
 import json
 import random
+import re
 import shutil
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from benchmarks import common
 from benchmarks.studies.spin.crossing import difference
 from benchmarks.studies.spin.pretrained import Row, conversation
 
-RANK, ALPHA, BATCH, RATE, QUESTION, LONGEST = 8, 16, 4, 1e-4, 250, 300
+RANK, ALPHA, BATCH, QUESTION, LONGEST = 8, 16, 4, 250, 300
 BETAS = (0.03, 0.1, 0.3)
 ARMS = (*(f"beta {beta:g}" for beta in BETAS), "random labels", "recomputed")
 """The last two have beta 0.1."""
@@ -32,6 +37,53 @@ FOUND = {
     "displacement": ("change of log p(chosen), nats per token", "{:+.4f}", "val/logps/chosen_displacement"),
     "loss": ("loss", "{:.4f}", "val/loss"),
 }
+CALCULATION = re.compile(r"<<([^<>=]*)=(\d+)>>\2")
+"""How GSM8K writes a calculation: the formula with its result, and the result again."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Which pairs, how many of them, and the learning rate, which were chosen before the runs."""
+
+    title: str
+    pairs: str
+    steps: int
+    held_out: int
+    rate: float
+    output: str
+
+
+TASKS = {
+    "solutions": Task("", "pairs of GSM8K", 40, 64, 1e-4, "betas.json"),
+    "calculations": Task(
+        ", on changed calculations",
+        "pairs of a solution of GSM8K and the same with one calculation's result changed by 1 to 9",
+        60,
+        128,
+        2e-4,
+        "calculations.json",
+    ),
+}
+
+
+def miscalculated(rows: list[Row]) -> list[Row]:
+    """Pairs of a response and the same one with a changed result of one calculation, of the rows that have one."""
+    draw, pairs = random.Random(0), []
+    for row in rows:
+        response = row["response"]
+        if places := list(CALCULATION.finditer(response)):
+            found = draw.choice(places)
+            result, gap = int(found[2]), draw.randint(1, 9)
+            wrong = result - gap if result >= gap and draw.random() < 0.5 else result + gap
+            changed = f"{response[: found.start()]}<<{found[1]}={wrong}>>{wrong}{response[found.end() :]}"
+            pairs.append({"prompt": row["prompt"], "chosen": response, "rejected": changed})
+    return pairs
+
+
+def read_pairs(task: str, file: Path) -> list[Row]:
+    """The pairs of a task."""
+    rows: list[Row] = common.read_rows(file)
+    return miscalculated(rows) if task == "calculations" else rows
 
 
 def is_short(row: Row) -> bool:
@@ -48,8 +100,8 @@ def exchanged(rows: list[Row]) -> list[Row]:
 class Sweep:
     """The runs of one seed."""
 
-    def __init__(self, seed: int, folder: Path, model: str, steps: int) -> None:
-        self.seed, self.shared, self.model, self.steps = seed, folder, model, steps
+    def __init__(self, seed: int, folder: Path, model: str, steps: int, rate: float) -> None:
+        self.seed, self.shared, self.model, self.steps, self.rate = seed, folder, model, steps, rate
         self.folder = folder / f"seed_{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +110,7 @@ class Sweep:
         beta = float(arm.removeprefix("beta ")) if arm.startswith("beta") else 0.1
         plain = arm == "recomputed"
         train = "random" if arm == "random labels" else "train"
-        optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": RATE, "weight_decay": 0.0, "fused": True}}
+        optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": self.rate, "weight_decay": 0.0, "fused": True}}
         schedule = {"class_path": "WarmupDecay", "init_args": {"total_steps": "auto", "warmup_steps": 4, "decay": "linear"}}
         keep = {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -133,12 +185,12 @@ def average(values: list[float], form: str) -> str:
     return f"{form.format(statistics.mean(values))}{each}"
 
 
-def report(results: dict[str, Any]) -> None:
+def report(task: Task, results: dict[str, Any]) -> None:
     """Print the section."""
     sizes, seeds = results["sizes"], results["seeds"]
     common.heading(
-        "DPO of SmolLM2-135M-Instruct over beta",
-        f"LoRA of rank {RANK}, {sizes['steps']} steps of {BATCH} pairs of GSM8K, learning rate {RATE:g}, stored reference, "
+        f"DPO of SmolLM2-135M-Instruct over beta{task.title}",
+        f"LoRA of rank {RANK}, {sizes['steps']} steps of {BATCH} {task.pairs}; learning rate {task.rate:g}, stored reference, "
         f"prompts shared, float32, 1 thread. Prompts of training have up to {QUESTION} characters, and responses {LONGEST}. On "
         f"{sizes['held_out']} held-out pairs of any length, against the model before; the KL is estimated on 16 continuations "
         f"of 48 tokens. Seeds {', '.join(seeds)}.",
@@ -177,16 +229,20 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder of transformers; needed unless the output is complete")
-    parser.add_argument("--train", type=Path, help="JSONL of {prompt, chosen, rejected}")
-    parser.add_argument("--validation", type=Path, help="JSONL of {prompt, chosen, rejected} for validation")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--held-out", type=int, default=64, help="validation pairs")
+    parser.add_argument("--task", choices=TASKS, default="solutions")
+    rows = "{prompt, chosen, rejected}, or {prompt, response} for calculations"
+    parser.add_argument("--train", type=Path, help=f"JSONL of {rows}")
+    parser.add_argument("--validation", type=Path, help=f"JSONL of {rows}")
+    parser.add_argument("--steps", type=int, help="default: those of the task")
+    parser.add_argument("--held-out", type=int, help="validation pairs; default: those of the task")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--folder", type=Path, default=Path("runs/dpo_betas"))
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("betas.json"))
+    parser.add_argument("--output", type=Path, help="default: a file beside this one for each task")
     arguments = parser.parse_args()
-    output: Path = arguments.output
+    task = TASKS[arguments.task]
+    steps, number_held_out = arguments.steps or task.steps, arguments.held_out or task.held_out
+    output: Path = arguments.output or Path(__file__).with_name(task.output)
     sys.argv = sys.argv[:1]  # the commands take their own arguments
 
     def stored() -> dict[str, Any]:
@@ -198,22 +254,21 @@ def main() -> None:
     if missing:
         if None in (arguments.model, arguments.train, arguments.validation):
             parser.error(f"{output} lacks {len(missing)} runs, which need --model, --train and --validation")
-        folder = arguments.folder.resolve()
+        folder = arguments.folder.resolve() / arguments.task
         folder.mkdir(parents=True, exist_ok=True)
-
-        train: list[Row] = [row for row in common.read_rows(arguments.train) if is_short(row)][: arguments.steps * BATCH]
-        held_out: list[Row] = common.read_rows(arguments.validation)[: arguments.held_out]
+        train = [row for row in read_pairs(arguments.task, arguments.train) if is_short(row)][: steps * BATCH]
+        held_out = read_pairs(arguments.task, arguments.validation)[:number_held_out]
         for name, rows in (("train", train), ("random", exchanged(train)), ("held_out", held_out)):
             lines = (json.dumps(conversation(row)) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        sizes = {"steps": arguments.steps, "train": len(train), "held_out": len(held_out)}
+        sizes = {"steps": steps, "train": len(train), "held_out": len(held_out)}
     for number, arm in missing:
-        found = Sweep(number, folder, str(Path(arguments.model).resolve()), arguments.steps).measure(arm)
+        found = Sweep(number, folder, str(Path(arguments.model).resolve()), steps, task.rate).measure(arm)
         results = stored()  # another process may have added seeds
         results["sizes"] = sizes
         results["seeds"].setdefault(str(number), {})[arm] = found
         common.save(output, results)
-    report(stored())
+    report(task, stored())
 
 
 if __name__ == "__main__":
