@@ -17,7 +17,9 @@ from lightning_align.runtime.plain import foreign, plain
 
 def frozen_names(policy: nn.Module) -> list[str]:
     """Return the names, in the module's state dict, of the policy's parameters that do not train."""
-    return [POLICY_PREFIX + name for name, parameter in policy.named_parameters() if not parameter.requires_grad]
+    # A state dict has a shared parameter, such as that of tied embeddings, under each of its names.
+    parameters = policy.named_parameters(remove_duplicate=False)
+    return [POLICY_PREFIX + name for name, parameter in parameters if not parameter.requires_grad]
 
 
 def drop_frozen(checkpoint: dict[str, Any], policy: nn.Module) -> None:

@@ -12,8 +12,10 @@ from torch import nn
 
 from lightning_align.dpo.batch import concatenate
 from lightning_align.dpo.module import DPOModule
+from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.lora import LoRAConfig
 from lightning_align.models.palm import PaLM
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.models.weights import weights_hash
 from lightning_align.scoring.sums import response_logprobs
 from lightning_align.sft.module import SFTModule
@@ -21,6 +23,7 @@ from lightning_align.training.checkpoints import check_trained_count
 from lightning_align.training.schedules import WarmupDecay
 from tests.toys import (
     largest_difference,
+    save_llama,
     split,
     state_of,
     tiny_palm,
@@ -191,6 +194,28 @@ def test_a_lora_checkpoint_holds_what_trains(method: str, tmp_path: Path) -> Non
     again = kind(init_from=str(base), lora=LoRAConfig(rank=2, targets=["in_proj"]), optimizer=SGD)
     trainer(tmp_path, max_epochs=3).fit(again, loader(split(BATCHES[method], 4)), ckpt_path=tmp_path / "lora.ckpt")
     assert largest_difference(state_of(again.policy), state_of(module.policy)) > 1e-6
+
+
+def test_a_lora_checkpoint_of_a_model_with_tied_embeddings_holds_only_adapters(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    save_llama(tmp_path / "model")
+    sizes = transformers.AutoConfig.from_pretrained(tmp_path / "model").to_dict()
+    config = transformers.LlamaConfig(**{**sizes, "tie_word_embeddings": True})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+
+    def made() -> SFTModule:
+        return SFTModule(PretrainedLM(str(tmp_path / "model")), lora=LoRAConfig(rank=2), optimizer=SGD)
+
+    module, path, batches = made(), tmp_path / "lora.ckpt", split(SFT_BATCH, 4)
+    trainer(tmp_path, max_epochs=2).fit(module, loader(batches))
+    module.trainer.save_checkpoint(path)
+    names = list(torch.load(path, weights_only=True)["state_dict"])
+    assert names and all(".lora." in name for name in names)
+    for loaded in (SFTModule.load_from_checkpoint(path, weights_only=True), load_policy(path)):
+        torch.testing.assert_close(loaded(SFT_BATCH["tokens"]), module(SFT_BATCH["tokens"]), rtol=0, atol=1e-6)
+    again = made()
+    trainer(tmp_path, max_epochs=2).fit(again, loader(batches), ckpt_path=path)  # all its steps are done
+    assert largest_difference(state_of(again.policy), state_of(module.policy)) == 0
 
 
 def test_lora_on_a_base_that_no_checkpoint_holds_is_refused() -> None:

@@ -142,6 +142,18 @@ def test_frozen_weights_leave_a_checkpoint_and_come_back() -> None:
     assert all(torch.equal(checkpoint["state_dict"][name], value) for name, value in state.items())
 
 
+def test_frozen_tied_weights_leave_a_checkpoint_under_all_their_names() -> None:
+    module = nn.Module()
+    module.policy = policy = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 2), nn.Linear(2, 5, bias=False))
+    policy[2].weight = policy[0].weight.requires_grad_(False)
+    state = module.state_dict()
+    checkpoint = {"state_dict": dict(state)}
+    drop_frozen(checkpoint, policy)
+    assert sorted(checkpoint["state_dict"]) == ["policy.1.bias", "policy.1.weight"]
+    restore_frozen(checkpoint, policy, state)
+    module.load_state_dict(checkpoint["state_dict"])
+
+
 def test_optimizer_states_are_numbered_by_position() -> None:
     """The optimizer has matrices first; the module has them in the order of its layers."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
