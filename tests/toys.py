@@ -103,7 +103,7 @@ def gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max())
 
 
-def save_llama(folder: str | Path) -> None:
+def save_llama(folder: str | Path, *, tied: bool = False) -> None:
     """Write a tiny Llama with random weights and a tokenizer of bytes, as transformers does."""
     import tokenizers
     import transformers
@@ -118,4 +118,5 @@ def save_llama(folder: str | Path) -> None:
     names = dict(zip(("pad_token", "bos_token", "eos_token"), specials, strict=True))
     transformers.PreTrainedTokenizerFast(tokenizer_object=bytes_only, **names).save_pretrained(folder)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=260, **sizes)).save_pretrained(folder)
+    config = transformers.LlamaConfig(vocab_size=260, tie_word_embeddings=tied, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)

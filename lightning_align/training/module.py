@@ -314,7 +314,7 @@ class AlignModule(Responding):
         if states := checkpoint.get("optimizer_states"):
             for state, optimizer in zip(states, self.trainer.optimizers, strict=True):
                 number_parameters(state, optimizer, self.masters.substitute(self.parameters()))
-        self.masters.save(checkpoint["state_dict"], self.named_parameters())
+        self.masters.save(checkpoint["state_dict"], self.named_parameters(remove_duplicate=False))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Complete a checkpoint of adapters with the base model, so that it is loaded strictly.

@@ -197,11 +197,8 @@ def test_a_lora_checkpoint_holds_what_trains(method: str, tmp_path: Path) -> Non
 
 
 def test_a_lora_checkpoint_of_a_model_with_tied_embeddings_holds_only_adapters(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    save_llama(tmp_path / "model")
-    sizes = transformers.AutoConfig.from_pretrained(tmp_path / "model").to_dict()
-    config = transformers.LlamaConfig(**{**sizes, "tie_word_embeddings": True})
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    pytest.importorskip("transformers", reason="needs transformers")
+    save_llama(tmp_path / "model", tied=True)
 
     def made() -> SFTModule:
         return SFTModule(PretrainedLM(str(tmp_path / "model")), lora=LoRAConfig(rank=2), optimizer=SGD)

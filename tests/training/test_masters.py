@@ -14,9 +14,10 @@ from torch import Tensor
 from lightning_align.dpo.module import DPOModule
 from lightning_align.models.checkpoint import load_policy
 from lightning_align.models.lora import LoRAConfig
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.sft.module import SFTModule
 from lightning_align.training.masters import MasterWeights, share_lost
-from tests.toys import largest_difference, split, state_of, tiny_palm
+from tests.toys import largest_difference, save_llama, split, state_of, tiny_palm
 from tests.training.runs import BATCHES, MODULES, SFT_BATCH, loader, trainer
 
 pytestmark = [
@@ -140,6 +141,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(lora: Any, tmp_path: Path) -> No
         for name, value in module.policy.state_dict().items():
             assert torch.equal(value, masters(whole)[f"policy.{name}"])
         assert load_policy(str(tmp_path / "4" / "new" / "last.ckpt")).state_dict().keys() == module.policy.state_dict().keys()
+
+
+def test_a_checkpoint_has_the_copy_of_tied_weights_under_all_their_names(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    save_llama(tmp_path / "model", tied=True)
+    module = SFTModule(PretrainedLM(str(tmp_path / "model")), optimizer=OPTIMIZERS["adamw"])
+    fit = trainer(tmp_path, precision="bf16-true", max_epochs=3)
+    fit.fit(module, loader([SFT_BATCH]))
+    fit.save_checkpoint(tmp_path / "tied.ckpt")
+    (copy,) = (value for name, value in masters(module).items() if "embed" in name)
+    assert not torch.equal(copy, copy.bfloat16().float())
+    state = torch.load(tmp_path / "tied.ckpt", weights_only=True)["state_dict"]
+    tied = [value for name, value in state.items() if "embed" in name or "lm_head" in name]
+    assert len(tied) == 2 and all(torch.equal(value, copy) for value in tied)
+    policy = load_policy(tmp_path / "tied.ckpt")
+    assert torch.equal(policy.get_parameter("model.model.embed_tokens.weight"), copy)
 
 
 def test_weights_that_a_callback_changed_are_kept(tmp_path: Path) -> None:
