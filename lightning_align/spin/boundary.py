@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_align.models.building import has_own_weights
 from lightning_align.models.composed import is_composed
 from lightning_align.models.formats import whole_weights
 from lightning_align.models.weights import check_weights, state_hash
@@ -20,6 +21,8 @@ from lightning_align.runtime.team import of_first_rank
 from lightning_align.spin.stored import (
     AVERAGE,
     POLICY,
+    base_names,
+    content_hash,
     differ_by_rounding,
     put_weights,
     read_origin,
@@ -48,6 +51,9 @@ class Boundary:
         self.trainer, self.module, self.root, self.run = trainer, module, root, run
         # Only rank 0 needs the weights: it stores and compares them. To gather sharded ones, all ranks must take part.
         moving = module.opponent.moving
+        # A LoRA run reads its base model again from where it came from. Iterations do not write billions of equal weights.
+        is_read = module.init_from is not None or has_own_weights(module.policy)
+        self.base = base_names(module.policy) if module.lora is not None and is_read else set[str]()
         self.weights, self.average = self._whole(module.policy), {} if moving is None else self._whole(moving.average)
         own = ""
         if trainer.is_global_zero:
@@ -91,12 +97,18 @@ class Boundary:
         if not path.exists():
             if self.module.opponent_kind == "ema":
                 save_weights(average, self.average, digest=self.digest, run=self.run)
-            save_weights(path, self.weights, digest=self.digest, run=self.run)
+            save_weights(path, self.weights, digest=self.digest, run=self.run, base=self.base)
             return "keep", ""
         origin = read_origin(path)
         if origin.weights == self.digest:
             return "keep", ""
-        stored = read_weights(path)
+        own_base = {name: value for name, value in self.weights.items() if name in self.base} if origin.frozen else {}
+        if origin.frozen and origin.frozen != content_hash(own_base):
+            raise ValueError(
+                f"{self.root} began with adapters of another base model than this run has. Give the `init_from` and the "
+                "`backbone` that the run started with, or give SelfPlayGeneration another `folder`."
+            )
+        stored = {**own_base, **read_weights(path)}
         number = self.root.name.removeprefix("iteration_")
         # Weights from a file have the same bits everywhere, and random ones do not.
         may_differ = origin.run == self.run or self.module.init_from is None
@@ -113,7 +125,7 @@ class Boundary:
         before = self.root.with_name(f"iteration_{int(number) - 1}") / POLICY
         if not before.exists():
             return "use", text
-        apart = relative_distance(self.weights, stored, read_weights(before))
+        apart = relative_distance(self.weights, stored, {**own_base, **read_weights(before)})
         text = f"{text} The weights that were trained again are {apart:.2g} of the last iteration's change away from them."
         if apart < FAR:
             return "use", text

@@ -4,7 +4,7 @@ A run that is resumed on another processor trains the last steps of an iteration
 it then uses the stored weights, because the responses on disk are theirs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,9 +35,18 @@ class Origin(NamedTuple):
     """The id of the run that wrote it."""
     content: str
     """The hash of the weights in this file. Empty in files of earlier versions."""
+    frozen: str
+    """The hash of the weights of a frozen base model that the file leaves out. Empty if it has all weights."""
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor], *, digest: str, run: str) -> None:
+def base_names(model: nn.Module) -> set[str]:
+    """Return the names of the weights of a base model that only adapters adapt: those that do not train, adapters aside."""
+    # A state dict has a shared parameter, such as that of tied embeddings, under each of its names.
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in parameters if not parameter.requires_grad and ".lora." not in f".{name}"}
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], *, digest: str, run: str, base: Collection[str] = ()) -> None:
     """Write weights, completely or not at all.
 
     Args:
@@ -45,9 +54,13 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], *, digest: str, run:
         weights: The weights, each in its own memory.
         digest: The hash of all weights that the iteration began with.
         run: The id of the run.
+        base: The names of weights to leave out. The file has their hash.
     """
-    metadata = {"sha256": digest, "run": run, "content": _content(weights)}
-    publish(path, lambda temporary: save_file(dict(weights), temporary, metadata=metadata))
+    kept = {name: value for name, value in weights.items() if name not in base}
+    metadata = {"sha256": digest, "run": run, "content": content_hash(kept)}
+    if len(kept) < len(weights):
+        metadata["frozen"] = content_hash({name: value for name, value in weights.items() if name in base})
+    publish(path, lambda temporary: save_file(kept, temporary, metadata=metadata))
 
 
 def read_origin(path: Path) -> Origin:
@@ -61,7 +74,7 @@ def read_origin(path: Path) -> Origin:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
-    return Origin(*(metadata.get(name, "") for name in ("sha256", "run", "content")))
+    return Origin(*(metadata.get(name, "") for name in ("sha256", "run", "content", "frozen")))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -76,7 +89,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
-    if content and content != _content(weights):
+    if content and content != content_hash(weights):
         raise _damaged(path, "its SHA-256 differs from the stored one")
     return weights
 
@@ -87,12 +100,16 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> 
 
     Args:
         model: The model.
-        weights: The weights, which must be exactly those of the model.
-        path: The file that they come from, for error messages.
+        weights: The weights, which must be exactly those of the model. Those of a frozen base model may be left out if the file
+            leaves them out.
+        path: The file that they come from.
     """
-    check_weights(model, dict(weights), path)
-    for name, own in own_state(model).items():
-        value = weights[name].to(own.device)
+    state = own_state(model)
+    base = base_names(model) if read_origin(path).frozen else set()
+    check_weights(model, {**{name: state[name] for name in base if name in state}, **weights}, path)
+    for name, value in weights.items():
+        own = state[name]
+        value = value.to(own.device)
         own.copy_(distribute_tensor(value, own.device_mesh, own.placements) if isinstance(own, DTensor) else value)
 
 
@@ -128,7 +145,8 @@ def relative_distance(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], s
     return (apart / moved) ** 0.5 if moved else float("inf")
 
 
-def _content(weights: Mapping[str, Tensor]) -> str:
+def content_hash(weights: Mapping[str, Tensor]) -> str:
+    """Return the hash of weights in any order."""
     return state_hash(dict(sorted(weights.items())))
 
 

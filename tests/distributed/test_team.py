@@ -37,7 +37,8 @@ def test_only_the_first_rank_copies_and_hashes_weights(is_first: bool, monkeypat
     monkeypatch.setattr(boundary, "of_first_rank", lambda value: told.append(value) or value or "told by rank 0")
     trainer: Any = SimpleNamespace(is_global_zero=is_first)
     model = tiny_palm()
-    module = SimpleNamespace(policy=model, opponent=SimpleNamespace(moving=SimpleNamespace(average=model)), base_hash="b" * 64)
+    opponent = SimpleNamespace(moving=SimpleNamespace(average=model))
+    module = SimpleNamespace(policy=model, opponent=opponent, base_hash="b" * 64, init_from=None, lora=None)
     made = boundary.Boundary(trainer, module, tmp_path, run="run")
     if is_first:
         assert calls == ["whole_weights", "whole_weights", "state_hash"] and made.digest[32:] == "b" * 32

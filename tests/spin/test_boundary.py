@@ -1,5 +1,6 @@
 """The boundary between iterations: checkpoints there, and runs resumed on a machine that rounds differently."""
 
+import functools
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 
 from lightning_align.generation.sampler import GenerationConfig, generate
+from lightning_align.models.lora import LoRAConfig
+from lightning_align.spin import boundary
 from lightning_align.spin.boundary import Boundary
 from lightning_align.spin.stored import differ_by_rounding, relative_distance
 from tests.portable import CAPS
@@ -71,6 +74,54 @@ def test_a_run_with_other_rounding_goes_on_with_the_stored_weights_and_answers(
         prompt = [1, *data.tokenizer.encode_batch([row["prompt"]])[0].ids]
         (answer,) = generate(opponent, [prompt], GENERATION, eos_id=2, ids=[row["row"]], iteration=1)[0]
         assert row["generated"][0]["tokens"] == answer.tokens
+
+
+def base_file(folder: Path, rate: float = 1e-2) -> str:
+    """A checkpoint of a model without adapters."""
+    optimizer = functools.partial(torch.optim.AdamW, lr=rate)
+    trainer, _ = finish(folder, loop={"iterations": 1, "epochs": 1}, optimizer=optimizer)
+    trainer.save_checkpoint(folder / "base.ckpt")
+    return str(folder / "base.ckpt")
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_iteration_of_lora_stores_only_what_trains(
+    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora = {"lora": LoRAConfig(rank=2), "init_from": base_file(tmp_path / "base")}
+    _, whole = finish(tmp_path / "whole", **lora)
+    interrupt_writes(monkeypatch, 8)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        if earlier:  # versions that stored all weights
+            patch.setattr(boundary, "base_names", lambda model: set[str]())
+        finish(tmp_path, Keep(tmp_path), **lora)
+    for number in (0, 1):
+        names = load_file(tmp_path / "sets" / f"iteration_{number}" / "policy.safetensors")
+        assert names and all(".lora." in name for name in names) != earlier
+    # A run that rounds differently goes on with what was stored, on the base that it has read again.
+    stored = load_file(tmp_path / "sets" / "iteration_1" / "policy.safetensors")
+    trainer, module, data = start(tmp_path, seen := Seen(), **lora)
+    resumed = torch.load(tmp_path / "within.ckpt", weights_only=True)
+    for value in resumed["state_dict"].values():
+        value.mul_(1 + 1e-7)
+    torch.save(resumed, tmp_path / "within.ckpt")
+    caplog.set_level("INFO")
+    trainer.fit(module, data, ckpt_path=tmp_path / "within.ckpt")
+    assert trainer.global_step == 18
+    assert "Iteration 1 uses the weights in" in caplog.text, "the weights of this run were not the same"
+    assert largest_difference({name: seen.states[1][name] for name in stored}, stored) == 0
+    rest = {name: value for name, value in state_of(module.policy).items() if ".lora." not in name}
+    assert largest_difference(rest, {name: state_of(whole.policy)[name] for name in rest}) == 0
+
+
+def test_an_iteration_of_lora_on_another_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = {"lora": LoRAConfig(rank=2), "init_from": base_file(tmp_path / "base")}
+    interrupt_writes(monkeypatch, 8)
+    with pytest.raises(Interrupted):
+        finish(tmp_path, Keep(tmp_path), **lora)
+    trainer, module, data = start(tmp_path, **{**lora, "init_from": base_file(tmp_path / "other", rate=2e-2)})
+    with pytest.raises(ValueError, match=r"began with adapters of another base model .* Give the `init_from`"):
+        trainer.fit(module, data, ckpt_path=tmp_path / "within.ckpt")
 
 
 def test_weights_of_other_settings_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
