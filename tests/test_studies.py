@@ -114,10 +114,11 @@ def test_the_gap_of_two_curves_is_their_greatest_difference() -> None:
 
 def test_random_labels_are_exchanged_in_half_of_the_pairs() -> None:
     rows = [{"prompt": str(number), "chosen": "a", "rejected": "b"} for number in range(200)]
-    mixed = betas.exchanged(rows)
+    mixed = betas.exchanged(rows, 0)
     assert [row["prompt"] for row in mixed] == [row["prompt"] for row in rows]
-    assert 70 < sum(row["chosen"] == "b" and row["rejected"] == "a" for row in mixed) < 130
+    assert sum(row["chosen"] == "b" and row["rejected"] == "a" for row in mixed) == 100
     assert all({row["chosen"], row["rejected"]} == {"a", "b"} for row in mixed)
+    assert 35 < sum(row["chosen"] == "b" for row in mixed[:100]) < 65 and betas.exchanged(rows, 1) != mixed
 
 
 def test_a_changed_calculation_has_another_result_in_both_places() -> None:
@@ -144,7 +145,7 @@ def test_a_sweep_of_beta_scores_its_rows_once(tmp_path: Path, capsys: pytest.Cap
     pytest.importorskip("transformers", reason="needs transformers")
     save_llama(tmp_path / "model")
     rows = [{"prompt": f"{number} + 1", "chosen": f" {number + 1}", "rejected": " 0"} for number in range(8)]
-    for name, part in (("train", rows), ("random", betas.exchanged(rows)), ("held_out", rows[:4])):
+    for name, part in (("train", rows), ("held_out", rows[:4])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     sweep = betas.Sweep(0, tmp_path, str(tmp_path / "model"), 2, 1e-4)
     seed = {arm: sweep.measure(arm) for arm in ("beta 0.1", "beta 0.3", "recomputed")}
