@@ -99,7 +99,7 @@ STUDIES = (
     ("studies/spin/crossing.py",),
     ("studies/spin/arithmetic.py",),
     ("studies/spin/rows.py",),
-    ("studies/spin/pretrained.py", "--seeds", "0", "1", "--arms", "before", "start", "sft", "spin"),
+    ("studies/spin/pretrained.py", "--arms", "before", "start", "sft", "spin"),
     ("studies/calm/key_value.py", "--seeds", "0", "1", "2"),
     ("studies/calm/pretrained.py",),
     ("studies/retro/database_kill.py",),

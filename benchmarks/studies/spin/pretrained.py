@@ -165,8 +165,9 @@ COLUMNS = {
 def report(results: dict[str, Any]) -> None:
     """Print the section."""
     sizes, seeds = results["sizes"], results["seeds"]
+    epochs = sizes["start"] // -(-sizes["rows"] // BATCH)
     common.heading(
-        "Self-play of SmolLM2-135M-Instruct",
+        f"Self-play of SmolLM2-135M-Instruct after {epochs} epochs of SFT",
         f"LoRA of rank 16, batches of {BATCH}, {sizes['rows']} demonstrations; learning rates "
         f"{', '.join(f'{rate:g} ({name})' for name, rate in RATES.items())}; beta 0.1. On {sizes['held_out']} held-out "
         "rows: loss of the real responses in nats per token; problems solved greedily, by a sample at temperature 0.7, and by "
