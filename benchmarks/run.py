@@ -94,6 +94,7 @@ STUDIES = (
     ("studies/dpo/frontier.py",),
     ("studies/dpo/pretrained.py",),
     ("studies/dpo/betas.py", "--seeds", "0", "--arms", "beta 0.03", "beta 0.1", "beta 0.3", "recomputed"),
+    ("studies/dpo/betas.py", "--task", "calculations", "--arms", "beta 0.1", "random labels"),
     ("studies/spin/kill.py",),
     ("studies/spin/markov.py",),
     ("studies/spin/crossing.py",),
