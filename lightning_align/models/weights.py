@@ -37,6 +37,14 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -
     model.load_state_dict({name: value for name, value in left.items() if name not in deferred}, strict=strict)
 
 
+def frozen_parameters(model: nn.Module) -> list[str]:
+    """Return the names, in a model's state dict, of the parameters that do not train.
+
+    A state dict has a shared parameter, such as that of tied embeddings, under each of its names.
+    """
+    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad]
+
+
 def check_weights(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Check that a state dict has exactly the weights of a model, with the same shapes.
 

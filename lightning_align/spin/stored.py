@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_align.models.composed import own_state
-from lightning_align.models.weights import check_weights, state_hash
+from lightning_align.models.weights import check_weights, frozen_parameters, state_hash
 from lightning_align.runtime.files import publish
 
 POLICY = "policy.safetensors"
@@ -41,9 +41,7 @@ class Origin(NamedTuple):
 
 def base_names(model: nn.Module) -> set[str]:
     """Return the names of the weights of a base model that only adapters adapt: those that do not train, adapters aside."""
-    # A state dict has a shared parameter, such as that of tied embeddings, under each of its names.
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in parameters if not parameter.requires_grad and ".lora." not in f".{name}"}
+    return {name for name in frozen_parameters(model) if ".lora." not in f".{name}"}
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], *, digest: str, run: str, base: Collection[str] = ()) -> None:

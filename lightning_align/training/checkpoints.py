@@ -11,15 +11,13 @@ from torch.optim import Optimizer
 
 from lightning_align.models.building import backbone_spec
 from lightning_align.models.composed import COMPOSITION, check_record, is_composed, record_frozen, without_frozen
-from lightning_align.models.weights import POLICY_PREFIX, policy_state
+from lightning_align.models.weights import POLICY_PREFIX, frozen_parameters, policy_state
 from lightning_align.runtime.plain import foreign, plain
 
 
 def frozen_names(policy: nn.Module) -> list[str]:
     """Return the names, in the module's state dict, of the policy's parameters that do not train."""
-    # A state dict has a shared parameter, such as that of tied embeddings, under each of its names.
-    parameters = policy.named_parameters(remove_duplicate=False)
-    return [POLICY_PREFIX + name for name, parameter in parameters if not parameter.requires_grad]
+    return [POLICY_PREFIX + name for name in frozen_parameters(policy)]
 
 
 def drop_frozen(checkpoint: dict[str, Any], policy: nn.Module) -> None:
