@@ -71,6 +71,7 @@ class CrossAttention(nn.Module):
         """
         super().__init__()
         self.heads, self.dim_head, self.dropout, self.zero_init = heads, dim_head, dropout, zero_init
+        self.key_width = dim_head
         self.norm = LayerNorm(dim)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(context_dim, 2 * dim_head, bias=False)
@@ -145,16 +146,21 @@ class CrossAttention(nn.Module):
         return read
 
 
-class ChunkedCrossAttention(CrossAttention):
-    """Attention from the layers of the decoder to the neighbors.
-
-    The output is 0 for chunks without neighbors. With `zero_init`, as in `RETRO`, it is 0 everywhere before training.
+class ChunkReading(nn.Module):
+    """Attention from whole rows of the decoder to the neighbors of their chunks.
 
     A neighbor is aligned with the chunk that it was retrieved for. Its continuation is aligned with the next chunk. Position
     m u + m - 1 + i is the i-th position that attends to the neighbors of chunk u. Its relative position is i + m - 1. The
     relative position of token i' of a neighbor is i'. Their distance is d(i, i') = i - i' + m - 1, for each neighbor (appendix
     B.1.2).
     """
+
+    key_width: int
+    """The width of the keys of a token, and of its values."""
+
+    def neighbor_keys_values(self, encodings: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the keys and values of neighbors: (..., J, R, E) -> two tensors (..., J R, K)."""
+        raise NotImplementedError
 
     def read(self, x_BND: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, chunk_size: int) -> Tensor:
         """Attend to the neighbors in whole rows that start at position 0.
@@ -172,8 +178,15 @@ class ChunkedCrossAttention(CrossAttention):
         rows, chunks = keys.shape[:2]
         queries = reading_positions(x_BND, chunks, chunk_size).flatten(0, 1)
         positions = torch.arange(chunk_size, device=x_BND.device) + chunk_size - 1
-        read = self(queries, positions, keys.flatten(0, 1), values.flatten(0, 1), mask.flatten(0, 1))
+        read: Tensor = self(queries, positions, keys.flatten(0, 1), values.flatten(0, 1), mask.flatten(0, 1))
         return from_reading_positions(rearrange(read, "(b u) m d -> b u m d", b=rows), x_BND.shape[1])
+
+
+class ChunkedCrossAttention(ChunkReading, CrossAttention):
+    """Cross-attention to the neighbors of chunks.
+
+    The output is 0 for chunks without neighbors. With `zero_init`, as in `RETRO`, it is 0 everywhere before training.
+    """
 
     def neighbor_keys_values(self, encodings: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the keys and values of neighbors: (..., J, R, E) -> two tensors (..., J R, K)."""

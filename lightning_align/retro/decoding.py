@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_align.models.language_model import Head
 from lightning_align.retrieval.search import Found, Retriever
-from lightning_align.retro.attention import ChunkedCrossAttention
+from lightning_align.retro.attention import ChunkReading
 from lightning_align.retro.model import RETRO, NeighborTokens
 from lightning_align.retro.static import StaticRetrieval, StepRetrieval
 from lightning_align.runtime.transfer import to_device
@@ -125,7 +125,7 @@ class RetrievalDecoder(nn.Module):
         weight = model.head.weight
         size, span = model.chunk_size, 2 * model.chunk_size * self.num_neighbors
         cross = model.cross[0]
-        assert isinstance(cross, ChunkedCrossAttention)
+        assert isinstance(cross, ChunkReading)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -134,8 +134,8 @@ class RetrievalDecoder(nn.Module):
             decoder,
             chunk=torch.zeros(batch, size, dtype=torch.long, device=weight.device),
             states=zeros(batch, size, weight.shape[1]),
-            keys=zeros(len(model.cross), batch, span, cross.dim_head),
-            values=zeros(len(model.cross), batch, span, cross.dim_head),
+            keys=zeros(len(model.cross), batch, span, cross.key_width),
+            values=zeros(len(model.cross), batch, span, cross.key_width),
             mask=torch.zeros(batch, span, dtype=torch.bool, device=weight.device),
         )
 
@@ -238,6 +238,8 @@ class _PromptReader:
             chunks = rearrange(left[:, : self.chunks * size], "b (u m) -> b u m", m=size)
             self.neighbors = owner.search(chunks[self.rows, self.numbers])
         self.encodings: Tensor | None = None
+        if self.chunks and not self.model.conditioned:
+            self.encodings = self.model.encode(self.neighbors)  # now, because the decoder may be the encoder
 
     def _align_left(self, x: Tensor) -> Tensor:
         """Shift each row to start at column 0. The values after the end of a row are undefined."""
@@ -259,7 +261,7 @@ class _PromptReader:
             chunks = rearrange(left[:, : self.chunks * self.size], "b (u m) d -> b u m d", m=self.size)
             self.encodings = self.model.encode(self.neighbors, chunks[self.rows, self.numbers])
         cross = self.model.cross[index]
-        assert isinstance(cross, ChunkedCrossAttention)
+        assert isinstance(cross, ChunkReading)
         shape = x.shape[0], self.chunks
         keys, values, mask = (
             part.new_zeros(*shape, *part.shape[1:]).index_put((self.rows, self.numbers), part)
@@ -292,10 +294,12 @@ class _StepReader:
             self.neighbors = owner.search(cache.chunk[self.done])
             cache.mask[self.done] = self.neighbors.mask.flatten(-2)
         self.encodings: Tensor | None = None
+        if self.done is not None and not self.model.conditioned:
+            self.encodings = self.model.encode(self.neighbors)  # now, because the decoder may be the encoder
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
         cache, cross = self.cache, self.model.cross[index]
-        assert isinstance(cross, ChunkedCrossAttention)
+        assert isinstance(cross, ChunkReading)
         if index == 0:
             cache.states[self.every, self.place] = x[:, 0].to(cache.states.dtype)
         if self.done is not None:

@@ -17,8 +17,9 @@ from lightning_align.models.activations import Run, checkpointed
 from lightning_align.models.building import backbone_spec, build_backbone
 from lightning_align.models.language_model import Head, HiddenModel, context_length, declared_ends, has_cache, has_hidden
 from lightning_align.models.unpadded import Unpadded
-from lightning_align.retro.attention import ChunkedCrossAttention
+from lightning_align.retro.attention import ChunkedCrossAttention, ChunkReading
 from lightning_align.retro.encoder import NeighborEncoder
+from lightning_align.retro.reuse import copy_attention, layer_inputs
 from lightning_align.retro.unpadded import UnpaddedReader
 
 Read = Callable[[int, Tensor], Tensor]
@@ -73,6 +74,7 @@ class RETRO(nn.Module):
         conditioned: bool = True,
         dropout: float = 0.0,
         train_decoder: bool = True,
+        reuse_decoder: bool = False,
     ) -> None:
         """Add an encoder of neighbors and cross-attention layers to a decoder.
 
@@ -92,9 +94,14 @@ class RETRO(nn.Module):
             dropout: The dropout probability in the encoder and on the weights of the cross-attention.
             train_decoder: Whether to train the decoder. If false, the decoder is frozen and its output without neighbors does
                 not change.
+            reuse_decoder: Whether the decoder's own layers encode the neighbors, and each cross-attention starts as a copy of
+                the self-attention of its layer. A pretrained model then reads neighbors after much less training, but encodes
+                them with more layers. Requires a `PretrainedLM` and `train_decoder=False`. The arguments of the encoder and of
+                the heads are not used.
 
         Raises:
-            ValueError: If the decoder lacks `hidden`, `head` or `blocks`, or if a number is out of range.
+            ValueError: If the decoder lacks `hidden`, `head` or `blocks`, if a number is out of range, or if the attention of
+                the decoder cannot be copied.
         """
         super().__init__()
         if isinstance(decoder, dict):
@@ -129,9 +136,20 @@ class RETRO(nn.Module):
             raise ValueError(f"RETRO: `encoder_depth` must be at least 1, but got {encoder_depth}.")
         if dim_head < 2 or dim_head % 2:
             raise ValueError(f"RETRO: `dim_head` must be even and at least 2, but got {dim_head}. Rotary positions need pairs.")
+        if reuse_decoder and train_decoder:
+            raise ValueError(
+                "RETRO: `reuse_decoder` needs `train_decoder: false`, but got true. No gradient flows through the encodings of "
+                "the decoder. Pass train_decoder=False."
+            )
         width = decoder.head.weight.shape[1]
         self.decoder: HiddenModel = decoder
-        self.chunk_size, self.conditioned = chunk_size, conditioned
+        self.chunk_size, self.conditioned = chunk_size, conditioned and not reuse_decoder
+        self.encoder: NeighborEncoder | None = None
+        if not train_decoder:
+            decoder.requires_grad_(False)
+        if reuse_decoder:
+            self.cross = copy_attention(decoder, self._layers(), 2 * chunk_size, dropout=dropout)
+            return
         self.encoder = NeighborEncoder(
             encoder_dim or width,
             decoder_dim=width,
@@ -146,11 +164,11 @@ class RETRO(nn.Module):
             ChunkedCrossAttention(width, encoder_dim or width, heads=heads, dim_head=dim_head, dropout=dropout, zero_init=True)
             for _ in self.cross_layers
         )
-        if not train_decoder:
-            decoder.requires_grad_(False)
 
     def reset_parameters(self) -> None:
         """Initialize all parameters again, for example after ``to_empty`` on a model that was built on the meta device."""
+        if self.encoder is None:
+            raise ValueError("RETRO: with `reuse_decoder`, the parameters start from the decoder. Build the model again.")
         for module in (self.decoder, self.encoder, *self.cross):
             module.reset_parameters()
 
@@ -183,9 +201,13 @@ class RETRO(nn.Module):
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
+    def _layers(self) -> list[nn.Module]:
+        """The layers of the decoder that have cross-attention."""
+        return [self.blocks[layer - 1] for layer in self.cross_layers]
+
     def layers_to_recompute(self) -> list[tuple[nn.Module, Run]]:
         """Return the layers of the decoder and of the encoder, which run again with activation checkpointing."""
-        return [(block, checkpointed) for block in (*self.blocks, *self.encoder.blocks)]
+        return [(block, checkpointed) for block in (*self.blocks, *(self.encoder.blocks if self.encoder else ()))]
 
     def make_cache(self, batch: int, length: int) -> Any:
         """Make the key-value cache of the decoder, for generation without neighbors.
@@ -216,8 +238,11 @@ class RETRO(nn.Module):
                 is conditioned.
 
         Returns:
-            (G, J, R, E) encodings.
+            (G, J, R, E) encodings. With `reuse_decoder` these are the inputs of the layers with cross-attention.
         """
+        if self.encoder is None:
+            states = layer_inputs(self.decoder, self._layers(), neighbors.tokens.flatten(0, 1))
+            return states.view(*neighbors.tokens.shape, -1)
         encodings: Tensor = self.encoder(neighbors.tokens, neighbors.mask, self.head.weight, chunk)
         return encodings
 
@@ -232,9 +257,7 @@ class RETRO(nn.Module):
         def before(index: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
             return lambda _, inputs: (inputs[0] + read(index, inputs[0]), *inputs[1:])
 
-        handles = [
-            self.blocks[layer - 1].register_forward_pre_hook(before(index)) for index, layer in enumerate(self.cross_layers)
-        ]
+        handles = [layer.register_forward_pre_hook(before(index)) for index, layer in enumerate(self._layers())]
         try:
             yield
         finally:
@@ -331,20 +354,24 @@ class RETRO(nn.Module):
 
 
 class _RowReader:
-    """A `Read` for whole rows that start at position 0. It encodes the neighbors once, at the first cross-attention."""
+    """A `Read` for whole rows that start at position 0. It encodes the neighbors once."""
 
     def __init__(self, model: RETRO, neighbors: NeighborTokens, encodings: Tensor | None) -> None:
         self.model, self.neighbors = model, neighbors
         self.encodings = None if encodings is None else encodings[:, : neighbors.tokens.shape[1]]
+        if self.encodings is None and not model.conditioned:
+            self.encodings = self._encode(None)  # now, because the decoder may be the encoder
+
+    def _encode(self, chunk: Tensor | None) -> Tensor:
+        flat = NeighborTokens(self.neighbors.tokens.flatten(0, 1), self.neighbors.mask.flatten(0, 1))
+        return rearrange(self.model.encode(flat, chunk), "(b u) j r e -> b u j r e", b=len(self.neighbors.tokens))
 
     def __call__(self, index: int, x: Tensor) -> Tensor:
         size = self.model.chunk_size
-        rows, chunks = self.neighbors.tokens.shape[:2]
-        if self.encodings is None:
-            flat = NeighborTokens(self.neighbors.tokens.flatten(0, 1), self.neighbors.mask.flatten(0, 1))
-            chunk = x[:, : chunks * size].reshape(rows * chunks, size, -1) if self.model.conditioned else None
-            self.encodings = rearrange(self.model.encode(flat, chunk), "(b u) j r e -> b u j r e", b=rows)
+        if self.encodings is None:  # at the first cross-attention
+            rows, chunks = self.neighbors.tokens.shape[:2]
+            self.encodings = self._encode(x[:, : chunks * size].reshape(rows * chunks, size, -1))
         cross = self.model.cross[index]
-        assert isinstance(cross, ChunkedCrossAttention)
+        assert isinstance(cross, ChunkReading)
         keys, values = cross.neighbor_keys_values(self.encodings)
         return cross.read(x, keys, values, self.neighbors.mask.flatten(-2), chunk_size=size)

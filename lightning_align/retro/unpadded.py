@@ -62,6 +62,7 @@ class UnpaddedReader:
         flat = x.view(-1, x.shape[-1])
         if self.encoded is None:
             chunk = flat.index_select(0, self.chunk_tokens) if self.model.conditioned else None
+            assert self.model.encoder is not None, "a decoder that is reused has no unpadded form"
             self.encoded = self._encode(self.model.encoder, chunk)
         cross: Any = self.model.cross[index]
         keys, values = cross.keys_values(self.encoded, self.neighbors.positions)
