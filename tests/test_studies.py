@@ -211,9 +211,12 @@ def test_a_saving_in_bits_per_byte_leaves_out_the_first_chunk() -> None:
     other = {"nats": [[0.0, 30 * bit, 0.0], [0.0, 60 * bit, 50 * bit]]}
     assert newer.rate(one, files) == pytest.approx(1.0)
     assert newer.rate(other, files, lambda overlap: overlap <= newer.LOW) == pytest.approx(2.0)
-    saved, low, high = newer.gain(one, other, files)
+    saved, low, high = newer.gain(one, other, files, lambda _: True)
     assert saved == pytest.approx(0.4)
     assert (low, high) == pytest.approx((30 / 80, 0.5)), "each sample is one of the files, or both"
+    assert newer.gain(one, other, files, lambda overlap: overlap <= newer.LOW) == pytest.approx((1.0, 1.0, 1.0)), (
+        "one file has chunks of a low overlap"
+    )
 
 
 def test_no_word_of_a_question_is_composed_in_training() -> None:

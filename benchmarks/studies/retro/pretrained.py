@@ -1,7 +1,8 @@
 """RETROfit of a pretrained model on source files that are newer than its training, beside the same neighbors in its prompt.
 
-The decoder stays frozen: only the encoder of neighbors and the cross-attention learn. All arms score the same held-out tokens.
-Each arm is saved when it is done, and one that is saved is not computed again.
+The decoder stays frozen: only the encoder of neighbors and the cross-attention learn. With ``--reuse-decoder`` the decoder
+encodes the neighbors, and copies of its attention learn to read them. All arms score the same held-out tokens. Each arm is
+saved when it is done, and one that is saved is not computed again.
 """
 
 import argparse
@@ -39,7 +40,7 @@ NEW = re.compile(r"Copyright (?:\(c\) )?2026\b")
 GENERATED = "automatically generated from"  # transformers writes some files out of others
 LONGEST, HELD_OUT_LENGTH = 12_000, 1_600  # characters of a document
 CHUNK, NUM_NEIGHBORS, NUM_FOUND, NUM_CHUNKS, LEARNING_RATE, LOW = 64, 2, 10, 8, 1e-3, 0.125
-LAYERS = [21, 24, 27, 30]
+LAYERS, REUSED_LAYERS = [21, 24, 27, 30], list(range(20, 31))
 TITLES = {
     "plain": "the model alone",
     "off": "OFF: RETRO without neighbors",
@@ -122,12 +123,12 @@ def prepare(folder: Path, model: str, packages: list[str], held_out: int) -> dic
 # -- the arms
 
 
-def fit(folder: Path, model: str, seed: int, steps: int, schedule: int) -> Path:
+def fit(folder: Path, model: str, seed: int, arguments: argparse.Namespace) -> Path:
     """Train, or go on with training, and return the checkpoint."""
     from lightning_align.cli import run
 
     config: dict[str, Any] = yaml.safe_load((common.CONFIGS / "retro" / "huggingface.yaml").read_text(encoding="utf-8"))
-    place = folder / f"seed_{seed}"
+    place, steps, schedule = folder / f"seed_{seed}", arguments.steps, arguments.schedule
     last, settings, data, trainer = (
         place / "last.ckpt",
         config["model"]["init_args"],
@@ -138,14 +139,16 @@ def fit(folder: Path, model: str, seed: int, steps: int, schedule: int) -> Path:
     backbone = settings["backbone"]["init_args"]
     backbone["decoder"]["init_args"]["name"] = data["tokenizer"] = model
     depth = int(json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
-    backbone.update(cross_layers=[layer for layer in LAYERS if layer <= depth] or [depth], encoder_depth=1, ff_mult=2)
+    layers = [layer for layer in (REUSED_LAYERS if arguments.reuse_decoder else LAYERS) if layer <= depth] or [depth]
+    backbone.update(cross_layers=layers, encoder_depth=1, ff_mult=2, reuse_decoder=arguments.reuse_decoder)
     settings.update(num_neighbors=NUM_NEIGHBORS, vary_neighbors=False)
-    settings["optimizer"]["init_args"]["lr"] = LEARNING_RATE
+    settings["optimizer"]["init_args"]["lr"] = arguments.learning_rate
     settings["lr_scheduler"]["init_args"].update(total_steps=schedule, warmup_steps=max(1, schedule // 10))
     data.update(database=str(folder / "database"), num_neighbors=NUM_NEIGHBORS, num_chunks=NUM_CHUNKS, batch_size=1, seed=seed)
     checkpoints = {"dirpath": str(place), "every_n_train_steps": min(50, steps), "save_last": True}
     trainer.update(
         accelerator="cpu",
+        precision=arguments.precision,
         max_steps=steps,
         limit_val_batches=0,
         enable_progress_bar=False,
@@ -213,11 +216,12 @@ def with_retro(model: RETRO, batch: RetrievalBatch, name: str) -> list[float]:
 
 
 @torch.no_grad()
-def measure(batches: Iterator[RetrievalBatch], nats: Callable[[RetrievalBatch], list[float]]) -> Arm:
+def measure(batches: Iterator[RetrievalBatch], nats: Callable[[RetrievalBatch], list[float]], precision: str) -> Arm:
     """An arm: the nats of each chunk of each file, and the CPU seconds."""
     found, start = [], time.process_time()
-    for batch in batches:
-        found.append(nats(batch))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision.startswith("bf16")):
+        for batch in batches:
+            found.append(nats(batch))
     return {"seconds": time.process_time() - start, "nats": found}
 
 
@@ -231,6 +235,7 @@ def compute(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
             common.save(arguments.output, found)
             print(f"{name} is done", file=sys.stderr, flush=True)
 
+    once(found, "reading", lambda: {name: getattr(arguments, name) for name in ("reuse_decoder", "learning_rate", "precision")})
     once(found, "selection", lambda: prepare(folder, model, arguments.packages, arguments.held_out))
     files = list(held_out_batches(folder / "database", model))
     columns = ("chunk_bytes", "overlap")
@@ -240,11 +245,11 @@ def compute(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         if all(name in arms for name in OF_SEED):
             continue
         arms.update(steps=arguments.steps, schedule=arguments.schedule)
-        checkpoint = fit(folder, model, seed, arguments.steps, arguments.schedule)
+        checkpoint = fit(folder, model, seed, arguments)
         retro: Any = load_policy(checkpoint).eval()
         for name in OF_SEED:
             read = held_out_batches(folder / "leaky", model) if name == "planted" else iter(files)
-            once(arms, name, lambda: measure(read, functools.partial(with_retro, retro, name=name)))  # noqa: B023
+            once(arms, name, lambda: measure(read, functools.partial(with_retro, retro, name=name), arguments.precision))  # noqa: B023
     alone = found.setdefault("model", {})
     names = [*ALONE, "rag_each"] if arguments.each else ALONE
     if any(name not in alone for name in names):
@@ -252,7 +257,7 @@ def compute(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         separator = empty_line(model)
         for name in names:
             score_file = functools.partial(with_prompts, language, name=name, separator=separator)
-            once(alone, name, lambda: measure(iter(files), score_file))  # noqa: B023
+            once(alone, name, lambda: measure(iter(files), score_file, arguments.precision))  # noqa: B023
 
 
 def empty_line(model: str) -> list[int]:
@@ -281,16 +286,17 @@ def rate(arm: Arm, files: dict[str, Any], keep: Callable[[float], bool] = lambda
     return float(bits.sum() / sizes.sum())
 
 
-def gain(arm: Arm, other: Arm, files: dict[str, Any]) -> tuple[float, float, float]:
-    """The bits per byte that an arm saves over another, and the 95 % interval over files."""
-    (bits, sizes), (others, _) = totals(arm, files), totals(other, files)
+def gain(arm: Arm, other: Arm, files: dict[str, Any], keep: Callable[[float], bool]) -> tuple[float, float, float]:
+    """The bits per byte that an arm saves over another, and the 95 % interval over files that have chunks that are kept."""
+    (bits, sizes), (others, _) = totals(arm, files, keep), totals(other, files, keep)
+    bits, others, sizes = (part[sizes > 0] for part in (bits, others, sizes))
     low, high = interval(others - bits, sizes)
     return float((others - bits).sum() / sizes.sum()), low, high
 
 
-def saved(arm: Arm, other: Arm, files: dict[str, Any]) -> tuple[str, float]:
+def saved(arm: Arm, other: Arm, files: dict[str, Any], keep: Callable[[float], bool] = lambda _: True) -> tuple[str, float]:
     """What an arm saves over another with the interval, as a cell of a table, and the lower end."""
-    value, low, high = gain(arm, other, files)
+    value, low, high = gain(arm, other, files, keep)
     return f"{value:+.4f} ({low:+.4f} to {high:+.4f})", low
 
 
@@ -302,9 +308,13 @@ def report(found: dict[str, Any]) -> None:
     share = totals(alone["plain"], files, low["overlap ≤ 1/8"])[1].sum() / sizes.sum()
     packages = ", ".join(" ".join(pair) for pair in chosen["packages"].items())
     runs = [(seed, arms) for seed, arms in found["seeds"].items() if all(name in arms for name in OF_SEED)]
+    reading = found.get("reading", {"reuse_decoder": False, "learning_rate": LEARNING_RATE, "precision": "32-true"})
+    reused = ", reading with copies of its own attention" if reading["reuse_decoder"] else ""
     common.heading(
-        "RETRO around SmolLM2-135M-Instruct, on source files of 2026",
-        f"The decoder is frozen. Trained on one core, one window of {NUM_CHUNKS * CHUNK} tokens per step: "
+        f"RETRO around SmolLM2-135M-Instruct, on source files of 2026{reused}",
+        "The decoder is frozen"
+        + (" and encodes the neighbors" if reused else "")
+        + f". Trained on one core in {reading['precision']}, one window of {NUM_CHUNKS * CHUNK} tokens per step: "
         + "; ".join(f"seed {seed}, {arms['steps']} steps of a schedule of {arms['schedule']}" for seed, arms in runs)
         + f". Database: {chosen['documents']} files, {chosen['chunks']:,} chunks of {CHUNK} tokens, BM25, {NUM_NEIGHBORS} "
         f"neighbors. The files say Copyright 2026 and come from {packages}. "
@@ -333,9 +343,14 @@ def report(found: dict[str, Any]) -> None:
         pairs += [("PLANTED", arms["planted"], "ON", arms["on"])]
         pairs += [("RAG (first chunk)", alone["rag_first"], "RAG (random)", alone["rag_first_random"])]
         pairs += [("ON", arms["on"], "RAG (first chunk)", alone["rag_first"])]
+        few = low["overlap ≤ 1/8"]
         for first, arm, second, other in pairs:
             told, least = saved(arm, other, files)
             claims.append(common.claim(f"seed {seed}: {first} saves over {second}", "interval > 0", told, least > 0))
+            if second in ("OFF", "RANDOM"):
+                told, least = saved(arm, other, files, few)
+                what = f"seed {seed}: {first} saves over {second}, overlap ≤ 1/8"
+                claims.append(common.claim(what, "interval > 0", told, least > 0))
         off, plain = (torch.tensor(list(chain(*arm["nats"]))) for arm in (arms["off"], alone["plain"]))
         apart = float((off - plain).abs().max())
         what = f"seed {seed}: OFF and the model alone, largest difference of a chunk"
@@ -355,6 +370,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--schedule", type=int, default=150, help="the step at which the learning rate would be 0")
+    parser.add_argument("--reuse-decoder", action="store_true", help="read with copies of the decoder's attention")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--precision", default="32-true", help="of the training, and of what is measured")
     parser.add_argument(
         "--each", action="store_true", help="also put the neighbors of each chunk in a prompt, which takes long"
     )
@@ -362,8 +380,10 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/retro_pretrained"), help="for texts, databases and checkpoints"
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--output", type=Path, help="default: beside this script")
     arguments = parser.parse_args()
+    here = Path(__file__).with_suffix(".json")
+    arguments.output = arguments.output or (here.with_stem(f"{here.stem}_reuse_decoder") if arguments.reuse_decoder else here)
     sys.argv = sys.argv[:1]  # the command parses its own arguments
     found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
     if arguments.model:
