@@ -281,7 +281,8 @@ def compute(arguments: argparse.Namespace) -> None:
             common.save(arguments.output, found)
             print(f"{name} is done: {result}", file=sys.stderr, flush=True)
 
-    if not (study.knowing / "config.json").exists():
+    needed = bool({"calm", "augment_lora"} & set(arguments.arms)) or "augment" not in stored(arguments.output).get("alone", {})
+    if needed and not (study.knowing / "config.json").exists():
         once([], "training of the augment", study.augment)
         if not (study.knowing / "config.json").exists():
             sys.exit(f"{study.knowing} is gone, and {arguments.output} has results of it. Use another --output.")
