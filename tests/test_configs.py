@@ -21,7 +21,14 @@ BACKBONE = {
 }
 RETRO = {
     "class_path": "lightning_align.RETRO",
-    "init_args": {"decoder": BACKBONE, "chunk_size": 32, "cross_layers": [1], "heads": 2, "dim_head": 16},
+    "init_args": {
+        "decoder": BACKBONE,
+        "chunk_size": 32,
+        "cross_layers": [1],
+        "heads": 2,
+        "dim_head": 16,
+        "reuse_decoder": False,  # a PaLM's attention cannot be copied
+    },
 }
 AUGMENTS = [{"model": BACKBONE, "connections": [[1, 1]]}]
 

@@ -83,7 +83,8 @@ class RETRO(nn.Module):
             chunk_size: M, the number of tokens per chunk. The model retrieves once per chunk.
             cross_layers: The decoder layers that attend to the neighbors, counted from 1. The cross-attention runs before the
                 layer. Default is every third layer from layer 6 on (6, 9 and 12 of 12). In a decoder with less than 9 layers it
-                is every third layer from layer 3 on (3 and 6 of 6), or the last layer if there are less than 3.
+                is every third layer from layer 3 on (3 and 6 of 6), or the last layer if there are less than 3. With
+                `reuse_decoder` it is every layer of the last third (20 to 30 of 30).
             encoder_dim: E, the width of the encoder of neighbors. Default is the width of the decoder.
             encoder_depth: The number of layers of the encoder.
             heads: The number of query heads in the encoder and in the cross-attention. Keys and values have one head.
@@ -119,7 +120,8 @@ class RETRO(nn.Module):
             )
         if cross_layers is None:
             depth = len(blocks)
-            cross_layers = range(6 if depth >= 9 else min(3, depth), depth + 1, 3)
+            thirds = range(6 if depth >= 9 else min(3, depth), depth + 1, 3)
+            cross_layers = range(depth - depth // 3, depth + 1) if reuse_decoder else thirds
         self.cross_layers = tuple(cross_layers)
         if not self.cross_layers or any(not 1 <= layer <= len(blocks) for layer in self.cross_layers):
             raise ValueError(

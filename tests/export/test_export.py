@@ -182,7 +182,7 @@ def test_retrofit_by_the_command_line() -> None:
     decoder = {"class_path": "lightning_align.PretrainedLM", "init_args": {"name": "./base"}}
     cli = start(
         "retro/huggingface.yaml",
-        model={"backbone": {"init_args": {"decoder": decoder, "heads": 2, "dim_head": 8}}},
+        model={"backbone": {"init_args": {"decoder": decoder}}},
         data={"num_chunks": 2, "batch_size": 4},
     )
     base = PretrainedLM("base").state_dict()

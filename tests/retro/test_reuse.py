@@ -127,6 +127,11 @@ def test_it_starts_without_effect_and_every_copy_learns() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
 
 
+def test_by_default_the_last_third_of_the_layers_reads() -> None:
+    model = reusing(decoder_of("llama", num_hidden_layers=7), cross_layers=None)
+    assert model.cross_layers == (5, 6, 7) and len(model.cross) == 3
+
+
 def test_neighbors_are_encoded_alone_without_their_padding_and_without_the_layers_above() -> None:
     model = reusing(decoder_of("llama"), cross_layers=[1, 2])
     tokens, neighbors = tokens_and_neighbors(1, 2 * SIZE)
