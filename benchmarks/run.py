@@ -101,7 +101,7 @@ STUDIES = (
     ("studies/spin/arithmetic.py",),
     ("studies/spin/rows.py",),
     ("studies/spin/pretrained.py", "--arms", "before", "start", "sft", "spin"),
-    tuple("studies/spin/pretrained.py --rows 64 --start-epochs 20 --seeds 0 --arms before start sft spin".split()),
+    tuple("studies/spin/pretrained.py --rows 64 --start-epochs 20 --seeds 0 1 --arms before start sft spin".split()),
     ("studies/calm/key_value.py", "--seeds", "0", "1", "2"),
     ("studies/calm/pretrained.py",),
     ("studies/retro/database_kill.py",),
