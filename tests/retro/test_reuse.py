@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_align import RETRO, RETROModule
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.models.checkpoint import load_policy
-from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.retrieval.database import RetrievalDatabase
 from lightning_align.retro.decoding import RetrievalDecoder
 from lightning_align.retro.model import NeighborTokens
@@ -18,48 +17,10 @@ from lightning_align.retro.reuse import GATE_SCALE
 from tests.retro import conftest
 from tests.retro.test_decoding import PROMPTS, recomputed
 from tests.retro.test_module import SGD, data, trainer
-from tests.retro.toys import SIZE, ToyRetriever, tokens_and_neighbors
+from tests.retro.toys import FAMILIES, SIZE, ToyRetriever, decoder_of, reusing, tokens_and_neighbors
 from tests.toys import gap, tiny_palm
 
 pytest.importorskip("transformers", reason="needs transformers")
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"rope_theta": 500.0, "tie_word_embeddings": True},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"head_dim": 6},
-    "qwen3": {},
-    "gemma": {"attention_bias": True},
-    "stablelm": {"head_dim": 6, "partial_rotary_factor": 0.34},
-}
-
-
-def decoder_of(family: str, **options: Any) -> PretrainedLM:
-    """A random model with weights far from 0, gains that differ, and biases."""
-    torch.manual_seed(0)
-    language = PretrainedLM(config={"model_type": family, **SIZES, **FAMILIES.get(family, {}), **options}, dtype="float32")
-    with torch.no_grad():
-        for name, parameter in language.named_parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-            assert parameter.abs().sum() > 0, name
-    return language.eval()
-
-
-def reusing(decoder: PretrainedLM, *, gate: float | None = 1.0, **options: Any) -> RETRO:
-    """A RETRO around it in float64, whose gates let everything through."""
-    arguments: dict[str, Any] = {"chunk_size": SIZE, "cross_layers": [2, 3], "train_decoder": False, "reuse_decoder": True}
-    model = RETRO(decoder, **{**arguments, **options}).double().eval()
-    if gate is not None:
-        for index, cross in enumerate(model.cross):
-            cross.gate.data.copy_(gate * torch.linspace(0.5, 1.5, 4) / GATE_SCALE * (1 + index))  # type: ignore[union-attr, operator]
-    return model
 
 
 @torch.no_grad()

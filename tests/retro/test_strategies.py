@@ -8,19 +8,21 @@ import torch
 
 from lightning_align.retrieval.database import RetrievalDatabase
 from tests.distributed.harness import launch
-from tests.retro.toys import tiny_retro
-from tests.retro.train import SIZE, run
-from tests.toys import largest_difference, state_of, tiny_palm
+from tests.retro.train import build, run
+from tests.toys import largest_difference, state_of
 
 pytestmark = pytest.mark.distributed
 
 
+@pytest.mark.parametrize("kind", ["own", "reuse"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_equal_one(database: RetrievalDatabase, strategy: str, tmp_path: Path) -> None:
-    launch(Path(__file__).parent / "train.py", strategy, str(database.folder), str(tmp_path))
+def test_two_processes_equal_one(database: RetrievalDatabase, strategy: str, kind: str, tmp_path: Path) -> None:
+    if kind == "reuse":
+        pytest.importorskip("transformers", reason="needs transformers")
+    launch(Path(__file__).parent / "train.py", strategy, str(database.folder), str(tmp_path), kind)
     ranks: list[Any] = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    alone = run("auto", 1, str(database.folder), tmp_path)
-    start = state_of(tiny_retro(decoder=tiny_palm(num_tokens=259, depth=3), chunk_size=SIZE, dtype=torch.float64))
+    alone = run("auto", 1, str(database.folder), tmp_path, kind)
+    start = state_of(build(kind))
     assert largest_difference(alone["state"], start) > 1e-4, "the weights did not change, so the comparison is meaningless"
     for rank in ranks:
         assert largest_difference(rank["state"], alone["state"]) < 1e-12

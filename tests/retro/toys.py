@@ -8,9 +8,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from lightning_align.models.pretrained import PretrainedLM
 from lightning_align.retrieval.search import Found
 from lightning_align.retrieval.tables import Tokens
 from lightning_align.retro.model import RETRO, NeighborTokens
+from lightning_align.retro.reuse import GATE_SCALE
 from tests.toys import VOCABULARY, tiny_palm
 
 SIZE = 4
@@ -27,6 +29,46 @@ def tiny_retro(*, seed: int = 1, dtype: torch.dtype = torch.float32, **overrides
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else 0.4 * noise)
     return model.to(dtype)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_theta": 500.0, "tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"head_dim": 6},
+    "qwen3": {},
+    "gemma": {"attention_bias": True},
+    "stablelm": {"head_dim": 6, "partial_rotary_factor": 0.34},
+}
+
+
+def decoder_of(family: str, **options: Any) -> PretrainedLM:
+    """A random model with weights far from 0, gains that differ, and biases."""
+    torch.manual_seed(0)
+    language = PretrainedLM(config={"model_type": family, **SIZES, **FAMILIES.get(family, {}), **options}, dtype="float32")
+    with torch.no_grad():
+        for name, parameter in language.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            assert parameter.abs().sum() > 0, name
+    return language.eval()
+
+
+def reusing(decoder: PretrainedLM, *, gate: float | None = 1.0, **options: Any) -> RETRO:
+    """A RETRO around it in float64, whose gates let everything through."""
+    arguments: dict[str, Any] = {"chunk_size": SIZE, "cross_layers": [2, 3], "train_decoder": False, "reuse_decoder": True}
+    model = RETRO(decoder, **{**arguments, **options}).double().eval()
+    if gate is not None:
+        for index, cross in enumerate(model.cross):
+            cross.gate.data.copy_(gate * torch.linspace(0.5, 1.5, 4) / GATE_SCALE * (1 + index))  # type: ignore[union-attr, operator]
+    return model
 
 
 def tokens_and_neighbors(

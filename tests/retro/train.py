@@ -12,16 +12,25 @@ import torch
 from lightning_align.generation.sampler import GenerationConfig, generate
 from lightning_align.retro.datamodule import RETRODataModule
 from lightning_align.retro.decoding import RetrievalDecoder
+from lightning_align.retro.model import RETRO
 from lightning_align.retro.module import RETROModule
 from tests.distributed.train import STRATEGIES, full
-from tests.retro.toys import ToyRetriever, tiny_retro
+from tests.retro.toys import ToyRetriever, decoder_of, reusing, tiny_retro
 from tests.toys import tiny_palm
 
 SIZE = 8
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
-def run(strategy: Any, devices: int, database: str, folder: Path) -> dict[str, Any]:
+def build(kind: str) -> RETRO:
+    """Build a model with an encoder of its own, or one that reuses its decoder."""
+    # In float64: in float32, kernels that differ by batch size and thread count move the weights by more than 1e-6.
+    if kind == "own":
+        return tiny_retro(decoder=tiny_palm(num_tokens=259, depth=3), chunk_size=SIZE, dtype=torch.float64)
+    return reusing(decoder_of("llama", vocab_size=259).train(), chunk_size=SIZE).train()
+
+
+def run(strategy: Any, devices: int, database: str, folder: Path, kind: str) -> dict[str, Any]:
     """Run two optimizer steps on the same global batches of six and three windows, validate both arms, and generate."""
     trainer = L.Trainer(
         accelerator="cpu",
@@ -36,9 +45,7 @@ def run(strategy: Any, devices: int, database: str, folder: Path) -> dict[str, A
         log_every_n_steps=1,
         default_root_dir=folder,
     )
-    # In float64: in float32, kernels that differ by batch size and thread count move the weights by more than 1e-6.
-    model = tiny_retro(decoder=tiny_palm(num_tokens=259, depth=3), chunk_size=SIZE, dtype=torch.float64)
-    module = RETROModule(model, optimizer=SGD)
+    module = RETROModule(build(kind), optimizer=SGD)
     data = RETRODataModule(database, num_chunks=3, batch_size=6 // devices, eval_num_neighbors=3)
     trainer.fit(module, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -48,12 +55,12 @@ def run(strategy: Any, devices: int, database: str, folder: Path) -> dict[str, A
     return {"state": full(module.policy), "metrics": metrics, "texts": texts}
 
 
-def main(name: str, database: str, folder: Path) -> None:
+def main(name: str, database: str, folder: Path, kind: str) -> None:
     warnings.filterwarnings("error", message=".*sync_dist")
-    result = run(STRATEGIES[name]("retro"), 2, database, folder)
+    result = run(STRATEGIES[name]("retro"), 2, database, folder, kind)
     torch.save(result, folder / f"{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4])
