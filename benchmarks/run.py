@@ -108,6 +108,10 @@ STUDIES = (
     ("studies/retro/facts.py",),
     ("studies/retro/stdlib.py",),
     ("studies/retro/pretrained.py",),
+    (
+        *"studies/retro/pretrained.py --reuse-decoder --steps 300 --schedule 300 --learning-rate 5e-4".split(),
+        *"--precision bf16-mixed --each --seeds 0 1 2".split(),
+    ),
 )
 SECTIONS = TIMED + STUDIES
 
