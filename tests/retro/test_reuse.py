@@ -166,6 +166,14 @@ def test_attention_that_cannot_be_copied_is_refused(family: str, options: dict[s
         reusing(decoder_of(family, **options))
 
 
+def test_a_decoder_in_16_bits_is_copied() -> None:
+    decoder = decoder_of("llama").to(torch.bfloat16)
+    model = RETRO(decoder, chunk_size=SIZE, train_decoder=False, reuse_decoder=True)
+    tokens, neighbors = tokens_and_neighbors(1, 2 * SIZE)
+    assert model.hidden(tokens, neighbors=neighbors).dtype is torch.bfloat16
+    assert all(parameter.dtype is torch.bfloat16 for parameter in model.cross.parameters())
+
+
 def test_other_decoders_and_a_decoder_that_trains_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot copy the attention of PaLM"):
         RETRO(tiny_palm(depth=3), train_decoder=False, reuse_decoder=True)
