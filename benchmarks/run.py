@@ -107,7 +107,7 @@ STUDIES = (
     ("studies/retro/database_kill.py",),
     ("studies/retro/facts.py",),
     ("studies/retro/stdlib.py",),
-    ("studies/retro/pretrained.py",),
+    tuple("studies/retro/pretrained.py --steps 300 --schedule 300 --precision bf16-mixed --each".split()),
     (
         *"studies/retro/pretrained.py --reuse-decoder --steps 300 --schedule 300 --learning-rate 5e-4".split(),
         *"--precision bf16-mixed --each --seeds 0 1 2".split(),

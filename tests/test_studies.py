@@ -3,12 +3,15 @@
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.common import word_sums
+from benchmarks.common.word_sums import QUESTIONS, Rows
 from benchmarks.studies.calm import pretrained as knowing
 from benchmarks.studies.dpo import betas
 from benchmarks.studies.dpo import pretrained as beside_trl
@@ -219,18 +222,21 @@ def test_a_saving_in_bits_per_byte_leaves_out_the_first_chunk() -> None:
     )
 
 
-def test_no_word_of_a_question_is_composed_in_training() -> None:
-    table, words = knowing.table(), {name: knowing.part(name) for name in ("held_in", "validation", "held_out")}
-    assert sorted(word for part in words.values() for word in part) == sorted(table), "each word is in one part"
-    assert {len(part) / len(table) for part in words.values()} == {0.25, 0.1, 0.65}
-    assert knowing.composed_rows(0) != knowing.composed_rows(1)
-    for row in knowing.composed_rows(0)[:500]:
+@pytest.mark.parametrize(("number", "held_in"), [(400, 0.25), (1000, 0.6)])
+def test_no_word_of_a_question_is_composed_in_training(number: int, held_in: float) -> None:
+    rows = Rows(number, held_in)
+    words = rows.parts
+    assert sorted(word for part in words.values() for word in part) == sorted(rows.table), "each word is in one part"
+    assert [len(part) / number for part in words.values()] == pytest.approx([held_in, 0.1, 0.9 - held_in])
+    assert rows.composed(0) != rows.composed(1)
+    for row in rows.composed(0)[:500]:
         first, second = row["prompt"].removeprefix("Sum: ").removesuffix(" = ").split(" + ")
         if first.isdigit():
             assert row["response"] == str(int(first) + int(second))
         else:
             assert {first, second} <= set(words["held_in"])
-            assert row["response"] == str(table[first] + table[second])
+            assert row["response"] == str(rows.table[first] + rows.table[second])
+    assert len(rows.questions()["held_out"]) == QUESTIONS, "the questions that are reported"
 
 
 class Successor(torch.nn.Module):
@@ -252,11 +258,11 @@ def test_an_answer_is_right_if_greedy_decoding_writes_its_digits_and_no_other(
 ) -> None:
     pytest.importorskip("transformers", reason="needs transformers")
     save_llama(tmp_path / "model")
-    monkeypatch.setattr(knowing, "QUESTIONS", 4)
-    study = knowing.Study(str(tmp_path / "model"), tmp_path)
+    monkeypatch.setattr(word_sums, "QUESTIONS", 4)
+    study = knowing.Study(str(tmp_path / "model"), tmp_path, Rows())
     space, one, two, x = (load_tokenizer(str(tmp_path / "model")).encode_batch([text])[0].ids[0] for text in " 12x")
     answers = ("12", "1", "2", "11", "123")
-    (batch,) = study.batches(knowing.write(tmp_path / "rows.jsonl", [knowing.row(["3", "4"], each) for each in answers]))
+    (batch,) = study.batches(knowing.write(tmp_path / "rows.jsonl", [word_sums.row(["3", "4"], each) for each in answers]))
     writes_12x = Successor({space: one, one: two, two: x}, 260)
     right, logps = study.answers(writes_12x, batch)
     assert right.tolist() == [True, False, False, False, False]
@@ -273,7 +279,8 @@ def test_the_aim_is_judged_by_the_seeds_that_have_both_arms(capsys: pytest.Captu
 
     seeds = {"0": {"calm": run(0.6), "lora": run(0.3)}, "1": {"calm": run(0.4), "lora": run(0.3)}, "2": {"calm": run(0.9)}}
     assert knowing.difference(seeds, "calm", "lora", "right") == (pytest.approx(0.2), pytest.approx(12.71 * 0.1), 2)
-    knowing.report({"alone": {"anchor": run(0.0), "augment": run(0.1)}, "seeds": seeds})
+    setting = {**asdict(Rows()), "precision": "32-true"}
+    knowing.report({"setting": setting, "alone": {"anchor": run(0.0), "augment": run(0.1)}, "seeds": seeds})
     told = capsys.readouterr().out
     assert "| CALM | 3 | 10 | 5 | 63.3 (60.0, 40.0, 90.0) |" in told
     assert "| CALM minus LoRA on the anchor, held-out words | ≥ 10 points | +20.0 (-107.1 to +147.1) points; " in told

@@ -1,21 +1,20 @@
 """A pretrained model reads another one that knows a table of made-up words: sums of words that were never composed in training.
 
 The augment is the same model, fine-tuned on the table. The anchor can add numbers but does not know the words. Training
-composes a quarter of the words; the questions are sums of others. Each arm is saved when it is done, and one that is saved is
+composes some of the words; the questions are sums of others. Each arm is saved when it is done, and one that is saved is
 not computed again.
 """
 
 import argparse
-import itertools
 import json
 import logging
-import random
 import statistics
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.common.word_sums import AUGMENT_BATCH, BATCH, NUMBER_SHARE, QUESTIONS, VALUES, Row, Rows
 from lightning_align import Augment, CALMModule, ConnectionConfig, LoRAConfig, PretrainedLM, SFTDataModule, SFTModule
 from lightning_align.data.tokenizer import load_tokenizer
 from lightning_align.models.lora import merge_lora, remove_lora
 from lightning_align.training.schedules import WarmupDecay
 from lightning_align.types import TokenBatch
 
-NUM_WORDS, HELD_IN, VALIDATION, TABLE_SEED = 400, 0.25, 0.1, 0
-VALUES = range(1, 10)  # one token each
-QUESTIONS, NUMBER_SHARE = 500, 0.2
-BATCH, STEPS = 16, 400
-AUGMENT_STEPS, AUGMENT_BATCH, AUGMENT_RATE = 320, 32, 2e-3
+AUGMENT_RATE = 2e-3
 AUGMENT_LORA: dict[str, Any] = {"rank": 32, "alpha": 64.0, "targets": ["*.layers.1?.mlp.*"]}
 CONNECTIONS = [[30, 2], [30, 6], [30, 10]]  # the last layer of the augment predicts the value where a word ends
 CONNECTION: dict[str, Any] = {"heads": 8, "dim_head": 16, "project": False}
@@ -54,69 +50,9 @@ ARMS = ("calm", "vanilla", "lora", "finetuned", "augment_lora")
 SETS = ("held_out", "validation", "held_in", "numbers")
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 """Two-sided 95 % quantile of Student's t for the mean of so many seeds."""
-Row = dict[str, str]
 
 
-# -- the rows
-
-
-def table() -> dict[str, int]:
-    """The value of each word, the words in the order of their parts: held in, validation, held out."""
-    draw, found = random.Random(f"table {TABLE_SEED}"), dict[str, int]()
-    while len(found) < NUM_WORDS:
-        syllables = [draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(2)]
-        found.setdefault("".join(syllables), draw.choice(VALUES))
-    return found
-
-
-def part(name: str) -> list[str]:
-    """The words of a part of the table."""
-    words, first, second = list(table()), round(HELD_IN * NUM_WORDS), round((HELD_IN + VALIDATION) * NUM_WORDS)
-    return {"held_in": words[:first], "validation": words[first:second], "held_out": words[second:]}[name]
-
-
-def row(terms: list[str], answer: object) -> Row:
-    """A question about terms, which are words or numbers."""
-    return {"prompt": f"Sum: {' + '.join(terms)} = ", "response": str(answer)}
-
-
-def sums(words: list[str], count: int, draw: random.Random) -> Iterator[Row]:
-    """Sums of two words."""
-    values = table()
-    for _ in range(count):
-        terms = [draw.choice(words), draw.choice(words)]
-        yield row(terms, sum(values[term] for term in terms))
-
-
-def held_out_questions(draw: random.Random) -> list[Row]:
-    """The questions that are reported."""
-    return list(sums(part("held_out"), QUESTIONS, draw))
-
-
-def number_sums() -> list[Row]:
-    """All sums of two numbers."""
-    return [row([str(a), str(b)], a + b) for a, b in itertools.product(VALUES, VALUES)]
-
-
-def composed_rows(seed: int) -> list[Row]:
-    """The rows of training: sums of held-in words, and some of numbers."""
-    draw, numbers = random.Random(f"rows {seed}"), number_sums()
-    held_in = list(sums(part("held_in"), STEPS * BATCH, draw))
-    return [draw.choice(numbers) if draw.random() < NUMBER_SHARE else one for one in held_in]
-
-
-def table_rows() -> list[Row]:
-    """The rows of the augment: the value of the last word of a sum of one or two words. It adds nothing."""
-    draw, values = random.Random("augment"), table()
-    words, rows = list(values), []
-    for place in range(AUGMENT_STEPS * AUGMENT_BATCH):
-        rows.append(value_of([draw.choice(words) for _ in range(1 + place % 2)]))
-    return rows
-
-
-def value_of(terms: list[str]) -> Row:
-    """A row that asks for the value of the last word. It follows where the word ends, so that it is readable there."""
-    return {"prompt": f"Sum: {' + '.join(terms)}", "response": str(table()[terms[-1]])}
+# -- training and measuring
 
 
 def write(path: Path, rows: list[Row]) -> str:
@@ -126,20 +62,14 @@ def write(path: Path, rows: list[Row]) -> str:
     return str(path)
 
 
-# -- training and measuring
-
-
 class Study:
-    """The model, where results go, and how they are computed."""
+    """The model, the rows, where results go, and how they are computed."""
 
-    def __init__(self, model: str, folder: Path) -> None:
-        """Write the questions, which are the same for all seeds."""
-        self.model, self.folder = model, folder
-        draw = random.Random("questions")
-        rows = {"held_out": held_out_questions(draw)}
-        rows |= {name: list(sums(part(name), QUESTIONS // 2, draw)) for name in ("validation", "held_in")}
-        rows |= {"numbers": number_sums(), "table": [value_of([word]) for word in table()]}
-        self.questions = {name: self.batches(write(folder / f"{name}.jsonl", each)) for name, each in rows.items()}
+    def __init__(self, model: str, folder: Path, rows: Rows, precision: Any = "32-true") -> None:
+        """Write the questions."""
+        self.model, self.folder, self.rows, self.precision = model, folder, rows, precision
+        each = rows.questions().items()
+        self.questions = {name: self.batches(write(folder / f"{name}.jsonl", questions)) for name, questions in each}
         tokenizer = load_tokenizer(model)
         self.digits = torch.tensor([tokenizer.encode_batch([str(digit)])[0].ids[0] for digit in range(10)])
 
@@ -205,7 +135,7 @@ class Study:
 
         start = time.process_time()
         quiet: dict[str, Any] = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
-        quiet |= {"logger": False, "default_root_dir": self.folder}
+        quiet |= {"logger": False, "default_root_dir": self.folder, "precision": self.precision}
         limits: dict[str, Any] = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "gradient_clip_val": 1.0}
         callbacks: list[Any] = [L.pytorch.callbacks.LambdaCallback(on_train_batch_end=look)]
         L.Trainer(accelerator="cpu", **limits, **quiet, callbacks=callbacks).fit(module, data)
@@ -217,7 +147,7 @@ class Study:
         L.seed_everything(0)
         lora = LoRAConfig(**AUGMENT_LORA)
         module = SFTModule(self.load(), lora=lora, **schedule(AUGMENT_RATE))
-        told = self.fit(module, table_rows(), steps=AUGMENT_STEPS, size=AUGMENT_BATCH, watched=("table",))
+        told = self.fit(module, self.rows.of_table(), steps=self.rows.augment_steps, size=AUGMENT_BATCH, watched=("table",))
         policy: Any = module.policy
         merge_lora(policy, lora.scope)
         remove_lora(policy, lora.scope)
@@ -248,7 +178,7 @@ class Study:
         else:
             start = self.load(self.knowing if name == "augment_lora" else None)
             module = SFTModule(start, lora=LoRAConfig(rank=LORA_RANK, alpha=2 * LORA_RANK), **schedule(LORA_RATE))
-        told = self.fit(module, composed_rows(seed), steps=STEPS, size=BATCH, seed=seed, watched=SETS[1:])
+        told = self.fit(module, self.rows.composed(seed), steps=self.rows.steps, size=BATCH, seed=seed, watched=SETS[1:])
         return {**told, **self.measure(module.policy)}
 
 
@@ -264,9 +194,20 @@ def stored(output: Path) -> dict[str, Any]:
     return found
 
 
+def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the results depend on besides the model."""
+    return {name: getattr(arguments, name) for name in (*asdict(Rows()), "precision")}
+
+
 def compute(arguments: argparse.Namespace) -> None:
     """Compute what is missing."""
-    study = Study(str(Path(arguments.model).resolve()), arguments.folder.resolve())
+    setting = setting_of(arguments)
+    found = stored(arguments.output)
+    if found.setdefault("setting", setting) != setting:
+        sys.exit(f"{arguments.output} has results of {found['setting']}, not of {setting}. Use another --output.")
+    common.save(arguments.output, found)
+    rows = Rows(**{name: value for name, value in setting.items() if name != "precision"})
+    study = Study(str(Path(arguments.model).resolve()), arguments.folder.resolve(), rows, setting["precision"])
 
     def once(places: list[str], name: str, value: Callable[[], Any]) -> None:
         def place(found: dict[str, Any]) -> dict[str, Any]:
@@ -318,18 +259,21 @@ def cell(runs: list[dict[str, Any]], name: str, quantity: str) -> str:
 def report(found: dict[str, Any]) -> None:
     """Print the section."""
     alone, seeds = found["alone"], found["seeds"]
-    sizes = {name: len(part(name)) for name in ("held_in", "validation", "held_out")}
-    answers = [one["response"] for one in held_out_questions(random.Random("questions"))]
+    setting = dict(found["setting"])
+    precision, study_rows = setting.pop("precision"), Rows(**setting)
+    sizes = {name: len(words) for name, words in study_rows.parts.items()}
+    answers = [one["response"] for one in study_rows.questions()["held_out"]]
     (often, times), *_ = Counter(answers).most_common(1)
     common.heading(
-        "CALM on SmolLM2-135M-Instruct: sums of words of a table",
-        f"{NUM_WORDS} made-up words with values {VALUES[0]} to {VALUES[-1]}. The augment is the model fine-tuned on all of "
-        f"them, once for all seeds: it knows {100 * alone['augment']['table']['right']:.1f} %, and the anchor "
+        f"CALM on SmolLM2-135M-Instruct: sums of words of a table, {sizes['held_in']} of {study_rows.number} composed",
+        f"{study_rows.number} made-up words with values {VALUES[0]} to {VALUES[-1]}. The augment is the model fine-tuned on "
+        f"all of them, once for all seeds: it knows {100 * alone['augment']['table']['right']:.1f} %, and the anchor "
         f"{100 * alone['anchor']['table']['right']:.1f} %. Rows: `Sum: w1 + w2 = `, answered with a number. All arms of a seed "
         f"train on the same rows, {BATCH} per step, {1 - NUMBER_SHARE:.0%} of them sums of two of {sizes['held_in']} words and "
         f"the rest sums of numbers. {sizes['validation']} other words are for choosing settings. The columns are % right with "
         f"greedy decoding and log p of the answer in nats, on {QUESTIONS} sums of the remaining {sizes['held_out']} "
-        f"words, {times / len(answers):.1%} of which are {often}. float32; mean, and each seed.",
+        f"words, {times / len(answers):.1%} of which are {often}. Trained in {precision}, measured in "
+        "float32; mean, and each seed.",
     )
     rows = []
     for name, title in TITLES.items():
@@ -371,10 +315,16 @@ def main() -> None:
     parser.add_argument("--model", help="a folder of transformers; needed unless the results are complete")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    for name, value in asdict(Rows()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--precision", default="32-true", help="of the trainings")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("runs/calm_pretrained"), help="for rows and the augment")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--output", type=Path, help="default: beside this script, a file for each number of words")
     arguments = parser.parse_args()
+    here = Path(__file__).with_suffix(".json")
+    few = arguments.number == Rows().number
+    arguments.output = arguments.output or (here if few else here.with_stem(f"{here.stem}_{arguments.number}_words"))
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
