@@ -104,6 +104,10 @@ STUDIES = (
     tuple("studies/spin/pretrained.py --rows 64 --start-epochs 20 --seeds 0 1 --arms before start sft spin".split()),
     ("studies/calm/key_value.py", "--seeds", "0", "1", "2"),
     ("studies/calm/pretrained.py",),
+    (
+        *"studies/calm/pretrained.py --words 1000 --held-in 0.6 --one-word 0.4 --augment-steps 800".split(),
+        *"--precision bf16-mixed".split(),
+    ),
     ("studies/retro/database_kill.py",),
     ("studies/retro/facts.py",),
     ("studies/retro/stdlib.py",),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -222,20 +223,22 @@ def test_a_saving_in_bits_per_byte_leaves_out_the_first_chunk() -> None:
     )
 
 
-@pytest.mark.parametrize(("number", "held_in"), [(400, 0.25), (1000, 0.6)])
-def test_no_word_of_a_question_is_composed_in_training(number: int, held_in: float) -> None:
-    rows = Rows(number, held_in)
+@pytest.mark.parametrize(("number", "held_in", "one_word"), [(400, 0.25, 0.0), (1000, 0.6, 0.4)])
+def test_no_word_of_a_question_is_composed_in_training(number: int, held_in: float, one_word: float) -> None:
+    rows = Rows(number, held_in, one_word)
     words = rows.parts
     assert sorted(word for part in words.values() for word in part) == sorted(rows.table), "each word is in one part"
     assert [len(part) / number for part in words.values()] == pytest.approx([held_in, 0.1, 0.9 - held_in])
     assert rows.composed(0) != rows.composed(1)
-    for row in rows.composed(0)[:500]:
-        first, second = row["prompt"].removeprefix("Sum: ").removesuffix(" = ").split(" + ")
-        if first.isdigit():
-            assert row["response"] == str(int(first) + int(second))
-        else:
-            assert {first, second} <= set(words["held_in"])
-            assert row["response"] == str(rows.table[first] + rows.table[second])
+    numbers = Counter[int]()
+    for row in rows.composed(0)[:1000]:
+        terms = row["prompt"].removeprefix("Sum: ").removesuffix(" = ").split(" + ")
+        of_words = [term for term in terms if not term.isdigit()]
+        assert set(of_words) <= set(words["held_in"])
+        assert row["response"] == str(sum(rows.table[term] if term in of_words else int(term) for term in terms))
+        numbers[len(of_words)] += 1
+    shares = [numbers[count] / 1000 for count in range(3)]
+    assert shares == pytest.approx([0.2, one_word, 0.8 - one_word], abs=0.05)
     assert len(rows.questions()["held_out"]) == QUESTIONS, "the questions that are reported"
 
 

@@ -38,14 +38,14 @@ class Rows:
     """The rows of a study.
 
     Args:
-        number: The number of words.
+        words: The number of words.
         held_in: The share of them that training composes.
         one_word: The share of the rows of training that add a word and a number, which are easier to learn from.
         steps: The steps of training.
         augment_steps: The steps of the augment's training.
     """
 
-    number: int = 400
+    words: int = 400
     held_in: float = 0.25
     one_word: float = 0.0
     steps: int = 400
@@ -54,15 +54,15 @@ class Rows:
     @property
     def table(self) -> dict[str, int]:
         """The value of each word."""
-        return table(self.number)
+        return table(self.words)
 
     @cached_property
     def parts(self) -> dict[str, list[str]]:
         """The words that training composes, those for choosing settings, and those of the questions that are reported."""
         words, first, second = (
             list(self.table),
-            round(self.held_in * self.number),
-            round((self.held_in + VALIDATION) * self.number),
+            round(self.held_in * self.words),
+            round((self.held_in + VALIDATION) * self.words),
         )
         return {"held_in": words[:first], "validation": words[first:second], "held_out": words[second:]}
 
