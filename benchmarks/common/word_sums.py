@@ -83,6 +83,7 @@ class Rows:
     def composed(self, seed: int) -> list[Row]:
         """The rows of training: sums of held-in words, sums of numbers, and sums of a word and a number."""
         draw, numbers, rows = random.Random(f"rows {seed}"), number_sums(), []
+        # All sums are drawn first, so that they do not depend on how many of them are replaced.
         for two_words in list(self.sums("held_in", self.steps * BATCH, draw)):
             place = draw.random()
             if place < NUMBER_SHARE:
