@@ -17,7 +17,7 @@ from benchmarks.common.measure import (
     resident,
 )
 from benchmarks.common.pairs import EOS, Pair, batches, file_pairs, shares, synthetic_pairs
-from benchmarks.common.report import CONFIGS, claim, heading, read_rows, save, table
+from benchmarks.common.report import CONFIGS, T_95, claim, heading, read_rows, save, spread, table
 from benchmarks.common.unshifted import unshifted_means
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "EOS",
     "MIB",
     "THP",
+    "T_95",
     "Clock",
     "Memory",
     "Meter",
@@ -45,6 +46,7 @@ __all__ = [
     "resident",
     "save",
     "shares",
+    "spread",
     "synthetic_pairs",
     "table",
     "unshifted_means",

@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Two-sided 95 % quantile of Student's t for the mean of so many seeds."""
 
 
 def heading(title: str, text: str) -> None:
@@ -54,3 +57,8 @@ def save(path: Path, results: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def spread(values: list[float]) -> float:
+    """Half the width of the 95 % interval of a mean over seeds. Not a number for one seed, and for more than `T_95` has."""
+    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) in T_95 else float("nan")

@@ -55,8 +55,6 @@ HELP = {
     "augment_steps": "of the training on the table",
 }
 SETS = ("held_out", "validation", "held_in", "numbers")
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Two-sided 95 % quantile of Student's t for the mean of so many seeds."""
 
 
 # -- training and measuring
@@ -244,16 +242,11 @@ def compute(arguments: argparse.Namespace) -> None:
 # -- the report
 
 
-def spread(values: list[float]) -> float:
-    """Half the width of the 95 % interval of a mean over seeds."""
-    return T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) in T_95 else float("nan")
-
-
 def difference(seeds: dict[str, Any], arm: str, base: str, quantity: str) -> tuple[float, float, int]:
     """The mean over the seeds that have both of an arm minus another one on held-out words, half its interval, the seeds."""
     runs = [run for run in seeds.values() if arm in run and base in run]
     each = [run[arm]["held_out"][quantity] - run[base]["held_out"][quantity] for run in runs]
-    return statistics.mean(each), spread(each), len(each)
+    return statistics.mean(each), common.spread(each), len(each)
 
 
 def cell(runs: list[dict[str, Any]], name: str, quantity: str) -> str:
@@ -308,7 +301,7 @@ def report(found: dict[str, Any]) -> None:
         told = []
         for quantity, scale, unit in (("right", 100, "points"), ("logp", 1, "nats")):
             mean, half, count = difference(seeds, "calm", base, quantity)
-            interval = f" ({scale * (mean - half):+.1f} to {scale * (mean + half):+.1f})" if count in T_95 else ""
+            interval = f" ({scale * (mean - half):+.1f} to {scale * (mean + half):+.1f})" if count in common.T_95 else ""
             told.append(f"{scale * mean:+.1f}{interval} {unit}")
         mean, half, count = difference(seeds, "calm", base, "right")
         required, met = ("> 0 points, one seed", mean > 0) if count == 1 else ("interval > 0 points", mean - half > 0)

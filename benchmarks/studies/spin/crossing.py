@@ -31,8 +31,6 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "SPIN": ({"lr": 3e-4, "beta": 0.5}, markov.LOOP),
     "SPIN, with an SFT term": ({"lr": 1e-3, "beta": 0.1, "sft_weight": 1.0}, markov.LOOP),
 }
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Two-sided 95 % quantile of Student's t for the mean of so many seeds."""
 
 
 def compute(seeds: list[int], folder: Path, output: Path) -> dict[str, Any]:
@@ -59,7 +57,7 @@ def compute(seeds: list[int], folder: Path, output: Path) -> dict[str, Any]:
 def difference(runs: dict[str, Any], arm: str, base: str, quantity: str) -> tuple[float, float]:
     """The mean over seeds of an arm minus another one, and half the width of its 95 % interval."""
     each = [run[arm][quantity] - run[base][quantity] for run in runs.values()]
-    half = T_95[len(each)] * statistics.stdev(each) / len(each) ** 0.5 if len(each) in T_95 else float("nan")
+    half = common.spread(each)
     return statistics.mean(each), half
 
 
@@ -101,7 +99,7 @@ def report(results: dict[str, Any]) -> None:
                 cells = {"SFT for": start, "arm": arm, "minus": base}
                 for quantity, scale in (("validity", 100), ("divergence", 1)):
                     mean, half = (scale * value for value in difference(runs, arm, base, quantity))
-                    spread = f" ({mean - half:+.2f} to {mean + half:+.2f})" if len(runs) in T_95 else ""
+                    spread = f" ({mean - half:+.2f} to {mean + half:+.2f})" if len(runs) in common.T_95 else ""
                     cells["validity, points" if scale == 100 else quantity] = f"{mean:+.2f}{spread}"
                 rows.append(cells)
     print(common.table(rows))
